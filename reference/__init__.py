@@ -1,0 +1,24 @@
+"""The ground floor: what every operation means, in plain jax.numpy and lax.
+
+Nothing here imports Pallas. `oracle` states the same formulas a second time in float64 NumPy, so that a mistake in a
+reference shows, and `compare` holds the one rule by which a result counts as right.
+"""
+
+from palladion.reference.append_kv import append_kv
+from palladion.reference.caches import KVCache, quantize_kv
+from palladion.reference.decode_attention import decode_attention, merge_partials
+from palladion.reference.quantization import QuantizedArray, Scheme, dequantize, quantize
+from palladion.reference.quantized_matmul import quantized_matmul
+
+__all__ = [
+    "KVCache",
+    "QuantizedArray",
+    "Scheme",
+    "append_kv",
+    "decode_attention",
+    "dequantize",
+    "merge_partials",
+    "quantize",
+    "quantize_kv",
+    "quantized_matmul",
+]

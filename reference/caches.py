@@ -1,0 +1,119 @@
+"""The key/value cache: dense or paged, plain or quantized; a pytree that append_kv updates in place when donated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from palladion.reference.quantization import quantize_rows
+
+FLOAT_CACHE_DTYPES: Final = ("float32", "bfloat16", "float16")
+QUANTIZED_CACHE_DTYPES: Final = ("int8", "float8_e4m3fn", "float8_e5m2")
+"""Cache dtypes that need a scale per token and head."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer. How many tokens of it are valid (`lengths`) is kept by the caller.
+
+    Attributes:
+      k: dense `[batch, kv_heads, max_len, head_dim]` or paged `[num_pages, kv_heads, page_size, head_dim]`.
+      v: like k.
+      k_scale: float32, the shape of k without head_dim, for int8 and float8 caches; None otherwise.
+      v_scale: like k_scale.
+      page_table: int32 `[batch, pages_per_seq]` for a paged cache: page i of a sequence holds its tokens
+        i * page_size to (i + 1) * page_size - 1. None for a dense cache.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+    page_table: jax.Array | None = None
+
+    @classmethod
+    def dense(cls, batch: int, kv_heads: int, max_len: int, head_dim: int, dtype: Any = jnp.bfloat16) -> KVCache:
+        """An empty dense cache.
+
+        Args:
+          batch: sequences.
+          kv_heads: key/value heads.
+          max_len: tokens each sequence has room for.
+          head_dim: width of a head.
+          dtype: float32, bfloat16, float16, or int8, float8_e4m3fn, float8_e5m2 with a scale per token and head.
+
+        Raises:
+          ValueError: a size below 1 or a dtype that is not listed.
+        """
+        return _empty((batch, kv_heads, max_len, head_dim), dtype, None)
+
+    @classmethod
+    def paged(
+        cls,
+        num_pages: int,
+        kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        page_table: jax.Array,
+        dtype: Any = jnp.bfloat16,
+    ) -> KVCache:
+        """An empty paged cache whose pages `page_table` (int32 `[batch, pages_per_seq]`) hands to sequences.
+
+        Raises:
+          ValueError: a size below 1 or a dtype that `dense` would not take.
+        """
+        return _empty((num_pages, kv_heads, page_size, head_dim), dtype, page_table)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that one sequence has room for."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return self.k.shape[2] * pages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their scales."""
+        return sum(part.nbytes for part in (self.k, self.v, self.k_scale, self.v_scale) if part is not None)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one cached token takes: what a decode step reads for every token of context."""
+        return self.nbytes // (self.k.shape[0] * self.k.shape[2])
+
+
+def _empty(shape: tuple[int, int, int, int], dtype: Any, page_table: jax.Array | None) -> KVCache:
+    if min(shape) < 1:
+        raise ValueError(f"KVCache: every size must be at least 1, got {shape}")
+    name = jnp.dtype(dtype).name
+    if name not in FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES:
+        accepted = ", ".join(FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES)
+        raise ValueError(f"KVCache: dtype {name} is not one of {accepted}")
+    scaled = name in QUANTIZED_CACHE_DTYPES
+
+    # Keys and values (and their scales) are separate buffers: a cache that is donated may not hold one twice.
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    def scales() -> jax.Array | None:
+        return jnp.zeros(shape[:3], jnp.float32) if scaled else None
+
+    return KVCache(zeros(), zeros(), scales(), scales(), page_table)
+
+
+def quantize_kv(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values in the dtype of a cache, with one scale per token and head where that dtype needs them.
+
+    Args:
+      x: `[..., head_dim]`, float.
+      dtype: the cache's dtype.
+
+    Returns:
+      `[..., head_dim]` in `dtype`, and float32 scales `[...]` or None.
+    """
+    if jnp.dtype(dtype).name in QUANTIZED_CACHE_DTYPES:
+        return quantize_rows(x, dtype)
+    return x.astype(dtype), None

@@ -1,0 +1,353 @@
+"""Quantized weights: the schemes, the array that holds them, and the way in and out.
+
+One formula serves every scheme. A weight is stored as a small *code*; along `in`, codes share a scale per group:
+
+    weight[i, o] = scales[o, g] * (code[o, i] - zero[o, g]) + minimum[o, g]        g = i // group_size
+
+`zero` and `minimum` are there for asymmetric schemes only, one of the two. A symmetric 4-bit code is stored with an
+implied zero of 8, so that every 4-bit code is an unsigned nibble.
+
+Logically a weight is `[in, out]`; it is stored with `out` first, one output channel's codes contiguous, which is the
+order checkpoints have and the order a matrix-vector product reads. 4-bit codes are packed two to a byte in blocks of
+32: byte j of a block holds element j in its low and element j + 16 in its high nibble, the order of GGUF's Q4_0, Q4_1
+and MXFP4 tensors, which are therefore loaded bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any, Final, Literal
+
+import jax
+import jax.numpy as jnp
+
+WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
+Offset = Literal["none", "zeros", "minimums"]
+
+PACK_BLOCK: Final = 32
+"""4-bit codes are packed in blocks of this many elements along `in`."""
+
+MXFP4_GROUP: Final = 32
+"""The microscaling formats share one power-of-two scale per 32 elements (OCP MX specification 1.0)."""
+
+INT4_ZERO: Final = 8
+"""The code that a symmetric 4-bit scheme stores for 0."""
+
+E2M1_LEVELS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of a 4-bit e2m1 float, by code; bit 3 of a code is the sign."""
+
+CODE_DTYPE: Final[dict[str, Any]] = {
+    "int8": jnp.int8,
+    "int4": jnp.uint8,
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2,
+    "mxfp4": jnp.uint8,
+}
+"""What the values of a format are stored as; 4-bit formats hold two codes in each uint8."""
+
+PACKED_FORMATS: Final = ("int4", "mxfp4")
+INTEGER_RANGE: Final = {"int8": (-127, 127), "int4": (-7, 7)}
+"""Symmetric code range, before the zero of 8 is added to a 4-bit code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a weight is quantized.
+
+    Attributes:
+      format: what one code is: "int8", "int4", "float8_e4m3fn", "float8_e5m2" or "mxfp4" (e2m1 with e8m0 scales).
+      group_size: elements along `in` that share a scale; None means one scale per output channel. mxfp4 has 32.
+      offset: "none" (symmetric), "zeros" (integer zero points in code units) or "minimums" (a float added to every
+        weight of the group). Integer formats only.
+
+    Raises:
+      ValueError: the combination does not exist; the message says which would.
+    """
+
+    format: WeightFormat
+    group_size: int | None = None
+    offset: Offset = "none"
+
+    def __post_init__(self) -> None:
+        if self.format not in CODE_DTYPE:
+            raise ValueError(f"Scheme.format: got {self.format!r}; known formats: {', '.join(CODE_DTYPE)}")
+        if self.offset not in ("none", "zeros", "minimums"):
+            raise ValueError(f"Scheme.offset: got {self.offset!r}; accepted: 'none', 'zeros', 'minimums'")
+        if self.offset != "none" and self.format not in INTEGER_RANGE:
+            raise ValueError(f"Scheme.offset: {self.format} is symmetric, got {self.offset!r}; use int8 or int4")
+        if self.format == "mxfp4":
+            if self.group_size not in (None, MXFP4_GROUP):
+                raise ValueError(f"Scheme.group_size: mxfp4 has groups of {MXFP4_GROUP}, got {self.group_size}")
+            object.__setattr__(self, "group_size", MXFP4_GROUP)
+        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
+            raise ValueError(f"Scheme.group_size: got {self.group_size}; accepted: None or a positive multiple of 16")
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Reads a scheme's name, the inverse of `str`: "int8", "int4-g32", "int4-g128-zeros", "mxfp4", …
+
+        Raises:
+          ValueError: the text names no scheme.
+        """
+        if isinstance(text, Scheme):
+            return text
+        match = re.fullmatch(r"(?P<format>[a-z0-9_]+?)(-g(?P<group>\d+))?(-(?P<offset>zeros|minimums))?", text)
+        aliases = {"float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
+        name = aliases.get(match["format"], match["format"]) if match else ""
+        if match is None or name not in CODE_DTYPE:
+            raise ValueError(
+                f"scheme: got {text!r}; a scheme is FORMAT[-gGROUP][-zeros|-minimums] with FORMAT one of "
+                f"{', '.join(CODE_DTYPE)}, for example 'int8', 'int4-g32' or 'int4-g32-minimums'"
+            )
+        group = int(match["group"]) if match["group"] else None
+        return cls(name, group, match["offset"] or "none")  # type: ignore[arg-type]  # checked above
+
+    def __str__(self) -> str:
+        group = f"-g{self.group_size}" if self.group_size and self.format != "mxfp4" else ""
+        return self.format + group + (f"-{self.offset}" if self.offset != "none" else "")
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.format in PACKED_FORMATS
+
+    @property
+    def implied_zero(self) -> int:
+        """The code that stands for 0 where no zero points are stored."""
+        return INT4_ZERO if self.format == "int4" and self.offset == "none" else 0
+
+    def groups(self, in_features: int) -> int:
+        """How many scales an output channel of `in_features` weights has."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scales", "zeros", "minimums"],
+    meta_fields=["scheme"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight matrix, logically `[in, out]`, held in few bits. A pytree; `scheme` is static.
+
+    Attributes:
+      values: the codes, `[..., out, in]` in the scheme's dtype, or `[..., out, in / 2]` uint8 for packed 4-bit codes.
+      scales: `[..., out, groups]`, a float dtype (float8_e8m0fnu for mxfp4); groups = 1 for per-channel schemes.
+      zeros: `[..., out, groups]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
+      minimums: `[..., out, groups]` floats added to every weight of a group, or None.
+      scheme: the `Scheme` that says how to read the rest.
+
+    Leading dimensions are those of stacked weights (`scan` and `vmap` peel them off).
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    minimums: jax.Array | None
+    scheme: Scheme
+
+    @property
+    def in_features(self) -> int:
+        """Length of the contracted dimension, in weights."""
+        return self.values.shape[-1] * (2 if self.scheme.packed else 1)
+
+    @property
+    def out_features(self) -> int:
+        """Number of output channels."""
+        return self.values.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, `(..., in, out)`."""
+        return (*self.values.shape[:-2], self.in_features, self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales, zero points and minimums."""
+        parts = (self.values, self.scales, self.zeros, self.minimums)
+        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
+
+    def with_scale_dtype(self, dtype: Any) -> QuantizedArray:
+        """The same array with scales and minimums in another dtype (bfloat16 and float16 round; mxfp4 refuses)."""
+        if self.scheme.format == "mxfp4":
+            raise ValueError("with_scale_dtype: the scales of mxfp4 are powers of two in float8_e8m0fnu by definition")
+        minimums = None if self.minimums is None else self.minimums.astype(dtype)
+        return dataclasses.replace(self, scales=self.scales.astype(dtype), minimums=minimums)
+
+
+def pack_nibbles(codes: jax.Array) -> jax.Array:
+    """Packs 4-bit codes `[..., in]` (0 to 15, any integer dtype) to uint8 `[..., in / 2]` in blocks of 32."""
+    *lead, in_features = codes.shape
+    halves = codes.astype(jnp.uint8).reshape(*lead, in_features // PACK_BLOCK, 2, PACK_BLOCK // 2)
+    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*lead, in_features // 2)
+
+
+def unpack_nibbles(packed: jax.Array) -> jax.Array:
+    """Inverse of `pack_nibbles`: uint8 `[..., in / 2]` to 4-bit codes in uint8 `[..., in]`."""
+    *lead, half = packed.shape
+    blocks = packed.reshape(*lead, half * 2 // PACK_BLOCK, 1, PACK_BLOCK // 2)
+    return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, half * 2)
+
+
+def decode_e2m1(codes: jax.Array) -> jax.Array:
+    """4-bit e2m1 codes (integers 0 to 15) to float32: sign, two exponent bits, one mantissa bit, no infinities."""
+    mantissa = (codes & 1).astype(jnp.float32)
+    exponent = (codes >> 1) & 3
+    # 2 ** (exponent - 1) for normal numbers, written without a power: 1, 2 or 4.
+    power = jnp.where(exponent == 3, 4.0, jnp.where(exponent == 2, 2.0, 1.0))
+    magnitude = jnp.where(exponent == 0, 0.5 * mantissa, (1.0 + 0.5 * mantissa) * power)
+    return jnp.where(codes & 8 != 0, -magnitude, magnitude)
+
+
+def encode_e2m1(x: jax.Array) -> jax.Array:
+    """Rounds to the nearest e2m1 number (ties to even, saturating at ±6); returns its code in uint8."""
+    magnitude = jnp.minimum(jnp.abs(x), E2M1_LEVELS[-1])
+    # Below 2 numbers are 0.5 apart, below 4 they are 1 apart, above 2 apart.
+    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
+    rounded = jnp.round(magnitude / step) * step
+    code = jnp.searchsorted(jnp.asarray(E2M1_LEVELS, x.dtype), rounded).astype(jnp.uint8)
+    return code | jnp.where(jnp.signbit(x) & (code > 0), 8, 0).astype(jnp.uint8)
+
+
+def codes_of(w: QuantizedArray) -> jax.Array:
+    """The codes of a QuantizedArray, unpacked: `[..., out, in]`, the implied zero of 8 not yet taken off."""
+    return unpack_nibbles(w.values) if w.scheme.packed else w.values
+
+
+def decode_codes(codes: jax.Array, scheme: Scheme, zeros: jax.Array | None = None) -> jax.Array:
+    """Codes to float32 before any scale: exact. `zeros`, where there are any, broadcasts against `codes`."""
+    if scheme.format == "mxfp4":
+        return decode_e2m1(codes)
+    decoded = codes.astype(jnp.float32)
+    if zeros is not None:
+        return decoded - zeros.astype(jnp.float32)
+    return decoded - scheme.implied_zero if scheme.implied_zero else decoded
+
+
+def quantize(weight: jax.Array, scheme: str | Scheme, *, scale_dtype: Any = jnp.float32) -> QuantizedArray:
+    """Quantizes a weight matrix by the extremes of each group (absmax, or minimum and maximum where asymmetric).
+
+    Args:
+      weight: `[..., in, out]`, float. NaN and infinities have no meaning here.
+      scheme: a `Scheme` or its name, for example "int8", "int4-g32", "int4-g128-zeros", "float8_e4m3fn", "mxfp4".
+      scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed against the rounded scale.
+
+    Returns:
+      A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros gets scale 0 and comes back as zeros.
+
+    Raises:
+      ValueError: `weight` has fewer than two dimensions, or `in` is not a multiple of the scheme's group or packing.
+
+    Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0.
+    """
+    scheme = Scheme.parse(scheme)
+    if weight.ndim < 2:
+        raise ValueError(f"quantize: weight must be [..., in, out], got shape {weight.shape}")
+    in_features = weight.shape[-2]
+    check_in_features(in_features, scheme)
+    groups = scheme.groups(in_features)
+    rows = jnp.swapaxes(weight, -1, -2).astype(jnp.float32)  # [..., out, in]
+    grouped = rows.reshape(*rows.shape[:-1], groups, in_features // groups)  # [..., out, groups, group]
+    zeros = minimums = None
+    if scheme.format == "mxfp4":
+        absmax = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
+        # frexp's exponent is one above floor(log2): exact, where a logarithm may round up at a power of two.
+        exponent = jnp.frexp(absmax)[1] - 1 - 2  # 2 is the exponent of the largest e2m1 number, 6 = 1.5 * 2**2
+        exponent = jnp.clip(jnp.where(absmax > 0, exponent, -126), -126, 127)
+        # e8m0 holds the biased exponent in its eight bits.
+        scales = jax.lax.bitcast_convert_type((exponent + 127).astype(jnp.uint8), jnp.float8_e8m0fnu)
+        codes = encode_e2m1(jnp.ldexp(grouped, -exponent))
+    elif scheme.format in INTEGER_RANGE and scheme.offset != "none":
+        lowest, highest = (0, 15) if scheme.format == "int4" else (-128, 127)
+        # The range always spans 0, so that a zero point is itself a code.
+        low = jnp.minimum(jnp.min(grouped, axis=-1, keepdims=True), 0.0)
+        high = jnp.maximum(jnp.max(grouped, axis=-1, keepdims=True), 0.0)
+        scales = ((high - low) / (highest - lowest)).astype(scale_dtype)
+        inverse = reciprocal_or_zero(scales.astype(jnp.float32))
+        if scheme.offset == "zeros":
+            zero = jnp.clip(jnp.round(lowest - low * inverse), lowest, highest)
+            zeros = zero.astype(CODE_DTYPE[scheme.format])
+            codes = jnp.clip(jnp.round(grouped * inverse) + zero, lowest, highest)
+        else:
+            minimums = (low - lowest * scales.astype(jnp.float32)).astype(scale_dtype)
+            codes = jnp.clip(jnp.round((grouped - minimums.astype(jnp.float32)) * inverse), lowest, highest)
+    else:
+        largest = largest_code(scheme)
+        absmax = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
+        scales = (absmax / largest).astype(scale_dtype)
+        scaled = grouped * reciprocal_or_zero(scales.astype(jnp.float32))
+        scaled = jnp.clip(scaled, -largest, largest)
+        codes = jnp.round(scaled) + scheme.implied_zero if scheme.format in INTEGER_RANGE else scaled
+    codes = codes.astype(CODE_DTYPE[scheme.format]).reshape(rows.shape)
+    values = pack_nibbles(codes) if scheme.packed else codes
+    squeeze = functools.partial(jnp.squeeze, axis=-1)
+    return QuantizedArray(
+        values,
+        squeeze(scales),
+        None if zeros is None else squeeze(zeros),
+        None if minimums is None else squeeze(minimums),
+        scheme,
+    )
+
+
+def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
+    """The weights that a `QuantizedArray` stands for.
+
+    Args:
+      w: the quantized weights, of logical shape `[..., in, out]`.
+      dtype: dtype of the result; the arithmetic is float32.
+
+    Returns:
+      `[..., in, out]` in `dtype`.
+    """
+    codes = codes_of(w)
+    grouped = codes.reshape(*codes.shape[:-1], w.scales.shape[-1], -1)  # [..., out, groups, group]
+    weights = decode_codes(grouped, w.scheme, None if w.zeros is None else w.zeros[..., None])
+    weights = weights * w.scales.astype(jnp.float32)[..., None]
+    if w.minimums is not None:
+        weights = weights + w.minimums.astype(jnp.float32)[..., None]
+    return jnp.swapaxes(weights.reshape(codes.shape).astype(dtype), -1, -2)
+
+
+def largest_code(scheme: Scheme) -> float:
+    """The magnitude onto which a symmetric scheme maps a group's absolute maximum."""
+    if scheme.format in INTEGER_RANGE:
+        return float(INTEGER_RANGE[scheme.format][1])
+    return float(jnp.finfo(CODE_DTYPE[scheme.format]).max)
+
+
+def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Quantizes along the last axis by its absolute maximum: activations per token, cache entries per token and head.
+
+    Args:
+      x: `[..., n]`, float.
+      dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+      codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`; a row of zeros has scale 0.
+    """
+    scheme = Scheme(jnp.dtype(dtype).name)  # type: ignore[arg-type]  # Scheme rejects other dtypes
+    x = x.astype(jnp.float32)
+    largest = largest_code(scheme)
+    scales = jnp.max(jnp.abs(x), axis=-1) / largest
+    scaled = jnp.clip(x * reciprocal_or_zero(scales)[..., None], -largest, largest)
+    return (jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled).astype(dtype), scales
+
+
+def reciprocal_or_zero(x: jax.Array) -> jax.Array:
+    """1 / x, and 0 where x is 0: a group of zeros quantizes to zeros, not to NaN."""
+    return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
+
+
+def check_in_features(in_features: int, scheme: Scheme) -> None:
+    """Raises ValueError where `in` does not divide into the scheme's groups and packing blocks."""
+    if scheme.group_size is not None and in_features % scheme.group_size:
+        divisors = [g for g in (128, 64, 32, 16) if in_features % g == 0]
+        way_out = f"group sizes that divide it: {divisors}" if divisors else "use a per-channel scheme"
+        raise ValueError(f"{scheme}: in = {in_features} is not a multiple of group_size; {way_out}")
+    if scheme.packed and in_features % PACK_BLOCK:
+        raise ValueError(
+            f"{scheme}: 4-bit codes are packed in blocks of {PACK_BLOCK}, got in = {in_features}; pad `in` or use int8"
+        )
