@@ -249,16 +249,22 @@ class _Loader:
     def vector(self, part: str, layer: int | None, dtype: Any = jnp.float32) -> jax.Array:
         return jnp.array(self.tensors[part, layer].read(dtype))
 
-    def weight(self, part: str, layer: int | None = None, *, dense: bool = False) -> Weight:
+    def weight(self, part: str, layer: int | None = None) -> Weight:
+        """A weight as `[in, out]`, the transpose of what checkpoints hold."""
         tensor = self.tensors[part, layer]
         if self.scheme is not None:
-            if dense:
-                return jnp.array(tensor.read(self.dtype))
             try:
-                return _quantize_rows(jnp.asarray(tensor.read(jnp.float32)), self.scheme)
+                return _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme)
             except ValueError as error:
                 raise CheckpointError(f"{self.reader.path}: quantize: tensor {tensor.name!r}: {error}") from error
         if self.keep and tensor.read_quantized is not None:
+            return tensor.read_quantized()
+        return jnp.array(tensor.read(self.dtype).T)
+
+    def table(self, part: str) -> Weight:
+        """A table to look rows up in: `[rows, width]` as checkpoints hold it, or the file's own quantization."""
+        tensor = self.tensors[part, None]
+        if self.scheme is None and self.keep and tensor.read_quantized is not None:
             return tensor.read_quantized()
         return jnp.array(tensor.read(self.dtype))
 
@@ -281,13 +287,13 @@ def _load_parameters(loader: _Loader, report: Callable[[str, float], None]) -> P
     config = loader.reader.config
     steps = config.num_layers + 2
     frequencies = jnp.array(loader.reader.inverse_frequencies())
-    embedding = loader.weight("embedding", dense=not config.tied_embedding)
+    embedding = None if config.tied_embedding else loader.table("embedding")
     report("embedding", 1 / steps)
     layers = []
     for index in range(config.num_layers):
         layers.append(loader.layer(index))
         report(f"layer {index + 1} of {config.num_layers}", (index + 2) / steps)
-    head = None if config.tied_embedding else loader.weight("head")
+    head = loader.weight("embedding" if config.tied_embedding else "head")
     final_norm = loader.vector("final_norm", None)
     report("output head", 1.0)
     return Parameters(
@@ -300,9 +306,9 @@ def _load_parameters(loader: _Loader, report: Callable[[str, float], None]) -> P
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
-def _quantize_rows(rows: jax.Array, scheme: Scheme) -> QuantizedArray:
-    """Quantizes a weight given as `[out, in]`; jitted, so that no transposed or grouped float copy is made."""
-    return quantize(rows.T, scheme)
+def _quantize_transposed(weight: jax.Array, scheme: Scheme) -> QuantizedArray:
+    """Quantizes a weight given as `[out, in]`; jitted, so that few copies of it are made in float32."""
+    return quantize(weight.T, scheme)
 
 
 def _join(parts: list[Weight]) -> Weight | tuple[Weight, ...]:
@@ -310,6 +316,6 @@ def _join(parts: list[Weight]) -> Weight | tuple[Weight, ...]:
     formats = {(jax.tree.structure(part), *(leaf.dtype for leaf in jax.tree.leaves(part))) for part in parts}
     if len(formats) > 1:
         return tuple(parts)
-    # Codes, scales and dense weights all have `out` as their last axis but one.
-    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-2), *parts)
+    # Codes, scales and dense weights all have `out` as their last axis.
+    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
     return joined

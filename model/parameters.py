@@ -9,7 +9,7 @@ import jax
 from palladion.reference.quantization import QuantizedArray
 
 Weight = jax.Array | QuantizedArray
-"""A linear layer's weight: a dense array stored `[out, in]`, or a QuantizedArray (logically `[in, out]`)."""
+"""A linear layer's weight `[in, out]`: a dense array or a QuantizedArray."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,18 +43,18 @@ class Parameters:
     """All weights of a model.
 
     Attributes:
-      embedding: token embedding, one row per token: dense `[vocab, hidden]` or a QuantizedArray of `in` = hidden,
-        `out` = vocab. It is also the output head where `head` is None.
-      layers: the decoder layers.
+      embedding: token embedding, one row per token: dense `[vocab, hidden]`, or a QuantizedArray of `in` = hidden and
+        `out` = vocab; None where it is tied, its rows the columns of `head`.
+      layers: the decoder layers: a tuple, or one `Layer` whose arrays are stacked, `[num_layers, ...]`.
       final_norm: `[hidden]`.
-      head: the output head, `in` = hidden, `out` = vocab, or None where it is tied to the embedding.
+      head: the output head, `in` = hidden, `out` = vocab.
       inverse_frequencies: `[head_dim / 2]` float32, the rotary frequencies, any scaling already applied.
     """
 
-    embedding: Weight
-    layers: tuple[Layer, ...]
+    embedding: Weight | None
+    layers: tuple[Layer, ...] | Layer
     final_norm: jax.Array
-    head: Weight | None
+    head: Weight
     inverse_frequencies: jax.Array
 
     @property
@@ -64,8 +64,8 @@ class Parameters:
 
     def bytes_per_step(self, batch: int) -> int:
         """Bytes of weights that a decode step must read: all, but only `batch` rows of an untied embedding."""
-        if self.head is None:
+        if self.embedding is None:
             return self.nbytes
-        table = sum(leaf.nbytes for leaf in jax.tree.leaves(self.embedding))
+        table = self.embedding.nbytes
         rows = self.embedding.shape[-1] if isinstance(self.embedding, QuantizedArray) else self.embedding.shape[0]
         return self.nbytes - table + batch * (table // rows)

@@ -83,26 +83,26 @@ def decode_attention(
 def dequantize(w: QuantizedArray) -> Array:
     """The weights `[in, out]` that a QuantizedArray without leading dimensions stands for."""
     stored = np.asarray(w.values)
-    codes = np.zeros((w.out_features, w.in_features))
+    codes = np.zeros((w.in_features, w.out_features))
     for i in range(w.in_features):
         if w.scheme.packed:
             block, within = divmod(i, PACK_BLOCK)
             half = PACK_BLOCK // 2
-            byte = stored[:, block * half + within % half]
+            byte = stored[block * half + within % half]
             nibble = (byte >> 4) if within >= half else (byte & 15)
             if w.scheme.format == "mxfp4":
                 levels = np.array([*E2M1_LEVELS, *(-level for level in E2M1_LEVELS)])
-                codes[:, i] = levels[nibble]
+                codes[i] = levels[nibble]
             else:
-                codes[:, i] = nibble
+                codes[i] = nibble
         else:
-            codes[:, i] = widen(stored[:, i])
-    group = w.in_features // w.scales.shape[-1]
-    scales = np.repeat(widen(w.scales), group, axis=1)
+            codes[i] = widen(stored[i])
+    group = w.in_features // w.scales.shape[0]
+    scales = np.repeat(widen(w.scales), group, axis=0)
     zero = float(INT4_ZERO) if w.scheme.format == "int4" and w.scheme.offset == "none" else 0.0
-    zeros = zero if w.zeros is None else np.repeat(widen(w.zeros), group, axis=1)
-    minimums = 0.0 if w.minimums is None else np.repeat(widen(w.minimums), group, axis=1)
-    return (scales * (codes - zeros) + minimums).T
+    zeros = zero if w.zeros is None else np.repeat(widen(w.zeros), group, axis=0)
+    minimums = 0.0 if w.minimums is None else np.repeat(widen(w.minimums), group, axis=0)
+    return scales * (codes - zeros) + minimums
 
 
 def quantized_matmul(

@@ -2,15 +2,15 @@
 
 One formula serves every scheme. A weight is stored as a small *code*; along `in`, codes share a scale per group:
 
-    weight[i, o] = scales[o, g] * (code[o, i] - zero[o, g]) + minimum[o, g]        g = i // group_size
+    weight[i, o] = scales[g, o] * (code[i, o] - zero[g, o]) + minimum[g, o]        g = i // group_size
 
 `zero` and `minimum` are there for asymmetric schemes only, one of the two. A symmetric 4-bit code is stored with an
 implied zero of 8, so that every 4-bit code is an unsigned nibble.
 
-Logically a weight is `[in, out]`; it is stored with `out` first, one output channel's codes contiguous, which is the
-order checkpoints have and the order a matrix-vector product reads. 4-bit codes are packed two to a byte in blocks of
-32: byte j of a block holds element j in its low and element j + 16 in its high nibble, the order of GGUF's Q4_0, Q4_1
-and MXFP4 tensors, which are therefore loaded bit for bit.
+A weight is `[in, out]` and stored so, `out` contiguous: the vector lanes of a processor then stand for output channels,
+a row of codes meets one activation, and no sum runs across lanes. 4-bit codes are packed two to a byte along `in`, in
+blocks of 32: row j of a block holds element j in its low and element j + 16 in its high nibble, as the blocks of GGUF's
+Q4_0, Q4_1 and MXFP4 do, so that their codes are moved and never changed.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ class QuantizedArray:
     """A weight matrix, logically `[in, out]`, held in few bits. A pytree; `scheme` is static.
 
     Attributes:
-      values: the codes, `[..., out, in]` in the scheme's dtype, or `[..., out, in / 2]` uint8 for packed 4-bit codes.
-      scales: `[..., out, groups]`, a float dtype (float8_e8m0fnu for mxfp4); groups = 1 for per-channel schemes.
-      zeros: `[..., out, groups]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
-      minimums: `[..., out, groups]` floats added to every weight of a group, or None.
+      values: the codes, `[..., in, out]` in the scheme's dtype, or `[..., in / 2, out]` uint8 for packed 4-bit codes.
+      scales: `[..., groups, out]`, a float dtype (float8_e8m0fnu for mxfp4); groups = 1 for per-channel schemes.
+      zeros: `[..., groups, out]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
+      minimums: `[..., groups, out]` floats added to every weight of a group, or None.
       scheme: the `Scheme` that says how to read the rest.
 
     Leading dimensions are those of stacked weights (`scan` and `vmap` peel them off).
@@ -151,12 +151,12 @@ class QuantizedArray:
     @property
     def in_features(self) -> int:
         """Length of the contracted dimension, in weights."""
-        return self.values.shape[-1] * (2 if self.scheme.packed else 1)
+        return self.values.shape[-2] * (2 if self.scheme.packed else 1)
 
     @property
     def out_features(self) -> int:
         """Number of output channels."""
-        return self.values.shape[-2]
+        return self.values.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -178,17 +178,18 @@ class QuantizedArray:
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
-    """Packs 4-bit codes `[..., in]` (0 to 15, any integer dtype) to uint8 `[..., in / 2]` in blocks of 32."""
-    *lead, in_features = codes.shape
-    halves = codes.astype(jnp.uint8).reshape(*lead, in_features // PACK_BLOCK, 2, PACK_BLOCK // 2)
-    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*lead, in_features // 2)
+    """Packs 4-bit codes `[..., in, out]` (0 to 15, any integer dtype) to uint8 `[..., in / 2, out]`, by blocks of 32."""
+    *lead, in_features, out_features = codes.shape
+    halves = codes.astype(jnp.uint8).reshape(*lead, in_features // PACK_BLOCK, 2, PACK_BLOCK // 2, out_features)
+    packed = halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)
+    return packed.reshape(*lead, in_features // 2, out_features)
 
 
 def unpack_nibbles(packed: jax.Array) -> jax.Array:
-    """Inverse of `pack_nibbles`: uint8 `[..., in / 2]` to 4-bit codes in uint8 `[..., in]`."""
-    *lead, half = packed.shape
-    blocks = packed.reshape(*lead, half * 2 // PACK_BLOCK, 1, PACK_BLOCK // 2)
-    return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, half * 2)
+    """Inverse of `pack_nibbles`: uint8 `[..., in / 2, out]` to 4-bit codes in uint8 `[..., in, out]`."""
+    *lead, half, out_features = packed.shape
+    blocks = packed.reshape(*lead, half * 2 // PACK_BLOCK, PACK_BLOCK // 2, out_features)
+    return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, half * 2, out_features)
 
 
 def decode_e2m1(codes: jax.Array) -> jax.Array:
@@ -212,7 +213,7 @@ def encode_e2m1(x: jax.Array) -> jax.Array:
 
 
 def codes_of(w: QuantizedArray) -> jax.Array:
-    """The codes of a QuantizedArray, unpacked: `[..., out, in]`, the implied zero of 8 not yet taken off."""
+    """The codes of a QuantizedArray, unpacked: `[..., in, out]`, the implied zero of 8 not yet taken off."""
     return unpack_nibbles(w.values) if w.scheme.packed else w.values
 
 
@@ -248,11 +249,11 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, scale_dtype: Any = jnp.
     in_features = weight.shape[-2]
     check_in_features(in_features, scheme)
     groups = scheme.groups(in_features)
-    rows = jnp.swapaxes(weight, -1, -2).astype(jnp.float32)  # [..., out, in]
-    grouped = rows.reshape(*rows.shape[:-1], groups, in_features // groups)  # [..., out, groups, group]
+    *lead, _, out_features = weight.shape
+    grouped = weight.astype(jnp.float32).reshape(*lead, groups, in_features // groups, out_features)
     zeros = minimums = None
     if scheme.format == "mxfp4":
-        absmax = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
+        absmax = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
         # frexp's exponent is one above floor(log2): exact, where a logarithm may round up at a power of two.
         exponent = jnp.frexp(absmax)[1] - 1 - 2  # 2 is the exponent of the largest e2m1 number, 6 = 1.5 * 2**2
         exponent = jnp.clip(jnp.where(absmax > 0, exponent, -126), -126, 127)
@@ -262,8 +263,8 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, scale_dtype: Any = jnp.
     elif scheme.format in INTEGER_RANGE and scheme.offset != "none":
         lowest, highest = (0, 15) if scheme.format == "int4" else (-128, 127)
         # The range always spans 0, so that a zero point is itself a code.
-        low = jnp.minimum(jnp.min(grouped, axis=-1, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(grouped, axis=-1, keepdims=True), 0.0)
+        low = jnp.minimum(jnp.min(grouped, axis=-2, keepdims=True), 0.0)
+        high = jnp.maximum(jnp.max(grouped, axis=-2, keepdims=True), 0.0)
         scales = ((high - low) / (highest - lowest)).astype(scale_dtype)
         inverse = reciprocal_or_zero(scales.astype(jnp.float32))
         if scheme.offset == "zeros":
@@ -275,14 +276,14 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, scale_dtype: Any = jnp.
             codes = jnp.clip(jnp.round((grouped - minimums.astype(jnp.float32)) * inverse), lowest, highest)
     else:
         largest = largest_code(scheme)
-        absmax = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
+        absmax = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
         scales = (absmax / largest).astype(scale_dtype)
         scaled = grouped * reciprocal_or_zero(scales.astype(jnp.float32))
         scaled = jnp.clip(scaled, -largest, largest)
         codes = jnp.round(scaled) + scheme.implied_zero if scheme.format in INTEGER_RANGE else scaled
-    codes = codes.astype(CODE_DTYPE[scheme.format]).reshape(rows.shape)
+    codes = codes.astype(CODE_DTYPE[scheme.format]).reshape(weight.shape)
     values = pack_nibbles(codes) if scheme.packed else codes
-    squeeze = functools.partial(jnp.squeeze, axis=-1)
+    squeeze = functools.partial(jnp.squeeze, axis=-2)
     return QuantizedArray(
         values,
         squeeze(scales),
@@ -303,12 +304,13 @@ def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
       `[..., in, out]` in `dtype`.
     """
     codes = codes_of(w)
-    grouped = codes.reshape(*codes.shape[:-1], w.scales.shape[-1], -1)  # [..., out, groups, group]
-    weights = decode_codes(grouped, w.scheme, None if w.zeros is None else w.zeros[..., None])
-    weights = weights * w.scales.astype(jnp.float32)[..., None]
+    *lead, _, out_features = codes.shape
+    grouped = codes.reshape(*lead, w.scales.shape[-2], -1, out_features)  # [..., groups, group, out]
+    weights = decode_codes(grouped, w.scheme, None if w.zeros is None else w.zeros[..., None, :])
+    weights = weights * w.scales.astype(jnp.float32)[..., None, :]
     if w.minimums is not None:
-        weights = weights + w.minimums.astype(jnp.float32)[..., None]
-    return jnp.swapaxes(weights.reshape(codes.shape).astype(dtype), -1, -2)
+        weights = weights + w.minimums.astype(jnp.float32)[..., None, :]
+    return weights.reshape(codes.shape).astype(dtype)
 
 
 def largest_code(scheme: Scheme) -> float:

@@ -184,18 +184,24 @@ def rows_of(weight: Weight | tuple[Weight, ...]) -> np.ndarray:
         return np.concatenate([rows_of(part) for part in weight])
     if isinstance(weight, QuantizedArray):
         return np.asarray(dequantize(weight)).T
-    return np.asarray(weight.astype(jnp.float32))
+    return np.asarray(weight.astype(jnp.float32)).T
+
+
+def table_of(embedding: Weight) -> np.ndarray:
+    """`[vocab, hidden]` float32 of an untied embedding."""
+    return rows_of(embedding) if isinstance(embedding, QuantizedArray) else np.asarray(embedding.astype(jnp.float32))
 
 
 def assert_holds(parameters: Any, expected: dict[str, np.ndarray]) -> None:
     """The parameters are exactly `expected`, float rows under GGUF's names in the model's order."""
     same = np.testing.assert_array_equal
-    same(rows_of(parameters.embedding), expected["token_embd"])
     same(parameters.final_norm, expected["output_norm"])
     if "output" in expected:
+        same(table_of(parameters.embedding), expected["token_embd"])
         same(rows_of(parameters.head), expected["output"])
     else:
-        assert parameters.head is None
+        assert parameters.embedding is None
+        same(rows_of(parameters.head), expected["token_embd"])
     assert len(parameters.layers) == LAYERS
     for i, layer in enumerate(parameters.layers):
         part = {name: expected[f"blk.{i}.{name}"] for name in (*SHAPES, "attn_norm", "ffn_norm")}
@@ -225,7 +231,7 @@ def test_gguf_quantized_weights_are_kept_without_loss(tmp_path: Path, kind: str,
     loaded = load_checkpoint(write_gguf(tmp_path / "model.gguf", tensors))
     assert_holds(loaded.parameters, decoded(tensors))
     assert loaded.config.tied_embedding is tied
-    weights = [loaded.parameters.embedding, *([] if tied else [loaded.parameters.head])]
+    weights = [loaded.parameters.head, *([] if tied else [loaded.parameters.embedding])]
     weights += [w for layer in loaded.parameters.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
     for weight in weights:
         assert isinstance(weight, QuantizedArray)
@@ -452,7 +458,7 @@ def test_tied_checkpoint_ignores_a_second_copy_and_buffers(tmp_path: Path) -> No
     tensors = hugging_face_names()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(HEAD_DIM // 2, np.float32)
     folder = hugging_face_folder(tmp_path, tensors, {"tie_word_embeddings": True})
-    assert load_checkpoint(folder).parameters.head is None
+    assert load_checkpoint(folder).parameters.embedding is None
 
 
 # ------------------------------------------------------------------------------------------------------- while loading
@@ -464,9 +470,8 @@ def test_quantize_while_loading(tmp_path: Path, scheme: str, tied: bool) -> None
     weights = random_weights(tied)
     folder = hugging_face_folder(tmp_path, hugging_face_names(weights), {"tie_word_embeddings": tied})
     parameters = load_checkpoint(folder, quantize=scheme, dtype="bfloat16").parameters
-    table = parameters.embedding if tied else parameters.head
     rows = weights["token_embd" if tied else "output"]
-    pairs = [(table, rows), (parameters.layers[1].down, weights["blk.1.ffn_down"])]
+    pairs = [(parameters.head, rows), (parameters.layers[1].down, weights["blk.1.ffn_down"])]
     joined = np.concatenate([weights[f"blk.1.{name}"] for name in ("attn_q", "attn_k", "attn_v")])
     pairs.append((parameters.layers[1].qkv, joined))
     for weight, source in pairs:
@@ -701,7 +706,7 @@ def test_hugging_face_tensor_errors(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path)
     zeros = {f"{prefix}self_attn.o_proj.bias": np.zeros(HIDDEN, np.float32)}
-    assert load_checkpoint(hugging_face_folder(tmp_path, tensors | zeros)).parameters.head is not None
+    assert load_checkpoint(hugging_face_folder(tmp_path, tensors | zeros)).parameters.embedding is not None
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -738,7 +743,7 @@ def test_arguments(tmp_path: Path) -> None:
         load_checkpoint(path, quantize="int3")
     with pytest.raises(CheckpointError, match=r"quantize: tensor 'blk\.0\.attn_q\.weight': .*not a multiple"):
         load_checkpoint(path, quantize="int4-g128")
-    assert load_checkpoint(path, dtype=jnp.bfloat16).parameters.embedding.dtype == jnp.bfloat16  # type: ignore[union-attr]
+    assert load_checkpoint(path, dtype=jnp.bfloat16).parameters.head.dtype == jnp.bfloat16  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("package", "kind"), [("gguf", "file"), ("safetensors", "folder"), ("tokenizers", "folder")])
@@ -765,7 +770,7 @@ def test_packaged_model_loads() -> None:
     except CheckpointError as error:
         pytest.skip(str(error))
     loaded = load_checkpoint(path)
-    assert str(loaded.parameters.embedding.scheme) == "int8-g32"  # type: ignore[union-attr]
+    assert str(loaded.parameters.head.scheme) == "int8-g32"  # type: ignore[union-attr]
     assert str(loaded.parameters.layers[0].qkv.scheme) == "int4-g32-minimums"  # type: ignore[union-attr]
     stored_tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     down = stored_tensors["blk.7.ffn_down.weight"]
