@@ -17,7 +17,7 @@ from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor
 from palladion.model.config import ModelConfig
 from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
-from palladion.model.parameters import Layer, Parameters, Weight
+from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import QuantizedArray, Scheme, quantize
 
@@ -105,6 +105,7 @@ def load_checkpoint(
     dtype: Any = "float32",
     weights: Literal["keep", "dequantize"] = "keep",
     quantize: str | Scheme | None = None,
+    stack: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Checkpoint:
     """Loads a model of the Llama family.
@@ -120,6 +121,8 @@ def load_checkpoint(
         quantized types become dense. "dequantize" makes everything dense.
       quantize: a scheme, for example "int8" or "int4-g32", to which projections, the output head and a tied embedding
         are quantized instead, each as it is read. An embedding that is not tied stays dense: a step reads a few rows.
+      stack: stacks the weights of all layers, `[num_layers, ...]`, as `lax.scan` over layers takes them. Layers that
+        differ in a format (some GGUF files mix) stay apart.
       progress: called with what was just loaded and the fraction done, 0 to 1.
 
     Returns:
@@ -138,7 +141,7 @@ def load_checkpoint(
     scheme = None if quantize is None else Scheme.parse(quantize)
     reader = _open(find_model(path))
     loader = _Loader(reader, _find_tensors(reader), jnp.dtype(name), weights == "keep", scheme)
-    parameters = _load_parameters(loader, progress or _no_report)
+    parameters = _load_parameters(loader, stack, progress or _no_report)
     return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
 
 
@@ -283,13 +286,13 @@ class _Loader:
         )
 
 
-def _load_parameters(loader: _Loader, report: Callable[[str, float], None]) -> Parameters:
+def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float], None]) -> Parameters:
     config = loader.reader.config
     steps = config.num_layers + 2
     frequencies = jnp.array(loader.reader.inverse_frequencies())
     embedding = None if config.tied_embedding else loader.table("embedding")
     report("embedding", 1 / steps)
-    layers = []
+    layers = LayerStack(config.num_layers, stack)
     for index in range(config.num_layers):
         layers.append(loader.layer(index))
         report(f"layer {index + 1} of {config.num_layers}", (index + 2) / steps)
@@ -298,7 +301,7 @@ def _load_parameters(loader: _Loader, report: Callable[[str, float], None]) -> P
     report("output head", 1.0)
     return Parameters(
         embedding=embedding,
-        layers=tuple(layers),
+        layers=layers.result(),
         final_norm=final_norm,
         head=head,
         inverse_frequencies=frequencies,

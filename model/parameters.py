@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 
 from palladion.reference.quantization import QuantizedArray
 
@@ -35,6 +37,54 @@ class Layer:
     mlp_norm: jax.Array
     gate_up: Weight | tuple[Weight, ...]
     down: Weight
+
+
+class LayerStack:
+    """Collects layers one at a time, stacked or apart; a stack is filled in place, so that no weight is held twice."""
+
+    def __init__(self, num_layers: int, stacked: bool) -> None:
+        self._num_layers = num_layers
+        self._stacked = stacked
+        self._stack: Layer | None = None
+        self._count = 0
+        self._apart: list[Layer] = []
+
+    def append(self, layer: Layer) -> None:
+        """Takes the next layer; one that differs in form from those before it breaks the stack up."""
+        if self._stack is not None and not _same_form(layer, self._stack):
+            self._apart = [_take(self._stack, index) for index in range(self._count)]
+            self._stack, self._stacked = None, False
+        if not self._stacked:
+            self._apart.append(layer)
+            return
+        if self._stack is None:
+            self._stack = jax.tree.map(lambda leaf: jnp.zeros((self._num_layers, *leaf.shape), leaf.dtype), layer)
+        self._stack = _put(self._stack, layer, self._count)
+        self._count += 1
+
+    def result(self) -> Layer | tuple[Layer, ...]:
+        """All layers: one `Layer` of stacked arrays, or a tuple."""
+        return tuple(self._apart) if self._stack is None else self._stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Layer, layer: Layer, index: int) -> Layer:
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+
+    return jax.tree.map(put, stack, layer)
+
+
+def _take(stack: Layer, index: int) -> Layer:
+    return jax.tree.map(lambda whole: whole[index], stack)
+
+
+def _same_form(layer: Layer, stack: Layer) -> bool:
+    """Whether a layer has the structure, shapes and dtypes of those in a stack."""
+    if jax.tree.structure(layer) != jax.tree.structure(stack):
+        return False
+    pairs = zip(jax.tree.leaves(layer), jax.tree.leaves(stack), strict=True)
+    return all(part.shape == whole.shape[1:] and part.dtype == whole.dtype for part, whole in pairs)
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ from palladion.reference.append_kv import append_kv
 from palladion.reference.caches import KVCache, quantize_kv
 from palladion.reference.decode_attention import decode_attention, merge_partials
 from palladion.reference.quantization import QuantizedArray, Scheme, dequantize, quantize
-from palladion.reference.quantized_matmul import quantized_matmul
+from palladion.reference.quantized_matmul import matmul, quantized_matmul
 
 __all__ = [
     "KVCache",
@@ -17,6 +17,7 @@ __all__ = [
     "append_kv",
     "decode_attention",
     "dequantize",
+    "matmul",
     "merge_partials",
     "quantize",
     "quantize_kv",

@@ -12,11 +12,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.caches import KVCache, quantize_kv
 
 
 def append_kv(
-    cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array, *, new_tokens: jax.Array | None = None
+    cache: KVCache,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    new_tokens: jax.Array | None = None,
+    layer: jax.Array | None = None,
 ) -> KVCache:
     """Writes the newest tokens of each sequence; see `palladion.append_kv` for the contract (inputs are valid here).
 
@@ -26,16 +33,17 @@ def append_kv(
       v: like k.
       lengths: int32 `[batch]`, tokens in the cache once this call is done.
       new_tokens: int32 `[batch]`, how many of the q_len tokens are real, the last ones; None means all.
+      layer: int32 scalar, which entry of caches with a leading `[num_layers]` is meant, or None where they have none.
     """
     batch, q_len = k.shape[:2]
     if new_tokens is None and cache.page_table is None and batch == 1 and q_len == 1:
-        return _append_one(cache, k, v, lengths)
+        return _append_one(cache, k, v, lengths, layer)
     token = jnp.arange(q_len, dtype=jnp.int32)
     position = lengths[:, None] - q_len + token  # [batch, q_len]
     written = (position >= 0) & (position < cache.max_len)
     if new_tokens is not None:
         written &= token >= q_len - new_tokens[:, None]
-    rows = cache.k.shape[2]
+    rows = cache.k.shape[-2]
     if cache.page_table is None:
         slab = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], position.shape)
         row = position
@@ -47,12 +55,13 @@ def append_kv(
     row = jnp.where(written, row, rows)
 
     def write(target: jax.Array, new: jax.Array) -> jax.Array:
-        return target.at[slab, :, row].set(new, mode="drop", unique_indices=True)
+        place = (slab, slice(None), row) if layer is None else (layer, slab, slice(None), row)
+        return target.at[place].set(new, mode="drop", unique_indices=True)
 
     return _write_all(cache, k, v, write)
 
 
-def _append_one(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array) -> KVCache:
+def _append_one(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array, layer: jax.Array | None) -> KVCache:
     """One token of one sequence: a slice update, which XLA does in place without the loop of a scatter."""
     position = lengths[0] - 1
     row = jnp.clip(position, 0, cache.max_len - 1)
@@ -60,7 +69,9 @@ def _append_one(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array) 
 
     def write(target: jax.Array, new: jax.Array) -> jax.Array:
         new = jnp.swapaxes(new, 1, 2)  # [1, kv_heads, 1, ...] as the cache has it
-        start = (0, 0, row) + (0,) * (target.ndim - 3)
+        start = (0, 0, row) + (0,) * (new.ndim - 3)
+        if layer is not None:
+            new, start = new[None], (layer, *start)
         old = jax.lax.dynamic_slice(target, start, new.shape)
         return jax.lax.dynamic_update_slice(target, jnp.where(written, new, old), start)
 
@@ -71,12 +82,15 @@ def _write_all(
     cache: KVCache, k: jax.Array, v: jax.Array, write: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> KVCache:
     """Quantizes new keys and values as the cache needs them and writes all of its parts."""
+    def write_bits(target: jax.Array, new: jax.Array) -> jax.Array:
+        return from_bits(write(to_bits(target), to_bits(new)), target)
+
     k, k_scale = quantize_kv(k, cache.k.dtype)
     v, v_scale = quantize_kv(v, cache.v.dtype)
     return dataclasses.replace(
         cache,
-        k=write(cache.k, k),
-        v=write(cache.v, v),
-        k_scale=None if k_scale is None or cache.k_scale is None else write(cache.k_scale, k_scale),
-        v_scale=None if v_scale is None or cache.v_scale is None else write(cache.v_scale, v_scale),
+        k=write_bits(cache.k, k),
+        v=write_bits(cache.v, v),
+        k_scale=None if k_scale is None or cache.k_scale is None else write_bits(cache.k_scale, k_scale),
+        v_scale=None if v_scale is None or cache.v_scale is None else write_bits(cache.v_scale, v_scale),
     )

@@ -18,7 +18,10 @@ QUANTIZED_CACHE_DTYPES: Final = ("int8", "float8_e4m3fn", "float8_e5m2")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer. How many tokens of it are valid (`lengths`) is kept by the caller.
+    """Keys and values. How many tokens of them are valid (`lengths`) is kept by the caller.
+
+    The arrays are those of one layer, or of all layers with a leading `[num_layers]`: the operations then take `layer=`
+    and read and write that one in place, which slicing it off and putting it back would not.
 
     Attributes:
       k: dense `[batch, kv_heads, max_len, head_dim]` or paged `[num_pages, kv_heads, page_size, head_dim]`.
@@ -36,7 +39,16 @@ class KVCache:
     page_table: jax.Array | None = None
 
     @classmethod
-    def dense(cls, batch: int, kv_heads: int, max_len: int, head_dim: int, dtype: Any = jnp.bfloat16) -> KVCache:
+    def dense(
+        cls,
+        batch: int,
+        kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        dtype: Any = jnp.bfloat16,
+        *,
+        num_layers: int | None = None,
+    ) -> KVCache:
         """An empty dense cache.
 
         Args:
@@ -45,11 +57,12 @@ class KVCache:
           max_len: tokens each sequence has room for.
           head_dim: width of a head.
           dtype: float32, bfloat16, float16, or int8, float8_e4m3fn, float8_e5m2 with a scale per token and head.
+          num_layers: stacks the caches of that many layers; None makes the cache of one.
 
         Raises:
           ValueError: a size below 1 or a dtype that is not listed.
         """
-        return _empty((batch, kv_heads, max_len, head_dim), dtype, None)
+        return _empty((batch, kv_heads, max_len, head_dim), dtype, None, num_layers)
 
     @classmethod
     def paged(
@@ -60,32 +73,38 @@ class KVCache:
         head_dim: int,
         page_table: jax.Array,
         dtype: Any = jnp.bfloat16,
+        *,
+        num_layers: int | None = None,
     ) -> KVCache:
         """An empty paged cache whose pages `page_table` (int32 `[batch, pages_per_seq]`) hands to sequences.
 
         Raises:
           ValueError: a size below 1 or a dtype that `dense` would not take.
         """
-        return _empty((num_pages, kv_heads, page_size, head_dim), dtype, page_table)
+        return _empty((num_pages, kv_heads, page_size, head_dim), dtype, page_table, num_layers)
 
     @property
     def max_len(self) -> int:
         """Tokens that one sequence has room for."""
         pages = 1 if self.page_table is None else self.page_table.shape[1]
-        return self.k.shape[2] * pages
+        return self.k.shape[-2] * pages
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and their scales."""
-        return sum(part.nbytes for part in (self.k, self.v, self.k_scale, self.v_scale) if part is not None)
+        parts = (self.k, self.v, self.k_scale, self.v_scale)
+        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one cached token takes: what a decode step reads for every token of context."""
-        return self.nbytes // (self.k.shape[0] * self.k.shape[2])
+        """Bytes that one cached token takes, in all layers held here: what a step reads for each token of context."""
+        return self.nbytes // (self.k.shape[-4] * self.k.shape[-2])
 
 
-def _empty(shape: tuple[int, int, int, int], dtype: Any, page_table: jax.Array | None) -> KVCache:
+def _empty(
+    sizes: tuple[int, int, int, int], dtype: Any, page_table: jax.Array | None, num_layers: int | None
+) -> KVCache:
+    shape = sizes if num_layers is None else (num_layers, *sizes)
     if min(shape) < 1:
         raise ValueError(f"KVCache: every size must be at least 1, got {shape}")
     name = jnp.dtype(dtype).name
@@ -99,7 +118,7 @@ def _empty(shape: tuple[int, int, int, int], dtype: Any, page_table: jax.Array |
         return jnp.zeros(shape, dtype)
 
     def scales() -> jax.Array | None:
-        return jnp.zeros(shape[:3], jnp.float32) if scaled else None
+        return jnp.zeros(shape[:-1], jnp.float32) if scaled else None
 
     return KVCache(zeros(), zeros(), scales(), scales(), page_table)
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from palladion.reference.bits import from_bits, to_bits
+
 BLOCK = 256
 """Cached tokens that one trip of the loop reads."""
 
@@ -44,6 +46,7 @@ def decode_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends; see `palladion.decode_attention` for the contract (inputs are valid and defaults resolved here).
 
@@ -59,12 +62,13 @@ def decode_attention(
       sinks: `[q_heads]` or None.
       k_scale: the shape of k without head_dim, or None.
       v_scale: the shape of v without head_dim, or None.
+      layer: int32 scalar, which entry of caches with a leading `[num_layers]` is meant, or None where they have none.
 
     Returns:
       out `[batch, q_len, q_heads, head_dim]` in q's dtype, and lse `[batch, q_len, q_heads]` in float32.
     """
     batch, q_len, q_heads, head_dim = q.shape
-    kv_heads, page_size = k.shape[1:3]
+    kv_heads, page_size = k.shape[-3:-1]
     group = q_heads // kv_heads
     rows = q_len * group  # the queries that share a KV head
     max_len = page_size * (1 if page_table is None else page_table.shape[1])
@@ -80,11 +84,17 @@ def decode_attention(
 
     def read(cache: jax.Array, index: jax.Array) -> jax.Array:
         """Block `index` of a part of the cache as `[batch, kv_heads, block, ...]` in float32."""
+        bits = to_bits(cache)
+        layers, this = (bits[None], 0) if layer is None else (bits, layer)
+        rest = layers.shape[4:]  # head_dim, or nothing for scales
         if page_table is None:
-            return jax.lax.dynamic_slice_in_dim(cache, index * block, block, axis=2).astype(jnp.float32)
-        table = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
-        read_pages = cache.at[table].get(mode="clip").astype(jnp.float32)  # [batch, pages, kv_heads, page_size, ...]
-        return jnp.moveaxis(read_pages, 1, 2).reshape(batch, kv_heads, block, *cache.shape[3:])
+            start = (this, 0, 0, index * block) + (0,) * len(rest)
+            part = jax.lax.dynamic_slice(layers, start, (1, batch, kv_heads, block, *rest))[0]
+        else:
+            table = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
+            part = layers.at[this, table].get(mode="clip")  # [batch, pages, kv_heads, page_size, ...]
+            part = jnp.moveaxis(part, 1, 2).reshape(batch, kv_heads, block, *rest)
+        return from_bits(part, cache).astype(jnp.float32)
 
     def attend(index: jax.Array, state: _Partial) -> _Partial:
         # The last block is read as far back as it takes to be whole; what an earlier block has seen is masked.

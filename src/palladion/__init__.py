@@ -1,1 +1,38 @@
-"""Palladion: Pallas kernels for LLM decoding, their pure-XLA references, and a minimal LLM that runs on either."""
+"""Palladion: Pallas kernels for LLM decoding, their pure-XLA references, and a minimal LLM that runs on either.
+
+Operations, each with `backend=`:
+  decode_attention    attention of the newest tokens over a dense or paged KV cache
+  append_kv           writes new tokens into that cache, in place
+  quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside
+
+What they work on:
+  KVCache             dense or paged, plain or quantized
+  QuantizedArray      a weight matrix in few bits, made by `quantize`; `Scheme` names how
+
+Which implementation runs: `BACKENDS`, `using_backend`, `record_choices`, `Unsupported`.
+The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
+"""
+
+from palladion.kernels.append_kv import append_kv
+from palladion.kernels.backend import BACKENDS, Choice, Unsupported, record_choices, using_backend
+from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.quantized_matmul import quantized_matmul
+from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "KVCache",
+    "QuantizedArray",
+    "Scheme",
+    "Unsupported",
+    "append_kv",
+    "decode_attention",
+    "dequantize",
+    "merge_partials",
+    "quantize",
+    "quantize_kv",
+    "quantized_matmul",
+    "record_choices",
+    "using_backend",
+]

@@ -1,0 +1,6 @@
+"""Writing new tokens into a KV cache, in place where the cache is donated."""
+
+from palladion.kernels.append_kv.api import IMPLEMENTATIONS, append_kv
+from palladion.kernels.append_kv.problem import Inputs, Problem
+
+__all__ = ["IMPLEMENTATIONS", "Inputs", "Problem", "append_kv"]

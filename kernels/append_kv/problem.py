@@ -1,0 +1,112 @@
+"""What an append_kv call asks for: shapes and dtypes, validated before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.checks import check, check_lengths, check_shape, dtype_name
+from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in the shapes that every implementation takes.
+
+    Attributes:
+      cache: dense or paged, of one layer or of all.
+      k: `[batch, q_len, kv_heads, head_dim]`.
+      v: like k.
+      lengths: int32 `[batch]`.
+      new_tokens: int32 `[batch]` or None.
+      layer: int32 scalar or None.
+    """
+
+    cache: KVCache
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    new_tokens: jax.Array | None
+    layer: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An append_kv call without its arrays.
+
+    Attributes:
+      batch: sequences.
+      q_len: tokens to write for each.
+      kv_heads: key/value heads.
+      head_dim: width of a head.
+      max_len: tokens that a sequence has room for.
+      page_size: tokens in a page of a paged cache; None for a dense cache.
+      num_layers: layers stacked in the cache; None where it is one layer's.
+      x_dtype: dtype of the new keys and values.
+      kv_dtype: dtype of the cache.
+      has_new_tokens: whether only the last tokens of each sequence count.
+    """
+
+    batch: int
+    q_len: int
+    kv_heads: int
+    head_dim: int
+    max_len: int
+    page_size: int | None
+    num_layers: int | None
+    x_dtype: str
+    kv_dtype: str
+    has_new_tokens: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Problem:
+        """Describes a call; raises ValueError, naming the argument, where its arrays do not go together."""
+        cache, k, v, lengths, new_tokens, layer = inputs
+        rank = 4 if layer is None else 5
+        shape = "[batch or num_pages, kv_heads, max_len or page_size, head_dim]"
+        check(cache.k.ndim == rank, "cache", f"k of shape {cache.k.shape}", f"{shape}, and [num_layers] first with layer=")
+        check(k.ndim == 4 and min(k.shape) >= 1, "k", k.shape, "[batch, (q_len,) kv_heads, head_dim], each at least 1")
+        check_shape("v", v, k.shape, "the shape of k")
+        check(dtype_name(k) in FLOAT_CACHE_DTYPES, "k", k.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+        check(v.dtype == k.dtype, "v", v.dtype, f"the dtype of k, {k.dtype}")
+        batch, q_len, kv_heads, head_dim = k.shape
+        slabs, cache_heads, rows, cache_dim = cache.k.shape[-4:]
+        given = f"{kv_heads} heads of {head_dim}"
+        check((kv_heads, head_dim) == (cache_heads, cache_dim), "k", given, f"{cache_heads} heads of {cache_dim}")
+        held = slabs if cache.page_table is None else cache.page_table.shape[0]
+        check(batch == held, "k", f"a batch of {batch}", f"{held}, that of the cache")
+        scaled = dtype_name(cache.k) in QUANTIZED_CACHE_DTYPES
+        for name, scales in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+            check((scales is not None) == scaled, f"cache.{name}", scales is not None, f"{scaled} for {cache.k.dtype}")
+        check_lengths(lengths, batch, cache.max_len)
+        if new_tokens is not None:
+            check_shape("new_tokens", new_tokens, (batch,), "[batch]")
+            check(new_tokens.dtype == jnp.int32, "new_tokens", new_tokens.dtype, "int32")
+        if layer is not None:
+            check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+        return cls(
+            batch=batch,
+            q_len=q_len,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_len=cache.max_len,
+            page_size=None if cache.page_table is None else rows,
+            num_layers=None if layer is None else cache.k.shape[0],
+            x_dtype=dtype_name(k),
+            kv_dtype=dtype_name(cache.k),
+            has_new_tokens=new_tokens is not None,
+        )
+
+    def bytes_moved(self) -> int:
+        """Bytes that must move between memory and chip: the new keys and values, read once and written once."""
+        scale = 4 if self.kv_dtype in QUANTIZED_CACHE_DTYPES else 0
+        read = self.head_dim * jnp.dtype(self.x_dtype).itemsize
+        written = self.head_dim * jnp.dtype(self.kv_dtype).itemsize + scale
+        return 2 * self.batch * self.q_len * self.kv_heads * (read + written)
+
+    def __str__(self) -> str:
+        cache = f"max_len={self.max_len}" if self.page_size is None else f"page_size={self.page_size}"
+        heads = f"heads={self.kv_heads}x{self.head_dim}"
+        return f"batch={self.batch}, q_len={self.q_len}, {heads}, {cache}, x={self.x_dtype}, kv={self.kv_dtype}"

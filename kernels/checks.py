@@ -1,0 +1,43 @@
+"""Validation that operations share. Every message names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check(right: bool, argument: str, given: Any, accepted: str) -> None:
+    """Raises ValueError unless `right`."""
+    if not right:
+        raise ValueError(f"{argument}: got {given}; accepted: {accepted}")
+
+
+def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless an array has that shape."""
+    check(array.shape == shape, argument, f"shape {array.shape}", f"{shape}, {meaning}")
+
+
+def check_lengths(lengths: jax.Array, batch: int, max_len: int) -> None:
+    """Raises ValueError unless lengths are int32 `[batch]` and, where their values are known, in 0 to max_len."""
+    check_shape("lengths", lengths, (batch,), "[batch]")
+    check(lengths.dtype == jnp.int32, "lengths", lengths.dtype, "int32")
+    if not isinstance(lengths, jax.core.Tracer):
+        values = np.asarray(lengths)
+        outside = values[(values < 0) | (values > max_len)]
+        check(outside.size == 0, "lengths", outside.tolist(), f"0 to {max_len}, the tokens that the cache has room for")
+
+
+def dtype_name(array: jax.Array) -> str:
+    """The name of an array's dtype, "bfloat16" for example."""
+    return jnp.dtype(array.dtype).name
+
+
+def as_array(argument: str, x: Any, dtype: Any = None) -> jax.Array:
+    """Takes arrays and nested lists as a jax.Array; raises ValueError for anything else."""
+    try:
+        return jnp.asarray(x, dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: got {type(x).__name__}; accepted: an array") from error

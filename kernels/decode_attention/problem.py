@@ -1,0 +1,201 @@
+"""What a decode_attention call asks for: shapes, dtypes and options, validated before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palladion.kernels.checks import check, check_lengths, check_shape, dtype_name
+from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in the shapes that every implementation takes.
+
+    Attributes:
+      q: `[batch, q_len, q_heads, head_dim]`.
+      k: `[batch, kv_heads, max_len, head_dim]`, or `[num_pages, kv_heads, page_size, head_dim]` where there is a page
+        table; with a leading `[num_layers]` where there is a layer.
+      v: like k.
+      lengths: int32 `[batch]`.
+      page_table: int32 `[batch, pages_per_seq]` or None.
+      sinks: `[q_heads]` or None.
+      k_scale: the shape of k without head_dim, float32, or None.
+      v_scale: like k_scale.
+      layer: int32 scalar or None.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    page_table: jax.Array | None
+    sinks: jax.Array | None
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+    layer: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A decode_attention call without its arrays.
+
+    Attributes:
+      batch: sequences.
+      q_len: new tokens of each sequence, 1 in plain decoding.
+      q_heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: width of a head.
+      max_len: tokens that a sequence has room for.
+      page_size: tokens in a page of a paged cache; None for a dense cache.
+      num_layers: layers stacked in the cache; None where it is one layer's.
+      q_dtype: dtype of queries and output.
+      kv_dtype: dtype of the cache.
+      scale: factor of the logits.
+      sliding_window: tokens that a query sees, or None.
+      logits_soft_cap: bound of the logits, or None.
+      has_sinks: whether each head has an attention sink.
+    """
+
+    batch: int
+    q_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    max_len: int
+    page_size: int | None
+    num_layers: int | None
+    q_dtype: str
+    kv_dtype: str
+    scale: float
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    has_sinks: bool
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        *,
+        scale: float | None,
+        sliding_window: int | None,
+        logits_soft_cap: float | None,
+    ) -> Problem:
+        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer = inputs
+        check(q.ndim == 4 and min(q.shape) >= 1, "q", q.shape, "[batch, (q_len,) q_heads, head_dim], each at least 1")
+        batch, q_len, q_heads, head_dim = q.shape
+        cache = "[num_layers, " if layer is not None else "["
+        cache += "batch, kv_heads, max_len" if page_table is None else "num_pages, kv_heads, page_size"
+        rank = 4 if layer is None else 5
+        check(k.ndim == rank and min(k.shape) >= 1, "k", k.shape, f"{cache}, head_dim], each at least 1")
+        check_shape("v", v, k.shape, "the shape of k")
+        check(v.dtype == k.dtype, "v", v.dtype, f"the dtype of k, {k.dtype}")
+        check(k.shape[-1] == head_dim, "k", k.shape, f"head_dim = {head_dim}, that of q")
+        slabs, kv_heads, rows = k.shape[-4:-1]
+        check(q_heads % kv_heads == 0, "q", f"{q_heads} heads", f"a multiple of the cache's {kv_heads} KV heads")
+        if page_table is None:
+            check(slabs == batch, "k", f"a batch of {slabs}", f"{batch}, that of q; a paged cache needs page_table")
+            max_len = rows
+        else:
+            check(
+                page_table.ndim == 2 and page_table.shape[0] == batch and page_table.shape[1] >= 1,
+                "page_table",
+                page_table.shape,
+                f"[batch = {batch}, pages_per_seq]",
+            )
+            check(page_table.dtype == jnp.int32, "page_table", page_table.dtype, "int32")
+            max_len = rows * page_table.shape[1]
+        check(dtype_name(q) in FLOAT_CACHE_DTYPES, "q", q.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+        kv_dtype = dtype_name(k)
+        accepted = ", ".join(FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES)
+        check(kv_dtype in FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES, "k", k.dtype, accepted)
+        for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if kv_dtype in QUANTIZED_CACHE_DTYPES:
+                check(scales is not None, name, "None", f"float32 {k.shape[:-1]}: a {kv_dtype} cache has scales")
+            else:
+                check(scales is None, name, "an array", f"None: a {kv_dtype} cache has no scales")
+            if scales is not None:
+                check_shape(name, scales, k.shape[:-1], "the shape of k without head_dim")
+                check(scales.dtype == jnp.float32, name, scales.dtype, "float32")
+        check_lengths(lengths, batch, max_len)
+        if sinks is not None:
+            check_shape("sinks", sinks, (q_heads,), "[q_heads]")
+            check(jnp.issubdtype(sinks.dtype, jnp.floating), "sinks", sinks.dtype, "a float dtype")
+        if layer is not None:
+            check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+        check(scale is None or np.isfinite(scale), "scale", scale, "a finite number")
+        check(sliding_window is None or sliding_window >= 1, "sliding_window", sliding_window, "None or at least 1")
+        check(logits_soft_cap is None or logits_soft_cap > 0, "logits_soft_cap", logits_soft_cap, "None or above 0")
+        return cls(
+            batch=batch,
+            q_len=q_len,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_len=max_len,
+            page_size=None if page_table is None else rows,
+            num_layers=None if layer is None else k.shape[0],
+            q_dtype=dtype_name(q),
+            kv_dtype=kv_dtype,
+            scale=head_dim**-0.5 if scale is None else float(scale),
+            sliding_window=sliding_window,
+            logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+            has_sinks=sinks is not None,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the cache is quantized."""
+        return self.kv_dtype in QUANTIZED_CACHE_DTYPES
+
+    def bytes_moved(self, lengths: Any = None) -> int:
+        """Bytes that must move between memory and chip: queries and outputs once, each visible key and value once.
+
+        Args:
+          lengths: tokens of each sequence, `[batch]`; None means full caches.
+        """
+        filled = np.full(self.batch, self.max_len) if lengths is None else np.asarray(lengths, np.int64)
+        seen = filled if self.sliding_window is None else np.minimum(filled, self.sliding_window + self.q_len - 1)
+        per_token = self.head_dim * jnp.dtype(self.kv_dtype).itemsize + (4 if self.has_scales else 0)
+        queries = self.batch * self.q_len * self.q_heads * self.head_dim * jnp.dtype(self.q_dtype).itemsize
+        return int(seen.sum()) * self.kv_heads * per_token * 2 + 2 * queries
+
+    def flops(self, lengths: Any = None) -> int:
+        """Floating-point operations of the two products, 2 for each multiply-add."""
+        filled = np.full(self.batch, self.max_len) if lengths is None else np.asarray(lengths, np.int64)
+        position = filled[:, None] - self.q_len + np.arange(self.q_len)
+        seen = np.maximum(position + 1, 0)
+        if self.sliding_window is not None:
+            seen = np.minimum(seen, self.sliding_window)
+        return int(seen.sum()) * self.q_heads * self.head_dim * 4
+
+    def __str__(self) -> str:
+        cache = f"max_len={self.max_len}" if self.page_size is None else f"page_size={self.page_size}"
+        options = [
+            f"sliding_window={self.sliding_window}" if self.sliding_window is not None else "",
+            f"logits_soft_cap={self.logits_soft_cap:g}" if self.logits_soft_cap is not None else "",
+            "sinks" if self.has_sinks else "",
+        ]
+        return ", ".join(
+            part
+            for part in (
+                f"batch={self.batch}",
+                f"q_len={self.q_len}",
+                f"heads={self.q_heads}/{self.kv_heads}x{self.head_dim}",
+                cache,
+                f"q={self.q_dtype}",
+                f"kv={self.kv_dtype}",
+                *options,
+            )
+            if part
+        )

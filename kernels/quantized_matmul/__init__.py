@@ -1,0 +1,6 @@
+"""x @ w with a quantized w, the scales applied inside."""
+
+from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS, quantized_matmul
+from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+
+__all__ = ["IMPLEMENTATIONS", "Inputs", "Problem", "quantized_matmul"]

@@ -1,0 +1,87 @@
+"""quantized_matmul: its signature and contract, and the table of what can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+
+from palladion.kernels.backend import Implementation, choose
+from palladion.kernels.checks import as_array, check
+from palladion.kernels.quantized_matmul import mosaic_tpu, triton
+from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.reference import quantized_matmul as reference
+from palladion.reference.quantization import QuantizedArray
+
+
+def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any) -> jax.Array:
+    del config, interpret
+    return reference(
+        inputs.x,
+        inputs.w,
+        bias=inputs.bias,
+        activation=problem.activation,
+        gated=problem.gated,
+        quantize_x=problem.quantize_x,
+        out_dtype=problem.out_dtype,
+    )
+
+
+IMPLEMENTATIONS: Final = (
+    Implementation("mosaic_tpu", "tpu", mosaic_tpu.unsupported, mosaic_tpu.quantized_matmul),
+    Implementation("triton", "gpu", triton.unsupported, triton.quantized_matmul),
+    Implementation("xla", None, lambda _: None, _reference),
+)
+"""Every implementation takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: QuantizedArray,
+    *,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    gated: bool = False,
+    quantize_x: str | None = None,
+    out_dtype: Any = None,
+    backend: str | None = None,
+    config: Any = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """x @ w for a quantized w, with bias, activation and gating fused.
+
+    Weights are read in the few bits that they are stored in and scaled inside; products are accumulated in float32 (or
+    int32, exactly, between int8 activations and integer weights).
+
+    Args:
+      x: activations `[..., in]`; float32, bfloat16 or float16.
+      w: the weights, a `QuantizedArray` `[in, out]`.
+      bias: float `[out]`, added before the activation.
+      activation: any elementwise JAX function of a float32 array, for example `jax.nn.silu`.
+      gated: the first out / 2 channels are gates and the others ups: returns activation(gate) * up, `[..., out / 2]`
+        (SwiGLU with `jax.nn.silu`, GeGLU with `jax.nn.gelu`).
+      quantize_x: "int8" (with int8 and int4 weights) or "float8_e4m3fn" (with float8 weights) quantizes x on the fly,
+        one scale per token; None multiplies x as it is.
+      out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
+      backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
+      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
+      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+
+    Returns:
+      `[..., out]`, or `[..., out / 2]` where gated, in `out_dtype`.
+
+    Raises:
+      ValueError: shapes, dtypes or options do not go together; the message says which.
+      Unsupported: the chosen backend does not cover this call.
+
+    Source: LLM.int8() (arXiv 2208.07339) for int8 activations; GLU Variants Improve Transformer (arXiv 2002.05202).
+    """
+    x = as_array("x", x)
+    check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
+    leading = x.shape[:-1]
+    inputs = Inputs(x.reshape(-1, x.shape[-1]), w, None if bias is None else as_array("bias", bias))
+    problem = Problem.of(inputs, activation=activation, gated=gated, quantize_x=quantize_x, out_dtype=out_dtype)
+    implementation, interpret = choose("quantized_matmul", IMPLEMENTATIONS, problem, backend, interpret)
+    out = implementation.run(problem, inputs, config=config, interpret=interpret)
+    return out.reshape(*leading, problem.result_features)

