@@ -8,7 +8,7 @@ position lengths - q_len + i, so that a shorter prompt is padded in front, where
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.reference import KVCache, QuantizedArray, dequantize, matmul
 from palladion.reference.bits import from_bits, to_bits
+
+FEW_TOKENS: Final = 4
+"""Up to here rows of the embedding are sliced one by one: XLA on a CPU turns a gather of columns into a slow loop."""
 
 Cache = KVCache | tuple[KVCache, ...]
 """The caches of all layers: one stacked `KVCache`, or one for each layer, as the layers of `Parameters` are."""
@@ -77,23 +80,19 @@ def forward(
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
     if isinstance(parameters.layers, Layer):
 
-        stacked, original = parameters.layers, cache
+        layers, original = parameters.layers, cache
 
-        def step(carry: tuple[jax.Array, Cache], x: tuple[jax.Array, Layer]) -> tuple[tuple[jax.Array, Cache], None]:
-            index, layer = x
-            hidden, cache = carry
-            hidden, cache = decoder.layer(
-                from_bits(layer, stacked), hidden, from_bits(cache, original), index=index
-            )
-            return (hidden, to_bits(cache)), None
+        def step(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+            hidden, bits = carry
+            hidden, cache = decoder.layer(layers, hidden, from_bits(bits, original), index)
+            return hidden, to_bits(cache)
 
-        index = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (hidden, cache), _ = jax.lax.scan(step, (hidden, to_bits(cache)), (index, to_bits(stacked)))
-        cache = from_bits(cache, original)
+        hidden, bits = jax.lax.fori_loop(0, config.num_layers, step, (hidden, to_bits(cache)))
+        cache = from_bits(bits, original)
     else:
         caches = []
         for layer, layer_cache in zip(parameters.layers, cache, strict=True):
-            hidden, layer_cache = decoder.layer(layer, hidden, layer_cache, index=None)
+            hidden, layer_cache = decoder.layer(layer, hidden, layer_cache, None)
             caches.append(layer_cache)
         cache = tuple(caches)
     last = hidden if every_position else hidden[:, -1]
@@ -123,21 +122,25 @@ class _Decoder:
         self.rotation = (jnp.cos(angle), jnp.sin(angle))  # [batch, q_len, head_dim / 2] each
 
     def layer(
-        self, layer: Layer, hidden: jax.Array, cache: KVCache, *, index: jax.Array | None
+        self, layer: Layer, hidden: jax.Array, cache: KVCache, index: jax.Array | None
     ) -> tuple[jax.Array, KVCache]:
-        """One layer over hidden `[batch, q_len, hidden]`; `index` is its place in a stacked cache."""
-        eps = self.config.rms_norm_eps
-        attended, cache = self.attention(layer, rms_norm(hidden, layer.attention_norm, eps), cache, index)
-        hidden = hidden + self.linear(attended, layer.output)
-        normed = rms_norm(hidden, layer.mlp_norm, eps)
-        return hidden + self.linear(self.gated(normed, layer.gate_up), layer.down), cache
+        """One layer over hidden `[batch, q_len, hidden]`: that at `index` where weights and cache are stacked."""
+        normed = self.norm(hidden, layer.attention_norm, index)
+        attended, cache = self.attention(layer, normed, cache, index)
+        hidden = hidden + self.linear(attended, layer.output, index)
+        normed = self.norm(hidden, layer.mlp_norm, index)
+        return hidden + self.linear(self.gated(normed, layer.gate_up, index), layer.down, index), cache
+
+    def norm(self, x: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
+        return rms_norm(x, _at(weight, index), self.config.rms_norm_eps)
 
     def attention(
         self, layer: Layer, x: jax.Array, cache: KVCache, index: jax.Array | None
     ) -> tuple[jax.Array, KVCache]:
         config = self.config
         heads = (config.q_heads, config.kv_heads, config.kv_heads)
-        qkv = self.linear(x, layer.qkv, bias=layer.qkv_bias)
+        bias = None if layer.qkv_bias is None else _at(layer.qkv_bias, index)
+        qkv = self.linear(x, layer.qkv, index, bias=bias)
         qkv = qkv.reshape(*x.shape[:2], sum(heads), config.head_dim)
         rotated = rotate(qkv[:, :, : config.q_heads + config.kv_heads], *self.rotation)
         q, k, v = rotated[:, :, : config.q_heads], rotated[:, :, config.q_heads :], qkv[:, :, -config.kv_heads :]
@@ -161,6 +164,7 @@ class _Decoder:
         self,
         x: jax.Array,
         weight: Weight | tuple[Weight, ...],
+        index: jax.Array | None = None,
         *,
         bias: jax.Array | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
@@ -169,38 +173,42 @@ class _Decoder:
     ) -> jax.Array:
         """x @ weight with what can be fused into it; the parts of a tuple side by side."""
         if isinstance(weight, tuple):
-            x = jnp.concatenate([self.linear(x, part, out_dtype=out_dtype) for part in weight], axis=-1)
-            return x if bias is None else x + bias.astype(x.dtype)
+            parts = jnp.concatenate([self.linear(x, part, index) for part in weight], axis=-1)
+            return parts if bias is None else parts + bias.astype(parts.dtype)
+        fused: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "out_dtype": out_dtype}
         if isinstance(weight, QuantizedArray):
-            return quantized_matmul(
-                x,
-                weight,
-                bias=bias,
-                activation=activation,
-                gated=gated,
-                out_dtype=out_dtype,
-                backend=self.backend,
-                interpret=self.interpret,
-            )
-        return matmul(x, weight, bias=bias, activation=activation, gated=gated, out_dtype=out_dtype)
+            run = {"backend": self.backend, "interpret": self.interpret}
+            return quantized_matmul(x, weight, layer=index, **fused, **run)
+        return matmul(x, weight, layer=index, **fused)
 
-    def gated(self, x: jax.Array, weight: Weight | tuple[Weight, ...]) -> jax.Array:
+    def gated(self, x: jax.Array, weight: Weight | tuple[Weight, ...], index: jax.Array | None) -> jax.Array:
         """silu(x @ gate) * (x @ up)."""
         if isinstance(weight, tuple):
             gate, up = weight
-            return self.linear(x, gate, activation=jax.nn.silu) * self.linear(x, up)
-        return self.linear(x, weight, activation=jax.nn.silu, gated=True)
+            return self.linear(x, gate, index, activation=jax.nn.silu) * self.linear(x, up, index)
+        return self.linear(x, weight, index, activation=jax.nn.silu, gated=True)
+
+
+def _at(x: jax.Array, index: jax.Array | None) -> jax.Array:
+    """Entry `index` of a stacked array."""
+    return x if index is None else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 
 def embed(parameters: Parameters, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of the embedding for tokens `[...]`: `[..., hidden]`. A tied embedding's rows are columns of the head."""
     table = parameters.head if parameters.embedding is None else parameters.embedding
     by_columns = parameters.embedding is None or isinstance(table, QuantizedArray)
-    axis = -1 if by_columns else 0
-    found = jax.tree.map(lambda part: jnp.take(part, tokens.reshape(-1), axis=axis, mode="clip"), to_bits(table))
-    found = from_bits(found, table)
+    found = from_bits(jax.tree.map(lambda part: _take(part, tokens.reshape(-1), by_columns), to_bits(table)), table)
     rows = dequantize(found, dtype) if isinstance(found, QuantizedArray) else found.astype(dtype)
     return (rows.T if by_columns else rows).reshape(*tokens.shape, -1)
+
+
+def _take(table: jax.Array, indices: jax.Array, by_columns: bool) -> jax.Array:
+    """Rows, or columns, of a matrix."""
+    axis = 1 if by_columns else 0
+    if len(indices) > FEW_TOKENS:
+        return jnp.take(table, indices, axis=axis, mode="clip")
+    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(table, index, 1, axis) for index in indices], axis)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

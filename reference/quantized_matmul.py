@@ -14,14 +14,17 @@ and scales, zero points and minimums are applied to `partial`, once for every 32
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from palladion.reference.bits import to_bits
+from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.quantization import QuantizedArray, decode_e2m1, dequantize, quantize_rows
+
+Weight = TypeVar("Weight", jax.Array, QuantizedArray)
 
 CHUNK: Final = 32
 """Weights along `in` of one chain; whole packing blocks, and no more than the smallest common group."""
@@ -41,6 +44,7 @@ def quantized_matmul(
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
     quantize_x: str | None = None,
+    layer: jax.Array | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
     """Multiplies by a quantized weight; see `palladion.quantized_matmul` for the contract (inputs are valid here).
@@ -52,6 +56,7 @@ def quantized_matmul(
       activation: an elementwise function of float32, or None.
       gated: whether the first half of the channels, activated, multiplies the second.
       quantize_x: the dtype to which x is quantized first, with one scale per row, or None.
+      layer: int32 scalar, which matrix of a w with a leading `[num_layers]` is meant, or None where it has none.
       out_dtype: dtype of the result; None means x's.
 
     Returns:
@@ -61,16 +66,15 @@ def quantized_matmul(
     if quantize_x is not None:
         codes, x_scale = quantize_rows(x, quantize_x)
         wide = codes.astype(jnp.float32)
-    group = w.scheme.group_size or CHUNK
     rows = wide.reshape(-1, w.in_features)
-    if w.in_features % CHUNK or group % CHUNK:
-        y = _dot(rows, dequantize(w))
+    if w.in_features % CHUNK or (w.scheme.group_size or CHUNK) % CHUNK:
+        y = _dot(rows, dequantize(_one(w, layer)))
     elif 1 <= len(rows) <= FEW_ROWS:
-        y = jnp.stack([_stream_quantized(row, w) for row in rows])
+        y = jnp.stack([_stream_quantized(row, w, layer) for row in rows])
     elif w.scheme.packed:
-        y = _multiply_packed(rows, w)
+        y = _multiply_packed(rows, _one(w, layer))
     else:
-        y = _dot(rows, dequantize(w))
+        y = _dot(rows, dequantize(_one(w, layer)))
     y = y.reshape(*x.shape[:-1], w.out_features)
     if x_scale is not None:
         y = y * x_scale[..., None]
@@ -84,17 +88,29 @@ def matmul(
     bias: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
+    layer: jax.Array | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
-    """Multiplies by a dense weight `[in, out]`, float32, bfloat16 or float16; the rest is as for `quantized_matmul`."""
-    wide = x.astype(jnp.float32)
-    rows = wide.reshape(-1, w.shape[0])
-    if w.shape[0] % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:
-        y = jnp.stack([_stream_dense(row, w) for row in rows])
+    """Multiplies by a dense weight, float32, bfloat16 or float16, `[in, out]`; the rest is as for `quantized_matmul`."""
+    in_features, out_features = w.shape[-2:]
+    rows = x.astype(jnp.float32).reshape(-1, in_features)
+    if in_features % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:
+        y = jnp.stack([_stream_dense(row, w, layer) for row in rows])
     else:
-        y = _dot(rows, w.astype(jnp.float32))
-    y = y.reshape(*x.shape[:-1], w.shape[1])
+        y = _dot(rows, _one(w, layer).astype(jnp.float32))
+    y = y.reshape(*x.shape[:-1], out_features)
     return _finish(y, bias, activation, gated, x.dtype if out_dtype is None else out_dtype)
+
+
+def _one(w: Weight, layer: jax.Array | None) -> Weight:
+    """The weight of one layer, sliced off where there are several."""
+    if layer is None:
+        return w
+
+    def slice_off(part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(to_bits(part), layer, 0, keepdims=False)
+
+    return from_bits(jax.tree.map(slice_off, w), w)
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -132,7 +148,7 @@ class _Factors(NamedTuple):
 def _factors(w: QuantizedArray) -> _Factors:
     def of_chunks(groups: jax.Array) -> jax.Array:
         """`[groups, out]` to `[chunks, out]`."""
-        repeats = 1 if groups.shape[0] == 1 else w.in_features // CHUNK // groups.shape[0]
+        repeats = 1 if w.scheme.group_size is None else w.scheme.group_size // CHUNK
         return jnp.repeat(groups.astype(jnp.float32), repeats, axis=0)
 
     zero = w.scheme.implied_zero if w.zeros is None else of_chunks(w.zeros)
@@ -156,13 +172,12 @@ def _multiply_packed(x: jax.Array, w: QuantizedArray) -> jax.Array:
     return product
 
 
-def _stream_quantized(x: jax.Array, w: QuantizedArray) -> jax.Array:
+def _stream_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
     """x `[in]` @ w in one pass over the stored codes: `[out]`."""
-    chunks = w.in_features // CHUNK
-    x = x.reshape(chunks, CHUNK)
-    stored = w.values.reshape(chunks, -1, w.out_features)
-    scale, zero, minimum = _factors(w)
-    partial = _chain(x, _packed_rows(stored, w.scheme.format) if w.scheme.packed else _rows(stored))
+    x = x.reshape(-1, CHUNK)  # [chunks, CHUNK]
+    scale, zero, minimum = _factors(_one(dataclasses.replace(w, values=w.scales), layer))
+    rows = _packed_rows(w.values, layer, w.scheme.format) if w.scheme.packed else _rows(w.values, layer)
+    partial = _chain(x, rows)
     total = jnp.sum(x, axis=1, keepdims=True)  # [chunks, 1]
     if not isinstance(zero, int) or zero:
         partial = partial - zero * total
@@ -172,10 +187,9 @@ def _stream_quantized(x: jax.Array, w: QuantizedArray) -> jax.Array:
     return _add_up(partial)
 
 
-def _stream_dense(x: jax.Array, w: jax.Array) -> jax.Array:
+def _stream_dense(x: jax.Array, w: jax.Array, layer: jax.Array | None) -> jax.Array:
     """x `[in]` @ w in one pass over w: `[out]`."""
-    chunks = w.shape[0] // CHUNK
-    return _add_up(_chain(x.reshape(chunks, CHUNK), _rows(w.reshape(chunks, CHUNK, w.shape[1]))))
+    return _add_up(_chain(x.reshape(-1, CHUNK), _rows(w, layer)))
 
 
 def _chain(x: jax.Array, rows: Iterator[tuple[int, jax.Array]]) -> jax.Array:
@@ -195,18 +209,29 @@ def _chain(x: jax.Array, rows: Iterator[tuple[int, jax.Array]]) -> jax.Array:
     return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
-def _rows(stored: jax.Array) -> Iterator[tuple[int, jax.Array]]:
-    """Rows of `[chunks, CHUNK, out]`, one number in each element."""
-    bits = to_bits(stored)
+def _rows(w: jax.Array, layer: jax.Array | None) -> Iterator[tuple[int, jax.Array]]:
+    """Rows of a weight `[in, out]` with one number in each element: place in a chunk, and `[chunks, out]` float32."""
+    bits = to_bits(w)
     for place in range(CHUNK):
-        yield place, _number(bits[:, place], stored.dtype.name)
+        yield place, _number(_stored_row(bits, layer, place, CHUNK), w.dtype.name)
 
 
-def _packed_rows(stored: jax.Array, kind: str) -> Iterator[tuple[int, jax.Array]]:
-    """Rows of packed `[chunks, CHUNK / 2, out]`: those in the low nibbles, and those in the high ones."""
-    for place in range(CHUNK // 2):
-        yield place, _number(stored[:, place] & 0xF, kind)
-        yield place + CHUNK // 2, _number(stored[:, place] >> 4, kind)
+def _packed_rows(w: jax.Array, layer: jax.Array | None, kind: str) -> Iterator[tuple[int, jax.Array]]:
+    """Rows of a packed weight `[in / 2, out]`: those in the low nibbles, and those in the high ones."""
+    half = CHUNK // 2
+    for place in range(half):
+        stored = _stored_row(w, layer, place, half)
+        yield place, _number(stored & 0xF, kind)
+        yield place + half, _number(stored >> 4, kind)
+
+
+def _stored_row(w: jax.Array, layer: jax.Array | None, place: int, chunk: int) -> jax.Array:
+    """Row `place` of every chunk of stored rows: `[chunks, out]`."""
+    # Sliced row by row out of all layers: a slice that only rows are taken from is not fused with them but copied.
+    layers = w[None] if layer is None else w
+    view = layers.reshape(layers.shape[0], -1, chunk, layers.shape[2])
+    sizes = (1, view.shape[1], 1, view.shape[3])
+    return jax.lax.dynamic_slice(view, (0 if layer is None else layer, 0, place, 0), sizes)[0, :, 0]
 
 
 def _number(stored: jax.Array, kind: str) -> jax.Array:

@@ -24,6 +24,7 @@ def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any
         activation=problem.activation,
         gated=problem.gated,
         quantize_x=problem.quantize_x,
+        layer=inputs.layer,
         out_dtype=problem.out_dtype,
     )
 
@@ -44,6 +45,7 @@ def quantized_matmul(
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
     quantize_x: str | None = None,
+    layer: jax.Array | int | None = None,
     out_dtype: Any = None,
     backend: str | None = None,
     config: Any = None,
@@ -63,6 +65,8 @@ def quantized_matmul(
         (SwiGLU with `jax.nn.silu`, GeGLU with `jax.nn.gelu`).
       quantize_x: "int8" (with int8 and int4 weights) or "float8_e4m3fn" (with float8 weights) quantizes x on the fly,
         one scale per token; None multiplies x as it is.
+      layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: inside a loop
+        over layers none of them is copied where the implementation can avoid it.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
       config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
@@ -80,7 +84,12 @@ def quantized_matmul(
     x = as_array("x", x)
     check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
     leading = x.shape[:-1]
-    inputs = Inputs(x.reshape(-1, x.shape[-1]), w, None if bias is None else as_array("bias", bias))
+    inputs = Inputs(
+        x.reshape(-1, x.shape[-1]),
+        w,
+        None if bias is None else as_array("bias", bias),
+        None if layer is None else as_array("layer", layer, "int32"),
+    )
     problem = Problem.of(inputs, activation=activation, gated=gated, quantize_x=quantize_x, out_dtype=out_dtype)
     implementation, interpret = choose("quantized_matmul", IMPLEMENTATIONS, problem, backend, interpret)
     out = implementation.run(problem, inputs, config=config, interpret=interpret)

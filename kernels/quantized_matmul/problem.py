@@ -25,13 +25,23 @@ class Inputs(NamedTuple):
 
     Attributes:
       x: `[rows, in]`.
-      w: a QuantizedArray `[in, out]` without leading dimensions.
+      w: a QuantizedArray `[in, out]`; with a leading `[num_layers]` where there is a layer.
       bias: `[out]` or None.
+      layer: int32 scalar or None.
     """
 
     x: jax.Array
     w: QuantizedArray
     bias: jax.Array | None
+    layer: jax.Array | None = None
+
+    def of_one_layer(self) -> Inputs:
+        """The same call with the weight of its layer sliced off: a copy, for kernels that take one matrix."""
+        if self.layer is None:
+            return self
+        layer = self.layer
+        w = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False), self.w)
+        return Inputs(self.x, w, self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Problem:
       rows: rows of x, all of its leading dimensions together.
       in_features: columns of x.
       out_features: columns of w; a gated call returns half of them.
+      num_layers: matrices stacked in w; None where it is one.
       scheme: how w is quantized.
       scale_dtype: dtype of scales and minimums.
       x_dtype: dtype of x.
@@ -55,6 +66,7 @@ class Problem:
     rows: int
     in_features: int
     out_features: int
+    num_layers: int | None
     scheme: Scheme
     scale_dtype: str
     x_dtype: str
@@ -75,8 +87,8 @@ class Problem:
         out_dtype: Any,
     ) -> Problem:
         """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
-        x, w, bias = inputs
-        in_features, out_features = _check_weight(w)
+        x, w, bias, layer = inputs
+        in_features, out_features = _check_weight(w, layer)
         check(dtype_name(x) in FLOAT_DTYPES, "x", x.dtype, ", ".join(FLOAT_DTYPES))
         check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
         if bias is not None:
@@ -94,6 +106,7 @@ class Problem:
             rows=x.shape[0],
             in_features=in_features,
             out_features=out_features,
+            num_layers=None if layer is None else w.shape[0],
             scheme=w.scheme,
             scale_dtype=dtype_name(w.scales),
             x_dtype=dtype_name(x),
@@ -146,13 +159,17 @@ class Problem:
         return ", ".join([*described, *filter(None, options)])
 
 
-def _check_weight(w: Any) -> tuple[int, int]:
-    """Checks that a QuantizedArray is whole and has no leading dimensions; returns in and out."""
+def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
+    """Checks that a QuantizedArray is whole; returns in and out."""
     check(isinstance(w, QuantizedArray), "w", type(w).__name__, "a QuantizedArray; palladion.quantize makes one")
-    check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; peel leading dimensions off with scan or vmap")
+    if layer is None:
+        check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
+    else:
+        check(w.values.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
+        check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
     check(w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__)
-    in_features, out_features = w.shape
-    shape = (w.scheme.groups(in_features), out_features)
+    *leading, in_features, out_features = w.shape
+    shape = (*leading, w.scheme.groups(in_features), out_features)
     parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
     for name, needed in parts:
         part: jax.Array | None = getattr(w, name)
