@@ -200,9 +200,7 @@ class Engine:
                 (step, state_bits, out), weight_bits = jax.lax.optimization_barrier((carry, to_bits(parameters)))
                 state, weights = from_bits(state_bits, initial), from_bits(weight_bits, parameters)
                 lengths = jnp.where(state.finished, state.lengths, state.lengths + 1)
-                logits, cache = self._forward(
-                    weights, tokens=state.tokens[:, None], lengths=lengths, cache=state.cache
-                )
+                logits, cache = self._forward(weights, tokens=state.tokens[:, None], lengths=lengths, cache=state.cache)
                 tokens, is_last = self._choose(logits, lengths, keys, sampling)
                 out = out.at[step].set(jnp.where(state.finished, -1, tokens))
                 return step + 1, to_bits(State(cache, tokens, lengths, state.finished | is_last)), out
@@ -243,4 +241,6 @@ def plan_chunks(tokens: int) -> list[int]:
 
 def _as_arrays(sampling: Sampling) -> Sampling:
     """Values as arrays of fixed dtypes: new values are new arguments, not a new program."""
-    return jax.tree.map(lambda value: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32), sampling)
+    return jax.tree.map(
+        lambda value: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32), sampling
+    )

@@ -44,7 +44,9 @@ DTYPE = flags.DEFINE_enum(
     ("float32", "bfloat16", "float16"),
     "Of activations and dense weights; by default float32 on a CPU, bfloat16 elsewhere.",
 )
-KV_DTYPE = flags.DEFINE_string("kv_dtype", None, "Of the KV cache: a dtype as above, or int8, float8_e4m3fn, float8_e5m2.")
+KV_DTYPE = flags.DEFINE_string(
+    "kv_dtype", None, "Of the KV cache: a dtype as above, or int8, float8_e4m3fn, float8_e5m2."
+)
 MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of cache for each sequence, prompt and answer together.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "Draw tokens at this temperature; greedy without it.")
@@ -71,9 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _generate() -> None:
-    sampling = Sampling.of(
-        temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
-    )
+    sampling = Sampling.of(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value)
     progress = _Progress()
     generator = Generator.load(
         MODEL.value,
@@ -125,7 +125,12 @@ class _Progress:
 
     def loading(self, step: str, fraction: float) -> None:
         if self._terminal:
-            print(f"\r\033[Kloading {fraction:4.0%}  {step}", end="\n" if fraction == 1 else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[Kloading {fraction:4.0%}  {step}",
+                end="\n" if fraction == 1 else "",
+                file=sys.stderr,
+                flush=True,
+            )
         elif fraction == 1:
             self.say(f"loaded in {time.perf_counter() - self._start:.1f} s")
 
@@ -143,7 +148,9 @@ def run() -> None:
     arguments = [sys.argv[0]]
     for argument in sys.argv[1:]:
         name, separator, value = argument.partition("=")
-        arguments.append(name.replace("-", "_").replace("__", "--", 1) + separator + value if name[:2] == "--" else argument)
+        arguments.append(
+            name.replace("-", "_").replace("__", "--", 1) + separator + value if name[:2] == "--" else argument
+        )
     app.run(main, arguments)
 
 

@@ -79,7 +79,6 @@ def forward(
     decoder = _Decoder(config, lengths, parameters.inverse_frequencies, tokens.shape[1], backend, interpret)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
     if isinstance(parameters.layers, Layer):
-
         layers, original = parameters.layers, cache
 
         def step(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:

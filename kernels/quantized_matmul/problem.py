@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -33,15 +33,7 @@ class Inputs(NamedTuple):
     x: jax.Array
     w: QuantizedArray
     bias: jax.Array | None
-    layer: jax.Array | None = None
-
-    def of_one_layer(self) -> Inputs:
-        """The same call with the weight of its layer sliced off: a copy, for kernels that take one matrix."""
-        if self.layer is None:
-            return self
-        layer = self.layer
-        w = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False), self.w)
-        return Inputs(self.x, w, self.bias)
+    layer: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +87,15 @@ class Problem:
             check_shape("bias", bias, (out_features,), "[out]")
             check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
         check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
-        check(not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups")
+        check(
+            not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups"
+        )
         if quantize_x is not None:
             check(quantize_x in ACTIVATION_FORMATS, "quantize_x", quantize_x, f"None, {', '.join(ACTIVATION_FORMATS)}")
             formats = ACTIVATION_FORMATS[quantize_x]
-            check(w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats))
+            check(
+                w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats)
+            )
         result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
         check(result.name in FLOAT_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_DTYPES)}")
         return cls(
@@ -132,6 +128,16 @@ class Problem:
         """Scales of one output channel."""
         return self.scheme.groups(self.in_features)
 
+    @property
+    def parts(self) -> int:
+        """Products that a result needs: the gate's and the up's where gated."""
+        return 2 if self.gated else 1
+
+    def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Activation and gate on the float32 products, biases added already."""
+        first = parts[0] if self.activation is None else self.activation(parts[0])
+        return first * parts[1] if self.gated else first
+
     def bytes_moved(self) -> int:
         """Bytes that must move between memory and chip: x, the weight with its scales, the bias and the result once."""
         codes = self.in_features * self.out_features // (2 if self.scheme.packed else 1)
@@ -155,7 +161,13 @@ class Problem:
             f"quantize_x={self.quantize_x}" if self.quantize_x else "",
         ]
         shape = f"{self.rows}x{self.in_features}x{self.out_features}"
-        described = [shape, f"x={self.x_dtype}", f"w={self.scheme}", f"scales={self.scale_dtype}", f"out={self.out_dtype}"]
+        described = [
+            shape,
+            f"x={self.x_dtype}",
+            f"w={self.scheme}",
+            f"scales={self.scale_dtype}",
+            f"out={self.out_dtype}",
+        ]
         return ", ".join([*described, *filter(None, options)])
 
 
@@ -167,7 +179,9 @@ def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
     else:
         check(w.values.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
         check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
-    check(w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__)
+    check(
+        w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__
+    )
     *leading, in_features, out_features = w.shape
     shape = (*leading, w.scheme.groups(in_features), out_features)
     parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
