@@ -78,7 +78,8 @@ def heuristic(problem: Problem) -> Config:
     """Blocks that fit into registers, and splits that give every multiprocessor two programs."""
     p = problem
     block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), MAX_BLOCK_ROWS)
-    block_out = 32 if p.gated or p.x_dtype == "float32" else 64
+    # float32 is not multiplied by tensor cores: operands are held in registers, and large blocks would be spilled.
+    block_out = (64 if p.x_dtype != "float32" else 32) // p.parts
     tile = 64
     programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, block_out)
     splits = min(pl.cdiv(2 * MULTIPROCESSORS, programs), pl.cdiv(p.in_features, MIN_TILES * tile))

@@ -1,0 +1,173 @@
+"""The Triton compiler on a machine without a GPU: PyPI's triton compiles what Pallas hands to it, for any GPU.
+
+XLA carries a Triton of its own, so that small differences from what runs on a chip are possible. Nothing is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jaxlib.mlir import ir
+
+ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NVIDIA B200"}
+"""Compute capabilities, and a GPU of each as JAX names it."""
+
+TRITON_CALL: Final = "__gpu$xla.gpu.triton"
+"""What XLA calls a Pallas-Triton kernel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonKernel:
+    """A kernel as Pallas lowers it.
+
+    Attributes:
+      name: the `pallas_call`'s.
+      grid: programs along each axis.
+      num_warps: warps of a program.
+      num_stages: what the compiler pipelines loops into.
+      source: Triton's intermediate representation, as text.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """What the compiler made of a kernel.
+
+    Attributes:
+      kernel: the kernel.
+      registers: that a thread takes, of 255.
+      spilled: bytes of a thread that did not fit into registers and lie in memory.
+      shared: bytes of shared memory that a program takes.
+      instructions: of the machine code, how often each occurs.
+    """
+
+    kernel: TritonKernel
+    registers: int
+    spilled: int
+    shared: int
+    instructions: dict[str, int]
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose name begins so: "HMMA" are tensor cores, "LDG" loads, "LDGSTS" asynchronous copies."""
+        return sum(count for name, count in self.instructions.items() if name.startswith(prefix))
+
+
+def installed() -> bool:
+    """Whether there is a triton to compile with."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[TritonKernel]:
+    """The Pallas-Triton kernels of a function.
+
+    While it is traced, whoever asks for the device is told of a GPU: `backend="pallas"` takes the Triton kernels.
+
+    Args:
+      function: of arrays; jitted or not.
+      avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
+      arch: one of `ARCHITECTURES`.
+
+    Raises:
+      ValueError: there is no such architecture.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, ARCHITECTURES))}")
+    device = AbstractDevice(device_kind=ARCHITECTURES[arch], num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("_",), abstract_device=device)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",)).compiler_ir()
+    return [_kernel_of(operation) for operation in _operations(module.operation) if _is_triton(operation)]
+
+
+def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
+    """Compiles the Pallas-Triton kernels of a function for a GPU; arguments are those of `lower_for_gpu`."""
+    return [_compile(kernel, arch) for kernel in lower_for_gpu(function, *avals, arch=arch)]
+
+
+def _operations(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region:
+            for inner in block:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _is_triton(operation: Any) -> bool:
+    if operation.name != "stablehlo.custom_call":
+        return False
+    return ir.StringAttr(operation.attributes["call_target_name"]).value == TRITON_CALL
+
+
+def _kernel_of(operation: Any) -> TritonKernel:
+    from jax._src.lib import triton as dialects
+
+    config = operation.attributes["mhlo.backend_config"]
+    context = ir.Context()
+    context.allow_unregistered_dialects = True
+    with context:
+        dialects.dialect.register_dialect(context)
+        # The kernel itself is bytecode in an attribute.
+        module = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)
+        source = module.operation.get_asm(enable_debug_info=False)
+
+        def integer(name: str) -> int:
+            return int(ir.IntegerAttr(config[name]).value)
+
+        return TritonKernel(
+            name=ir.StringAttr(config["name"]).value,
+            grid=(integer("grid_x"), integer("grid_y"), integer("grid_z")),
+            num_warps=integer("num_warps"),
+            num_stages=integer("num_stages"),
+            source=source,
+        )
+
+
+def _compile(kernel: TritonKernel, arch: int) -> CompiledKernel:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as XLA has it
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ttir"
+        source.write_text(kernel.source)
+        options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        compiled = triton.compile(str(source), target=GPUTarget("cuda", arch, 32), options=options)
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "-res-usage", binary)
+        code = _output(tools / "nvdisasm", "-c", binary)
+    resources = re.search(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)", usage)
+    if resources is None:
+        raise RuntimeError(f"cuobjdump says nothing about the registers of {kernel.name}: {usage!r}")
+    instructions: dict[str, int] = {}
+    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code):
+        instructions[name] = instructions.get(name, 0) + 1
+    return CompiledKernel(
+        kernel=kernel,
+        registers=int(resources["registers"]),
+        spilled=int(resources["stack"]) + int(resources["local"]),
+        shared=int(compiled.metadata.shared),
+        instructions=instructions,
+    )
+
+
+def _output(tool: Path, *arguments: Any) -> str:
+    return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
