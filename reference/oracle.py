@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from palladion.reference.quantization import E2M1_LEVELS, INT4_ZERO, PACK_BLOCK, QuantizedArray
+from palladion.reference.quantization import E2M1_LEVELS, INT4_ZERO, PACK_BLOCK, QuantizedArray, quantize_rows
 
 Array = np.ndarray
 
@@ -106,10 +107,21 @@ def dequantize(w: QuantizedArray) -> Array:
 
 
 def quantized_matmul(
-    x: Any, w: QuantizedArray, *, bias: Any = None, activation: Any = None, gated: bool = False
+    x: Any,
+    w: QuantizedArray,
+    *,
+    bias: Any = None,
+    activation: Any = None,
+    gated: bool = False,
+    quantize_x: str | None = None,
 ) -> Array:
-    """`palladion.quantized_matmul` of float activations in float64; `activation` is a NumPy function."""
-    y = widen(x) @ dequantize(w)
+    """`palladion.quantized_matmul` in float64; `activation` is a NumPy function."""
+    x = widen(x)
+    if quantize_x is not None:
+        # Codes are found in float32, as the definition has it: a tie may round either way in another precision.
+        codes, scales = quantize_rows(jnp.asarray(x, jnp.float32), quantize_x)
+        x = widen(codes) * widen(scales)[..., None]
+    y = x @ dequantize(w)
     if bias is not None:
         y = y + widen(bias)
     if gated:

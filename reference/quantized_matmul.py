@@ -32,6 +32,9 @@ CHUNK: Final = 32
 FEW_ROWS: Final = 4
 """Up to here streaming the weights once for each row is faster than widening them."""
 
+MANY_CHUNKS: Final = 128
+"""From here on XLA on a CPU breaks up a chain to which minimums are added: they are multiplied apart."""
+
 ACCUMULATORS: Final = 4
 """Independent sums in a chain, so that one multiply-add need not wait for the one before."""
 
@@ -182,9 +185,11 @@ def _stream_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) 
     if not isinstance(zero, int) or zero:
         partial = partial - zero * total
     partial = partial * scale
-    if not isinstance(minimum, int):
-        partial = partial + minimum * total
-    return _add_up(partial)
+    if isinstance(minimum, int):
+        return _add_up(partial)
+    if len(x) < MANY_CHUNKS:
+        return _add_up(partial + minimum * total)
+    return _add_up(partial) + _dot(total.T, minimum)[0]
 
 
 def _stream_dense(x: jax.Array, w: jax.Array, layer: jax.Array | None) -> jax.Array:

@@ -82,13 +82,14 @@ def heuristic(problem: Problem) -> Config:
     """Weight blocks that are large enough for the memory, in chunks that leave room beside them."""
     p = problem
     stored = p.in_features // (2 if p.scheme.packed else 1)
-    most = max(LANES, WEIGHT_BLOCK_BYTES // p.parts // stored // LANES * LANES)
+    most = min(WEIGHT_BLOCK_BYTES // p.parts // stored, CHUNK_WEIGHTS // min(_chunks(p)))
+    most = max(LANES, most // LANES * LANES)
     channels = p.result_features
     block_out = min(most, pl.cdiv(channels, LANES) * LANES)
     if p.gated:
         # The up's blocks begin where the gate's end.
         block_out = next(size for size in range(block_out, 0, -LANES) if channels % size == 0)
-    longest = LONGEST_FLOAT32_SUM if p.x_dtype == "float32" else p.in_features
+    longest = LONGEST_FLOAT32_SUM if p.dot_dtype == "float32" else p.in_features
     chunks = [size for size in _chunks(p) if size * block_out <= CHUNK_WEIGHTS and size <= longest]
     chunk = max(chunks, default=min(_chunks(p)))
     block_rows = min(pl.cdiv(p.rows, ROW_MULTIPLE) * ROW_MULTIPLE, MAX_BLOCK_ROWS)
@@ -228,7 +229,7 @@ def _kernel(
                     zero = zeros_ref[0, group].astype(jnp.int32).astype(jnp.float32)
                 scale = None if scheme.group_size is None else scales_ref[0, group].astype(jnp.float32)
                 first = start // len(xs)
-                x = xs[half][:, first : first + chunk // len(xs)]
+                x = xs[half][:, first : first + chunk // len(xs)].astype(p.dot_dtype)
                 y += _dot(x, _weights(codes, zero, scale).astype(x.dtype))
         if scheme.group_size is None:
             y = y * scales_ref[0].astype(jnp.float32)

@@ -129,6 +129,12 @@ class Problem:
         return self.scheme.groups(self.in_features)
 
     @property
+    def dot_dtype(self) -> str:
+        """In what weights are multiplied: that of x, unless scaled weights, rounded to it, would show in a wider result."""
+        rounds = self.scheme.group_size is not None or self.scheme.offset == "minimums"
+        return "float32" if rounds and self.out_dtype == "float32" else self.x_dtype
+
+    @property
     def parts(self) -> int:
         """Products that a result needs: the gate's and the up's where gated."""
         return 2 if self.gated else 1

@@ -79,7 +79,7 @@ def heuristic(problem: Problem) -> Config:
     p = problem
     block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), MAX_BLOCK_ROWS)
     # float32 is not multiplied by tensor cores: operands are held in registers, and large blocks would be spilled.
-    block_out = (64 if p.x_dtype != "float32" else 32) // p.parts
+    block_out = (64 if p.dot_dtype != "float32" else 32) // p.parts
     tile = 64
     programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, block_out)
     splits = min(pl.cdiv(2 * MULTIPROCESSORS, programs), pl.cdiv(p.in_features, MIN_TILES * tile))
@@ -203,7 +203,7 @@ def _kernel(
                 below = jax.lax.rem(stored, jnp.int32(PACK_BLOCK // 2))
                 element = 2 * (stored - below) + below + half * (PACK_BLOCK // 2)
             x_mask = real_row[:, None] & real[None, :]
-            x = plgpu.load(x_ref.at[row[:, None], element[None, :]], mask=x_mask, other=0)
+            x = plgpu.load(x_ref.at[row[:, None], element[None, :]], mask=x_mask, other=0).astype(p.dot_dtype)
             total = total + _dot(x, weights.astype(x.dtype))
         return total
 

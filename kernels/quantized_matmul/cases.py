@@ -1,0 +1,174 @@
+"""Named quantized_matmul workloads, shared by tests, compile checks, the tuner and benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.reference.quantization import quantize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A workload.
+
+    Attributes:
+      name: letters, digits, dashes.
+      rows: rows of x.
+      in_features: columns of x.
+      out_features: columns of w, gate and up together where gated.
+      scheme: how w is quantized.
+      dtype: of x.
+      scale_dtype: of scales and minimums.
+      out_dtype: of the result; None means that of x.
+      bias: whether there is one.
+      activation: applied to the result, or None.
+      gated: whether the first half of the channels gates the second.
+      quantize_x: what x is quantized to, or None.
+      num_layers: matrices stacked in w, of which the last is taken; None for one.
+    """
+
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    scheme: str
+    dtype: str = "bfloat16"
+    scale_dtype: str = "float32"
+    out_dtype: str | None = None
+    bias: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    gated: bool = False
+    quantize_x: str | None = None
+    num_layers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `quantized_matmul` that are no arrays."""
+        return {name: getattr(self, name) for name in ("activation", "gated", "quantize_x", "out_dtype")}
+
+    def shapes(self) -> Inputs:
+        """The arrays that `quantized_matmul` takes, without their values: enough to compile."""
+        return jax.eval_shape(lambda: _inputs(self, jax.random.key(0)))
+
+    def problem(self) -> Problem:
+        """The `Problem` of a call with this case's inputs and options."""
+        found: list[Problem] = []
+        jax.eval_shape(lambda inputs: found.append(Problem.of(inputs, **self.options)), self.shapes())
+        return found[0]
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Normal-distributed inputs; a weight's columns have unit norm, other layers are not finite."""
+    inputs = _inputs(case, jax.random.key(seed))
+    if case.num_layers is None:
+        return inputs
+    dead = np.arange(case.num_layers) < case.num_layers - 1
+    scales = jnp.where(dead[:, None, None], jnp.nan, inputs.w.scales)
+    return inputs._replace(w=dataclasses.replace(inputs.w, scales=scales))
+
+
+def _inputs(case: Case, key: jax.Array) -> Inputs:
+    of_x, of_w, of_bias = jax.random.split(key, 3)
+    stacked = () if case.num_layers is None else (case.num_layers,)
+    weights = jax.random.normal(of_w, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
+    return Inputs(
+        x=jax.random.normal(of_x, (case.rows, case.in_features)).astype(case.dtype),
+        w=quantize(weights, case.scheme, scale_dtype=jnp.dtype(case.scale_dtype)),
+        bias=jax.random.normal(of_bias, (case.out_features,)) if case.bias else None,
+        layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
+    )
+
+
+def _llama_3_8b(rows: int, scheme: str) -> tuple[Case, ...]:
+    """The linear layers of Llama-3-8B."""
+    names_and_shapes = {"qkv": (4096, 6144), "output": (4096, 4096), "gate-up": (4096, 28672), "down": (14336, 4096)}
+    return tuple(
+        Case(
+            name=f"llama-3-8b-{name}-{rows}-{scheme}",
+            rows=rows,
+            in_features=in_features,
+            out_features=out_features,
+            scheme=scheme,
+            gated=name == "gate-up",
+            activation=jax.nn.silu if name == "gate-up" else None,
+        )
+        for name, (in_features, out_features) in names_and_shapes.items()
+    )
+
+
+def _smollm2(rows: int) -> tuple[Case, ...]:
+    """The linear layers of SmolLM2-135M as its Q4_1 file has them, stacked as a loop over layers takes them."""
+    layers = {"dtype": "float32", "num_layers": 30, "scheme": "int4-g32-minimums", "rows": rows}
+    return (
+        Case(name=f"smollm2-qkv-{rows}", in_features=576, out_features=960, **layers),
+        Case(
+            name=f"smollm2-gate-up-{rows}",
+            in_features=576,
+            out_features=3072,
+            gated=True,
+            activation=jax.nn.silu,
+            **layers,
+        ),
+        Case(name=f"smollm2-down-{rows}", in_features=1536, out_features=576, **layers),
+        Case(
+            name=f"smollm2-head-{rows}",
+            rows=rows,
+            in_features=576,
+            out_features=49152,
+            scheme="int8-g32",
+            dtype="float32",
+        ),
+    )
+
+
+MODELS: Final = (
+    *_llama_3_8b(1, "int8"),
+    *_llama_3_8b(1, "int4-g32"),
+    *_llama_3_8b(16, "int4-g128-zeros"),
+    Case(name="llama-3-8b-head-1", rows=1, in_features=4096, out_features=128256, scheme="int8"),
+    Case(name="llama-3-8b-prefill", rows=512, in_features=4096, out_features=6144, scheme="int4-g128"),
+    *_smollm2(1),
+    *_smollm2(16),
+)
+"""What models ask for: compiled, tuned and measured."""
+
+_SMALL = {
+    "int8": ("int8", {}),
+    "int8-group": ("int8-g32", {"dtype": "float32"}),
+    "int8-zeros": ("int8-zeros", {"bias": True}),
+    "int8-minimums": ("int8-g64-minimums", {"dtype": "float32", "rows": 17}),
+    "int4": ("int4", {"scale_dtype": "bfloat16"}),
+    "int4-group": ("int4-g32", {"dtype": "float32", "bias": True}),
+    "int4-large-group": ("int4-g128", {"activation": jax.nn.gelu}),
+    "int4-minimums": ("int4-g32-minimums", {"dtype": "float32", "num_layers": 3}),
+    "int4-zeros": ("int4-g64-zeros", {"out_dtype": "float32"}),
+    "float16": ("int4-g32-minimums", {"dtype": "float16", "scale_dtype": "float16"}),
+    "gated": ("int4-g32", {"gated": True, "activation": jax.nn.silu, "bias": True, "dtype": "float32"}),
+    "gated-many": ("int8", {"gated": True, "activation": jax.nn.gelu, "rows": 65}),
+    "many-rows": ("int4-g32-minimums", {"rows": 300, "dtype": "float32"}),
+    "one-row": ("int8", {"rows": 1, "bias": True, "activation": jax.nn.relu}),
+    "small-group": ("int8-g16", {}),
+    "float8": ("float8_e4m3fn", {}),
+    "float8-activations": ("float8_e4m3fn", {"quantize_x": "float8_e4m3fn"}),
+    "mxfp4": ("mxfp4", {"dtype": "float32"}),
+    "int8-activations": ("int8", {"quantize_x": "int8"}),
+    "int4-int8-activations": ("int4-g32", {"quantize_x": "int8", "dtype": "float32"}),
+}
+
+TESTS: Final = tuple(
+    Case(**{"name": name, "rows": 3, "in_features": 384, "out_features": 512, "scheme": scheme} | changes)
+    for name, (scheme, changes) in _SMALL.items()
+) + (
+    # Sizes that divide no block.
+    Case(name="odd-in", rows=5, in_features=176, out_features=200, scheme="int8", dtype="float32"),
+    Case(name="odd-out", rows=2, in_features=160, out_features=333, scheme="int4-g32", dtype="float32"),
+    Case(name="wide-out", rows=1, in_features=64, out_features=70_000, scheme="int8", dtype="float32"),
+)
+"""Small workloads with every option that a test compares with the oracle."""
