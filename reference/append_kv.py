@@ -82,6 +82,7 @@ def _write_all(
     cache: KVCache, k: jax.Array, v: jax.Array, write: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> KVCache:
     """Quantizes new keys and values as the cache needs them and writes all of its parts."""
+
     def write_bits(target: jax.Array, new: jax.Array) -> jax.Array:
         return from_bits(write(to_bits(target), to_bits(new)), target)
 

@@ -83,8 +83,8 @@ def compare(result: Any, reference: Any, oracle: Any) -> Comparison:
     if not finite.any():
         return Comparison(0.0, 0.0, 0.0, 0.0, float(jnp.finfo(dtype).eps), same)
     scale = np.abs(oracle[finite]).max() or 1.0
-    deviation = np.abs(result - oracle)[finite] / scale
-    reference_deviation = np.abs(reference - oracle)[finite] / scale
+    deviation = np.abs(result[finite] - oracle[finite]) / scale
+    reference_deviation = np.abs(reference[finite] - oracle[finite]) / scale
     return Comparison(
         error=float(deviation.max()),
         reference_error=float(reference_deviation.max()),

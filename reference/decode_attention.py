@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from palladion.reference.bits import from_bits, to_bits
 
-BLOCK = 256
+BLOCK = 128
 """Cached tokens that one trip of the loop reads."""
 
 

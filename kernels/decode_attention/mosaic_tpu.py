@@ -6,8 +6,8 @@ For every sequence b, block i of its queries and block j of the cached tokens th
     m' = max(m, max s)                    l = l exp(m - m') + sum exp(s - m')
     acc = acc exp(m - m') + exp(s - m') v                               out = acc / l, lse = m + log l
 
-Grid: (batch, query blocks, KV blocks), the last one innermost: its steps share q, m, l, acc and the output. A step takes
-the tokens of all KV heads at once, for one softmax over all of them: heads one by one leave the chip waiting for each.
+Grid: (batch, query blocks, KV blocks), the last one innermost: its steps share q, m, l, acc and the output. A step
+takes its tokens of all KV heads at once, for one softmax over all of them: one head at a time, the chip mostly waits.
 
 Resident in VMEM: q, m, l, acc and the output of (b, i); two K and two V blocks, of which the pipeline fills one pair
 while the other is worked on. In SMEM, before the grid starts: lengths and layer, from which the index maps take the
@@ -70,8 +70,7 @@ class Config:
 def heuristic(problem: Problem) -> Config:
     """Blocks that keep the memory busy and fit into the VMEM of every generation."""
     p = problem
-    token = p.head_dim if _tokens_last(p) else _round_up(p.head_dim, LANES)
-    token *= 2 * p.kv_heads * jnp.dtype(p.kv_dtype).itemsize
+    token = _token_bytes(p)
     block_kv = LANES
     while block_kv * 2 * token <= KV_BLOCK_BYTES and block_kv < p.max_len:
         block_kv *= 2
@@ -91,6 +90,12 @@ def _tokens_last(problem: Problem) -> bool:
     return _round_up(d, SUBLANES) * _round_up(n, LANES) < _round_up(n, SUBLANES) * _round_up(d, LANES)
 
 
+def _token_bytes(problem: Problem) -> int:
+    """What a token's keys and values take in VMEM."""
+    width = problem.head_dim if _tokens_last(problem) else _round_up(problem.head_dim, LANES)
+    return 2 * problem.kv_heads * width * jnp.dtype(problem.kv_dtype).itemsize
+
+
 def unsupported(problem: Problem) -> str | None:
     """What of a problem this kernel does not cover, or None."""
     if problem.page_size is not None:
@@ -100,6 +105,10 @@ def unsupported(problem: Problem) -> str | None:
             return f"{name} must be float32 or bfloat16, got {dtype}"
     if problem.head_dim % SUBLANES:
         return f"head_dim must be a multiple of {SUBLANES}, got {problem.head_dim}"
+    least = 2 * LANES * _token_bytes(problem)
+    if least > VMEM_BYTES:
+        heads = f"{problem.kv_heads} KV heads of {problem.head_dim} in {problem.kv_dtype}"
+        return f"two blocks of {LANES} tokens must fit {VMEM_BYTES >> 20} MiB, with {heads} they take {least >> 20}"
     return None
 
 

@@ -1,0 +1,95 @@
+"""The real TPU compiler takes every TPU kernel, for chips that need not be there."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from palladion import decode_attention, quantized_matmul
+from palladion.benchmarks import tpu_compiler
+from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention.cases import Case as AttentionCase
+from palladion.kernels.quantized_matmul import cases as matmul_cases
+from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
+
+pytestmark = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
+
+Compilable = tuple[Callable[..., Any], tuple[Any, ...], int]
+"""A function, its arguments, and the size of the large one that must not be copied on the way to the kernel."""
+
+
+def attention(case: AttentionCase) -> Compilable:
+    options = case.options | {"backend": "pallas", "return_lse": True}
+    shapes = case.shapes()
+    return lambda inputs: decode_attention(**inputs._asdict(), **options), (shapes,), shapes.k.size
+
+
+def matmul(case: MatmulCase) -> Compilable:
+    options = case.options | {"backend": "pallas"}
+    shapes = case.shapes()
+
+    def call(inputs: Any) -> Any:
+        return quantized_matmul(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer, **options)
+
+    return call, (shapes,), shapes.w.values.size
+
+
+OPERATIONS: dict[str, Callable[[], Compilable]] = {
+    f"decode_attention-{case.name}": functools.partial(attention, case) for case in attention_cases.MODELS
+} | {f"quantized_matmul-{case.name}": functools.partial(matmul, case) for case in matmul_cases.MODELS}
+"""What is compiled for one chip: a row for every case that models ask for."""
+
+ON_EVERY_CHIP = (
+    "decode_attention-llama-3-8b-layers",
+    "decode_attention-llama-3-8b-float32",
+    "decode_attention-llama-3-8b-verify",
+    "decode_attention-smollm2-135m",
+    "decode_attention-gpt-oss-20b",
+    "quantized_matmul-llama-3-8b-qkv-1-int8",
+    "quantized_matmul-llama-3-8b-gate-up-1-int4-g32",
+)
+"""What is compiled for all of them."""
+
+
+COPIED = {"quantized_matmul-smollm2-down-1", "quantized_matmul-smollm2-down-16"}
+"""Weights that XLA turns over on their way: 576 channels would be padded to 640 lanes, so it keeps them the other way."""
+
+
+def sizes(compiled: Any) -> dict[str, int]:
+    """The most numbers that an instruction of each kind makes, kernels and the arguments of the program left out."""
+    largest: dict[str, int] = {}
+    for dimensions, kind in re.findall(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", compiled.as_text()):
+        size = 1
+        for dimension in filter(None, dimensions.split(",")):
+            size *= int(dimension)
+        if kind not in ("parameter", "bitcast", "custom-call", "get-tuple-element"):
+            largest[kind] = max(largest.get(kind, 0), size)
+    return largest
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [pytest.param(name, "v6e", id=f"{name}-v6e") for name in OPERATIONS]
+    + [pytest.param(name, chip, id=f"{name}-{chip}") for name in ON_EVERY_CHIP for chip in ("v4", "v5e", "v5p", "v7x")],
+)
+def test_compiles(name: str, chip: str):
+    function, arguments, large = OPERATIONS[name]()
+    compiled = tpu_compiler.compile_for_tpu(function, *arguments, chip=chip)
+    assert "tpu_custom_call" in compiled.as_text()
+    copied = {kind: size for kind, size in sizes(compiled).items() if size >= large}
+    assert set(copied) == ({"copy"} if name in COPIED else set())
+
+
+def test_copies_would_be_seen():
+    function, (shapes,), large = attention(attention_cases.TESTS[0])
+    compiled = tpu_compiler.compile_for_tpu(lambda inputs: function(inputs._replace(k=2 * inputs.k)), shapes)
+    assert max(sizes(compiled).values()) >= large
+
+
+def test_unknown_chips():
+    with pytest.raises(ValueError, match="chip: got 'v3'; accepted: v4, v5e, v5p, v6e, v7x"):
+        tpu_compiler.device("v3")
