@@ -1,0 +1,350 @@
+"""Generation: what comes out, how it stops, that nothing compiles twice, and every error on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_checkpoints import VOCAB, Type, gguf_file, hugging_face_folder
+
+from palladion.model.checkpoint import CheckpointError, find_model
+from palladion.model.engine import PREFILL_CHUNKS, STEPS_PER_DISPATCH, plan_chunks
+from palladion.model.generator import Generator
+from palladion.model.sampling import Sampling, filtered, greedy, sample
+from palladion.model.transformer import empty_cache, forward
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [30]]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gguf_file(tmp_path_factory.mktemp("model"), Type.Q8_0, tied=True)
+
+
+@pytest.fixture(scope="module")
+def generator(path: Path) -> Generator:
+    return Generator.load(path, max_len=64)
+
+
+def tokens_of(generator: Generator, prompts: Any, **options: Any) -> list[tuple[int, ...]]:
+    return [generation.tokens for generation in generator.generate(prompts, **options)[0]]
+
+
+def test_greedy_tokens_are_the_likeliest(generator: Generator):
+    """Token by token against whole forward passes."""
+    expected: list[int] = []
+    step = jax.jit(functools.partial(forward, config=generator.config))
+    for _ in range(20):
+        cache = empty_cache(generator.parameters, generator.config, 1, 32, jnp.float32)
+        sequence = [*PROMPTS[0], *expected]
+        tokens = jnp.array([[0] * (32 - len(sequence)) + sequence])
+        logits, _ = step(generator.parameters, tokens=tokens, lengths=jnp.array([len(sequence)]), cache=cache)
+        expected.append(int(logits[0].argmax()))
+    assert tokens_of(generator, [PROMPTS[0]], max_new_tokens=20, ignore_stop_tokens=True) == [tuple(expected)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling.of(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)])
+def test_a_batch_is_each_prompt_alone(generator: Generator, sampling: Sampling):
+    options: dict[str, Any] = {"max_new_tokens": 20, "sampling": sampling, "seed": 3, "ignore_stop_tokens": True}
+    together = tokens_of(generator, PROMPTS, **options)
+    assert together == [tokens_of(generator, [prompt], **options)[0] for prompt in PROMPTS]
+
+
+def test_seeds(generator: Generator):
+    def drawn(seed: int) -> Any:
+        return tokens_of(generator, PROMPTS[:1], sampling=Sampling.of(temperature=2.0), seed=seed)
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_long_prompts_in_chunks(path: Path):
+    assert plan_chunks(300) == [128, 128, 16, 16, 16]
+    assert plan_chunks(1) == [16]
+    generator = Generator.load(path, max_len=512)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 300).tolist()
+    cache = empty_cache(generator.parameters, generator.config, 1, 300, jnp.float32)
+    logits, _ = forward(generator.parameters, generator.config, jnp.array([prompt]), jnp.array([300]), cache)
+    assert tokens_of(generator, [prompt], max_new_tokens=1) == [(int(logits[0].argmax()),)]
+
+
+def test_streams_are_the_text(generator: Generator):
+    generations, _ = generator.generate("Hello", max_new_tokens=30)
+    assert "".join(generator.stream("Hello", max_new_tokens=30)) == generations[0].text
+    pieces: list[tuple[int, str]] = []
+    several, _ = generator.generate(["Hello", "you"], max_new_tokens=30, on_text=lambda *piece: pieces.append(piece))
+    for index, generation in enumerate(several):
+        assert "".join(text for place, text in pieces if place == index) == generation.text
+
+
+def test_how_it_stops(path: Path):
+    generator = Generator.load(path, max_len=16)
+    (full,), statistics = generator.generate([[1, 2, 3]], max_new_tokens=100, ignore_stop_tokens=True)
+    # 3 tokens of prompt, 13 more in the cache, and one that needs no room.
+    assert (full.stopped_by, len(full.tokens)) == ("cache full", 14)
+    assert statistics.generated_tokens == 14
+    (short,), _ = generator.generate([[1, 2, 3]], max_new_tokens=2, ignore_stop_tokens=True)
+    assert (short.stopped_by, len(short.tokens)) == ("max_new_tokens", 2)
+    assert short.tokens == full.tokens[:2]
+
+
+def test_stop_tokens(generator: Generator):
+    (free,), _ = generator.generate([[1, 2, 3]], max_new_tokens=40, ignore_stop_tokens=True)
+    stop = next(token for token in free.tokens[5:] if token not in free.tokens[:5])
+    config = dataclasses.replace(generator.config, stop_tokens=(stop,))
+    stopping = Generator(dataclasses.replace(generator.checkpoint, config=config), max_len=64)
+    (stopped,), statistics = stopping.generate([[1, 2, 3]], max_new_tokens=40)
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert stopped.stopped_by == "stop token"
+    assert statistics.decode_steps == len(stopped.tokens) - 1
+    # Beside a sequence that goes on, a finished one keeps still.
+    together = tokens_of(stopping, [[1, 2, 3], PROMPTS[1]], max_new_tokens=40)
+    assert together == [stopped.tokens, *tokens_of(stopping, [PROMPTS[1]], max_new_tokens=40)]
+
+
+def test_nothing_compiles_twice(generator: Generator):
+    sampling = Sampling.of(temperature=0.5, top_p=0.9)
+    generator.generate(PROMPTS[:1], max_new_tokens=3, sampling=sampling)
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        del seconds
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for prompt, seed, temperature in ((PROMPTS[2], 1, 0.7), ([5] * 16, 2, 1.5)):
+            _, statistics = generator.generate(
+                [prompt], max_new_tokens=25, sampling=Sampling.of(temperature=temperature, top_p=0.5), seed=seed
+            )
+            assert statistics.compile_seconds == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_programs_hold_nothing_twice(path: Path, dtype: str):
+    """Caches are aliased, and neither they nor the weights are copied or widened."""
+    generator = Generator.load(path, weights="dequantize", dtype=dtype, max_len=8192)
+    generator.generate([[1, 2, 3]], max_new_tokens=2)
+    (engine,) = generator._engines.values()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine.cache_like))
+    for program in engine._programs.values():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache
+        assert memory.temp_size_in_bytes < cache / 4
+
+
+def test_a_failed_run_leaves_no_trace(generator: Generator):
+    expected = tokens_of(generator, PROMPTS[:1], max_new_tokens=40)
+
+    def fail(_index: int, _text: str) -> None:
+        raise RuntimeError("the reader went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        generator.generate(PROMPTS[:1], max_new_tokens=40, on_text=fail)
+    assert tokens_of(generator, PROMPTS[:1], max_new_tokens=40) == expected
+
+
+def test_statistics(generator: Generator):
+    _, statistics = generator.generate(PROMPTS, max_new_tokens=20, ignore_stop_tokens=True)
+    assert (statistics.sequences, statistics.prompt_tokens, statistics.generated_tokens) == (3, 22, 60)
+    assert statistics.decode_steps == 19
+    assert statistics.weight_bytes == generator.parameters.nbytes
+    per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head_dim, float32
+    # A step reads all tokens up to its own.
+    held = sum(len(prompt) + step for prompt in PROMPTS for step in range(1, 20))
+    assert statistics.cache_bytes == per_token * held // 19
+    assert statistics.memory_bandwidth > 1e9
+    assert "of the" in str(statistics)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = jnp.array([[0.0, 3.0, 3.0, -1.0], [5.0, 1.0, 2.0, 5.0]])
+    np.testing.assert_array_equal(greedy(logits), [1, 0])
+
+
+def kept(logits: np.ndarray, **options: Any) -> np.ndarray:
+    return np.isfinite(
+        np.asarray(filtered(jnp.asarray(logits, jnp.float32)[None], Sampling.of(temperature=1.0, **options)))
+    )[0]
+
+
+def test_filters():
+    probabilities = np.array([0.02, 0.5, 0.08, 0.25, 0.15])
+    logits = np.log(probabilities)
+    np.testing.assert_array_equal(kept(logits, top_k=2), probabilities >= 0.25)
+    np.testing.assert_array_equal(kept(logits, top_k=99), np.ones(5, bool))
+    np.testing.assert_array_equal(kept(logits, top_p=0.6), probabilities >= 0.25)
+    np.testing.assert_array_equal(kept(logits, top_p=0.8), probabilities >= 0.15)
+    np.testing.assert_array_equal(kept(logits, top_p=1.0), np.ones(5, bool))
+    np.testing.assert_array_equal(kept(logits, top_p=0.001), probabilities == 0.5)
+    np.testing.assert_array_equal(kept(logits, min_p=0.2), probabilities >= 0.1)
+    np.testing.assert_array_equal(kept(logits, top_k=3, top_p=0.8), probabilities >= 0.25)
+
+
+def test_draws_follow_the_distribution():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.broadcast_to(jnp.log(probabilities), (20_000, 4))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = np.asarray(sample(logits, keys, Sampling.of(temperature=1.0)))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20_000, probabilities, atol=0.015)
+    hot = np.asarray(sample(logits, keys, Sampling.of(temperature=0.5)))
+    np.testing.assert_allclose(
+        np.bincount(hot, minlength=4) / 20_000, probabilities**2 / (probabilities**2).sum(), atol=0.015
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, r"Sampling\.temperature: got -1\.0; accepted: 0 \(greedy\) or above, or None"),
+        ({"top_k": 0}, r"Sampling\.top_k: got 0; accepted: at least 1"),
+        ({"top_p": 1.5}, r"Sampling\.top_p: got 1\.5; accepted: above 0, at most 1"),
+        ({"min_p": -0.1}, r"Sampling\.min_p: got -0\.1; accepted: 0 to 1"),
+    ],
+)
+def test_sampling_errors(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampling.of(**arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts: got none; give at least one"),
+        ("", {}, r"prompts\[0\]: is empty"),
+        ([[1], []], {}, r"prompts\[1\]: is empty"),
+        (
+            [[1] * 64],
+            {},
+            r"prompts\[0\]: has 64 tokens, the cache has room for 64 with the answer; shorten it or raise",
+        ),
+        ([[1, VOCAB]], {}, rf"prompts\[0\]: token {VOCAB} is not in 0 to {VOCAB - 1}"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0; accepted: at least 1"),
+    ],
+)
+def test_wrong_prompts(generator: Generator, prompts: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompts, **options)
+    if isinstance(prompts, list) and len(prompts) == 1:
+        with pytest.raises(ValueError, match=message):
+            generator.stream(prompts[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cuda"}, "backend: got 'cuda'; accepted: None, auto, xla, pallas"),
+        ({"dtype": "int8"}, "dtype.* accepted: float32, bfloat16, float16|dtype must be one of float32"),
+        ({"kv_dtype": "int4"}, "dtype int4 is not one of float32"),
+        ({"max_len": 1}, "max_len: got 1; accepted: at least 2"),
+    ],
+)
+def test_wrong_options(path: Path, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Generator.load(path, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palladion.model.generate", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": "src", "JAX_PLATFORMS": "cpu", "PATH": ""},
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+
+
+def test_the_command_generates(path: Path, generator: Generator):
+    run = command(f"--model={path}", "--prompt=Hello", "--max-new-tokens=5", "--max_len=64", "--ignore-stop-tokens")
+    expected = generator.generate("Hello", max_new_tokens=5, ignore_stop_tokens=True)[0][0].text
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"Hello{expected}\n"
+    for word in ("loaded in", "first token after", "tokens/s", "MB must be read", "GB/s achieved", "at the peak"):
+        assert word in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model=nowhere.gguf", "--prompt=a"), "error: nowhere.gguf: no such file or folder; give a .gguf file"),
+        (("--quantize=int3", "--prompt=a"), "error: scheme: got 'int3'"),
+        (("--temperature=-1", "--prompt=a"), "error: Sampling.temperature: got -1.0"),
+        (("--prompt=a", "word"), "error: unexpected argument 'word'"),
+    ],
+)
+def test_the_command_explains(tmp_path: Path, arguments: tuple[str, ...], message: str):
+    if not any(argument.startswith("--model") for argument in arguments):
+        arguments = (f"--model={hugging_face_folder(tmp_path / 'model')}", *arguments)
+    run = command(*arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith(message)
+    assert "Traceback" not in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the real model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Generator:
+    try:
+        find_model("smollm2")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    return Generator.load("smollm2", max_len=128)
+
+
+@pytest.mark.peer
+def test_smollm2_knows_the_capital_of_france(smollm2: Generator):
+    raw, _ = smollm2.generate("The capital of France is", max_new_tokens=2)
+    assert raw[0].text == " Paris."
+    chat = smollm2.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    answer, _ = smollm2.generate(chat, max_new_tokens=20)
+    assert (answer[0].text, answer[0].stopped_by) == ("The capital of France is Paris.", "stop token")
+
+
+@pytest.mark.peer
+def test_smollm2_by_kernels(smollm2: Generator):
+    by_kernels = Generator(smollm2.checkpoint, max_len=128, backend="pallas")
+    prompt = "The capital of France is"
+    assert tokens_of(by_kernels, prompt, max_new_tokens=5) == tokens_of(smollm2, prompt, max_new_tokens=5)
+
+
+@pytest.mark.peer
+def test_smollm2_says_what_llama_cpp_says(smollm2: Generator):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    peer = llama_cpp.Llama(str(find_model("smollm2")), n_ctx=256, verbose=False)
+    chat = smollm2.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    # llama.cpp rounds activations to 8 bits, so that only clear choices are the same: of these texts all tokens are.
+    for prompt, count in (("The capital of France is", 2), (chat, 8)):
+        tokens = smollm2.tokenizer.encode(prompt)
+        peer.reset()
+        steps = peer.generate(tokens, temp=0.0, top_k=1)
+        assert tokens_of(smollm2, [tokens], max_new_tokens=count) == [tuple(next(steps) for _ in range(count))]
+
+
+def test_constants_fit_together():
+    assert PREFILL_CHUNKS[0] % PREFILL_CHUNKS[1] == 0
+    assert STEPS_PER_DISPATCH >= 1
