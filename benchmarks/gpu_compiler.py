@@ -122,10 +122,10 @@ def _kernel_of(operation: Any) -> TritonKernel:
     context = ir.Context()
     context.allow_unregistered_dialects = True
     with context:
-        dialects.dialect.register_dialect(context)
+        dialects.dialect.register_dialect(context)  # type: ignore[attr-defined]  # not exported, and all there is
         # The kernel itself is bytecode in an attribute.
         module = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)
-        source = module.operation.get_asm(enable_debug_info=False)
+        source = str(module.operation.get_asm(enable_debug_info=False))
 
         def integer(name: str) -> int:
             return int(ir.IntegerAttr(config[name]).value)

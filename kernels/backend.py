@@ -1,7 +1,7 @@
 """Backends: which exist, which one a call takes, and why not the others.
 
-Every operation keeps a table of `Implementation`s. `choose` picks a row while a call is traced, by the platform that the
-call is compiled for and by what each kernel says it does not cover; nothing is decided at run time.
+Every operation keeps a table of `Implementation`s. `choose` picks a row while a call is traced, by the platform that it
+is compiled for and by what each kernel says it does not cover; nothing is decided at run time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, Final, Protocol
 import jax
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
-"""What `backend=` takes besides None: the platform's best, the reference, the platform's kernel, or a kernel by name."""
+"""What `backend=` takes: the best for the platform, the reference, the platform's kernel, or a kernel by name."""
 
 
-class Unsupported(NotImplementedError):
+class Unsupported(NotImplementedError):  # noqa: N818  # no failure: another backend covers the call
     """A correct call that the chosen backend does not cover; the message says what is not covered and what does."""
 
 

@@ -106,7 +106,7 @@ class Engine:
         self.cache_like: Cache = jax.eval_shape(
             lambda: empty_cache(parameters, config, batch, options.max_len, jnp.dtype(options.kv_dtype))
         )
-        self._integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        self._integers: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self._keys_like = jax.eval_shape(self.keys, 0)
         self._sampling_like = jax.eval_shape(lambda: _as_arrays(sampling))
         # A CPU takes narrow floats as bits, in and out.
@@ -209,7 +209,8 @@ class Engine:
             _, bits, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), to_bits(initial), out))
             return out, from_bits(bits, initial)
 
-        state = State(self.cache_like, self._integers, self._integers, jax.ShapeDtypeStruct((self.batch,), jnp.bool))
+        finished: Any = jax.ShapeDtypeStruct((self.batch,), jnp.bool)
+        state = State(self.cache_like, self._integers, self._integers, finished)
         steps = jax.ShapeDtypeStruct((), jnp.int32)
         return self._compiled("decode", decode, state, steps, self._keys_like, self._sampling_like)
 

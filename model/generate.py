@@ -78,7 +78,7 @@ def _generate() -> None:
     generator = Generator.load(
         MODEL.value,
         dtype=DTYPE.value,
-        weights=WEIGHTS.value,
+        weights="dequantize" if WEIGHTS.value == "dequantize" else "keep",
         quantize=QUANTIZE.value,
         kv_dtype=KV_DTYPE.value,
         max_len=MAX_LEN.value,
@@ -148,9 +148,9 @@ def run() -> None:
     arguments = [sys.argv[0]]
     for argument in sys.argv[1:]:
         name, separator, value = argument.partition("=")
-        arguments.append(
-            name.replace("-", "_").replace("__", "--", 1) + separator + value if name[:2] == "--" else argument
-        )
+        if name.startswith("--"):
+            argument = "--" + name[2:].replace("-", "_") + separator + value
+        arguments.append(argument)
     app.run(main, arguments)
 
 

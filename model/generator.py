@@ -203,8 +203,8 @@ class Generator:
                 raise ValueError(f"prompts[{index}]: is empty; give at least one character or token")
             if len(tokens) >= self.options.max_len:
                 raise ValueError(
-                    f"prompts[{index}]: has {len(tokens)} tokens, the cache has room for {self.options.max_len} with the "
-                    f"answer; shorten it or raise max_len (the model was trained for {self.config.max_positions})"
+                    f"prompts[{index}]: has {len(tokens)} tokens, the cache has room for {self.options.max_len} with "
+                    f"the answer; shorten it or raise max_len (the model was trained for {self.config.max_positions})"
                 )
             if outside := [t for t in tokens if not 0 <= t < self.config.vocab_size]:
                 raise ValueError(f"prompts[{index}]: token {outside[0]} is not in 0 to {self.config.vocab_size - 1}")

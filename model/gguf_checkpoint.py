@@ -286,7 +286,7 @@ def _read_dense(rows: np.ndarray, shape: tuple[int, ...], kind: Any, dtype: Any,
 
 
 def _read_quantized(rows: np.ndarray, scheme: Scheme, name: str) -> QuantizedArray:
-    """Takes blocks apart: a float16 scale, a float16 minimum where the scheme has one, then the codes; all transposed."""
+    """Takes blocks apart (a float16 scale, a float16 minimum where there is one, then codes) and transposes them."""
     header = 4 if scheme.offset == "minimums" else 2
     blocks = rows.reshape(len(rows), -1, header + (BLOCK // 2 if scheme.packed else BLOCK))
     factors = np.ascontiguousarray(blocks[..., :header]).view(np.float16)

@@ -81,7 +81,7 @@ def _take(stack: Layer, index: int) -> Layer:
 
 def _same_form(layer: Layer, stack: Layer) -> bool:
     """Whether a layer has the structure, shapes and dtypes of those in a stack."""
-    if jax.tree.structure(layer) != jax.tree.structure(stack):
+    if len({jax.tree.structure(layer), jax.tree.structure(stack)}) > 1:
         return False
     pairs = zip(jax.tree.leaves(layer), jax.tree.leaves(stack), strict=True)
     return all(part.shape == whole.shape[1:] and part.dtype == whole.dtype for part, whole in pairs)

@@ -69,8 +69,8 @@ class Statistics:
                 f"prompt     {self.prompt_tokens:6d} tokens{batch}, first token after {self.prefill_seconds:.3f} s "
                 f"({self.prefill_rate:,.0f} tokens/s)",
                 f"generated  {self.generated_tokens:6d} tokens, {self.decode_rate:,.1f} tokens/s",
-                f"each step  {self.bytes_per_step / 1e6:6.1f} MB must be read: {self.weight_bytes / 1e6:.1f} of weights, "
-                f"{self.cache_bytes / 1e6:.1f} of KV cache",
+                f"each step  {self.bytes_per_step / 1e6:6.1f} MB must be read: {self.weight_bytes / 1e6:.1f} of "
+                f"weights, {self.cache_bytes / 1e6:.1f} of KV cache",
                 f"bandwidth  {self.achieved_bandwidth / 1e9:6.1f} GB/s achieved, {share:.0%} of the "
                 f"{self.memory_bandwidth / 1e9:.1f} GB/s at which this machine reads memory",
                 f"memory     {peak} at the peak; compiled in {self.compile_seconds:.1f} s",

@@ -75,25 +75,31 @@ def forward(
 
     Returns:
       Logits float32 `[batch, vocab]`, or `[batch, q_len, vocab]` with `every_position`; and the cache.
+
+    Raises:
+      ValueError: the cache is stacked and the layers are not, or the other way round.
+      Unsupported: the chosen backend does not cover an operation of this model.
     """
     decoder = _Decoder(config, lengths, parameters.inverse_frequencies, tokens.shape[1], backend, interpret)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
-    if isinstance(parameters.layers, Layer):
+    if isinstance(parameters.layers, Layer) and isinstance(cache, KVCache):
         layers, original = parameters.layers, cache
 
-        def step(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+        def step(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             hidden, bits = carry
             hidden, cache = decoder.layer(layers, hidden, from_bits(bits, original), index)
             return hidden, to_bits(cache)
 
         hidden, bits = jax.lax.fori_loop(0, config.num_layers, step, (hidden, to_bits(cache)))
         cache = from_bits(bits, original)
-    else:
+    elif isinstance(parameters.layers, tuple) and isinstance(cache, tuple):
         caches = []
         for layer, layer_cache in zip(parameters.layers, cache, strict=True):
             hidden, layer_cache = decoder.layer(layer, hidden, layer_cache, None)
             caches.append(layer_cache)
         cache = tuple(caches)
+    else:
+        raise ValueError("cache: must be stacked as the layers of the parameters are; take one of empty_cache")
     last = hidden if every_position else hidden[:, -1]
     normed = rms_norm(last, parameters.final_norm, config.rms_norm_eps)
     logits = decoder.linear(normed, parameters.head, out_dtype=jnp.float32)
@@ -172,7 +178,7 @@ class _Decoder:
     ) -> jax.Array:
         """x @ weight with what can be fused into it; the parts of a tuple side by side."""
         if isinstance(weight, tuple):
-            parts = jnp.concatenate([self.linear(x, part, index) for part in weight], axis=-1)
+            parts = jnp.concatenate([self.linear(x, part, index, out_dtype=out_dtype) for part in weight], axis=-1)
             return parts if bias is None else parts + bias.astype(parts.dtype)
         fused: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "out_dtype": out_dtype}
         if isinstance(weight, QuantizedArray):

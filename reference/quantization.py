@@ -178,7 +178,7 @@ class QuantizedArray:
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
-    """Packs 4-bit codes `[..., in, out]` (0 to 15, any integer dtype) to uint8 `[..., in / 2, out]`, by blocks of 32."""
+    """Packs 4-bit codes `[..., in, out]` (0 to 15, any integer dtype) to uint8 `[..., in / 2, out]` by blocks of 32."""
     *lead, in_features, out_features = codes.shape
     halves = codes.astype(jnp.uint8).reshape(*lead, in_features // PACK_BLOCK, 2, PACK_BLOCK // 2, out_features)
     packed = halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)
@@ -330,7 +330,7 @@ def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     Returns:
       codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`; a row of zeros has scale 0.
     """
-    scheme = Scheme(jnp.dtype(dtype).name)  # type: ignore[arg-type]  # Scheme rejects other dtypes
+    scheme = Scheme(jnp.dtype(dtype).name)  # Scheme rejects other dtypes
     x = x.astype(jnp.float32)
     largest = largest_code(scheme)
     scales = jnp.max(jnp.abs(x), axis=-1) / largest

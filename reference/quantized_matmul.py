@@ -94,7 +94,7 @@ def matmul(
     layer: jax.Array | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
-    """Multiplies by a dense weight, float32, bfloat16 or float16, `[in, out]`; the rest is as for `quantized_matmul`."""
+    """Multiplies by a dense weight `[in, out]` of any float dtype; the rest is as for `quantized_matmul`."""
     in_features, out_features = w.shape[-2:]
     rows = x.astype(jnp.float32).reshape(-1, in_features)
     if in_features % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:

@@ -56,7 +56,7 @@ ON_EVERY_CHIP = (
 
 
 COPIED = {"quantized_matmul-smollm2-down-1", "quantized_matmul-smollm2-down-16"}
-"""Weights that XLA turns over on their way: 576 channels would be padded to 640 lanes, so it keeps them the other way."""
+"""Weights that XLA turns over on the way: 576 channels would be padded to 640 lanes, and are kept the other way."""
 
 
 def sizes(compiled: Any) -> dict[str, int]:

@@ -66,7 +66,7 @@ class Problem:
         cache, k, v, lengths, new_tokens, layer = inputs
         rank = 4 if layer is None else 5
         shape = "[batch or num_pages, kv_heads, max_len or page_size, head_dim]"
-        check(cache.k.ndim == rank, "cache", f"k of shape {cache.k.shape}", f"{shape}, and [num_layers] first with layer=")
+        check(cache.k.ndim == rank, "cache", f"k of shape {cache.k.shape}", f"{shape}, [num_layers] first with layer=")
         check(k.ndim == 4 and min(k.shape) >= 1, "k", k.shape, "[batch, (q_len,) kv_heads, head_dim], each at least 1")
         check_shape("v", v, k.shape, "the shape of k")
         check(dtype_name(k) in FLOAT_CACHE_DTYPES, "k", k.dtype, ", ".join(FLOAT_CACHE_DTYPES))

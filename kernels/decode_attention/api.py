@@ -103,8 +103,8 @@ def decode_attention(
         q_heads is a multiple of kv_heads; query heads h * group to (h + 1) * group - 1 read KV head h.
       v: cached values, in shape and dtype like k.
       lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included; 0 is allowed.
-      page_table: int32 `[batch, pages_per_seq]`, which page holds a sequence's tokens i * page_size and on. Entries past
-        the last filled page may be anything.
+      page_table: int32 `[batch, pages_per_seq]`, which page holds a sequence's tokens i * page_size and on. Entries
+        past the last filled page may be anything.
       scale: factor of the logits; None means 1 / sqrt(head_dim).
       sliding_window: a query sees only this many tokens, itself included; None means all.
       logits_soft_cap: bounds the logits to ±c by c * tanh(logits / c); None means no bound.

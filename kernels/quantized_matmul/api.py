@@ -65,8 +65,8 @@ def quantized_matmul(
         (SwiGLU with `jax.nn.silu`, GeGLU with `jax.nn.gelu`).
       quantize_x: "int8" (with int8 and int4 weights) or "float8_e4m3fn" (with float8 weights) quantizes x on the fly,
         one scale per token; None multiplies x as it is.
-      layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: inside a loop
-        over layers none of them is copied where the implementation can avoid it.
+      layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: a loop over
+        layers then copies none of them where the implementation can avoid it.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
       config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.

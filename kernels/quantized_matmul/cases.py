@@ -105,7 +105,7 @@ def _llama_3_8b(rows: int, scheme: str) -> tuple[Case, ...]:
 
 def _smollm2(rows: int) -> tuple[Case, ...]:
     """The linear layers of SmolLM2-135M as its Q4_1 file has them, stacked as a loop over layers takes them."""
-    layers = {"dtype": "float32", "num_layers": 30, "scheme": "int4-g32-minimums", "rows": rows}
+    layers: dict[str, Any] = {"dtype": "float32", "num_layers": 30, "scheme": "int4-g32-minimums", "rows": rows}
     return (
         Case(name=f"smollm2-qkv-{rows}", in_features=576, out_features=960, **layers),
         Case(
@@ -139,7 +139,7 @@ MODELS: Final = (
 )
 """What models ask for: compiled, tuned and measured."""
 
-_SMALL = {
+_SMALL: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "int8": ("int8", {}),
     "int8-group": ("int8-g32", {"dtype": "float32"}),
     "int8-zeros": ("int8-zeros", {"bias": True}),
@@ -162,10 +162,11 @@ _SMALL = {
     "int4-int8-activations": ("int4-g32", {"quantize_x": "int8", "dtype": "float32"}),
 }
 
-TESTS: Final = tuple(
-    Case(**{"name": name, "rows": 3, "in_features": 384, "out_features": 512, "scheme": scheme} | changes)
-    for name, (scheme, changes) in _SMALL.items()
-) + (
+TESTS: Final = (
+    *(
+        Case(**{"name": name, "rows": 3, "in_features": 384, "out_features": 512, "scheme": scheme, **changes})
+        for name, (scheme, changes) in _SMALL.items()
+    ),
     # Sizes that divide no block.
     Case(name="odd-in", rows=5, in_features=176, out_features=200, scheme="int8", dtype="float32"),
     Case(name="odd-out", rows=2, in_features=160, out_features=333, scheme="int4-g32", dtype="float32"),

@@ -165,14 +165,14 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         by_channels.append(inputs.bias.astype(jnp.float32)[None, None])
 
     def rows_of(array: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((config.block_rows, array.shape[1]), lambda i, j, layer: (i, 0))
+        return pl.BlockSpec((config.block_rows, array.shape[1]), lambda i, *_: (i, 0))
 
     def channels_of(array: jax.Array, part: int) -> pl.BlockSpec:
         # The bias is that of this call, whatever layer the weight is of.
         stacked = array.shape[0] > 1
         return pl.BlockSpec(
             (1, array.shape[1], block_out),
-            lambda i, j, layer: (layer[0] if stacked else 0, 0, j + part * out_blocks),
+            lambda _, j, layer: (layer[0] if stacked else 0, 0, j + part * out_blocks),
         )
 
     arrays, specs = [*by_rows], [rows_of(array) for array in by_rows]
@@ -185,7 +185,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
             num_scalar_prefetch=1,
             grid=(row_blocks, out_blocks),
             in_specs=specs,
-            out_specs=pl.BlockSpec((config.block_rows, block_out), lambda i, j, layer: (i, j)),
+            out_specs=pl.BlockSpec((config.block_rows, block_out), lambda i, j, _: (i, j)),
         ),
         out_shape=jax.ShapeDtypeStruct((rows, p.result_features), p.out_dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
@@ -204,9 +204,10 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _kernel(
     layer_ref: Any,  # [1] in SMEM
-    *refs: Any,  # by rows: x [block_rows, in], or its two halves, and sums [block_rows, groups] where there are minimums;
-    # by channels, once for each part: codes [1, in or in / 2, block_out], scales, zeros, minimums [1, groups, block_out],
-    # bias [1, 1, block_out], as far as there are any; out [block_rows, block_out]
+    # by rows: x [block_rows, in], or its two halves, and sums [block_rows, groups] where there are minimums;
+    # by channels, once for each part: codes [1, in or in / 2, block_out], scales, zeros and minimums
+    # [1, groups, block_out] and bias [1, 1, block_out], as far as there are any; out [block_rows, block_out]
+    *refs: Any,
     problem: Problem,
     chunk: int,
 ) -> None:

@@ -130,7 +130,7 @@ class Problem:
 
     @property
     def dot_dtype(self) -> str:
-        """In what weights are multiplied: that of x, unless scaled weights, rounded to it, would show in a wider result."""
+        """In what weights are multiplied: that of x, unless scaled weights rounded to it would show in the result."""
         rounds = self.scheme.group_size is not None or self.scheme.offset == "minimums"
         return "float32" if rounds and self.out_dtype == "float32" else self.x_dtype
 

@@ -2,17 +2,17 @@
 
     y = sum_g (x_g @ (code_g - zero_g)) * scale_g + sum(x_g) * minimum_g        result = finish(y + bias)
 
-A program takes a block of rows, a block of output channels and one of several equal shares of `in` (split-K). It walks
+A program takes a block of rows, a block of output channels and one of several equal shares of `in` (split-K). It goes
 along its share in tiles, and widens codes in registers on their way from memory to the tensor cores: [tile, block_out]
-of 8-bit codes, or [tile / 2, block_out] bytes, whose low and high nibbles each meet their own columns of x. Codes of one
+of 8-bit codes, or [tile / 2, block_out] bytes, whose low and high nibbles each meet their own columns of x. Codes of a
 group lie below each other, so that a tile reads a scale once for each of its groups and channels.
 
 Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: the splits fill
 them, and XLA adds their float32 sums, bias, activation and gate. A single share does all of it itself. A gated call has
 two sums, gate and up, over two blocks of channels.
 
-Resident in registers: the sums; x and codes pass through shared memory, `num_stages` tiles in flight. Rows are padded to
-the 16 that tensor cores take, by masks, and so are channels and `in`. The layer of a stacked weight is an offset.
+Resident in registers: the sums; x and codes pass through shared memory, `num_stages` tiles in flight. Rows are padded
+to the 16 that tensor cores take, by masks, and so are channels and `in`. The layer of a stacked weight is an offset.
 
 Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 """

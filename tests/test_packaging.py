@@ -1,0 +1,81 @@
+"""What gets installed: all of palladion, and nothing beside it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import palladion
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("benchmarks", "kernels", "model", "reference")
+
+
+def sources() -> set[str]:
+    """Every file that belongs into a wheel, by its path in it."""
+    files = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")}
+    packaged = {
+        f"palladion/{path.relative_to(ROOT)}"
+        for path in files
+        if "__pycache__" not in path.parts and "results" not in path.parts
+    }
+    return packaged | {"palladion/__init__.py", "palladion/py.typed"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+def test_the_wheel_has_every_module(built: Path):
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == sources()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_source_archive_builds_the_same(built: Path):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    assert {f"src/{name}" for name in sources()} <= names
+
+
+def test_every_module_imports_on_a_cpu():
+    for name in sorted(sources()):
+        if name.endswith(".py"):
+            importlib.import_module(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+
+
+def test_the_public_names():
+    assert palladion.__all__ == sorted(
+        palladion.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)
+    )
+    for name in palladion.__all__:
+        assert getattr(palladion, name).__doc__
+
+
+def test_arrows_run_one_way():
+    """benchmarks use the model, the model uses kernels, kernels use references; never the other way."""
+    order = ("reference", "kernels", "model", "benchmarks")
+    for place, folder in enumerate(order):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            for above in order[place + 1 :]:
+                assert f"palladion.{above}" not in text, f"{path.relative_to(ROOT)} uses {above}"
+    for path in (ROOT / "reference").rglob("*.py"):
+        assert "jax.experimental.pallas" not in path.read_text()
