@@ -1,0 +1,39 @@
+"""The README's examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palladion.model.checkpoint import CheckpointError, find_model
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names
+
+
+def test_operations_drop_in():
+    names = run(BLOCKS[0])
+    assert names["y"].shape == (8, 2048)
+    assert names["out"].shape == (8, 8, 64)
+    # A sequence of one token attends to that token alone.
+    assert (names["out"].reshape(8, 2, 4, 64) == names["v"][:, :, None]).all()
+
+
+@pytest.mark.peer
+def test_generator(capsys: pytest.CaptureFixture[str]):
+    try:
+        find_model("smollm2")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    names = run(BLOCKS[1])
+    assert capsys.readouterr().out.startswith(" Paris.")
+    assert len(names["generations"]) == 2
