@@ -7,7 +7,7 @@ FOLDERS := kernels reference model benchmarks tests
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --chat --prompt="What is the capital of France?"
-	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is" --ignore-stop-tokens
+	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is"
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check $(FOLDERS)

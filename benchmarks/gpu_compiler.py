@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -36,6 +37,7 @@ class TritonKernel:
       grid: programs along each axis.
       num_warps: warps of a program.
       num_stages: what the compiler pipelines loops into.
+      operands: of the arrays that it takes, how many numbers each has, and of which type ("i8", "bf16", …).
       source: Triton's intermediate representation, as text.
     """
 
@@ -43,6 +45,7 @@ class TritonKernel:
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
+    operands: tuple[tuple[int, str], ...]
     source: str
 
 
@@ -119,6 +122,8 @@ def _kernel_of(operation: Any) -> TritonKernel:
     from jax._src.lib import triton as dialects
 
     config = operation.attributes["mhlo.backend_config"]
+    types = [ir.RankedTensorType(operand.type) for operand in operation.operands]
+    operands = tuple((math.prod(of.shape), str(of.element_type)) for of in types)
     context = ir.Context()
     context.allow_unregistered_dialects = True
     with context:
@@ -135,6 +140,7 @@ def _kernel_of(operation: Any) -> TritonKernel:
             grid=(integer("grid_x"), integer("grid_y"), integer("grid_z")),
             num_warps=integer("num_warps"),
             num_stages=integer("num_stages"),
+            operands=operands,
             source=source,
         )
 

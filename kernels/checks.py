@@ -30,6 +30,13 @@ def check_lengths(lengths: jax.Array, batch: int, max_len: int) -> None:
         check(outside.size == 0, "lengths", outside.tolist(), f"0 to {max_len}, the tokens that the cache has room for")
 
 
+def check_layer(layer: jax.Array, num_layers: int) -> None:
+    """Raises ValueError unless a layer is an int32 scalar and, where its value is known, one of num_layers."""
+    check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+    if not isinstance(layer, jax.core.Tracer):
+        check(0 <= int(layer) < num_layers, "layer", int(layer), f"0 to {num_layers - 1}")
+
+
 def dtype_name(array: jax.Array) -> str:
     """The name of an array's dtype, "bfloat16" for example."""
     return jnp.dtype(array.dtype).name

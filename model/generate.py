@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from palladion.kernels.backend import BACKENDS, Unsupported
 from palladion.model.checkpoint import CheckpointError
@@ -62,6 +62,7 @@ USER_ERROR: Final = 2
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command; errors that the user can mend are one line and exit status 2."""
+    logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}; put the text after --prompt= and in quotes")
     try:

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.quantization import QuantizedArray, decode_e2m1, dequantize, quantize_rows
@@ -28,6 +29,9 @@ Weight = TypeVar("Weight", jax.Array, QuantizedArray)
 
 CHUNK: Final = 32
 """Weights along `in` of one chain; whole packing blocks, and no more than the smallest common group."""
+
+PLACE_VALUE: Final = np.repeat(np.array([1, 16], np.float32), CHUNK // 2)
+"""What the codes of a chunk are worth as they lie in their bytes: low nibbles first, then the high ones."""
 
 FEW_ROWS: Final = 4
 """Up to here streaming the weights once for each row is faster than widening them."""
@@ -130,7 +134,7 @@ def _finish(
 ) -> jax.Array:
     """Bias, activation and gate, on the float32 product."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     gate, up = jnp.split(y, 2, axis=-1) if gated else (y, None)
     if activation is not None:
         gate = activation(gate)
@@ -180,7 +184,7 @@ def _stream_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) 
     x = x.reshape(-1, CHUNK)  # [chunks, CHUNK]
     scale, zero, minimum = _factors(_one(dataclasses.replace(w, values=w.scales), layer))
     rows = _packed_rows(w.values, layer, w.scheme.format) if w.scheme.packed else _rows(w.values, layer)
-    partial = _chain(x, rows)
+    partial = _chain(x / PLACE_VALUE[None] if w.scheme.format == "int4" else x, rows)
     total = jnp.sum(x, axis=1, keepdims=True)  # [chunks, 1]
     if not isinstance(zero, int) or zero:
         partial = partial - zero * total
@@ -227,7 +231,8 @@ def _packed_rows(w: jax.Array, layer: jax.Array | None, kind: str) -> Iterator[t
     for place in range(half):
         stored = _stored_row(w, layer, place, half)
         yield place, _number(stored & 0xF, kind)
-        yield place + half, _number(stored >> 4, kind)
+        # An integer's high nibble stays where it is, worth 16 times as much: processors do not shift bytes.
+        yield place + half, _number(stored & 0xF0 if kind == "int4" else stored >> 4, kind)
 
 
 def _stored_row(w: jax.Array, layer: jax.Array | None, place: int, chunk: int) -> jax.Array:
@@ -236,7 +241,8 @@ def _stored_row(w: jax.Array, layer: jax.Array | None, place: int, chunk: int) -
     layers = w[None] if layer is None else w
     view = layers.reshape(layers.shape[0], -1, chunk, layers.shape[2])
     sizes = (1, view.shape[1], 1, view.shape[3])
-    return jax.lax.dynamic_slice(view, (0 if layer is None else layer, 0, place, 0), sizes)[0, :, 0]
+    start = [jnp.asarray(index, jnp.int32) for index in (0 if layer is None else layer, 0, place, 0)]
+    return jax.lax.dynamic_slice(view, start, sizes)[0, :, 0]
 
 
 def _number(stored: jax.Array, kind: str) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,15 @@ def test_half_precision_is_multiplied_by_tensor_cores():
         (kernel,) = gpu_compiler.compile_for_gpu(function, *arguments)
         assert kernel.count("HMMA") + kernel.count("HGMMA") > 0
         assert kernel.count("LDGSTS") > 0, "no load is asynchronous"
+
+
+def test_offsets_fit_into_32_bits():
+    """Pallas takes 64 bits for an array of more than 4 GiB: one-byte codes of 2 to 4 GiB would be read elsewhere."""
+    case = {case.name: case for case in matmul_cases.MODELS}["llama-3-8b-gate-up-1-int8"]
+    for num_layers, passed_on in ((16, 16), (32, 1), (64, 64)):
+        function, arguments = matmul(dataclasses.replace(case, num_layers=num_layers))
+        (kernel,) = gpu_compiler.lower_for_gpu(function, *arguments)
+        assert (passed_on * 4096 * 28672, "i8") in kernel.operands
 
 
 def test_unknown_architectures():

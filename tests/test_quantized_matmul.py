@@ -177,6 +177,21 @@ def test_the_reference_streams_narrow_weights():
         assert temporary < wide / 3, f"{scheme}: {temporary} of {wide}"
 
 
+def test_a_layer_that_triton_cannot_reach_is_copied(monkeypatch: pytest.MonkeyPatch):
+    inputs, reference, exact = expected("int4-minimums")
+    case = dataclasses.replace(TESTS["int4-minimums"], name="copied")  # compiled anew
+    monkeypatch.setattr(triton, "offsets_wrap", lambda codes: codes == inputs.w.values.size)
+    assert_right(multiply(case, inputs, "triton"), reference, exact)
+
+
+def test_matrices_that_triton_cannot_reach_are_refused():
+    case = Case(name="large", rows=1, in_features=2**16, out_features=2**15 + 128, scheme="int8")
+    assert triton.unsupported(case.problem()) == (
+        "codes of a matrix must take up to 2 GiB, or more than 4, got 2155872256 bytes"
+    )
+    assert triton.unsupported(dataclasses.replace(case, out_features=2**15).problem()) is None
+
+
 def test_backends_are_chosen_and_reported():
     inputs = cases.make_inputs(TESTS["float16"])
     with record_choices() as choices:
@@ -205,6 +220,7 @@ def replaced(**changes: Any) -> QuantizedArray:
         ({"x": jnp.float32(1)}, r"x: got shape \(\); accepted: \[\.\.\., in\]"),
         ({"w": jnp.ones((384, 512))}, "w: got .*; accepted: a QuantizedArray; palladion.quantize makes one"),
         ({"w": quantize(jnp.ones((2, 384, 512)), "int4-g32")}, r"w: got shape \(2, 384, 512\); .* say which by layer="),
+        ({"w": quantize(jnp.ones((2, 384, 512)), "int4-g32"), "layer": 2}, "layer: got 2; accepted: 0 to 1"),
         ({"layer": 0}, r"w: got shape \(384, 512\); accepted: \[num_layers, in, out\] with layer="),
         ({"w": replaced(scales=jnp.ones((12, 5)))}, r"w\.scales: got shape \(12, 5\); accepted: \(12, 512\)"),
         ({"w": replaced(zeros=jnp.ones((12, 512)))}, r"w\.zeros: got True; accepted: False for int4-g32"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palladion.kernels.checks import check, check_lengths, check_shape, dtype_name
+from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache
 
 
@@ -85,7 +85,7 @@ class Problem:
             check_shape("new_tokens", new_tokens, (batch,), "[batch]")
             check(new_tokens.dtype == jnp.int32, "new_tokens", new_tokens.dtype, "int32")
         if layer is not None:
-            check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+            check_layer(layer, cache.k.shape[0])
         return cls(
             batch=batch,
             q_len=q_len,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.checks import check, check_lengths, check_shape, dtype_name
+from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES
 
 
@@ -127,7 +127,7 @@ class Problem:
             check_shape("sinks", sinks, (q_heads,), "[q_heads]")
             check(jnp.issubdtype(sinks.dtype, jnp.floating), "sinks", sinks.dtype, "a float dtype")
         if layer is not None:
-            check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+            check_layer(layer, k.shape[0])
         check(scale is None or np.isfinite(scale), "scale", scale, "a finite number")
         check(sliding_window is None or sliding_window >= 1, "sliding_window", sliding_window, "None or at least 1")
         check(logits_soft_cap is None or logits_soft_cap > 0, "logits_soft_cap", logits_soft_cap, "None or above 0")

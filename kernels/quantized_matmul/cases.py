@@ -136,6 +136,7 @@ MODELS: Final = (
     Case(name="llama-3-8b-prefill", rows=512, in_features=4096, out_features=6144, scheme="int4-g128"),
     *_smollm2(1),
     *_smollm2(16),
+    *_smollm2(256),
 )
 """What models ask for: compiled, tuned and measured."""
 

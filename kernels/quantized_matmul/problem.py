@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palladion.kernels.checks import check, check_shape, dtype_name
+from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
 from palladion.reference.caches import FLOAT_CACHE_DTYPES as FLOAT_DTYPES
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 
@@ -184,7 +184,7 @@ def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
         check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
     else:
         check(w.values.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
-        check(layer.shape == () and layer.dtype == jnp.int32, "layer", layer.aval, "an int32 scalar")
+        check_layer(layer, w.values.shape[0])
     check(
         w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__
     )

@@ -12,7 +12,8 @@ them, and XLA adds their float32 sums, bias, activation and gate. A single share
 two sums, gate and up, over two blocks of channels.
 
 Resident in registers: the sums; x and codes pass through shared memory, `num_stages` tiles in flight. Rows are padded
-to the 16 that tensor cores take, by masks, and so are channels and `in`. The layer of a stacked weight is an offset.
+to the 16 that tensor cores take, by masks, and so are channels and `in`. The layer of a stacked weight is an offset,
+but where Pallas miscounts it (`offsets_wrap`): there the layer is copied first.
 
 Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 """
@@ -42,6 +43,14 @@ MULTIPROCESSORS: Final = 132
 
 MIN_TILES: Final = 4
 """Of a share of `in`: a shorter loop costs more to start and add up than it saves."""
+
+
+def offsets_wrap(codes: int) -> bool:
+    """Whether Pallas reaches some of that many one-byte codes by a wrong address.
+
+    It counts in 32 bits up to 4 GiB, and Triton takes those as signed: from 2 GiB on they point before the array.
+    """
+    return 2**31 < codes <= 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +89,7 @@ def heuristic(problem: Problem) -> Config:
     block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), MAX_BLOCK_ROWS)
     # float32 is not multiplied by tensor cores: operands are held in registers, and large blocks would be spilled.
     block_out = (64 if p.dot_dtype != "float32" else 32) // p.parts
-    tile = 64
+    tile = 64 if p.dot_dtype != "float32" or block_rows == MIN_BLOCK else 32
     programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, block_out)
     splits = min(pl.cdiv(2 * MULTIPROCESSORS, programs), pl.cdiv(p.in_features, MIN_TILES * tile))
     return Config(block_rows, block_out, tile, splits)
@@ -100,6 +109,9 @@ def unsupported(problem: Problem) -> str | None:
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
     if p.rows == 0:
         return "x must have rows, got none"
+    codes = p.in_features * p.out_features // (2 if p.scheme.packed else 1)
+    if offsets_wrap(codes):
+        return f"codes of a matrix must take up to 2 GiB, or more than 4, got {codes} bytes"
     return None
 
 
@@ -108,10 +120,12 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     p, splits = problem, config.splits
-    w = inputs.w
-    stacked = [part if inputs.layer is not None else part[None] for part in jax.tree.leaves(w)]
-    layer = jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None]
-    arrays = [layer, inputs.x, *stacked]
+    w, layer = inputs.w, inputs.layer
+    if layer is not None and offsets_wrap(w.values.size):
+        index = layer
+        w, layer = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, index, 0, keepdims=False), w), None
+    stacked = [part if layer is not None else part[None] for part in jax.tree.leaves(w)]
+    arrays = [jnp.zeros(1, jnp.int32) if layer is None else layer[None], inputs.x, *stacked]
     if inputs.bias is not None and splits == 1:
         arrays.append(inputs.bias)
     row_blocks, out_blocks = pl.cdiv(p.rows, config.block_rows), pl.cdiv(p.result_features, config.block_out)
@@ -132,7 +146,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         return out
     products = [jnp.sum(out[:, part], axis=0) for part in range(p.parts)]
     if inputs.bias is not None:
-        biases = jnp.split(inputs.bias.astype(jnp.float32), p.parts)
+        biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
         products = [product + bias for product, bias in zip(products, biases, strict=True)]
     return p.finish(products).astype(p.out_dtype)
 
