@@ -32,6 +32,9 @@ PROMPT = flags.DEFINE_multi_string("prompt", None, "What to continue; several ti
 CHAT = flags.DEFINE_bool("chat", False, "Treat the prompt as a user's message and use the model's chat template.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message for --chat; none is sent otherwise.")
 BACKEND = flags.DEFINE_enum("backend", "auto", BACKENDS, "Which implementation of the operations runs.")
+INTERPRET = flags.DEFINE_bool(
+    "interpret", None, "Interpret kernels, slowly and anywhere; by default where --backend=pallas meets a CPU."
+)
 WEIGHTS = flags.DEFINE_enum(
     "weights", "keep", ("keep", "dequantize"), "Run a GGUF file's 4- and 8-bit weights as they are, or make them dense."
 )
@@ -84,6 +87,7 @@ def _generate() -> None:
         kv_dtype=KV_DTYPE.value,
         max_len=MAX_LEN.value,
         backend=BACKEND.value,
+        interpret=INTERPRET.value,
         progress=progress.loading,
     )
     prompts = [_chat(generator, prompt) if CHAT.value else prompt for prompt in PROMPT.value]
