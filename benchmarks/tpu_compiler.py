@@ -14,14 +14,7 @@ from typing import Any, Final
 import jax
 from jax.experimental import topologies
 
-TOPOLOGIES: Final = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "v7x": "tpu7x:2x2x1",
-}
-"""The smallest topology of each generation that libtpu describes."""
+from palladion.kernels.devices import tpu_chips
 
 ENVIRONMENT: Final = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask which TPU this is
@@ -41,16 +34,17 @@ def device(chip: str) -> Any:
     """A description of a TPU that need not be there.
 
     Args:
-      chip: one of `TOPOLOGIES`.
+      chip: a name in `tpu_chips()`.
 
     Raises:
       ValueError: there is no such chip.
     """
-    if chip not in TOPOLOGIES:
-        raise ValueError(f"chip: got {chip!r}; accepted: {', '.join(TOPOLOGIES)}")
+    chips = tpu_chips()
+    if chip not in chips:
+        raise ValueError(f"chip: got {chip!r}; accepted: {', '.join(chips)}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
+    return topologies.get_topology_desc(chips[chip].topology, "tpu").devices[0]
 
 
 def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e") -> jax.stages.Compiled:
@@ -61,7 +55,7 @@ def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e"
     Args:
       function: of arrays; jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      chip: one of `TOPOLOGIES`.
+      chip: a name in `tpu_chips()`.
     """
     target = device(chip)
     sharding = jax.sharding.SingleDeviceSharding(target)

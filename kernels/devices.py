@@ -1,8 +1,11 @@
-"""What a device can do: so far its memory bandwidth, measured."""
+"""What a device can do: what its datasheet says of a TPU, and the memory bandwidth that is measured."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.resources
+import json
 import time
 from typing import Any, Final
 
@@ -16,6 +19,54 @@ ROW: Final = 512
 """float32 numbers in a row: of the shapes tried (256 to 4096 wide, sums and maxima) the fastest on a CPU."""
 
 REPEATS: Final = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation, as one JAX device shows it; figures and their sources stand in `chips.json`.
+
+    Attributes:
+      name: "v6e" for example.
+      device_kind: what JAX calls it.
+      topology: the smallest one that libtpu compiles for.
+      cores: tensor cores behind the device.
+      hbm_bytes_per_second: memory bandwidth.
+      vmem_bytes: on-chip memory of a core.
+      clock_hertz: cycles per second; one bundle of instructions takes a cycle.
+      dma_latency_seconds: from the start of a transfer to its first byte.
+      dma_granule_bytes: unit of transfers in the compiler's listings.
+    """
+
+    name: str
+    device_kind: str
+    topology: str
+    cores: int
+    hbm_bytes_per_second: float
+    vmem_bytes: int
+    clock_hertz: float
+    dma_latency_seconds: float
+    dma_granule_bytes: int
+
+
+@functools.cache
+def tpu_chips() -> dict[str, Chip]:
+    """The TPU generations that kernels are compiled for, by name, oldest first."""
+    data = json.loads(importlib.resources.files(__package__).joinpath("chips.json").read_text())
+    return {name: Chip(name=name, **figures) for name, figures in data["chips"].items()}
+
+
+def target_chip() -> Chip | None:
+    """The TPU that is being traced for; None where it is no TPU, or one that is not known here.
+
+    As for `backend.target_platform`, the current abstract mesh says so where it names a device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else None
+    if kind is None and jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind
+    aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+    kind = aliases.get(kind or "", kind)
+    return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
 
 
 def cpu_compiler_options() -> dict[str, Any]:
