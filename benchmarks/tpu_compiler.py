@@ -1,14 +1,24 @@
 """The TPU compiler on a machine without a TPU: libtpu compiles for every generation wherever it is installed.
 
 What compiles here is what runs on the chip: XLA, Mosaic and their limits of registers and VMEM. Nothing is executed.
+
+libtpu can also list what it has scheduled, bundle by bundle. It is told so by flags that it reads once, when it is
+loaded: `keep_listings` must come before the first compilation of a process, which then takes about a tenth longer.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -22,6 +32,32 @@ ENVIRONMENT: Final = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at a time
 }
 """What libtpu reads when it is loaded."""
+
+LISTINGS: Final = {
+    "bundles": "packed-bundles-post-ra",
+    "utilization": "pre-delay_hlo-static-per-bundle-utilization",
+}
+"""The passes of the compiler whose result is listed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What the compiler lists of a kernel; `static/schedule.py` reads it.
+
+    Attributes:
+      name: of the instruction in the compiled program, "decode_attention_q1_kv512.1".
+      bundles: the instructions of every cycle.
+      utilization: how much of each unit every cycle uses.
+      vmem_report: what lies in VMEM, of all kernels of the program.
+    """
+
+    name: str
+    bundles: str
+    utilization: str
+    vmem_report: str
+
+
+_listings: Path | None = None
 
 
 def installed() -> bool:
@@ -47,26 +83,106 @@ def device(chip: str) -> Any:
     return topologies.get_topology_desc(chips[chip].topology, "tpu").devices[0]
 
 
-def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e") -> jax.stages.Compiled:
-    """Compiles a function for a TPU.
+def keep_listings() -> None:
+    """Has libtpu list what it schedules in this process, into a temporary directory.
 
-    While it is traced, whoever asks for the device is told of this one: `backend="pallas"` takes the TPU kernels.
+    Raises:
+      RuntimeError: libtpu was loaded before, without being told so.
+    """
+    global _listings
+    if _listings is not None:
+        return
+    if _loaded():
+        raise RuntimeError(
+            "libtpu is loaded already, and reads its flags once: call tpu_compiler.keep_listings() before anything is "
+            "compiled for a TPU in this process"
+        )
+    _listings = Path(tempfile.mkdtemp(prefix="palladion_listings_"))
+    atexit.register(shutil.rmtree, _listings, ignore_errors=True)
+    passes = "|".join(LISTINGS.values())
+    flags = (
+        f"--xla_jf_dump_to={_listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({passes}).*"
+    )
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, (os.environ.get("LIBTPU_INIT_ARGS"), flags)))
+
+
+@contextlib.contextmanager
+def tracing_for(chip: str) -> Iterator[None]:
+    """While a function is traced here, whoever asks for the device is told of this one: it takes the TPU kernels."""
+    target = device(chip)
+    kind = jax.sharding.AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        yield
+
+
+def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e") -> jax.stages.Compiled:
+    """Compiles a function for a TPU, traced as by `tracing_for`.
 
     Args:
       function: of arrays; jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
       chip: a name in `tpu_chips()`.
     """
-    target = device(chip)
-    sharding = jax.sharding.SingleDeviceSharding(target)
+    compiled, _ = _compile(function, avals, chip)
+    return compiled
+
+
+def list_kernels(
+    function: Callable[..., Any], *avals: Any, chip: str = "v6e"
+) -> tuple[jax.stages.Compiled, list[Listing]]:
+    """Compiles a function for a TPU and returns what the compiler lists of its Pallas kernels, in the program's order.
+
+    Arguments are those of `compile_for_tpu`.
+
+    Raises:
+      RuntimeError: `keep_listings` was not called in time, or the compiler has listed something else than it used to.
+    """
+    keep_listings()
+    # What JAX has compiled before it would not compile again, and nothing would be listed.
+    compiled, files = _compile(lambda *arguments: function(*arguments), avals, chip)
+    kernels = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text() or "")
+    report = next((text for name, text in files.items() if name.endswith("vmem_report.html")), "")
+    return compiled, [_listing(name, files, report) for name in kernels]
+
+
+def _listing(kernel: str, files: dict[str, str], vmem_report: str) -> Listing:
+    texts = {}
+    for attribute, label in LISTINGS.items():
+        # "1795470590150388797-<kernel>-01-packed-bundles-post-ra.txt"
+        form = re.compile(rf"\d+-{re.escape(kernel)}-\d+-{re.escape(label)}\.txt")
+        found = [name for name in files if form.fullmatch(name)]
+        if not found:
+            raise RuntimeError(f"the compiler has not listed {label} of {kernel}; it has listed {sorted(files)}")
+        texts[attribute] = files[max(found)]
+    return Listing(kernel, texts["bundles"], texts["utilization"], vmem_report)
+
+
+def _compile(
+    function: Callable[..., Any], avals: tuple[Any, ...], chip: str
+) -> tuple[jax.stages.Compiled, dict[str, str]]:
+    """Compiles; returns what libtpu has written meanwhile, too."""
+    sharding = jax.sharding.SingleDeviceSharding(device(chip))
 
     def described(aval: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
-    kind = jax.sharding.AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tracing_for(chip):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         lowered = jitted.lower(*jax.tree.map(described, avals))
-    # Otherwise XLA parks small arrays in VMEM, and the kernel reads them for nothing.
-    return lowered.compile(compiler_options={"xla_msa_enable": "false"})
+    try:
+        # Otherwise XLA parks small arrays in VMEM, and the kernel reads them for nothing.
+        compiled = lowered.compile(compiler_options={"xla_msa_enable": "false"})
+        return compiled, {path.name: path.read_text() for path in _written()}
+    finally:
+        for path in _written():
+            path.unlink()
+
+
+def _written() -> list[Path]:
+    return [] if _listings is None else [path for path in _listings.iterdir() if path.is_file()]
+
+
+def _loaded() -> bool:
+    """Whether this process has libtpu in its memory."""
+    maps = Path("/proc/self/maps")
+    return maps.exists() and "libtpu.so" in maps.read_text()

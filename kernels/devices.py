@@ -35,6 +35,7 @@ class Chip:
       clock_hertz: cycles per second; one bundle of instructions takes a cycle.
       dma_latency_seconds: from the start of a transfer to its first byte.
       dma_granule_bytes: unit of transfers in the compiler's listings.
+      branch_delay_slots: bundles after a branch that are executed whether it is taken or not.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Chip:
     clock_hertz: float
     dma_latency_seconds: float
     dma_granule_bytes: int
+    branch_delay_slots: int
 
 
 @functools.cache

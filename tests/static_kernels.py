@@ -1,0 +1,161 @@
+"""Small TPU kernels of known size for the tests of the static instruments, and the listings that are checked in of one.
+
+PYTHONPATH=src:tests python -m static_kernels     # writes tests/golden anew, with the libtpu that is installed
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from palladion.benchmarks import tpu_compiler
+from palladion.kernels.devices import tpu_chips
+
+GOLDEN: Final = Path(__file__).parent / "golden"
+
+Workload = tuple[Any, tuple[Any, ...]]
+"""A function and its arguments."""
+
+LENGTHS: Final = (0, 1, 129, 1024)
+"""Of the sequences that `ring` reads, in units of 128 rows: 0 + 1 + 2 + 8 transfers."""
+
+
+def blocks(rows: int = 1024, block: int = 128, *, work: int = 1, semantics: str = "arbitrary") -> Workload:
+    """tanh, `work` times over, of `[rows, 256]` in blocks of rows."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        x = x_ref[...]
+        for _ in range(work):
+            x = jnp.tanh(x)
+        o_ref[...] = x
+
+    spec = pl.BlockSpec((block, 256), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    call = pl.pallas_call(
+        kernel,
+        grid=(rows // block,),
+        in_specs=[spec],
+        out_specs=spec,
+        out_shape=shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=(semantics,)),
+        name="blocks",
+    )
+    return call, (shape,)
+
+
+def ring(lengths: Any = LENGTHS) -> Workload:
+    """The maximum of each sequence's rows, which the kernel moves itself, 128 at a time, as many as there are."""
+    batch, rows, width = 4, 1024, 256
+
+    def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any, buffers: Any, arrived: Any) -> None:
+        b = pl.program_id(0)
+        units = (lengths_ref[b] + 127) // 128
+
+        def copy(unit: Any) -> Any:
+            source = x_ref.at[b, pl.ds(unit * 128, 128)]
+            return pltpu.make_async_copy(source, buffers.at[unit & 1], arrived.at[unit & 1])
+
+        o_ref[...] = jnp.full(o_ref.shape, -jnp.inf)
+        pl.when(units > 0)(lambda: copy(0).start())
+
+        def step(unit: Any, carry: int) -> int:
+            pl.when(unit + 1 < units)(lambda: copy(unit + 1).start())
+            copy(unit).wait()
+            o_ref[0] = jnp.maximum(o_ref[0], jnp.max(buffers[unit & 1], axis=0, keepdims=True))
+            return carry
+
+        jax.lax.fori_loop(0, units, step, 0)
+
+    def call(lengths: Any, x: Any) -> jax.Array:
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(batch,),
+                in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+                out_specs=pl.BlockSpec((1, 1, width), lambda b, _: (b, 0, 0)),
+                scratch_shapes=[pltpu.VMEM((2, 128, width), jnp.float32), pltpu.SemaphoreType.DMA((2,))],
+            ),
+            out_shape=jax.ShapeDtypeStruct((batch, 1, width), jnp.float32),
+            name="ring",
+        )(lengths, x)
+
+    given = jax.ShapeDtypeStruct((batch,), jnp.int32) if lengths is None else np.asarray(lengths, np.int32)
+    return call, (given, jax.ShapeDtypeStruct((batch, rows, width), jnp.float32))
+
+
+def table() -> tuple[Any, tuple[Any, ...], int]:
+    """tanh as often as the sum of a row of a two-dimensional table says; and the sum of it all, 14."""
+    given = np.zeros((10, 300), np.int32)
+    given[3, 299], given[9, 130], given[0, 1] = 5, 7, 2
+
+    def kernel(table_ref: Any, x_ref: Any, o_ref: Any) -> None:
+        i = pl.program_id(0)
+        total = jax.lax.fori_loop(0, given.shape[1], lambda j, sum_: sum_ + table_ref[i, j], 0)
+        o_ref[...] = x_ref[...]
+
+        def step(_: Any, carry: int) -> int:
+            o_ref[...] = jnp.tanh(o_ref[...])
+            return carry
+
+        jax.lax.fori_loop(0, total, step, 0)
+
+    def call(table: Any, x: Any) -> jax.Array:
+        spec = pl.BlockSpec((8, 128), lambda i, _: (i, 0))
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(10,), in_specs=[spec], out_specs=spec),
+            out_shape=jax.ShapeDtypeStruct((80, 128), jnp.float32),
+            name="table",
+        )(table, x)
+
+    return call, (given, jax.ShapeDtypeStruct((80, 128), jnp.float32)), int(given.sum())
+
+
+def decided_by_data() -> Workload:
+    """As many rounds of tanh as the largest element says: nothing is known of them before they run."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...]
+        rounds = jnp.max(x_ref[...]).astype(jnp.int32)
+
+        def step(_: Any, carry: int) -> int:
+            o_ref[...] = jnp.tanh(o_ref[...])
+            return carry
+
+        jax.lax.fori_loop(0, rounds, step, 0)
+
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=shape, name="decided_by_data"), (shape,)
+
+
+def two_kernels() -> tuple[Any, tuple[Any, ...]]:
+    """Two kernels, one of them three times in a loop; a user's file may look like this."""
+    small, (shape,) = blocks(256, 64)
+    large, _ = blocks(256, 128)
+    return lambda x: jax.lax.fori_loop(0, 3, lambda _, x: small(x), large(x) + 1), (shape,)
+
+
+def _write() -> None:
+    tpu_compiler.keep_listings()
+    GOLDEN.mkdir(exist_ok=True)
+    for chip in tpu_chips():
+        function, arguments = ring()
+        _, (listing,) = tpu_compiler.list_kernels(function, *arguments, chip=chip)
+        (GOLDEN / f"ring_{chip}_bundles.txt").write_text(listing.bundles)
+        (GOLDEN / f"ring_{chip}_utilization.txt").write_text(listing.utilization)
+        if chip == "v6e":
+            data = listing.vmem_report.partition("const DATA =")[2].lstrip()
+            _, end = json.JSONDecoder().raw_decode(data)
+            (GOLDEN / f"ring_{chip}_vmem_report.html").write_text(f"<script>\nconst DATA ={data[:end]};\n</script>\n")
+
+
+if __name__ == "__main__":
+    _write()

@@ -1,0 +1,243 @@
+"""What the TPU compiler says without the chip: the listings, their execution, and what is made of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import static_kernels
+from static_kernels import GOLDEN, LENGTHS
+
+from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static import KernelReport, examine
+from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
+from palladion.benchmarks.static.roofline import words_in_memory
+from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
+from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.transfers import Rate, Transfers
+from palladion.kernels.devices import tpu_chips
+
+needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
+CHIPS = tuple(tpu_chips())
+RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
+UNIT_BYTES = 128 * 256 * 4
+"""What the kernel `ring` moves at a time."""
+
+if tpu_compiler.installed():
+    tpu_compiler.keep_listings()  # before any test compiles for a TPU
+
+
+@functools.cache
+def golden(chip: str) -> Schedule:
+    """The compiler's listing of the kernel `ring`."""
+    texts = [(GOLDEN / f"ring_{chip}_{name}.txt").read_text() for name in ("bundles", "utilization")]
+    return parse_schedule(*texts, tpu_chips()[chip].branch_delay_slots)
+
+
+def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:
+    words = None if lengths is None else (*lengths, *[0] * (128 - len(lengths)))
+    return ScalarCore(golden(chip)).run({0: Operand(words, "the lengths")}, rate=RATE)
+
+
+@functools.cache
+def report(name: str, chip: str = "v6e", **options: int | str) -> KernelReport:
+    function, arguments, *_ = getattr(static_kernels, name)(**options)
+    (found,) = examine(function, *arguments, chip=chip)
+    return found
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("chip", CHIPS)
+    def test_the_structure_of_a_kernel(self, chip: str):
+        schedule = golden(chip)
+        grid, inner = schedule.loops()
+        assert (grid.depth, inner.depth) == (1, 2)
+        assert grid.first < inner.first < inner.last < grid.last < len(schedule.bundles)
+        assert inner.trips is None  # it depends on the lengths
+        granule = tpu_chips()[chip].dma_granule_bytes
+        sizes = [(one.direction, (one.granules or 0) * granule) for one in schedule.transfers()]
+        assert sizes == [
+            ("hbm_to_smem", 512),
+            ("hbm_to_vmem", UNIT_BYTES),
+            ("hbm_to_vmem", UNIT_BYTES),
+            ("vmem_to_hbm", 1024),
+        ]
+        assert schedule.spills() == (0, 0)
+        assert len(schedule.use) == len(schedule.bundles)
+        assert "MXU" in schedule.units
+        assert all(used <= most for row in schedule.use for used, most in zip(row, schedule.capacity, strict=True))
+
+    def test_instructions(self):
+        text = (
+            "  0x10   : > { %s5_s20 = smov (!%p32_p0, %s31_s20), 7 /* a; comment } */  ;;"
+            "  %v1_v2 = vadd.f32 %v3_v4, %v5_v6 }\n"
+            "  0x11 LB: >> { %7 = sst [smem:[#allocation5 + $0x4]] %s5_s20  ;;"
+            "  %9 = sbr.rel (%p1_p2) target bundleno = 16 (0x10), region = 3 } /* End region 3 */\n"
+            "  0x12   :  {}\n"
+        )
+        first, second, third = parse_bundles(text)
+        (move,) = first.instructions
+        assert (move.opcode, move.destination, move.operands) == ("smov", "%s5_s20", ("7",))
+        assert move.predicate is not None
+        assert (move.predicate.name, move.predicate.negated, move.predicate.otherwise) == ("%p32_p0", True, "%s31_s20")
+        assert move.comment == "a; comment }"
+        store, branch = second.instructions
+        assert store.operands == ("[smem:[#allocation5 + $0x4]]", "%s5_s20")
+        assert branch.target == 16
+        assert (first.depth, second.depth, second.label, third.instructions) == (1, 2, "LB", ())
+
+    def test_vmem(self):
+        sizes = parse_vmem_report((GOLDEN / "ring_v6e_vmem_report.html").read_text())
+        assert sizes["ring.1"] == 2 * UNIT_BYTES + 2 * 1024
+
+    def test_other_texts_are_refused(self):
+        with pytest.raises(ValueError, match="no bundles"):
+            parse_bundles("Schedule analysis:")
+        with pytest.raises(ValueError, match="the compiler lists 1 bundles, but the utilization of 2"):
+            parse_schedule("  0   :  {}\n", "== CAPACITY:\nMXU\n 2\n== UTILIZATION:\n0\n0\n", 4)
+
+
+class TestExecution:
+    @pytest.mark.parametrize("chip", CHIPS)
+    @pytest.mark.parametrize("lengths", [LENGTHS, (0, 0, 0, 0), (1, 1, 1, 1), (1024, 1024, 1024, 1024)])
+    def test_lengths_decide(self, chip: str, lengths: tuple[int, ...]):
+        units = sum(-(-length // 128) for length in lengths)
+        found = execute(chip, lengths)
+        moved = found.moved.get("hbm_to_vmem")
+        assert (0 if moved is None else moved.transfers) == units
+        grid, inner = golden(chip).loops()
+        assert found.counts[inner.first] == units
+        assert found.counts[grid.first] == len(lengths) + 1  # the pipeline of outputs takes a trip more
+        assert found.moved["vmem_to_hbm"].transfers == len(lengths)
+        assert found.cycles == pytest.approx(found.busy + sum(found.stalls.values()))
+
+    def test_time_grows_with_the_lengths(self):
+        short, medium, long = (execute("v6e", (units * 128,) * 4) for units in (2, 4, 8))
+        assert 2 * (medium.busy - short.busy) == long.busy - medium.busy > 0
+        assert short.cycles < medium.cycles < long.cycles
+
+    def test_what_was_not_given_is_not_guessed(self):
+        with pytest.raises(Undecided, match="depends on the values of the lengths, which were not given"):
+            execute("v6e", None)
+
+    def test_opaque_scalars(self):
+        unknown = Opaque("why")
+        assert (unknown & 0, 0 & unknown, either(unknown, 1), either(0, 1)) == (0, 0, 1, 1)
+        assert all(one is unknown for one in (unknown + 1, 1 - unknown, unknown < 2, select(unknown, 1, 2)))
+        assert either(unknown, 0) is unknown
+        with pytest.raises(Undecided, match="why"):
+            bool(unknown == 3)
+
+    def test_two_dimensional_tables_in_memory(self):
+        value = np.arange(10 * 300, dtype=np.int32).reshape(10, 300)
+        words = words_in_memory(value, (8, 128))
+        assert words is not None
+        assert len(words) == 16 * 384
+        assert words[128 * 3] == value[3, 0]
+        assert words[8 * 128] == value[0, 128]
+        assert words[3 * 8 * 128 + 128] == value[9, 0]
+        assert words_in_memory(value, None) is None
+
+
+class TestTransfers:
+    def test_transfers_share_the_bandwidth_and_overlap_their_latencies(self):
+        transfers = Transfers(RATE)
+        transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=1)  # 32 cycles of 1000 bytes
+        transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=2)
+        assert transfers.wait(0.0, 1, 1000) == pytest.approx(532)
+        assert transfers.wait(532.0, 2, 1000) == pytest.approx(564)
+        assert transfers.stalls["hbm_to_vmem"] == pytest.approx(564)
+        assert (transfers.moved["hbm_to_vmem"].transfers, transfers.moved["hbm_to_vmem"].bytes) == (2, 64_000)
+
+    def test_semaphores_count(self):
+        transfers = Transfers(RATE)
+        for _ in range(2):
+            transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=1)
+        assert transfers.wait(0.0, 1, 2000) == pytest.approx(564)
+        transfers.add(600.0, 1, 2**32 - 1500)
+        assert transfers.wait(600.0, 1, 500) == 600
+        with pytest.raises(Undecided, match="waits for a signal"):
+            transfers.wait(600.0, 1, 501)
+        transfers.add(700.0, 1, 1)
+        assert transfers.wait(600.0, 1, 501) == 700
+
+
+@needs_libtpu
+class TestExamine:
+    @pytest.mark.parametrize("chip", CHIPS)
+    def test_blocks(self, chip: str):
+        found = report("blocks", chip)
+        assert found.grid == (8,)
+        assert found.bytes_needed == found.bytes_moved == 2 * 1024 * 256 * 4
+        assert {name: one.transfers for name, one in found.moved.items()} == {"hbm_to_vmem": 8, "vmem_to_hbm": 8}
+        assert found.vmem_bytes == 4 * 128 * 256 * 4
+        assert found.bound == "memory"
+        assert found.seconds is not None
+        assert found.memory_seconds is not None
+        assert found.memory_seconds < found.seconds < 10 * found.memory_seconds
+        assert found.roofline == pytest.approx(found.memory_seconds / found.seconds)
+        assert found.times == 1
+
+    def test_lengths(self):
+        found = report("ring")
+        assert found.moved["hbm_to_vmem"].transfers == 11
+        assert found.step is not None
+        assert found.step.trips == 11
+
+    def test_the_compiler_installed_lists_as_before(self):
+        found = report("ring")
+        before = golden("v6e")
+        assert found.bundles == pytest.approx(len(before.bundles), rel=0.2)
+
+    def test_two_dimensional_tables(self):
+        function, arguments, total = static_kernels.table()
+        (found,) = examine(function, *arguments)
+        assert [loop.trips for loop in found.loops] == [12, 3000, total]
+
+    def test_twice_the_work(self):
+        once, twice = (report("blocks", work=work).busy_cycles for work in (32, 64))
+        assert once is not None
+        assert twice is not None
+        assert 1.8 < twice / once < 2.2
+
+    def test_smaller_blocks_take_more_steps_and_more_time(self):
+        large, small = report("blocks", rows=8192, block=1024), report("blocks", rows=8192, block=16)
+        assert (large.grid, small.grid) == ((8,), (512,))
+        assert large.bytes_moved == small.bytes_moved
+        assert large.seconds is not None
+        assert small.seconds is not None
+        assert small.seconds > 2 * large.seconds
+        assert large.roofline is not None
+        assert large.roofline > 0.7
+
+    def test_two_cores(self):
+        one, two = report("blocks", "v5p", rows=8192), report("blocks", "v5p", rows=8192, semantics="parallel")
+        assert (one.cores, two.cores) == (1, 2)
+        assert one.bytes_moved == two.bytes_moved
+        assert one.busy_cycles is not None
+        assert two.busy_cycles is not None
+        assert 1.7 < one.busy_cycles / two.busy_cycles < 2
+
+    def test_what_is_not_known_is_unknown(self):
+        for found, reason in (
+            (report("ring", lengths=None), r"argument 0 of the kernel, int32\[4\], which were not given"),
+            (report("decided_by_data"), "depends on the result of "),
+        ):
+            assert found.bound == "UNKNOWN"
+            assert found.seconds is found.roofline is found.bytes_moved is None
+            assert re.search(reason, found.unknown or "")
+            assert found.bundles > 0
+            assert found.loops
+
+    def test_several_kernels(self):
+        function, arguments = static_kernels.two_kernels()
+        found = examine(function, *arguments)
+        assert sorted((one.grid, one.times) for one in found) == [((2,), 1), ((4,), 3)]
+        with pytest.raises(ValueError, match="bytes_needed: got 5 for a function with 2 kernels"):
+            examine(function, *arguments, bytes_needed=5)
+
+    def test_again(self):
+        function, arguments = static_kernels.blocks()
+        assert examine(function, *arguments) == examine(function, *arguments)
