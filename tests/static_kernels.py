@@ -119,6 +119,29 @@ def table() -> tuple[Any, tuple[Any, ...], int]:
     return call, (given, jax.ShapeDtypeStruct((80, 128), jnp.float32)), int(given.sum())
 
 
+def revisits() -> Workload:
+    """Sums of the rows of x `[40, 128]`, in blocks of 16 that stay for two steps, and of a table that stays for all."""
+
+    def kernel(x_ref: Any, table_ref: Any, o_ref: Any) -> None:
+        total = jnp.sum(x_ref[...], axis=0, keepdims=True)
+        first = (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
+        o_ref[...] = jnp.where(first, 0.0, o_ref[...]) + total + table_ref[...]
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(2, 3, 2),
+        in_specs=[
+            pl.BlockSpec((16, 128), lambda _, row, __: (row, 0)),
+            pl.BlockSpec((8, 128), lambda *_: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec((8, 128), lambda column, *_: (column, 0)),
+        out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        name="revisits",
+    )
+    return call, (jax.ShapeDtypeStruct((40, 128), jnp.float32), jax.ShapeDtypeStruct((8, 128), jnp.float32))
+
+
 def decided_by_data() -> Workload:
     """As many rounds of tanh as the largest element says: nothing is known of them before they run."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from static_kernels import GOLDEN, LENGTHS
 
 from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import KernelReport, examine
+from palladion.benchmarks.static.calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
 from palladion.benchmarks.static.roofline import words_in_memory
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
-from palladion.benchmarks.static.transfers import Rate, Transfers
+from palladion.benchmarks.static.traffic import traffic
+from palladion.benchmarks.static.transfers import Moved, Rate, Transfers
 from palladion.kernels.devices import tpu_chips
 
 needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
@@ -24,6 +28,8 @@ CHIPS = tuple(tpu_chips())
 RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
 UNIT_BYTES = 128 * 256 * 4
 """What the kernel `ring` moves at a time."""
+BLOCK_BYTES = UNIT_BYTES
+"""What the kernel `blocks` moves at a time."""
 
 if tpu_compiler.installed():
     tpu_compiler.keep_listings()  # before any test compiles for a TPU
@@ -46,6 +52,12 @@ def report(name: str, chip: str = "v6e", **options: int | str) -> KernelReport:
     function, arguments, *_ = getattr(static_kernels, name)(**options)
     (found,) = examine(function, *arguments, chip=chip)
     return found
+
+
+def asked(name: str, **options: Any) -> dict[str, Moved]:
+    function, arguments, *_ = getattr(static_kernels, name)(**options)
+    (call,) = kernel_calls(function, arguments, "v6e")
+    return traffic(call)
 
 
 class TestSchedule:
@@ -130,15 +142,30 @@ class TestExecution:
         with pytest.raises(Undecided, match="why"):
             bool(unknown == 3)
 
-    def test_two_dimensional_tables_in_memory(self):
+    def test_arrays_in_memory(self):
+        def of(value: np.ndarray, layout: str) -> tuple[int, ...]:
+            words = words_in_memory(value, layout)
+            assert words is not None
+            return words
+
         value = np.arange(10 * 300, dtype=np.int32).reshape(10, 300)
-        words = words_in_memory(value, (8, 128))
-        assert words is not None
+        words = of(value, "1,0:T(8,128)")
         assert len(words) == 16 * 384
         assert words[128 * 3] == value[3, 0]
         assert words[8 * 128] == value[0, 128]
         assert words[3 * 8 * 128 + 128] == value[9, 0]
-        assert words_in_memory(value, None) is None
+        assert of(value, "1,0")[300:302] == (300, 301)
+        assert of(np.int32(7), "") == (7,)
+        assert of(np.array([1, -1], np.int32), "0:T(128)") == (1, 2**32 - 1, *[0] * 126)
+        # Four rows of one-byte numbers share their words.
+        bytes_ = np.arange(2 * 5 * 3, dtype=np.int8).reshape(2, 5, 3)
+        words = of(bytes_, "2,1,0:T(8,128)(4,1)")
+        assert len(words) == 2 * 8 * 128 // 4
+        assert words[1] == sum(int(bytes_[0, row, 1]) << 8 * row for row in range(4))
+        assert words[128] == bytes_[0, 4, 0]
+        assert words[256] & 0xFF == bytes_[1, 0, 0]
+        for layout in ("0,1:T(8,128)", "1,0:T(8,128)(2,1)(2,1)", "1,0:X"):
+            assert words_in_memory(value, layout) is None
 
 
 class TestTransfers:
@@ -165,13 +192,56 @@ class TestTransfers:
 
 
 @needs_libtpu
+class TestTraffic:
+    """What kernels ask for as they are written, against counts by hand."""
+
+    def test_blocks(self):
+        counted = asked("blocks", rows=1000, block=128)
+        assert counted == {"hbm_to_vmem": Moved(7, 7 * BLOCK_BYTES), "vmem_to_hbm": Moved(7, 7 * BLOCK_BYTES)}
+
+    @pytest.mark.parametrize(("lengths", "units"), [(LENGTHS, 11), ((0, 0, 0, 0), 0), ((128, 129, 256, 257), 8)])
+    def test_transfers_of_the_kernel_itself(self, lengths: tuple[int, ...], units: int):
+        counted = asked("ring", lengths=lengths)
+        assert counted.get("hbm_to_vmem", Moved()) == Moved(units, units * UNIT_BYTES)
+        assert counted["vmem_to_hbm"] == Moved(4, 4 * 1024)
+
+    def test_blocks_move_when_their_index_changes(self):
+        counted = asked("revisits")
+        # Of x [40, 128] in blocks of 16 rows: 16, 16 and 8 rows, each for two steps in a row, for both columns of
+        # blocks. The table is fetched once. Of the sums, one block for each column of blocks.
+        assert counted == {
+            "hbm_to_vmem": Moved(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
+            "vmem_to_hbm": Moved(2, 2 * 8 * 128 * 4),
+        }
+
+    def test_a_core_fetches_what_it_needs(self):
+        function, arguments = static_kernels.revisits()
+        (call,) = kernel_calls(function, arguments, "v5p")
+        assert traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
+
+    def test_what_is_not_known(self):
+        with pytest.raises(Undecided, match="a scalar that was not given"):
+            asked("ring", lengths=None)
+        assert asked("decided_by_data")["hbm_to_vmem"].transfers == 1
+
+    def test_it_is_fast(self):
+        start = time.perf_counter()
+        counted = asked("ring", lengths=(128 * 1000,) * 4)
+        assert counted["hbm_to_vmem"].transfers == 4000
+        assert time.perf_counter() - start < 4
+
+
+@needs_libtpu
 class TestExamine:
     @pytest.mark.parametrize("chip", CHIPS)
     def test_blocks(self, chip: str):
         found = report("blocks", chip)
         assert found.grid == (8,)
         assert found.bytes_needed == found.bytes_moved == 2 * 1024 * 256 * 4
-        assert {name: one.transfers for name, one in found.moved.items()} == {"hbm_to_vmem": 8, "vmem_to_hbm": 8}
+        assert {name: one.transfers for name, one in (found.moved or {}).items()} == {
+            "hbm_to_vmem": 8,
+            "vmem_to_hbm": 8,
+        }
         assert found.vmem_bytes == 4 * 128 * 256 * 4
         assert found.bound == "memory"
         assert found.seconds is not None
@@ -179,10 +249,13 @@ class TestExamine:
         assert found.memory_seconds < found.seconds < 10 * found.memory_seconds
         assert found.roofline == pytest.approx(found.memory_seconds / found.seconds)
         assert found.times == 1
+        assert found.moved == found.asked
+        assert found.agrees
 
     def test_lengths(self):
         found = report("ring")
-        assert found.moved["hbm_to_vmem"].transfers == 11
+        assert found.agrees
+        assert (found.moved or {})["hbm_to_vmem"].transfers == 11
         assert found.step is not None
         assert found.step.trips == 11
 
@@ -195,6 +268,7 @@ class TestExamine:
         function, arguments, total = static_kernels.table()
         (found,) = examine(function, *arguments)
         assert [loop.trips for loop in found.loops] == [12, 3000, total]
+        assert found.agrees
 
     def test_twice_the_work(self):
         once, twice = (report("blocks", work=work).busy_cycles for work in (32, 64))
@@ -216,6 +290,8 @@ class TestExamine:
         one, two = report("blocks", "v5p", rows=8192), report("blocks", "v5p", rows=8192, semantics="parallel")
         assert (one.cores, two.cores) == (1, 2)
         assert one.bytes_moved == two.bytes_moved
+        assert one.agrees
+        assert two.agrees
         assert one.busy_cycles is not None
         assert two.busy_cycles is not None
         assert 1.7 < one.busy_cycles / two.busy_cycles < 2
@@ -226,10 +302,12 @@ class TestExamine:
             (report("decided_by_data"), "depends on the result of "),
         ):
             assert found.bound == "UNKNOWN"
-            assert found.seconds is found.roofline is found.bytes_moved is None
+            assert found.seconds is found.roofline is found.agrees is None
             assert re.search(reason, found.unknown or "")
             assert found.bundles > 0
             assert found.loops
+        assert report("ring", lengths=None).bytes_moved is None
+        assert report("decided_by_data").bytes_moved == 2 * 8 * 128 * 4  # whatever is computed
 
     def test_several_kernels(self):
         function, arguments = static_kernels.two_kernels()

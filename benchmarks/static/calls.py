@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -15,6 +16,9 @@ from palladion.benchmarks import tpu_compiler
 LARGEST_KNOWN: Final = 2**20
 """Elements of an array whose values are followed: tables and lengths are, weights and caches are not."""
 
+_Known = Callable[[], np.ndarray] | None
+"""Computes an array of the program from the arguments that were given; None where that cannot be done."""
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
@@ -24,7 +28,7 @@ class KernelCall:
       name: of the kernel.
       operands: shapes and dtypes of its arguments; scalars that are prefetched come first.
       results: shapes and dtypes of what it returns.
-      values: of each argument, where they are known.
+      values: of each argument that is integers, where they are known.
       times: how often the function calls it; None where that is decided at run time.
       parameters: of the call, as JAX keeps them: "grid_mapping", "jaxpr", "compiler_params", …
     """
@@ -72,7 +76,7 @@ def kernel_calls(function: Callable[..., Any], arguments: Sequence[Any], chip: s
 
     Args:
       function: of arrays.
-      arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree; the values of integer arrays are followed.
+      arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree; the values of small arrays are followed.
       chip: a name in `tpu_chips()`.
     """
     described = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tuple(arguments))
@@ -83,38 +87,31 @@ def kernel_calls(function: Callable[..., Any], arguments: Sequence[Any], chip: s
     return found
 
 
-def _known(value: Any) -> np.ndarray | None:
-    """The values of an array of integers that is there and not too large."""
-    if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+def _known(value: Any) -> _Known:
+    """An array that is there and not too large."""
+    if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)) or np.size(value) > LARGEST_KNOWN:
         return None
-    followed = _is_integer(jax.numpy.result_type(value)) and np.size(value) <= LARGEST_KNOWN
-    return np.asarray(value) if followed else None
-
-
-def _is_integer(dtype: Any) -> bool:
-    return bool(jax.numpy.issubdtype(dtype, np.integer) or jax.numpy.issubdtype(dtype, np.bool_))
+    return lambda: np.asarray(value)
 
 
 def _follow(
-    jaxpr: Any,
-    constants: Sequence[np.ndarray | None],
-    arguments: Sequence[np.ndarray | None],
-    times: int | None,
-    found: list[KernelCall],
-) -> list[np.ndarray | None]:
-    """Walks through a program, evaluates the integers that follow from known ones, and collects kernels."""
-    known: dict[Any, np.ndarray | None] = dict(zip(jaxpr.constvars, constants, strict=True))
+    jaxpr: Any, constants: Sequence[_Known], arguments: Sequence[_Known], times: int | None, found: list[KernelCall]
+) -> list[_Known]:
+    """Walks through a program, keeps track of what can be computed from what is known, and collects kernels."""
+    known: dict[Any, _Known] = dict(zip(jaxpr.constvars, constants, strict=True))
     known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
-    def value(atom: Any) -> np.ndarray | None:
+    def value(atom: Any) -> _Known:
         return _known(atom.val) if hasattr(atom, "val") else known.get(atom)
 
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         values = [value(atom) for atom in equation.invars]
-        results: Sequence[np.ndarray | None] = [None] * len(equation.outvars)
+        results: Sequence[_Known] = [None] * len(equation.outvars)
         if name == "pallas_call":
             found.append(_kernel_call(equation, values, times))
+        elif not _has_kernels(parameters):
+            results = _computed(equation, values)
         elif name == "scan":
             constant = values[: scan_parts(equation)[0]]
             inside = constant + [None] * (len(values) - len(constant))
@@ -126,16 +123,14 @@ def _follow(
             inside = constant + [None] * (len(body.jaxpr.invars) - len(constant))
             _follow(body.jaxpr, _constants(body), inside, None, found)
         elif name == "cond":
-            branches = parameters["branches"]
-            taken = branches if values[0] is None else [branches[int(values[0])]]
-            for branch in taken:
-                inside_times = times if len(taken) == 1 else None
-                results = _follow(branch.jaxpr, _constants(branch), values[1:], inside_times, found)
-            results = results if len(taken) == 1 else [None] * len(equation.outvars)
+            which = values[0]
+            branches = parameters["branches"] if which is None else [parameters["branches"][int(which())]]
+            for branch in branches:
+                inside_times = times if len(branches) == 1 else None
+                outputs = _follow(branch.jaxpr, _constants(branch), values[1:], inside_times, found)
+                results = outputs if len(branches) == 1 else results
         elif (inner := _inner(parameters)) is not None and len(_jaxpr(inner).invars) == len(values):
             results = _follow(_jaxpr(inner), _constants(inner), values, times, found)
-        else:
-            results = _evaluate(equation, values)
         known |= dict(zip(equation.outvars, results, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
 
@@ -155,6 +150,24 @@ def scan_parts(equation: Any) -> tuple[int, int]:
     return same(equation.invars, body.invars) - carried, carried
 
 
+def inner_programs(parameters: dict[str, Any]) -> list[Any]:
+    """The programs that an equation runs: bodies of loops, branches, functions that it calls."""
+    found = []
+    for parameter in parameters.values():
+        for one in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+            program = _jaxpr(one)
+            found += [program] if hasattr(program, "eqns") else []
+    return found
+
+
+def _has_kernels(parameters: dict[str, Any]) -> bool:
+    return any(
+        equation.primitive.name == "pallas_call" or _has_kernels(equation.params)
+        for program in inner_programs(parameters)
+        for equation in program.eqns
+    )
+
+
 def _inner(parameters: dict[str, Any]) -> Any:
     """The program that a call, a custom derivative or a shard_map runs."""
     return next((parameters[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in parameters), None)
@@ -164,36 +177,40 @@ def _jaxpr(program: Any) -> Any:
     return getattr(program, "jaxpr", program)
 
 
-def _constants(program: Any) -> list[np.ndarray | None]:
+def _constants(program: Any) -> list[_Known]:
     return [_known(x) for x in getattr(program, "consts", ())]
 
 
-def _evaluate(equation: Any, values: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-    """The results of an operation on known integers."""
-    unknown: list[np.ndarray | None] = [None] * len(equation.outvars)
-    if any(value is None for value in values) or equation.effects:
-        return unknown
-    for variable in equation.outvars:
-        dtype = getattr(variable.aval, "dtype", None)
-        if dtype is None or not _is_integer(dtype) or math.prod(variable.aval.shape) > LARGEST_KNOWN:
-            return unknown
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        result = equation.primitive.bind(*map(jax.numpy.asarray, values), **equation.params)
-    return [np.asarray(one) for one in (result if equation.primitive.multiple_results else [result])]
+def _computed(equation: Any, values: Sequence[_Known]) -> list[_Known]:
+    """The results of an operation on known arrays; computed when they are asked for."""
+    given = [value for value in values if value is not None]
+    sizes = [math.prod(getattr(variable.aval, "shape", ())) for variable in equation.outvars]
+    if len(given) < len(values) or equation.effects or max(sizes, default=0) > LARGEST_KNOWN:
+        return [None] * len(equation.outvars)
+
+    @functools.cache
+    def results() -> list[np.ndarray]:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            result = equation.primitive.bind(*(jax.numpy.asarray(value()) for value in given), **equation.params)
+        return [np.asarray(one) for one in (result if equation.primitive.multiple_results else [result])]
+
+    return [functools.partial(lambda number: results()[number], number) for number in range(len(sizes))]
 
 
-def _kernel_call(equation: Any, values: Sequence[np.ndarray | None], times: int | None) -> KernelCall:
+def _kernel_call(equation: Any, values: Sequence[_Known], times: int | None) -> KernelCall:
     parameters = dict(equation.params)
 
     def described(variables: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype) for one in variables)
 
-    name = parameters.get("name") or getattr(parameters.get("name_and_src_info"), "name", None) or "kernel"
+    def integers(atom: Any, value: _Known) -> np.ndarray | None:
+        return value() if value is not None and jax.numpy.issubdtype(atom.aval.dtype, np.integer) else None
+
     return KernelCall(
-        name=name,
+        name=parameters.get("name") or "kernel",
         operands=described(equation.invars),
         results=described(equation.outvars),
-        values=tuple(values),
+        values=tuple(map(integers, equation.invars, values)),
         times=times,
         parameters=parameters,
     )

@@ -2,7 +2,8 @@
 
 The compiled schedule is executed as far as scalars decide (`scalar_core.py`), each core of a device for itself. That
 gives the bundles which run, one a cycle; the transfers, with their real sizes; and, with a model of the memory
-(`transfers.py`), how long a core waits for them. From these:
+(`transfers.py`), how long a core waits for them. The transfers are held against those that the kernel asks for as it is
+written (`traffic.py`). From these:
 
     memory    bytes moved / bandwidth of the HBM
     compute   bundles executed / clock, of the core that has most to do
@@ -16,7 +17,6 @@ What the vector units do inside a bundle always takes one cycle here: where they
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +28,7 @@ from palladion.benchmarks.static.calls import KernelCall, kernel_calls
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Loop, Schedule, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.traffic import traffic
 from palladion.benchmarks.static.transfers import Moved, Rate
 from palladion.kernels.devices import Chip, tpu_chips
 
@@ -66,8 +67,9 @@ class KernelReport:
       times: how often the function calls it, where that is known.
       cores: of the device that work on it.
       bytes_needed: that must move between HBM and the chip.
-      bytes_moved: that do, all cores together.
-      moved: transfers by direction ("hbm_to_vmem", …), all cores together.
+      moved: transfers of the compiled kernel by direction ("hbm_to_vmem", …), all cores together; those that the kernel
+        asks for as it is written, where those of the compiled kernel are not known.
+      asked: transfers that the kernel asks for as it is written; None where they are not known.
       busy_cycles: bundles that the busiest core executes.
       cycles: until the last core is done, waits included.
       stalls: by direction, cycles in which the busiest core waits for transfers.
@@ -85,8 +87,8 @@ class KernelReport:
     times: int | None
     cores: int
     bytes_needed: int | None
-    bytes_moved: int | None
-    moved: dict[str, Moved]
+    moved: dict[str, Moved] | None
+    asked: dict[str, Moved] | None
     busy_cycles: int | None
     cycles: float | None
     stalls: dict[str, float]
@@ -96,6 +98,32 @@ class KernelReport:
     vmem_bytes: int | None
     spills: tuple[int, int]
     unknown: str | None
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Bytes that move between HBM and the chip, all cores together."""
+        if self.moved is None:
+            return None
+        return sum(one.bytes for direction, one in self.moved.items() if "hbm" in direction)
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the compiled kernel does the transfers that the kernel asks for; None where one is not known.
+
+        The compiler may split a transfer, and pads arrays to whole tiles. What it moves to SMEM before the kernel
+        begins is not asked for.
+        """
+        if self.moved is None or self.asked is None or self.cycles is None:
+            return None
+        return all(
+            self.moved.get(direction, Moved()).bytes >= one.bytes
+            and (
+                self.moved[direction].transfers == one.transfers
+                or self.moved[direction].bytes == one.bytes
+                or "smem" in direction
+            )
+            for direction, one in self.asked.items()
+        ) and all(direction in self.asked or "smem" in direction for direction in self.moved)
 
     @property
     def memory_seconds(self) -> float | None:
@@ -187,7 +215,7 @@ def _report(
     executions, unknown = _execute(schedule, _operands(listing.name, call, program), chip)
     cores = len(executions)
     busiest = max(executions, key=lambda one: one.busy, default=None)
-    moved = _sum(executions)
+    asked = _asked(call, chip)
     vmem = parse_vmem_report(listing.vmem_report).get(listing.name) if listing.vmem_report else None
     return KernelReport(
         name=listing.name if call is None else call.name,
@@ -196,8 +224,8 @@ def _report(
         times=None if call is None else call.times,
         cores=cores,
         bytes_needed=bytes_needed if bytes_needed is not None else None if call is None else call.bytes,
-        bytes_moved=sum(one.bytes for name, one in moved.items() if "hbm" in name) if executions else None,
-        moved=moved,
+        moved=_sum(executions) if executions else asked,
+        asked=asked,
         busy_cycles=None if busiest is None else busiest.busy,
         cycles=max((one.cycles for one in executions), default=None),
         stalls={} if busiest is None else dict(busiest.stalls),
@@ -231,6 +259,16 @@ def _execute(schedule: Schedule, operands: dict[int, Operand], chip: Chip) -> tu
         return executions, None
     except Undecided as reason:
         return [], str(reason)
+
+
+def _asked(call: KernelCall | None, chip: Chip) -> dict[str, Moved] | None:
+    """The transfers that a kernel asks for as it is written."""
+    if call is None:
+        return None
+    try:
+        return traffic(call, cores=chip.cores)
+    except Undecided:
+        return None
 
 
 def _sum(executions: Sequence[Execution]) -> dict[str, Moved]:
@@ -271,16 +309,16 @@ def _inside(inner: Loop, outer: Loop) -> bool:
 
 
 def _matching(name: str, program: str, calls: Sequence[KernelCall]) -> KernelCall | None:
-    """The call from which an instruction of the compiled program comes: the first of its name and its shapes."""
-    line = _line(name, program)
-    found = re.search(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=", line)
+    """The call from which an instruction of the compiled program comes: of its shapes, and of its name if there is one.
+
+    The compiler names instructions after kernels, or after the functions around them where those have no name.
+    """
+    found = re.search(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=", _line(name, program))
     shapes = re.findall(r"\w+\[([\d,]*)\]", found[1]) if found else []
-    for call in calls:
-        form = re.sub(r"[^\w.]", "_", call.name)
-        given = [",".join(map(str, array.shape)) for array in call.operands]
-        if re.fullmatch(rf"{re.escape(form)}(\.\d+)*", name) and given == shapes:
-            return call
-    return None
+    alike = [call for call in calls if [",".join(map(str, array.shape)) for array in call.operands] == shapes]
+    form = re.compile(r"(.*?)(\.\d+)*")
+    named = [call for call in alike if form.fullmatch(name)[1] == re.sub(r"[^\w.]", "_", call.name)]  # type: ignore[index]
+    return next(iter(named or alike), None)
 
 
 def _line(name: str, program: str) -> str:
@@ -297,35 +335,37 @@ def _operands(name: str, call: KernelCall | None, program: str) -> dict[int, Ope
     operands = {}
     for number, (array, value) in enumerate(zip(call.operands, call.values, strict=True)):
         description = f"argument {number} of the kernel, {array.dtype.name}{list(array.shape)}"
-        tile = _tile(names[number], program) if number < len(names) else None
-        words = None if value is None else words_in_memory(value, tile)
+        layout = _layout(names[number], program) if number < len(names) else None
+        words = None if value is None or layout is None else words_in_memory(value, layout)
         operands[number] = Operand(words, description)
     return operands
 
 
-def _tile(name: str, program: str) -> tuple[int, int] | None:
-    """The tile in which a two-dimensional array of the compiled program is laid out."""
-    found = re.search(rf"{re.escape(name)} = \w+\[[\d,]*\]\{{1,0:T\((\d+),(\d+)\)", program)
-    return (int(found[1]), int(found[2])) if found else None
+def _layout(name: str, program: str) -> str | None:
+    """How an array of the compiled program lies in memory: "2,1,0:T(8,128)(4,1)"."""
+    found = re.search(rf"{re.escape(name)} = \w+\[[\d,]*\](?:\{{(.*?)\}})? ", program)
+    return None if found is None else found[1] or ""
 
 
-def words_in_memory(value: np.ndarray, tile: tuple[int, int] | None) -> tuple[int, ...] | None:
-    """The 32-bit words of an array of integers as it lies in HBM; None where its layout is not known.
+def words_in_memory(value: np.ndarray, layout: str) -> tuple[int, ...] | None:
+    """The 32-bit words of an array of integers as it lies in HBM; None where its layout is another than is known here.
 
     Args:
       value: the array.
-      tile: rows and columns that lie together, of an array with two dimensions; the others are laid out in one.
+      layout: as XLA writes it: dimensions from the last to the first, tiles, and tiles in these tiles for narrow
+        numbers, "2,1,0:T(8,128)(4,1)". An array without a tile is laid out row by row.
     """
-    if value.dtype.itemsize != 4:
+    order, _, tiles = layout.partition(":")
+    found = re.fullmatch(r"(?:T\((?:(\d+),)?(\d+)\)(?:\((\d+),1\))?)?(?:S\(\d+\))?", tiles)
+    row_major = order in ("", ",".join(str(axis) for axis in reversed(range(value.ndim))))
+    if found is None or not row_major or value.dtype.itemsize not in (1, 2, 4):
         return None
-    words = value.view(np.uint32)
-    if value.ndim == 2:
-        if tile is None:
-            return None
-        rows, columns = (math.ceil(size / of) * of for size, of in zip(words.shape, tile, strict=True))
-        padded = np.zeros((rows, columns), np.uint32)
-        padded[: words.shape[0], : words.shape[1]] = words
-        words = padded.reshape(rows // tile[0], tile[0], columns // tile[1], tile[1]).swapaxes(1, 2)
-    elif value.ndim > 2:
-        return None
-    return tuple(map(int, words.reshape(-1)))
+    rows, columns, packed = (int(size or 1) for size in found.groups())
+    array = value.reshape((1,) * (2 - value.ndim) + value.shape) if value.ndim < 2 else value
+    padding = [(0, 0)] * (array.ndim - 2) + [(0, -array.shape[-2] % rows), (0, -array.shape[-1] % columns)]
+    array = np.pad(array, padding)
+    height, width = array.shape[-2:]
+    array = array.reshape(-1, height // rows, rows // packed, packed, width // columns, columns)
+    # By tile, in it by groups of rows that share words, by column, by row of the group.
+    data = array.transpose(0, 1, 4, 2, 5, 3).tobytes()
+    return tuple(np.frombuffer(data + bytes(-len(data) % 4), np.uint32).tolist())

@@ -41,6 +41,7 @@ _ARITHMETIC: Final = {
     "ssub.s32": "({0} - {1}) & 0xFFFFFFFF",
     "smul.u32": "({0} * {1}) & 0xFFFFFFFF",
     "smul.s32": "({0} * {1}) & 0xFFFFFFFF",
+    "smulhi.u32": "({0} * {1}) >> 32",
     "sand.u32": "{0} & {1}",
     "sor.u32": "{0} | {1}",
     "sxor.u32": "{0} ^ {1}",
@@ -111,6 +112,13 @@ class ScalarCore:
         self._blocks = _blocks(schedule)
         self._defined = {
             one.destination: one for bundle in schedule.bundles for one in bundle.instructions if one.destination
+        }
+        # What is kept in the memory of scalars for want of registers.
+        self._stored = {
+            one.operands[0]: one.operands[1]
+            for bundle in schedule.bundles
+            for one in bundle.instructions
+            if one.opcode == "sst" and "_spill" in one.operands[0]
         }
         self._code = compile(self._source(), "<schedule>", "exec")
 
@@ -314,14 +322,16 @@ class ScalarCore:
     def _space(self, name: str) -> str:
         """In which memory the address is that a register holds."""
         found = self._defined.get(name)
-        if found is None:
+        if found is None or not found.operands:
             return "unknown"
         if found.opcode.startswith("inlined_call_operand"):
             return "hbm"
         space = found.opcode.partition(".")[2]
         if space in ("hbm", "vmem", "smem"):
             return space
-        return self._space(found.operands[0]) if found.operands else "unknown"
+        if found.opcode == "sld":
+            return self._space(self._stored.get(found.operands[0], ""))
+        return self._space(found.operands[0])
 
 
 class _Scalars:
@@ -358,8 +368,10 @@ class _Scalars:
         """Copies from HBM."""
         number, offset = -1, 0
         if type(source) is int and source >= HBM:
-            # Some generations count bytes, others granules.
-            number, offset = divmod((source >> source.bit_length() - HBM.bit_length()) - HBM, HBM_STRIDE)
+            # Some generations count larger units, and shift addresses to granules before they use them.
+            shift = source.bit_length() - HBM.bit_length()
+            number, offset = divmod((source >> shift) - HBM, HBM_STRIDE)
+            offset <<= shift
         found = self._operands.get(number)
         words = None if found is None else found.words
         first = offset * self._words_per_granule
