@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +18,10 @@ import static_kernels
 from static_kernels import GOLDEN, LENGTHS
 
 from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import KernelReport, examine
+from palladion.benchmarks.static import KernelReport, examine, runner, workloads
 from palladion.benchmarks.static.calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
+from palladion.benchmarks.static.report import lines
 from palladion.benchmarks.static.roofline import words_in_memory
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
@@ -25,6 +31,7 @@ from palladion.kernels.devices import tpu_chips
 
 needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 CHIPS = tuple(tpu_chips())
+attention_cases = workloads.named_cases("decode_attention")
 RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
 UNIT_BYTES = 128 * 256 * 4
 """What the kernel `ring` moves at a time."""
@@ -319,3 +326,136 @@ class TestExamine:
     def test_again(self):
         function, arguments = static_kernels.blocks()
         assert examine(function, *arguments) == examine(function, *arguments)
+
+
+USER_FILE = """
+import os
+import jax
+from jax.experimental import pallas as pl
+from static_kernels import ring, two_kernels
+
+def several():
+    return two_kernels()
+
+def with_bytes():
+    function, arguments = ring()
+    return function, arguments, 12345
+
+def refused():
+    def kernel(x_ref, o_ref):
+        o_ref[...] = jax.lax.sort(x_ref[...])
+    shape = jax.ShapeDtypeStruct((8, 128), "float32")
+    return pl.pallas_call(kernel, out_shape=shape), (shape,)
+
+def no_kernel():
+    return jax.numpy.sin, jax.ShapeDtypeStruct((8, 128), "float32")
+
+def crashes():
+    def function(x):
+        print("F0101 Check failed: this and that", flush=True)
+        os.abort()
+    return function, (jax.ShapeDtypeStruct((8, 128), "float32"),)
+
+def nonsense():
+    return 5
+"""
+
+
+@pytest.fixture(scope="module")
+def user_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("user") / "mine.py"
+    path.write_text(USER_FILE)
+    return str(path)
+
+
+class TestWorkloads:
+    def test_cases_of_models_are_the_default(self):
+        everything = workloads.select(None, None)
+        assert workloads.Reference("decode_attention", "llama-3-8b") in everything
+        assert {one.operation for one in everything} == set(workloads.operations())
+        assert {one.operation for one in workloads.select(None, "quantized_matmul")} == {"quantized_matmul"}
+
+    def test_scalars_of_a_case_are_known(self):
+        made = workloads.load(workloads.Reference("decode_attention", "paged-layers"))
+        (inputs,) = made.arguments
+        assert inputs.lengths.tolist() == [65, 300]
+        assert inputs.page_table.shape == (2, 4)
+        assert int(inputs.layer) == 1
+        assert not isinstance(inputs.k, np.ndarray)
+        full = workloads.load(workloads.Reference("decode_attention", "llama-3-8b"))
+        assert made.bytes_needed is not None
+        assert full.bytes_needed == attention_cases["llama-3-8b"].problem().bytes_moved()
+        assert made.bytes_needed < attention_cases["paged-layers"].problem().bytes_moved()
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (lambda: workloads.select(["no-such"], None), r"--cases: got no-such; accepted: one of\n  .*llama-3-8b"),
+            (lambda: workloads.select(["gqa"], "quantized_matmul"), "--cases: got gqa"),
+            (lambda: workloads.select(None, "matmul"), "--operation: got matmul; accepted: .*decode_attention"),
+            (lambda: workloads.from_argument("file.py"), "--file: got file.py; accepted: path/to/file.py:function"),
+            (lambda: workloads.from_argument("none.py:f"), "none.py; accepted: a Python file that exists"),
+        ],
+    )
+    def test_wrong_names(self, wrong: Any, message: str):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+    def test_wrong_functions(self, user_file: str):
+        with pytest.raises(ValueError, match="accepted: one of its functions: several, with_bytes, refused"):
+            workloads.from_argument(f"{user_file}:absent")
+        with pytest.raises(ValueError, match=r"nonsense\(\): got 5; accepted: \(function, arguments\) or"):
+            workloads.from_argument(f"{user_file}:nonsense")
+
+
+@needs_libtpu
+class TestCommand:
+    def test_functions_from_a_file(self, user_file: str):
+        names = ("several", "crashes", "with_bytes", "refused", "no_kernel")
+        tasks = [(workloads.Reference("", name, user_file), "v5e") for name in names]
+        several, crashes, with_bytes, refused, no_kernel = runner.run(tasks)
+        assert [len(row.reports) for row in (several, crashes, with_bytes, refused)] == [2, 0, 1, 0]
+        assert with_bytes.reports[0].bytes_needed == 12345
+        assert with_bytes.reports[0].moved == report("ring", "v5e").moved
+        assert "Check failed: this and that" in (crashes.failure or "")
+        assert "SIGABRT" in (crashes.failure or "")
+        assert "sort" in (refused.failure or "")
+        assert no_kernel.failure == "no Pallas kernel in it"
+        text = "\n".join(line for row in (several, crashes, refused) for line in lines(row))
+        assert "is called 3 times" in text
+        assert "v5e  the compiler ended its process" in text
+
+    def test_the_whole_command(self, tmp_path: Path):
+        results, picture = tmp_path / "results.json", tmp_path / "roofline.png"
+        run = command("tpu", "--cases=llama-3-8b", "--chips=v6e", f"--json={results}", f"--plot={picture}")
+        assert run.returncode == 0, run.stderr
+        assert "decode_attention/llama-3-8b" in run.stdout
+        assert "All times are estimated" in run.stdout
+        ((row,),) = [json.loads(results.read_text())]
+        (kernel,) = row["kernels"]
+        assert (row["workload"], row["chip"], row["failure"]) == ("decode_attention/llama-3-8b", "v6e", None)
+        assert kernel["agrees"] is True
+        assert kernel["estimated"] is True
+        assert 0.5 < kernel["roofline"] <= 1
+        assert kernel["bytes_moved"] == pytest.approx(kernel["bytes_needed"], rel=0.01)
+        assert picture.stat().st_size > 10_000
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["gpu"], "got gpu; accepted: tpu; there is no instrument for GPUs yet"),
+            ([], "got nothing; accepted: tpu"),
+            (["tpu", "--chips=v3"], "--chips: got v3; accepted: v4, v5e, v5p, v6e, v7x"),
+        ],
+    )
+    def test_wrong_commands(self, arguments: list[str], message: str):
+        run = command(*arguments)
+        assert run.returncode == 2
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "palladion.benchmarks.static", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=environment)
