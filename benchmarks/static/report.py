@@ -26,7 +26,7 @@ HEADINGS: Final = (
     ("step", 16),
     ("busiest", 11),
     ("VMEM MiB", 10),
-    ("spills", 11),
+    ("spills", 13),
 )
 """Columns, and how wide they are; the kernel's name and grid follow."""
 
