@@ -18,6 +18,7 @@ import numpy as np
 
 from palladion.kernels.backend import target_platform
 from palladion.kernels.devices import cpu_compiler_options
+from palladion.kernels.tpu_layout import LANES, round_up
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling, sample
@@ -103,8 +104,9 @@ class Engine:
         self._idle_cache: Cache | None = None
         # What programs are compiled for.
         self._parameters_like = jax.eval_shape(lambda: parameters)
+        room = round_up(options.max_len, LANES)  # in whole tiles, which is what kernels move
         self.cache_like: Cache = jax.eval_shape(
-            lambda: empty_cache(parameters, config, batch, options.max_len, jnp.dtype(options.kv_dtype))
+            lambda: empty_cache(parameters, config, batch, room, jnp.dtype(options.kv_dtype))
         )
         self._integers: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self._keys_like = jax.eval_shape(self.keys, 0)

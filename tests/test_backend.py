@@ -19,7 +19,7 @@ from palladion.kernels.decode_attention import IMPLEMENTATIONS
 def arguments(dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in ((1, 2, 8), (1, 1, 16, 8), (1, 1, 16, 8))
+        jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in ((1, 2, 8), (1, 1, 128, 8), (1, 1, 128, 8))
     )
     return q, k, v, jnp.array([5], jnp.int32)
 
@@ -75,7 +75,7 @@ def test_auto_falls_back_and_keeps_the_reasons():
         decode_attention(*arguments())
     (choice,) = choices
     assert choice.operation == "decode_attention"
-    assert str(choice.problem).startswith("batch=1, q_len=1, heads=2/1x8, max_len=16")
+    assert str(choice.problem).startswith("batch=1, q_len=1, heads=2/1x8, max_len=128")
     assert choice.reasons == {
         "mosaic_tpu": "runs on tpu, not on cpu (interpret=True runs it anywhere)",
         "triton": "runs on gpu, not on cpu (interpret=True runs it anywhere)",
@@ -83,7 +83,7 @@ def test_auto_falls_back_and_keeps_the_reasons():
     with on("tpu"), record_choices() as choices:
         jax.eval_shape(decode_attention, *arguments(jnp.float16))
     assert choices[0].backend == "xla"
-    assert choices[0].reasons["mosaic_tpu"] == "q must be float32 or bfloat16, got float16"
+    assert choices[0].reasons["mosaic_tpu"] == "float16 is not for TPUs: float32 and bfloat16 are"
 
 
 @pytest.mark.parametrize("backend", ["mosaic_tpu", "triton"])
@@ -95,7 +95,7 @@ def test_a_named_kernel_does_not_fall_back(backend: str):
 
 
 def test_pallas_does_not_fall_back():
-    with pytest.raises(Unsupported, match=r"mosaic_tpu: q must be .*; triton: runs on gpu, not on tpu"), on("tpu"):
+    with pytest.raises(Unsupported, match=r"mosaic_tpu: float16 is .*; triton: runs on gpu, not on tpu"), on("tpu"):
         jax.eval_shape(functools.partial(decode_attention, backend="pallas"), *arguments(jnp.float16))
 
 

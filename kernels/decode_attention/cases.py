@@ -162,7 +162,7 @@ def _poisoned(shape: Any, slab: np.ndarray, row: np.ndarray, values: np.ndarray)
     return cache
 
 
-_SMALL: Final = Case(name="", batch=2, q_heads=8, kv_heads=2, head_dim=64, max_len=300, dtype="float32")
+_SMALL: Final = Case(name="", batch=2, q_heads=8, kv_heads=2, head_dim=64, max_len=384, dtype="float32")
 
 
 def _small(name: str, **changes: Any) -> Case:
@@ -170,14 +170,15 @@ def _small(name: str, **changes: Any) -> Case:
 
 
 TESTS: Final = (
-    _small("mha", kv_heads=8, lengths=(1, 300)),
+    _small("mha", kv_heads=8, lengths=(1, 384)),
     _small("gqa", lengths=(127, 129)),
-    _small("gqa-bfloat16", batch=3, head_dim=128, dtype="bfloat16", lengths=(0, 128, 299)),
+    _small("gqa-bfloat16", batch=3, head_dim=128, max_len=304, dtype="bfloat16", lengths=(0, 128, 299)),
     _small("gqa-float16", dtype="float16", lengths=(255, 257)),
-    _small("mqa-head-dim-80", kv_heads=1, head_dim=80, lengths=(64, 300)),
+    _small("mqa-head-dim-80", kv_heads=1, head_dim=80, lengths=(64, 384)),
     _small("group-of-3", q_heads=9, kv_heads=3, dtype="bfloat16", lengths=(5, 256)),
     _small("head-dim-256", q_heads=2, kv_heads=1, head_dim=256, dtype="bfloat16", lengths=(17, 200)),
     _small("head-dim-72", head_dim=72, lengths=(33, 131)),
+    _small("odd-cache", max_len=300, lengths=(299, 131)),
     _small("short-cache", head_dim=128, max_len=37, lengths=(37, 12)),
     _small("wide-queries", kv_dtype="bfloat16", lengths=(100, 300)),
     _small("narrow-queries", dtype="bfloat16", kv_dtype="float32", lengths=(100, 300)),
@@ -194,12 +195,24 @@ TESTS: Final = (
     _small(
         "prefill", q_heads=6, head_dim=80, q_len=150, sliding_window=60, sinks=True, num_layers=2, lengths=(140, 300)
     ),
-    _small("paged", batch=4, max_len=320, page_size=16, lengths=(0, 16, 17, 320)),
-    _small("paged-layers", max_len=320, page_size=64, num_layers=2, q_len=4, dtype="bfloat16", lengths=(65, 300)),
+    _small("paged", batch=4, head_dim=128, max_len=320, page_size=16, lengths=(0, 16, 17, 320)),
+    _small("paged-layers", max_len=512, page_size=128, num_layers=2, q_len=4, dtype="bfloat16", lengths=(65, 300)),
     _small("paged-large", max_len=1024, page_size=512, dtype="bfloat16", lengths=(1, 513)),
-    _small("paged-window", max_len=320, page_size=8, sliding_window=9, sinks=True),
+    _small("paged-window", head_dim=128, max_len=320, page_size=8, sliding_window=9, sinks=True),
+    _small("paged-narrow", max_len=320, page_size=16, lengths=(300, 31)),
     _small("int8", kv_dtype="int8", lengths=(300, 31)),
-    _small("int8-paged-layers", max_len=320, kv_dtype="int8", page_size=32, num_layers=2, q_len=2, dtype="bfloat16"),
+    _small("int8-window", head_dim=128, kv_dtype="int8", sliding_window=100, q_len=3, lengths=(300, 131)),
+    _small("int8-paged", head_dim=128, max_len=512, kv_dtype="int8", page_size=128, lengths=(512, 129)),
+    _small(
+        "int8-paged-layers",
+        head_dim=128,
+        max_len=320,
+        kv_dtype="int8",
+        page_size=32,
+        num_layers=2,
+        q_len=2,
+        dtype="bfloat16",
+    ),
     _small("float8-e4m3fn", kv_dtype="float8_e4m3fn", dtype="bfloat16", lengths=(257, 2)),
     _small("float8-e5m2", kv_dtype="float8_e5m2", lengths=(257, 2), logits_soft_cap=9.0),
 )
