@@ -83,8 +83,12 @@ def device(chip: str) -> Any:
     return topologies.get_topology_desc(chips[chip].topology, "tpu").devices[0]
 
 
-def keep_listings() -> None:
-    """Has libtpu list what it schedules in this process, into a temporary directory.
+def keep_listings(folder: Path | None = None) -> None:
+    """Has libtpu list what it schedules in this process.
+
+    Args:
+      folder: where, in an empty folder that nobody else uses; by default a temporary one, removed at exit. Nothing
+        stays there after a compilation.
 
     Raises:
       RuntimeError: libtpu was loaded before, without being told so.
@@ -97,8 +101,10 @@ def keep_listings() -> None:
             "libtpu is loaded already, and reads its flags once: call tpu_compiler.keep_listings() before anything is "
             "compiled for a TPU in this process"
         )
-    _listings = Path(tempfile.mkdtemp(prefix="palladion_listings_"))
-    atexit.register(shutil.rmtree, _listings, ignore_errors=True)
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="palladion_listings_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _listings = folder
     passes = "|".join(LISTINGS.values())
     flags = (
         f"--xla_jf_dump_to={_listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({passes}).*"
@@ -140,9 +146,13 @@ def list_kernels(
     keep_listings()
     # What JAX has compiled before it would not compile again, and nothing would be listed.
     compiled, files = _compile(lambda *arguments: function(*arguments), avals, chip)
-    kernels = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text() or "")
     report = next((text for name, text in files.items() if name.endswith("vmem_report.html")), "")
-    return compiled, [_listing(name, files, report) for name in kernels]
+    return compiled, [_listing(name, files, report) for name in kernel_names(compiled)]
+
+
+def kernel_names(compiled: jax.stages.Compiled) -> list[str]:
+    """Names of the Pallas kernels in a compiled program, in its order."""
+    return re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text() or "")
 
 
 def _listing(kernel: str, files: dict[str, str], vmem_report: str) -> Listing:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +20,10 @@ import static_kernels
 from static_kernels import GOLDEN, LENGTHS
 
 from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import KernelReport, examine, runner, workloads
+from palladion.benchmarks.static import KernelReport, examine, runner, simulator, workloads
 from palladion.benchmarks.static.calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
-from palladion.benchmarks.static.report import lines
+from palladion.benchmarks.static.report import believed, lines, plot, record
 from palladion.benchmarks.static.roofline import words_in_memory
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
@@ -332,7 +334,7 @@ USER_FILE = """
 import os
 import jax
 from jax.experimental import pallas as pl
-from static_kernels import ring, two_kernels
+from static_kernels import blocks, ring, two_kernels
 
 def several():
     return two_kernels()
@@ -340,6 +342,9 @@ def several():
 def with_bytes():
     function, arguments = ring()
     return function, arguments, 12345
+
+def long():
+    return blocks(8192, 512, work=64)
 
 def refused():
     def kernel(x_ref, o_ref):
@@ -402,10 +407,51 @@ class TestWorkloads:
             wrong()
 
     def test_wrong_functions(self, user_file: str):
-        with pytest.raises(ValueError, match="accepted: one of its functions: several, with_bytes, refused"):
+        with pytest.raises(ValueError, match="accepted: one of its functions: several, with_bytes, long, refused"):
             workloads.from_argument(f"{user_file}:absent")
         with pytest.raises(ValueError, match=r"nonsense\(\): got 5; accepted: \(function, arguments\) or"):
             workloads.from_argument(f"{user_file}:nonsense")
+
+
+class TestSimulator:
+    """libtpu's own simulator, and when it is believed."""
+
+    def test_what_it_writes(self, tmp_path: Path):
+        profile = 'profiles {\n  hlo_op_name: "blocks.1"\n  estimated_cycles: 1234\n}\n'
+        (tmp_path / "blocks.1_TPU v5 lite_static_llo_profile.textproto").write_text(profile)
+        (unlisted,) = simulator.read(tmp_path, "v5e", ["blocks.1", "other.2"])
+        assert unlisted == simulator.Simulation("blocks.1", 1234, None)
+        transfer = "  %7 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1_s1, /*size_in_granules=*/4096, /*vmem=*/%s2_s2\n"
+        (tmp_path / "blocks.1_bundles.txt").write_text(f"0x1 :\n{transfer}0x2 :\n{transfer}")
+        (listed,) = simulator.read(tmp_path, "v5e", ["blocks.1"])
+        assert listed.moved == {"hbm_to_vmem": Moved(2, 2 * BLOCK_BYTES)}
+        (tmp_path / "blocks.1_bundles.txt").write_text(transfer.replace("4096", "%s3_s3"))
+        assert simulator.read(tmp_path, "v5e", ["blocks.1"])[0].moved is None
+
+    @needs_libtpu
+    def test_it_is_believed_where_it_moves_what_is_due(self):
+        found = report("blocks")
+        eight = Moved(8, 8 * BLOCK_BYTES)
+        right = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": eight, "vmem_to_hbm": eight})
+        wrong = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": Moved(1, BLOCK_BYTES), "vmem_to_hbm": eight})
+        assert believed(found, right) is True
+        assert believed(found, wrong) is False
+        assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
+        row = runner.Row(workloads.Reference("", "blocks"), "v6e", (found,), None, (wrong,))
+        assert any("is not believed: it moves" in line for line in lines(row))
+        (kernel,) = record(row)["simulations"]
+        assert kernel["believed"] is False
+
+    @needs_libtpu
+    def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self, user_file: str):
+        (simulated,) = simulator.simulate(workloads.Reference("", "long", user_file), "v6e")
+        found = report("blocks", rows=8192, block=512, work=64)
+        assert found.instruction == simulated.name
+        assert found.cycles == pytest.approx(simulated.cycles, rel=0.02)
+
+    def test_there_is_none_for_v4(self, user_file: str):
+        with pytest.raises(simulator.SimulatorFailed, match="no simulator for v4"):
+            simulator.simulate(workloads.Reference("", "several", user_file), "v4")
 
 
 @needs_libtpu
@@ -426,19 +472,51 @@ class TestCommand:
         assert "v5e  the compiler ended its process" in text
 
     def test_the_whole_command(self, tmp_path: Path):
-        results, picture = tmp_path / "results.json", tmp_path / "roofline.png"
-        run = command("tpu", "--cases=llama-3-8b", "--chips=v6e", f"--json={results}", f"--plot={picture}")
+        results = tmp_path / "results.json"
+        chosen = ("--operation=decode_attention", "--cases=llama-3-8b", "--chips=v6e")
+        run = command("tpu", *chosen, f"--json={results}")
         assert run.returncode == 0, run.stderr
         assert "decode_attention/llama-3-8b" in run.stdout
         assert "All times are estimated" in run.stdout
-        ((row,),) = [json.loads(results.read_text())]
+        (row,) = json.loads(results.read_text())
         (kernel,) = row["kernels"]
         assert (row["workload"], row["chip"], row["failure"]) == ("decode_attention/llama-3-8b", "v6e", None)
         assert kernel["agrees"] is True
         assert kernel["estimated"] is True
         assert 0.5 < kernel["roofline"] <= 1
         assert kernel["bytes_moved"] == pytest.approx(kernel["bytes_needed"], rel=0.01)
-        assert picture.stat().st_size > 10_000
+
+    def test_pictures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        rows = [
+            runner.Row(workloads.Reference("", name), chip, (report(name, chip),), None)
+            for name in ("blocks", "ring")
+            for chip in ("v5e", "v6e")
+        ]
+        unknown = runner.Row(workloads.Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
+        if importlib.util.find_spec("matplotlib"):
+            written = plot([*rows, unknown], tmp_path / "roofline.png")
+            assert [path.name for path in written] == ["roofline-v5e.png", "roofline-v6e.png"]
+            assert all(path.stat().st_size > 10_000 for path in written)
+            assert plot(rows[:1], tmp_path / "one.png") == [tmp_path / "one.png"]
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(ImportError, match="--plot needs matplotlib: pip install"):
+            plot(rows, tmp_path / "roofline.png")
+
+    def test_an_interrupted_run_keeps_what_it_has(self, tmp_path: Path):
+        results = tmp_path / "results.json"
+        line, environment = command_line("tpu", "--operation=decode_attention", "--chips=v6e", f"--json={results}")
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(line, env=environment, **pipes) as process:
+            assert process.stdout is not None
+            for text in process.stdout:
+                if text.lstrip().startswith("v6e"):
+                    process.send_signal(signal.SIGINT)
+                    break
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "interrupted after" in said
+        rows = json.loads(results.read_text())
+        assert 1 <= len(rows) < len(workloads.select(None, "decode_attention"))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -455,7 +533,11 @@ class TestCommand:
         assert "Traceback" not in run.stderr
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "palladion.benchmarks.static", *arguments]
+def command_line(*arguments: str) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return [sys.executable, "-m", "palladion.benchmarks.static", *arguments], environment
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line, environment = command_line(*arguments)
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=environment)

@@ -36,6 +36,8 @@ CHIPS = flags.DEFINE_list("chips", list(tpu_chips()), "Generations to compile fo
 JSON = flags.DEFINE_string("json", None, "Also write everything that is known to this file.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw a roofline of each generation: roofline.png.")
 
+SIMULATE = flags.DEFINE_bool("simulate", False, "Also ask libtpu's own simulator, which takes longer.")
+
 USER_ERROR: Final = 2
 """Exit status where what was asked for cannot be done."""
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     rows: list[runner.Row] = []
     interrupted = False
     try:
-        for row in runner.run(tasks):
+        for row in runner.run(tasks, simulated=SIMULATE.value):
             _print(row, rows)
             rows.append(row)
     except KeyboardInterrupt:

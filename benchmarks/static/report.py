@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.static.roofline import KernelReport
+from palladion.benchmarks.static.roofline import KernelReport, agree
 from palladion.benchmarks.static.runner import Row
+from palladion.benchmarks.static.simulator import Simulation
 from palladion.kernels.devices import tpu_chips
 
 HEADINGS: Final = (
@@ -60,7 +61,8 @@ def lines(row: Row) -> list[str]:
         cells = "".join(f"{cell:>{width}s}" for cell, (_, width) in zip(_cells(report), HEADINGS, strict=True))
         found.append(f"{cells}  {report.name} [{_grid(report.grid)}]")
         named = f"{report.name}: " if len(row.reports) > 1 else ""
-        found += [f"       {named}{note}" for note in notes(report)]
+        said = [*notes(report), *_simulated(report, row.simulations)]
+        found += [f"       {named}{note}" for note in said]
     return found
 
 
@@ -78,6 +80,29 @@ def notes(report: KernelReport) -> list[str]:
     return said
 
 
+def believed(report: KernelReport, simulation: Simulation) -> bool | None:
+    """Whether libtpu's simulator moves what the kernel asks for; None where that cannot be told."""
+    if simulation.moved is None or report.asked is None:
+        return None
+    cores = report.cores
+    return agree({name: one * cores for name, one in simulation.moved.items()}, report.asked)
+
+
+def _simulated(report: KernelReport, simulations: tuple[Simulation, ...] | str | None) -> list[str]:
+    if simulations is None or isinstance(simulations, str):
+        return [simulations] if simulations else []
+    of = next((one for one in simulations if one.name == report.instruction), None)
+    if of is None:
+        return ["libtpu's simulator: no result"]
+    answer, time = believed(report, of), _microseconds(of.cycles / report.chip.clock_hertz)
+    if answer is None:
+        return [f"libtpu's simulator says {time} µs, but not what it moves: not believed"]
+    if not answer:
+        return [f"libtpu's simulator is not believed: it moves {_moved(of.moved)} where {_moved(report.asked)} are due"]
+    ratio = "" if report.cycles is None else f", the estimate is {report.cycles / of.cycles:.2f} times that"
+    return [f"libtpu's simulator, which knows no contention: {time} µs{ratio}"]
+
+
 def record(row: Row) -> dict[str, Any]:
     """A row as JSON has it."""
     return {
@@ -85,7 +110,15 @@ def record(row: Row) -> dict[str, Any]:
         "chip": row.chip,
         "failure": row.failure,
         "kernels": [_record(report) for report in row.reports],
+        "simulations": _simulations(row),
     }
+
+
+def _simulations(row: Row) -> Any:
+    if not isinstance(row.simulations, tuple):
+        return row.simulations
+    by_name = {report.instruction: report for report in row.reports}
+    return [dataclasses.asdict(one) | {"believed": believed(by_name[one.name], one)} for one in row.simulations]
 
 
 def require_matplotlib() -> None:

@@ -62,6 +62,7 @@ class KernelReport:
 
     Attributes:
       name: of the kernel.
+      instruction: its name in the compiled program.
       chip: for which it was compiled.
       grid: steps along each axis; 0 where that is decided at run time, empty where the call was not found.
       times: how often the function calls it, where that is known.
@@ -82,6 +83,7 @@ class KernelReport:
     """
 
     name: str
+    instruction: str
     chip: Chip
     grid: tuple[int, ...]
     times: int | None
@@ -108,22 +110,10 @@ class KernelReport:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the compiled kernel does the transfers that the kernel asks for; None where one is not known.
-
-        The compiler may split a transfer, and pads arrays to whole tiles. What it moves to SMEM before the kernel
-        begins is not asked for.
-        """
+        """Whether the compiled kernel does the transfers that the kernel asks for; None where one is not known."""
         if self.moved is None or self.asked is None or self.cycles is None:
             return None
-        return all(
-            self.moved.get(direction, Moved()).bytes >= one.bytes
-            and (
-                self.moved[direction].transfers == one.transfers
-                or self.moved[direction].bytes == one.bytes
-                or "smem" in direction
-            )
-            for direction, one in self.asked.items()
-        ) and all(direction in self.asked or "smem" in direction for direction in self.moved)
+        return agree(self.moved, self.asked)
 
     @property
     def memory_seconds(self) -> float | None:
@@ -165,6 +155,20 @@ class KernelReport:
         ]:
             found = max(inner, key=_total)
         return found
+
+
+def agree(moved: dict[str, Moved], asked: dict[str, Moved]) -> bool:
+    """Whether these are the transfers that a kernel asks for.
+
+    The compiler may split a transfer, and pads arrays to whole tiles. What it moves to SMEM before a kernel begins is
+    not asked for.
+    """
+
+    def same(direction: str) -> bool:
+        one, other = moved.get(direction, Moved()), asked.get(direction, Moved())
+        return one.bytes == other.bytes or (one.transfers == other.transfers and one.bytes > other.bytes)
+
+    return all(same(direction) for direction in {*moved, *asked} if "smem" not in direction)
 
 
 def examine(
@@ -219,6 +223,7 @@ def _report(
     vmem = parse_vmem_report(listing.vmem_report).get(listing.name) if listing.vmem_report else None
     return KernelReport(
         name=listing.name if call is None else call.name,
+        instruction=listing.name,
         chip=chip,
         grid=() if call is None else call.grid,
         times=None if call is None else call.times,
@@ -275,9 +280,7 @@ def _sum(executions: Sequence[Execution]) -> dict[str, Moved]:
     moved: dict[str, Moved] = {}
     for execution in executions:
         for direction, one in execution.moved.items():
-            total = moved.setdefault(direction, Moved())
-            total.transfers += one.transfers
-            total.bytes += one.bytes
+            moved[direction] = moved.get(direction, Moved()) + one
     return moved
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-import re
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,17 @@ from typing import Any, Final
 
 import jax
 
+from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import workloads
+from palladion.benchmarks.static.processes import why_it_ended
 from palladion.benchmarks.static.roofline import KernelReport, examine
+from palladion.benchmarks.static.simulator import Simulation, SimulatorFailed, simulate
 from palladion.kernels.backend import Unsupported
 
 MOST_SECONDS: Final = 600.0
 """What a workload may take."""
 
+LOG: Final = "log.txt"
 MOST_LINES: Final = 12
 """Of a compiler's message that are shown."""
 
@@ -34,16 +37,23 @@ class Row:
       chip: a name in `tpu_chips()`.
       reports: on each of its kernels.
       failure: why there are none, in the compiler's words where they are its; None where there are.
+      simulations: what libtpu's simulator says of them, or why it does not; None where it was not asked.
     """
 
     workload: workloads.Reference
     chip: str
     reports: tuple[KernelReport, ...]
     failure: str | None
+    simulations: tuple[Simulation, ...] | str | None = None
 
 
-def run(tasks: Sequence[tuple[workloads.Reference, str]]) -> Iterator[Row]:
-    """Examines workloads on chips, one after the other; rows come as they are ready."""
+def run(tasks: Sequence[tuple[workloads.Reference, str]], *, simulated: bool = False) -> Iterator[Row]:
+    """Examines workloads on chips, one after the other; rows come as they are ready.
+
+    Args:
+      tasks: workloads, and for which chips.
+      simulated: whether libtpu's simulator is asked, too.
+    """
     worker: _Worker | None = None
     try:
         for workload, chip in tasks:
@@ -53,10 +63,17 @@ def run(tasks: Sequence[tuple[workloads.Reference, str]]) -> Iterator[Row]:
                 row = Row(workload, chip, (), worker.last_words())
                 worker.stop()
                 worker = None
-            yield row
+            yield _simulated(row) if simulated and row.failure is None else row
     finally:
         if worker is not None:
             worker.stop()
+
+
+def _simulated(row: Row) -> Row:
+    try:
+        return dataclasses.replace(row, simulations=tuple(simulate(row.workload, row.chip)))
+    except SimulatorFailed as failure:
+        return dataclasses.replace(row, simulations=str(failure))
 
 
 class _Worker:
@@ -65,9 +82,9 @@ class _Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        with tempfile.NamedTemporaryFile(prefix="palladion_", suffix=".log", delete=False) as log:
-            self._log = Path(log.name)
-        self._process = context.Process(target=_serve, args=(other, str(self._log)), daemon=True)
+        # A process that is killed cannot tidy up.
+        self._folder = tempfile.TemporaryDirectory(prefix="palladion_static_")
+        self._process = context.Process(target=_serve, args=(other, Path(self._folder.name)), daemon=True)
         self._process.start()
         other.close()
 
@@ -86,26 +103,26 @@ class _Worker:
         """What a process that ended has written, as far as it says why."""
         if self._process.is_alive():
             return f"took longer than {MOST_SECONDS:.0f} s"
-        words = self._log.read_text(errors="replace")
-        found = re.search(r"(?:Check failed|Error|FATAL|error): .*", words) or re.search(r"\S.*\s*$", words)
-        status = self._process.exitcode or 0
-        ended = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return f"the compiler ended its process ({ended}): {found[0].strip() if found else 'without a word'}"
+        words = (Path(self._folder.name) / LOG).read_text(errors="replace")
+        return f"the compiler ended its process: {why_it_ended(self._process.exitcode or 0, words)}"
 
     def stop(self) -> None:
         self._process.kill()
         self._process.join()
         self._connection.close()
-        self._log.unlink(missing_ok=True)
+        self._folder.cleanup()
 
 
-def _serve(connection: Any, log: str) -> None:
-    """Examines what is asked for until nobody asks any more; what libraries write goes into the log."""
+def _serve(connection: Any, folder: Path) -> None:
+    """Examines what is asked for until nobody asks any more; what libraries write goes into a log in the folder."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip, even where there is one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process stops this one
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
+    listings = folder / "listings"
+    listings.mkdir()
+    tpu_compiler.keep_listings(listings)
     while True:
         try:
             workload, chip = connection.recv()

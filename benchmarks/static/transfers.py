@@ -43,6 +43,12 @@ class Moved:
     transfers: int = 0
     bytes: int = 0
 
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(self.transfers + other.transfers, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Moved:
+        return Moved(self.transfers * times, self.bytes * times)
+
 
 class Transfers:
     """The transfers that a core starts and waits for.

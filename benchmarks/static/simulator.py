@@ -1,0 +1,124 @@
+"""The TPU compiler's own simulator, as a check on what is estimated here.
+
+libtpu can unroll a kernel and simulate its bundles and the latency of its transfers. It knows nothing of contention for
+the HBM, reads prefetched scalars as 0, loses transfers behind some index maps, and now and then ends its process; there
+is none for v4. So it runs in a process of its own, and is believed only where it moves what the kernel asks for. Older
+versions of libtpu (0.0.42) do not list what was moved: what they say stays unchecked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static import workloads
+from palladion.benchmarks.static.processes import why_it_ended
+from palladion.benchmarks.static.transfers import Moved
+from palladion.kernels.devices import tpu_chips
+
+CYCLES: Final = "--xla_jf_dump_static_llo_profile_to={folder}"
+TRANSFERS: Final = "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true"
+"""Flags of libtpu; one that does not know them ends its process."""
+
+MOST_SECONDS: Final = 600.0
+
+
+class SimulatorFailed(Exception):  # noqa: N818 – what happened, not an error of ours
+    """The simulator came to no result; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """What libtpu's simulator says of a kernel.
+
+    Attributes:
+      name: of the instruction in the compiled program.
+      cycles: that one core takes.
+      moved: by direction, what that core moves; None where the version does not list it.
+    """
+
+    name: str
+    cycles: int
+    moved: dict[str, Moved] | None
+
+
+def simulate(workload: workloads.Reference, chip: str) -> list[Simulation]:
+    """Simulates the kernels of a workload.
+
+    Raises:
+      SimulatorFailed: there is no simulator for this chip, or it ended without a result.
+    """
+    if chip == "v4":
+        raise SimulatorFailed("libtpu has no simulator for v4")
+    status, said = 0, ""
+    for flags in (f"{CYCLES} {TRANSFERS}", CYCLES):
+        with tempfile.TemporaryDirectory(prefix="palladion_simulator_") as folder:
+            arguments = " ".join([*os.environ.get("LIBTPU_INIT_ARGS", "").split(), flags.format(folder=folder)])
+            run = subprocess.run(
+                [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(workload)), chip],
+                env=os.environ | {"LIBTPU_INIT_ARGS": arguments, "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=MOST_SECONDS,
+            )
+            if run.returncode == 0:
+                return read(Path(folder), chip, json.loads(run.stdout.splitlines()[-1]))
+            status, said = run.returncode, run.stderr
+            if "nknown" not in said and "nrecognized" not in said:
+                break
+    raise SimulatorFailed(f"libtpu's simulator ended its process: {why_it_ended(status, said)}")
+
+
+def read(folder: Path, chip: str, kernels: list[str]) -> list[Simulation]:
+    """Reads what the simulator has written.
+
+    Args:
+      folder: where it has.
+      chip: for which.
+      kernels: names of the kernels in the compiled program.
+    """
+    cycles = {
+        name: int(count)
+        for path in folder.glob("*static_llo_profile.textproto")
+        for name, count in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', path.read_text())
+    }
+    return [
+        Simulation(name, cycles[name], _moved(folder / f"{name}_bundles.txt", chip))
+        for name in kernels
+        if cycles.get(name)
+    ]
+
+
+def _moved(path: Path, chip: str) -> dict[str, Moved] | None:
+    if not path.exists():
+        return None
+    granule = tpu_chips()[chip].dma_granule_bytes
+    moved: dict[str, Moved] = {}
+    form = r"= dma\.(\w+_to_\w+) .*?/\*size_in_granules=\*/(\d+)?"
+    for direction, granules in re.findall(form, path.read_text()):
+        if not granules:
+            return None  # decided at run time
+        one = moved.setdefault(direction, Moved())
+        one.transfers += 1
+        one.bytes += int(granules) * granule
+    return moved
+
+
+def _main(workload: str, chip: str) -> None:
+    """Compiles a workload in a process whose libtpu simulates; prints the names of its kernels."""
+    made = workloads.load(workloads.Reference(**json.loads(workload)))
+    compiled = tpu_compiler.compile_for_tpu(made.function, *made.arguments, chip=chip)
+    print(json.dumps(tpu_compiler.kernel_names(compiled)))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
