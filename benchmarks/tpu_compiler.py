@@ -105,11 +105,13 @@ def keep_listings(folder: Path | None = None) -> None:
         folder = Path(tempfile.mkdtemp(prefix="palladion_listings_"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _listings = folder
-    passes = "|".join(LISTINGS.values())
-    flags = (
-        f"--xla_jf_dump_to={_listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({passes}).*"
-    )
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, (os.environ.get("LIBTPU_INIT_ARGS"), flags)))
+    labels = "|".join(f"^{label}$" for label in LISTINGS.values())
+    flags = [
+        f"--xla_jf_dump_to={_listings}",
+        "--xla_jf_dump_llo_text=true",
+        f"--xla_jf_dump_llo_pass_label_regex={labels}",
+    ]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*os.environ.get("LIBTPU_INIT_ARGS", "").split(), *flags])
 
 
 @contextlib.contextmanager
@@ -129,8 +131,8 @@ def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e"
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
       chip: a name in `tpu_chips()`.
     """
-    compiled, _ = _compile(function, avals, chip)
-    return compiled
+    with _compiled(function, avals, chip) as compiled:
+        return compiled
 
 
 def list_kernels(
@@ -145,9 +147,15 @@ def list_kernels(
     """
     keep_listings()
     # What JAX has compiled before it would not compile again, and nothing would be listed.
-    compiled, files = _compile(lambda *arguments: function(*arguments), avals, chip)
-    report = next((text for name, text in files.items() if name.endswith("vmem_report.html")), "")
-    return compiled, [_listing(name, files, report) for name in kernel_names(compiled)]
+    with _compiled(lambda *arguments: function(*arguments), avals, chip) as compiled:
+        files = {path.name: path for path in _written()}
+        report = next((path.read_text() for name, path in files.items() if name.endswith("vmem_report.html")), "")
+        return compiled, [_listing(name, files, report) for name in kernel_names(compiled)]
+
+
+def described(aval: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, the latter as jit takes it: NumPy's 64 bits become 32."""
+    return jax.ShapeDtypeStruct(aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype), sharding=sharding)
 
 
 def kernel_names(compiled: jax.stages.Compiled) -> list[str]:
@@ -155,7 +163,7 @@ def kernel_names(compiled: jax.stages.Compiled) -> list[str]:
     return re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text() or "")
 
 
-def _listing(kernel: str, files: dict[str, str], vmem_report: str) -> Listing:
+def _listing(kernel: str, files: dict[str, Path], vmem_report: str) -> Listing:
     texts = {}
     for attribute, label in LISTINGS.items():
         # "1795470590150388797-<kernel>-01-packed-bundles-post-ra.txt"
@@ -163,26 +171,20 @@ def _listing(kernel: str, files: dict[str, str], vmem_report: str) -> Listing:
         found = [name for name in files if form.fullmatch(name)]
         if not found:
             raise RuntimeError(f"the compiler has not listed {label} of {kernel}; it has listed {sorted(files)}")
-        texts[attribute] = files[max(found)]
+        texts[attribute] = files[max(found)].read_text()
     return Listing(kernel, texts["bundles"], texts["utilization"], vmem_report)
 
 
-def _compile(
-    function: Callable[..., Any], avals: tuple[Any, ...], chip: str
-) -> tuple[jax.stages.Compiled, dict[str, str]]:
-    """Compiles; returns what libtpu has written meanwhile, too."""
-    sharding = jax.sharding.SingleDeviceSharding(device(chip))
-
-    def described(aval: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
-
+@contextlib.contextmanager
+def _compiled(function: Callable[..., Any], avals: tuple[Any, ...], chip: str) -> Iterator[jax.stages.Compiled]:
+    """Compiles; what libtpu has written meanwhile stays as long as the context."""
+    on_target = functools.partial(described, sharding=jax.sharding.SingleDeviceSharding(device(chip)))
     with tracing_for(chip):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
-        lowered = jitted.lower(*jax.tree.map(described, avals))
+        lowered = jitted.lower(*jax.tree.map(on_target, avals))
     try:
         # Otherwise XLA parks small arrays in VMEM, and the kernel reads them for nothing.
-        compiled = lowered.compile(compiler_options={"xla_msa_enable": "false"})
-        return compiled, {path.name: path.read_text() for path in _written()}
+        yield lowered.compile(compiler_options={"xla_msa_enable": "false"})
     finally:
         for path in _written():
             path.unlink()

@@ -5,7 +5,9 @@ PYTHONPATH=src:tests python -m static_kernels     # writes tests/golden anew, wi
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ Workload = tuple[Any, tuple[Any, ...]]
 
 LENGTHS: Final = (0, 1, 129, 1024)
 """Of the sequences that `ring` reads, in units of 128 rows: 0 + 1 + 2 + 8 transfers."""
+
+TABLE_SUM: Final = 14
 
 
 def blocks(rows: int = 1024, block: int = 128, *, work: int = 1, semantics: str = "arbitrary") -> Workload:
@@ -91,8 +95,17 @@ def ring(lengths: Any = LENGTHS) -> Workload:
     return call, (given, jax.ShapeDtypeStruct((batch, rows, width), jnp.float32))
 
 
-def table() -> tuple[Any, tuple[Any, ...], int]:
-    """tanh as often as the sum of a row of a two-dimensional table says; and the sum of it all, 14."""
+ring_of_unknown_lengths = functools.partial(ring, None)
+
+
+def ring_of_wide_lengths() -> Workload:
+    """`ring`, with lengths as NumPy makes them of Python numbers."""
+    call, (lengths, x) = ring()
+    return call, (lengths.astype(np.int64), x)
+
+
+def table() -> Workload:
+    """tanh as often as the sum of a row of a two-dimensional table says: `TABLE_SUM` times in all."""
     given = np.zeros((10, 300), np.int32)
     given[3, 299], given[9, 130], given[0, 1] = 5, 7, 2
 
@@ -116,7 +129,17 @@ def table() -> tuple[Any, tuple[Any, ...], int]:
             name="table",
         )(table, x)
 
-    return call, (given, jax.ShapeDtypeStruct((80, 128), jnp.float32)), int(given.sum())
+    assert given.sum() == TABLE_SUM
+    return call, (given, jax.ShapeDtypeStruct((80, 128), jnp.float32))
+
+
+more_work = functools.partial(blocks, work=32)
+twice_more_work = functools.partial(blocks, work=64)
+large_blocks = functools.partial(blocks, 8192, 1024)
+small_blocks = functools.partial(blocks, 8192, 16)
+one_core = functools.partial(blocks, 8192)
+two_cores = functools.partial(blocks, 8192, semantics="parallel")
+compute_bound = functools.partial(blocks, 8192, 512, work=64)
 
 
 def revisits() -> Workload:
@@ -159,11 +182,51 @@ def decided_by_data() -> Workload:
     return pl.pallas_call(kernel, out_shape=shape, name="decided_by_data"), (shape,)
 
 
-def two_kernels() -> tuple[Any, tuple[Any, ...]]:
+def with_bytes() -> tuple[Any, tuple[Any, ...], int]:
+    """`ring`, and a number of bytes that it is said to need."""
+    return *ring(), 12345
+
+
+def refused() -> Workload:
+    """Something that the compiler does not know."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = jax.lax.sort(x_ref[...])
+
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=shape), (shape,)
+
+
+def no_kernel() -> tuple[Any, Any]:
+    """XLA alone."""
+    return jnp.sin, jax.ShapeDtypeStruct((8, 128), jnp.float32)
+
+
+def crashes() -> Workload:
+    """Takes its process down while it is compiled, as compilers do."""
+
+    def function(_: Any) -> None:
+        print("F0101 Check failed: this and that", flush=True)
+        os.abort()
+
+    return function, (jax.ShapeDtypeStruct((8, 128), jnp.float32),)
+
+
+def nonsense() -> int:
+    """No workload."""
+    return 5
+
+
+def two_kernels() -> Workload:
     """Two kernels, one of them three times in a loop; a user's file may look like this."""
     small, (shape,) = blocks(256, 64)
     large, _ = blocks(256, 128)
     return lambda x: jax.lax.fori_loop(0, 3, lambda _, x: small(x), large(x) + 1), (shape,)
+
+
+def two_kernels_with_bytes() -> tuple[Any, tuple[Any, ...], int]:
+    """A number of bytes for two kernels together, which says nothing of either."""
+    return *two_kernels(), 5
 
 
 def _write() -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import static_kernels
 from static_kernels import GOLDEN, LENGTHS
 
 from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import KernelReport, examine, runner, simulator, workloads
+from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, simulator, workloads
 from palladion.benchmarks.static.calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
 from palladion.benchmarks.static.report import believed, lines, plot, record
@@ -40,8 +41,15 @@ UNIT_BYTES = 128 * 256 * 4
 BLOCK_BYTES = UNIT_BYTES
 """What the kernel `blocks` moves at a time."""
 
-if tpu_compiler.installed():
-    tpu_compiler.keep_listings()  # before any test compiles for a TPU
+KERNELS = str(Path(static_kernels.__file__))
+examiner = Examiner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_for_all() -> Iterator[None]:
+    """The compiler lists in a process of its own: compiling in this one takes no longer for it."""
+    with examiner:
+        yield
 
 
 @functools.cache
@@ -57,9 +65,16 @@ def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:
 
 
 @functools.cache
-def report(name: str, chip: str = "v6e", **options: int | str) -> KernelReport:
-    function, arguments, *_ = getattr(static_kernels, name)(**options)
-    (found,) = examine(function, *arguments, chip=chip)
+def examined(name: str, chip: str = "v6e") -> Row:
+    """What comes out for a function of static_kernels.py."""
+    return examiner.examine(Reference("", name, KERNELS), chip)
+
+
+def report(name: str, chip: str = "v6e") -> KernelReport:
+    """The report on its only kernel."""
+    row = examined(name, chip)
+    assert row.failure is None
+    (found,) = row.reports
     return found
 
 
@@ -268,25 +283,29 @@ class TestExamine:
         assert found.step is not None
         assert found.step.trips == 11
 
+    def test_lengths_in_64_bits(self):
+        found = report("ring_of_wide_lengths")
+        assert found.moved == report("ring").moved
+        assert found.agrees
+
     def test_the_compiler_installed_lists_as_before(self):
         found = report("ring")
         before = golden("v6e")
         assert found.bundles == pytest.approx(len(before.bundles), rel=0.2)
 
     def test_two_dimensional_tables(self):
-        function, arguments, total = static_kernels.table()
-        (found,) = examine(function, *arguments)
-        assert [loop.trips for loop in found.loops] == [12, 3000, total]
+        found = report("table")
+        assert [loop.trips for loop in found.loops] == [12, 3000, static_kernels.TABLE_SUM]
         assert found.agrees
 
     def test_twice_the_work(self):
-        once, twice = (report("blocks", work=work).busy_cycles for work in (32, 64))
+        once, twice = (report(name).busy_cycles for name in ("more_work", "twice_more_work"))
         assert once is not None
         assert twice is not None
         assert 1.8 < twice / once < 2.2
 
     def test_smaller_blocks_take_more_steps_and_more_time(self):
-        large, small = report("blocks", rows=8192, block=1024), report("blocks", rows=8192, block=16)
+        large, small = report("large_blocks"), report("small_blocks")
         assert (large.grid, small.grid) == ((8,), (512,))
         assert large.bytes_moved == small.bytes_moved
         assert large.seconds is not None
@@ -296,7 +315,7 @@ class TestExamine:
         assert large.roofline > 0.7
 
     def test_two_cores(self):
-        one, two = report("blocks", "v5p", rows=8192), report("blocks", "v5p", rows=8192, semantics="parallel")
+        one, two = report("one_core", "v5p"), report("two_cores", "v5p")
         assert (one.cores, two.cores) == (1, 2)
         assert one.bytes_moved == two.bytes_moved
         assert one.agrees
@@ -307,7 +326,7 @@ class TestExamine:
 
     def test_what_is_not_known_is_unknown(self):
         for found, reason in (
-            (report("ring", lengths=None), r"argument 0 of the kernel, int32\[4\], which were not given"),
+            (report("ring_of_unknown_lengths"), r"argument 0 of the kernel, int32\[4\], which were not given"),
             (report("decided_by_data"), "depends on the result of "),
         ):
             assert found.bound == "UNKNOWN"
@@ -315,79 +334,52 @@ class TestExamine:
             assert re.search(reason, found.unknown or "")
             assert found.bundles > 0
             assert found.loops
-        assert report("ring", lengths=None).bytes_moved is None
+        assert report("ring_of_unknown_lengths").bytes_moved is None
         assert report("decided_by_data").bytes_moved == 2 * 8 * 128 * 4  # whatever is computed
 
     def test_several_kernels(self):
-        function, arguments = static_kernels.two_kernels()
-        found = examine(function, *arguments)
-        assert sorted((one.grid, one.times) for one in found) == [((2,), 1), ((4,), 3)]
-        with pytest.raises(ValueError, match="bytes_needed: got 5 for a function with 2 kernels"):
-            examine(function, *arguments, bytes_needed=5)
+        row = examined("two_kernels")
+        assert sorted((one.grid, one.times) for one in row.reports) == [((2,), 1), ((4,), 3)]
+        assert "is called 3 times" in "\n".join(lines(row))
+
+    def test_bytes_needed(self):
+        assert report("with_bytes").bytes_needed == 12345
+        failure = examined("two_kernels_with_bytes").failure or ""
+        assert "ValueError: bytes_needed: got 5 for a function with 2 kernels: blocks." in failure
 
     def test_again(self):
-        function, arguments = static_kernels.blocks()
-        assert examine(function, *arguments) == examine(function, *arguments)
+        assert examiner.examine(Reference("", "blocks", KERNELS), "v6e") == examined("blocks")
 
+    def test_it_must_be_asked_in_time(self, monkeypatch: pytest.MonkeyPatch):
+        tpu_compiler.device("v6e")
+        monkeypatch.setattr(tpu_compiler, "_listings", None)
+        with pytest.raises(RuntimeError, match=r"libtpu is loaded already.*keep_listings\(\) before anything is"):
+            examine(*static_kernels.blocks())
 
-USER_FILE = """
-import os
-import jax
-from jax.experimental import pallas as pl
-from static_kernels import blocks, ring, two_kernels
-
-def several():
-    return two_kernels()
-
-def with_bytes():
-    function, arguments = ring()
-    return function, arguments, 12345
-
-def long():
-    return blocks(8192, 512, work=64)
-
-def refused():
-    def kernel(x_ref, o_ref):
-        o_ref[...] = jax.lax.sort(x_ref[...])
-    shape = jax.ShapeDtypeStruct((8, 128), "float32")
-    return pl.pallas_call(kernel, out_shape=shape), (shape,)
-
-def no_kernel():
-    return jax.numpy.sin, jax.ShapeDtypeStruct((8, 128), "float32")
-
-def crashes():
-    def function(x):
-        print("F0101 Check failed: this and that", flush=True)
-        os.abort()
-    return function, (jax.ShapeDtypeStruct((8, 128), "float32"),)
-
-def nonsense():
-    return 5
-"""
-
-
-@pytest.fixture(scope="module")
-def user_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("user") / "mine.py"
-    path.write_text(USER_FILE)
-    return str(path)
+    def test_what_does_not_compile_costs_its_own_row(self):
+        assert "sort" in (examined("refused", "v5e").failure or "")
+        assert examined("no_kernel", "v5e").failure == "no Pallas kernel in it"
+        crashed = examined("crashes", "v5e")
+        assert crashed.failure == "the compiler ended its process: SIGABRT, Check failed: this and that"
+        assert lines(crashed) == [f"  v5e  {crashed.failure}"]
+        assert examined("blocks", "v5e").failure is None
 
 
 class TestWorkloads:
     def test_cases_of_models_are_the_default(self):
         everything = workloads.select(None, None)
-        assert workloads.Reference("decode_attention", "llama-3-8b") in everything
+        assert Reference("decode_attention", "llama-3-8b") in everything
         assert {one.operation for one in everything} == set(workloads.operations())
         assert {one.operation for one in workloads.select(None, "quantized_matmul")} == {"quantized_matmul"}
 
     def test_scalars_of_a_case_are_known(self):
-        made = workloads.load(workloads.Reference("decode_attention", "paged-layers"))
+        made = workloads.load(Reference("decode_attention", "paged-layers"))
         (inputs,) = made.arguments
         assert inputs.lengths.tolist() == [65, 300]
         assert inputs.page_table.shape == (2, 4)
         assert int(inputs.layer) == 1
         assert not isinstance(inputs.k, np.ndarray)
-        full = workloads.load(workloads.Reference("decode_attention", "llama-3-8b"))
+        full = workloads.load(Reference("decode_attention", "llama-3-8b"))
         assert made.bytes_needed is not None
         assert full.bytes_needed == attention_cases["llama-3-8b"].problem().bytes_moved()
         assert made.bytes_needed < attention_cases["paged-layers"].problem().bytes_moved()
@@ -406,11 +398,11 @@ class TestWorkloads:
         with pytest.raises(ValueError, match=message):
             wrong()
 
-    def test_wrong_functions(self, user_file: str):
-        with pytest.raises(ValueError, match="accepted: one of its functions: several, with_bytes, long, refused"):
-            workloads.from_argument(f"{user_file}:absent")
+    def test_wrong_functions(self):
+        with pytest.raises(ValueError, match=r"absent; accepted: one of its functions: .*blocks.*, two_kernels"):
+            workloads.from_argument(f"{KERNELS}:absent")
         with pytest.raises(ValueError, match=r"nonsense\(\): got 5; accepted: \(function, arguments\) or"):
-            workloads.from_argument(f"{user_file}:nonsense")
+            workloads.from_argument(f"{KERNELS}:nonsense")
 
 
 class TestSimulator:
@@ -437,40 +429,25 @@ class TestSimulator:
         assert believed(found, right) is True
         assert believed(found, wrong) is False
         assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
-        row = runner.Row(workloads.Reference("", "blocks"), "v6e", (found,), None, (wrong,))
+        row = Row(Reference("", "blocks"), "v6e", (found,), None, (wrong,))
         assert any("is not believed: it moves" in line for line in lines(row))
         (kernel,) = record(row)["simulations"]
         assert kernel["believed"] is False
 
     @needs_libtpu
-    def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self, user_file: str):
-        (simulated,) = simulator.simulate(workloads.Reference("", "long", user_file), "v6e")
-        found = report("blocks", rows=8192, block=512, work=64)
+    def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self):
+        (simulated,) = simulator.simulate(Reference("", "compute_bound", KERNELS), "v6e")
+        found = report("compute_bound")
         assert found.instruction == simulated.name
         assert found.cycles == pytest.approx(simulated.cycles, rel=0.02)
 
-    def test_there_is_none_for_v4(self, user_file: str):
+    def test_there_is_none_for_v4(self):
         with pytest.raises(simulator.SimulatorFailed, match="no simulator for v4"):
-            simulator.simulate(workloads.Reference("", "several", user_file), "v4")
+            simulator.simulate(Reference("", "blocks", KERNELS), "v4")
 
 
 @needs_libtpu
 class TestCommand:
-    def test_functions_from_a_file(self, user_file: str):
-        names = ("several", "crashes", "with_bytes", "refused", "no_kernel")
-        tasks = [(workloads.Reference("", name, user_file), "v5e") for name in names]
-        several, crashes, with_bytes, refused, no_kernel = runner.run(tasks)
-        assert [len(row.reports) for row in (several, crashes, with_bytes, refused)] == [2, 0, 1, 0]
-        assert with_bytes.reports[0].bytes_needed == 12345
-        assert with_bytes.reports[0].moved == report("ring", "v5e").moved
-        assert "Check failed: this and that" in (crashes.failure or "")
-        assert "SIGABRT" in (crashes.failure or "")
-        assert "sort" in (refused.failure or "")
-        assert no_kernel.failure == "no Pallas kernel in it"
-        text = "\n".join(line for row in (several, crashes, refused) for line in lines(row))
-        assert "is called 3 times" in text
-        assert "v5e  the compiler ended its process" in text
-
     def test_the_whole_command(self, tmp_path: Path):
         results = tmp_path / "results.json"
         chosen = ("--operation=decode_attention", "--cases=llama-3-8b", "--chips=v6e")
@@ -488,11 +465,11 @@ class TestCommand:
 
     def test_pictures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         rows = [
-            runner.Row(workloads.Reference("", name), chip, (report(name, chip),), None)
+            Row(Reference("", name), chip, (report(name, chip),), None)
             for name in ("blocks", "ring")
             for chip in ("v5e", "v6e")
         ]
-        unknown = runner.Row(workloads.Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
+        unknown = Row(Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
         if importlib.util.find_spec("matplotlib"):
             written = plot([*rows, unknown], tmp_path / "roofline.png")
             assert [path.name for path in written] == ["roofline-v5e.png", "roofline-v6e.png"]

@@ -1,5 +1,7 @@
 """What the compilers say of kernels without the chip: estimates, no measurements."""
 
 from palladion.benchmarks.static.roofline import KernelReport, LoopReport, examine
+from palladion.benchmarks.static.runner import Examiner, Row
+from palladion.benchmarks.static.workloads import Reference
 
-__all__ = ["KernelReport", "LoopReport", "examine"]
+__all__ = ["Examiner", "KernelReport", "LoopReport", "Reference", "Row", "examine"]

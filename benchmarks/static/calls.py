@@ -79,9 +79,9 @@ def kernel_calls(function: Callable[..., Any], arguments: Sequence[Any], chip: s
       arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree; the values of small arrays are followed.
       chip: a name in `tpu_chips()`.
     """
-    described = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tuple(arguments))
+    avals = jax.tree.map(tpu_compiler.described, tuple(arguments))
     with tpu_compiler.tracing_for(chip):
-        closed = jax.make_jaxpr(lambda *arrays: function(*arrays))(*described)
+        closed = jax.make_jaxpr(lambda *arrays: function(*arrays))(*avals)
     found: list[KernelCall] = []
     _follow(closed.jaxpr, [_known(x) for x in closed.consts], [_known(x) for x in jax.tree.leaves(arguments)], 1, found)
     return found
@@ -204,7 +204,9 @@ def _kernel_call(equation: Any, values: Sequence[_Known], times: int | None) -> 
         return tuple(jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype) for one in variables)
 
     def integers(atom: Any, value: _Known) -> np.ndarray | None:
-        return value() if value is not None and jax.numpy.issubdtype(atom.aval.dtype, np.integer) else None
+        if value is None or not jax.numpy.issubdtype(atom.aval.dtype, np.integer):
+            return None
+        return value().astype(atom.aval.dtype)
 
     return KernelCall(
         name=parameters.get("name") or "kernel",

@@ -245,25 +245,25 @@ def _report(
 
 def _execute(schedule: Schedule, operands: dict[int, Operand], chip: Chip) -> tuple[list[Execution], str | None]:
     """What each core does, and why that is not known where it is not."""
-    program = ScalarCore(schedule)
-    cores = chip.cores if program.reads_core_number else 1
-
-    def run(core: int, sharing: int) -> Execution:
-        rate = Rate(
-            bytes_per_cycle=chip.hbm_bytes_per_second / chip.clock_hertz / sharing,
-            latency_cycles=chip.dma_latency_seconds * chip.clock_hertz,
-            granule_bytes=chip.dma_granule_bytes,
-        )
-        return program.run(operands, rate=rate, core=core)
-
     try:
-        executions = [run(core, cores) for core in range(cores)]
+        program = ScalarCore(schedule)
+        cores = chip.cores if program.reads_core_number else 1
+        executions = [program.run(operands, rate=_rate(chip, cores), core=core) for core in range(cores)]
         working = [core for core, one in enumerate(executions) if any("to_hbm" in name for name in one.moved)]
         if 0 < len(working) < cores:
-            executions = [run(core, len(working)) for core in working]
+            executions = [program.run(operands, rate=_rate(chip, len(working)), core=core) for core in working]
         return executions, None
     except Undecided as reason:
         return [], str(reason)
+
+
+def _rate(chip: Chip, sharing: int) -> Rate:
+    """How fast the transfers of a core are where so many share the memory."""
+    return Rate(
+        bytes_per_cycle=chip.hbm_bytes_per_second / chip.clock_hertz / sharing,
+        latency_cycles=chip.dma_latency_seconds * chip.clock_hertz,
+        granule_bytes=chip.dma_granule_bytes,
+    )
 
 
 def _asked(call: KernelCall | None, chip: Chip) -> dict[str, Moved] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
 import os
-import signal
+import pickle
+import select
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 
@@ -54,19 +57,10 @@ def run(tasks: Sequence[tuple[workloads.Reference, str]], *, simulated: bool = F
       tasks: workloads, and for which chips.
       simulated: whether libtpu's simulator is asked, too.
     """
-    worker: _Worker | None = None
-    try:
+    with Examiner() as examiner:
         for workload, chip in tasks:
-            worker = worker or _Worker()
-            row = worker.examine(workload, chip)
-            if row is None:
-                row = Row(workload, chip, (), worker.last_words())
-                worker.stop()
-                worker = None
+            row = examiner.examine(workload, chip)
             yield _simulated(row) if simulated and row.failure is None else row
-    finally:
-        if worker is not None:
-            worker.stop()
 
 
 def _simulated(row: Row) -> Row:
@@ -76,59 +70,101 @@ def _simulated(row: Row) -> Row:
         return dataclasses.replace(row, simulations=str(failure))
 
 
-class _Worker:
-    """A process that examines."""
+class Examiner:
+    """Examines in a process of its own, with a libtpu that lists; one that the compiler ends is replaced.
+
+    Example:
+      with Examiner() as examiner:
+          row = examiner.examine(Reference("decode_attention", "llama-3-8b"), "v6e")
+    """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
+        self._worker: _Worker | None = None
+
+    def __enter__(self) -> Examiner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def examine(self, workload: workloads.Reference, chip: str) -> Row:
+        """Examines a workload."""
+        self._worker = self._worker or _Worker()
+        row = self._worker.examine(workload, chip)
+        if row is None:
+            row = Row(workload, chip, (), self._worker.last_words())
+            self.stop()
+        return row
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+
+class _Worker:
+    """The process of an `Examiner`: takes tasks from its standard input, and writes rows to its standard output."""
+
+    def __init__(self) -> None:
         # A process that is killed cannot tidy up.
         self._folder = tempfile.TemporaryDirectory(prefix="palladion_static_")
-        self._process = context.Process(target=_serve, args=(other, Path(self._folder.name)), daemon=True)
-        self._process.start()
-        other.close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()", self._folder.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,  # an interrupt is for the process that started this one
+        )
 
     def examine(self, workload: workloads.Reference, chip: str) -> Row | None:
         """The result; None where the process did not survive it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
-            self._connection.send((workload, chip))
-            if self._connection.poll(MOST_SECONDS):
-                row: Row = self._connection.recv()
+            pickle.dump((workload, chip), self._process.stdin)
+            self._process.stdin.flush()
+            if select.select([self._process.stdout], [], [], MOST_SECONDS)[0]:
+                row: Row = pickle.load(self._process.stdout)
                 return row
-        except (EOFError, OSError):
-            self._process.join()
+        except (EOFError, BrokenPipeError):
+            self._process.wait()
         return None
 
     def last_words(self) -> str:
         """What a process that ended has written, as far as it says why."""
-        if self._process.is_alive():
+        if self._process.poll() is None:
             return f"took longer than {MOST_SECONDS:.0f} s"
-        words = (Path(self._folder.name) / LOG).read_text(errors="replace")
-        return f"the compiler ended its process: {why_it_ended(self._process.exitcode or 0, words)}"
+        log = Path(self._folder.name) / LOG
+        words = log.read_text(errors="replace") if log.exists() else ""
+        return f"the compiler ended its process: {why_it_ended(self._process.returncode, words)}"
 
     def stop(self) -> None:
+        """Ends the process."""
         self._process.kill()
-        self._process.join()
-        self._connection.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
         self._folder.cleanup()
 
 
-def _serve(connection: Any, folder: Path) -> None:
-    """Examines what is asked for until nobody asks any more; what libraries write goes into a log in the folder."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip, even where there is one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process stops this one
-    descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def serve() -> None:
+    """What the process of an `Examiner` does: examines until there are no more tasks; libraries write into a log."""
+    folder = Path(sys.argv[1])
+    tasks, rows = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
-        os.dup2(descriptor, standard)
+        os.dup2(log, standard)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip, even where there is one
     listings = folder / "listings"
     listings.mkdir()
     tpu_compiler.keep_listings(listings)
     while True:
         try:
-            workload, chip = connection.recv()
+            task = pickle.load(tasks)
         except EOFError:
             return
-        connection.send(_examine(workload, chip))
+        pickle.dump(_examine(*task), rows)
+        rows.flush()
 
 
 def _examine(workload: workloads.Reference, chip: str) -> Row:

@@ -105,6 +105,9 @@ class ScalarCore:
 
     Args:
       schedule: of the kernel.
+
+    Raises:
+      Undecided: it branches in a way that is not known here.
     """
 
     def __init__(self, schedule: Schedule):
@@ -400,7 +403,7 @@ def _blocks(schedule: Schedule) -> list[tuple[int, int]]:
     ordered = sorted(start for start in starts if start < length)
     for number, end in ends_by_branch:
         if any(number < start < end for start in ordered):
-            raise ValueError(f"bundle {number:#x} branches, and another branch leads to the bundles that follow it")
+            raise Undecided(f"bundle {number:#x} branches, and another branch leads to the bundles that follow it")
     return list(zip(ordered, [*ordered[1:], length], strict=True))
 
 
