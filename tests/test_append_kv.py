@@ -7,15 +7,42 @@ import functools
 import re
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_interpreter
 
 from palladion import KVCache, Unsupported, append_kv, quantize_kv
+from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases, mosaic_tpu
+from palladion.kernels.append_kv.cases import Case
+from palladion.kernels.backend import Implementation
 
 HEADS, DIM = 2, 16
 PARTS = ("k", "v", "k_scale", "v_scale")
+TESTS = {case.name: case for case in cases.TESTS}
+KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
+
+# What a kernel refuses of the test cases: a case that is missing here and refused fails.
+REFUSED = {"mosaic_tpu": {"float16", "odd-cache"}}
+
+every_row = pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
+
+# What is compiled runs once or twice.
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+def eager(row: Implementation, **options: Any) -> Any:
+    """append_kv by one implementation, on any platform."""
+    return functools.partial(append_kv, backend=row.name, interpret=row.platform is not None, **options)
+
+
+@functools.cache
+def compiled(row: Implementation, **options: Any) -> Any:
+    """The same, compiled once for every shape."""
+    return jax.jit(eager(row, **options), compiler_options=QUICKLY)
 
 
 def filled(rng: np.random.Generator, cache: KVCache) -> KVCache:
@@ -29,7 +56,7 @@ def filled(rng: np.random.Generator, cache: KVCache) -> KVCache:
 
 def expected(cache: KVCache, k: Any, v: Any, lengths: Any, new_tokens: Any = None, layer: Any = None) -> dict[str, Any]:
     """The definition, token by token; what is stored of a token is what `quantize_kv` makes of it."""
-    store = jax.jit(quantize_kv, static_argnums=1)
+    store = jax.jit(quantize_kv, static_argnums=1, compiler_options=QUICKLY)
     stored = {"k": store(k, cache.k.dtype), "v": store(v, cache.v.dtype)}
     parts = {name: np.array(getattr(cache, name)) for name in PARTS if getattr(cache, name) is not None}
     batch, q_len = k.shape[:2]
@@ -93,24 +120,27 @@ def case(
         pytest.param([1, 13, 9], [3, 1, 4], id="new-tokens-left-padded"),
     ],
 )
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("how", [eager, compiled], ids=["eager", "jit"])
+@every_row
 def test_writes_what_is_new_and_nothing_else(
-    paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None, compiled: bool
+    row: Implementation, how: Any, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
 ):
     cache, k, v = case(paged=paged, layers=None if layer is None else 3)
     lengths, new_tokens = (None if x is None else jnp.array(x, jnp.int32) for x in (lengths, new_tokens))
     parts = expected(cache, k, v, lengths, new_tokens, layer)
-    append = jax.jit(append_kv) if compiled else append_kv
-    assert_same(append(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
+    assert_same(how(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("x", ["float32", "bfloat16"])
-def test_quantizes_on_the_way_in(paged: bool, dtype: str, x: str):
+@every_row
+def test_quantizes_on_the_way_in(row: Implementation, paged: bool, dtype: str, x: str):
+    if (row.name, dtype) == ("mosaic_tpu", "float16"):
+        pytest.skip("refused, as another test has it")
     cache, k, v = case(paged=paged, dtype=dtype, layers=2, x=x)
     lengths = jnp.array([5, 13, 3], jnp.int32)
-    assert_same(jax.jit(append_kv)(cache, k, v, lengths, layer=1), expected(cache, k, v, lengths, layer=1))
+    assert_same(compiled(row)(cache, k, v, lengths, layer=1), expected(cache, k, v, lengths, layer=1))
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("int8", 1 / 254), ("float8_e4m3fn", 1 / 28), ("float8_e5m2", 1 / 14)])
@@ -129,20 +159,22 @@ def test_quantized_tokens_are_near_the_given_ones(dtype: str, step: float):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("length", [-1, 0, 1, 24, 25, 26, 40, 2**31 - 1])
-def test_outside_the_cache_nothing_is_written(paged: bool, batch: int, q_len: int, length: int):
+@every_row
+def test_outside_the_cache_nothing_is_written(row: Implementation, paged: bool, batch: int, q_len: int, length: int):
     # One token of one sequence takes a path of its own.
     cache, k, v = case(paged=paged, batch=batch, q_len=q_len, dtype="int8", layers=2)
     if paged:
         cache = dataclasses.replace(cache, page_table=jnp.minimum(cache.page_table, 3 * batch + 1))
     lengths = jnp.array([9, length, 12][:batch] if batch > 1 else [length], jnp.int32)
     parts = expected(cache, k, v, lengths, layer=1)
-    assert_same(jax.jit(append_kv)(cache, k, v, lengths, layer=1), parts)
+    assert_same(compiled(row)(cache, k, v, lengths, layer=1), parts)
 
 
-def test_one_token_needs_no_q_len():
+@every_row
+def test_one_token_needs_no_q_len(row: Implementation):
     cache, k, v = case(q_len=1)
     lengths = jnp.array([1, 2, 24], jnp.int32)
-    assert_same(append_kv(cache, k[:, 0], v[:, 0], lengths), expected(cache, k, v, lengths))
+    assert_same(eager(row)(cache, k[:, 0], v[:, 0], lengths), expected(cache, k, v, lengths))
 
 
 @pytest.mark.parametrize("layers", [None, 2], ids=["one-layer", "stacked"])
@@ -158,21 +190,32 @@ def test_a_donated_cache_is_updated_in_place(layers: int | None, paged: bool, ba
     assert cache.k.is_deleted()
 
 
-def test_layers_are_written_one_by_one_under_scan():
+@every_row
+def test_layers_are_written_one_by_one_under_scan(row: Implementation):
     cache, k, v = case(layers=3)
     lengths = jnp.array([4, 13, 9], jnp.int32)
 
     @jax.jit
-    def write(cache: KVCache) -> KVCache:
+    def write(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
         def step(cache: KVCache, layer: jax.Array) -> tuple[KVCache, None]:
-            return append_kv(cache, k + layer, v, lengths, layer=layer), None
+            return eager(row)(cache, k + layer, v, lengths, layer=layer), None
 
         return jax.lax.scan(step, cache, jnp.arange(3, dtype=jnp.int32))[0]
 
     right = cache
     for layer in range(3):
         right = append_kv(right, k + layer, v, lengths, layer=layer)
-    assert_same(write(cache), {name: np.asarray(getattr(right, name)) for name in ("k", "v")})
+    assert_same(write(cache, k, v), {name: np.asarray(getattr(right, name)) for name in ("k", "v")})
+
+
+@every_row
+def test_batches_of_batches(row: Implementation):
+    cache, k, v = case(layers=3)
+    lengths = jnp.array([[4, 13, 9], [5, 0, 24], [6, 7, 8]], jnp.int32)
+    written = jax.vmap(lambda cache, lengths: eager(row)(cache, k, v, lengths))(cache, lengths)
+    for n in range(3):
+        alone, got = (dataclasses.replace(cache, k=x.k[n], v=x.v[n]) for x in (cache, written))
+        assert_same(got, expected(alone, k, v, lengths[n]))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +235,7 @@ def test_layers_are_written_one_by_one_under_scan():
         ({"new_tokens": jnp.array([4], jnp.int32)}, "new_tokens: got shape (1,); accepted: (3,), [batch]"),
         ({"layer": 0}, "cache: got k of shape (3, 2, 24, 16); accepted:"),
         ({"backend": "tpu"}, "backend: got 'tpu'"),
+        ({"backend": "mosaic_tpu", "interpret": True, "config": 128}, "config: got 128; accepted: mosaic_tpu.Config"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else None,
 )
@@ -208,7 +252,170 @@ def test_a_quantized_cache_needs_its_scales():
         append_kv(dataclasses.replace(cache, v_scale=None), k, v, jnp.array([4, 4, 4], jnp.int32))
 
 
-def test_there_is_no_kernel_for_it_yet():
-    cache, k, v = case()
-    with pytest.raises(Unsupported, match=r"append_kv\(batch=3, q_len=4.*pallas: has no kernel for it yet"):
-        append_kv(cache, k, v, jnp.array([4, 4, 4], jnp.int32), backend="pallas")
+# --- The kernels on the cases ---
+
+
+def append(inputs: Inputs, row: Implementation, **options: Any) -> KVCache:
+    return compiled(row, **options)(**inputs._asdict())
+
+
+def right(inputs: Inputs) -> dict[str, np.ndarray]:
+    layer = None if inputs.layer is None else int(inputs.layer)
+    return expected(*inputs[:5], layer)
+
+
+@every_row
+@pytest.mark.parametrize("name", TESTS)
+def test_every_case(name: str, row: Implementation):
+    if name in REFUSED.get(row.name, ()):
+        pytest.skip("refused, as another test has it")
+    inputs = cases.make_inputs(TESTS[name])
+    assert_same(append(inputs, row), right(inputs))
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_kernel_refuses_only_what_is_known(row: Implementation):
+    refused = {name for name, case in TESTS.items() if row.unsupported(case.problem()) is not None}
+    assert refused == REFUSED[row.name]
+    assert [case.name for case in cases.MODELS if row.unsupported(case.problem()) is not None] == []
+
+
+@pytest.mark.parametrize("mode", tpu_interpreter.MODES)
+@pytest.mark.parametrize(
+    "name", ["int8", "scales-between-heads", "verify", "verify-head-dim-64", "prefill-int8", "paged", "paged-128-int8"]
+)
+def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
+    # In groups of two sequences: one of them is not full, and windows begin in the middle of a tile.
+    inputs = cases.make_inputs(TESTS[name])
+    (row,) = KERNELS
+    config = dataclasses.replace(mosaic_tpu.heuristic(TESTS[name].problem()), sequences=2)
+    options = {"backend": row.name, "config": config, "interpret": tpu_interpreter.MODES[mode]}
+    call = jax.jit(functools.partial(append_kv, **options), compiler_options=QUICKLY)
+    assert_same(call(**inputs._asdict()), right(inputs))
+    assert mode != "races" or not tpu_interpreter.races_found()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("float32", mosaic_tpu.Config(block=1, sequences=1, heads=1)),
+        ("bfloat16", mosaic_tpu.Config(block=16, sequences=2, heads=1)),
+        ("int8", mosaic_tpu.Config(block=256, sequences=3, heads=4)),
+        ("scales-between-heads", mosaic_tpu.Config(block=4, sequences=3, heads=1)),
+        ("verify", mosaic_tpu.Config(block=2, sequences=5, heads=2)),
+        ("prefill", mosaic_tpu.Config(block=2, sequences=1, heads=2)),
+        ("prefill-int8", mosaic_tpu.Config(block=128, sequences=2, heads=1)),
+        ("prefill-head-dim-80", mosaic_tpu.Config(block=128, sequences=2, heads=1)),
+        ("paged-48", mosaic_tpu.Config(block=4, sequences=2, heads=1)),
+    ],
+    ids=str,
+)
+def test_explicit_blocks(name: str, config: mosaic_tpu.Config):
+    inputs = cases.make_inputs(TESTS[name])
+    (row,) = KERNELS
+    assert_same(append(inputs, row, config=config), right(inputs))
+
+
+def small(**changes: Any) -> Case:
+    base = Case(name="case", batch=2, kv_heads=2, head_dim=16, max_len=128, dtype="float32")
+    return dataclasses.replace(base, **changes)
+
+
+@every_row
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_any_lengths(row: Implementation, head_dim: int):
+    # Every length of a cache of two blocks of scales in one batch.
+    case = small(batch=257, max_len=256, kv_heads=1, head_dim=head_dim, q_len=3, lengths=tuple(range(257)))
+    inputs = cases.make_inputs(dataclasses.replace(case, kv_dtype="int8"))
+    assert_same(append(inputs, row), right(inputs))
+
+
+@every_row
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_a_sequence_with_nothing_new_does_not_touch_its_pages(row: Implementation, q_len: int):
+    # Its slot may be free, and its pages those of another one by now.
+    case = small(batch=3, head_dim=128, max_len=64, page_size=16, q_len=q_len, lengths=(21, 21, 0), dtype="bfloat16")
+    inputs = cases.make_inputs(dataclasses.replace(case, new_tokens=(q_len, 0, q_len)))
+    cache = dataclasses.replace(inputs.cache, page_table=jnp.tile(inputs.cache.page_table[:1], (3, 1)))
+    inputs = inputs._replace(cache=cache)
+    assert_same(append(inputs, row), right(inputs))
+
+
+quickly = hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+
+
+@quickly
+@hypothesis.given(
+    name=st.sampled_from(["verify", "paged-48", "verify-int8", "head-dim-64"]), data=st.data(), seed=st.integers(0, 999)
+)
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_random_lengths(row: Implementation, name: str, data: st.DataObject, seed: int):
+    case = TESTS[name]
+    some = st.integers(-3, case.max_len + case.q_len + 3)
+    lengths = data.draw(st.lists(some, min_size=case.batch, max_size=case.batch))
+    new = data.draw(st.none() | st.lists(st.integers(-1, 9), min_size=case.batch, max_size=case.batch))
+    case = dataclasses.replace(case, lengths=tuple(lengths), new_tokens=None if new is None else tuple(new))
+    inputs = cases.make_inputs(case, seed)
+    assert_same(append(inputs, row), right(inputs))
+
+
+@quickly
+@hypothesis.given(
+    batch=st.integers(1, 5),
+    kv_heads=st.integers(1, 9),
+    head_dim=st.sampled_from([8, 64, 128, 192]),
+    q_len=st.sampled_from([1, 2, 3, 7, 20, 130]),
+    tokens=st.sampled_from([8, 24, 40, 64, 128, 256]),
+    pages=st.integers(0, 3),
+    kv_dtype=st.sampled_from(["float32", "bfloat16", "int8", "float8_e4m3fn"]),
+    row=st.sampled_from(KERNELS),
+)
+def test_random_shapes(row: Implementation, tokens: int, pages: int, **sizes: Any):
+    max_len = tokens * max(pages, 1)
+    lengths = tuple(np.random.default_rng(0).integers(0, max_len + 1, sizes["batch"]).tolist())
+    case = small(max_len=max_len, page_size=tokens if pages else None, lengths=lengths, **sizes)
+    if row.unsupported(case.problem()) is None:
+        inputs = cases.make_inputs(case)
+        assert_same(append(inputs, row), right(inputs))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": 0}, "config.block: got 0; accepted: at least 1"),
+        ({"block": 3}, "config.block: got 3; accepted: one of [2, 4, 8, 16, 32, 64, 128, 256] for this cache"),
+        ({"sequences": 10}, "config.sequences: got 10; accepted: at most 9 for this batch"),
+        ({"heads": 3}, "config.heads: got 3; accepted: a divisor of the 2 KV heads"),
+    ],
+)
+def test_wrong_blocks(changes: dict[str, int], message: str):
+    inputs = cases.make_inputs(TESTS["verify"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        append(inputs, KERNELS[0], config=mosaic_tpu.Config(**{"block": 4, "sequences": 1, "heads": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (small(kv_dtype="float16"), "a float16 cache is not for TPUs: float32, bfloat16, int8 and float8 are"),
+        (small(head_dim=20), "head_dim must be a multiple of 8, got 20"),
+        (
+            small(batch=64, page_size=16, head_dim=64),
+            "XLA keeps a cache of (515, 2, 16, 64) in float32 in an order of its own, which page_size a multiple of",
+        ),
+        (small(max_len=600, head_dim=64), "max_len must be a multiple of 128 with head_dim = 64, got 600"),
+        (small(max_len=6, kv_dtype="int8", head_dim=128), "max_len must be a multiple of 4 in int8, got 6"),
+        (small(batch=1100, page_size=8, max_len=1024, head_dim=128), "a page table must fit into 512 KiB, got 550"),
+        (small(q_len=8000, max_len=8192, head_dim=256), "q_len = 8000 takes 31: append fewer at a time"),
+    ],
+)
+def test_unsupported_says_what_is_not_covered_and_what_covers_it(case: Case, message: str):
+    call = functools.partial(append_kv, backend="mosaic_tpu", interpret=True)
+    with pytest.raises(Unsupported, match=rf"append_kv\(batch=.*{re.escape(message)}.*backend='xla' covers it"):
+        jax.eval_shape(lambda inputs: call(**inputs._asdict()), case.shapes())
+
+
+def test_traffic_of_a_problem():
+    # 16 numbers for each key and value of 2 heads, read in 4 bytes and written in 4, or in 1 with a scale of 4.
+    assert small().problem().bytes_moved() == 2 * 2 * 2 * 16 * (4 + 4)
+    assert small(q_len=3, kv_dtype="int8").problem().bytes_moved() == 3 * 2 * 2 * 2 * (16 * 4 + 16 + 4)

@@ -7,14 +7,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from palladion import decode_attention, quantized_matmul
+from palladion import KVCache, append_kv, decode_attention, quantized_matmul
 from palladion.benchmarks import tpu_compiler
+from palladion.kernels.append_kv import cases as append_cases
+from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
+from palladion.kernels.tpu_layout import minor_axes
 
 pytestmark = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 
@@ -38,12 +43,29 @@ def matmul(case: MatmulCase) -> Compilable:
     return call, (shapes,), shapes.w.values.size
 
 
+def append(case: AppendCase) -> Compilable:
+    """Into every layer in turn, as the model does, where there are several; neither cache nor scales are copied."""
+    inputs = case.shapes()
+
+    def call(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array) -> KVCache:
+        def step(layer: jax.Array | None, cache: KVCache) -> KVCache:
+            return append_kv(cache, k, v, lengths, layer=layer, backend="pallas")
+
+        return step(None, cache) if inputs.layer is None else jax.lax.fori_loop(0, case.num_layers, step, cache)
+
+    smallest = inputs.cache.k if inputs.cache.k_scale is None else inputs.cache.k_scale
+    return jax.jit(call, donate_argnums=0), inputs[:4], smallest.size
+
+
 OPERATIONS: dict[str, Callable[[], Compilable]] = {
     f"decode_attention-{case.name}": functools.partial(attention, case) for case in attention_cases.MODELS
 } | {f"quantized_matmul-{case.name}": functools.partial(matmul, case) for case in matmul_cases.MODELS}
+OPERATIONS |= {f"append_kv-{case.name}": functools.partial(append, case) for case in append_cases.MODELS}
 """What is compiled for one chip: a row for every case that models ask for."""
 
 ON_EVERY_CHIP = (
+    "append_kv-llama-3-8b-int8",
+    "append_kv-gpt-oss-20b-float8",
     "decode_attention-llama-3-8b-layers",
     "decode_attention-llama-3-8b-float32",
     "decode_attention-llama-3-8b-verify",
@@ -88,6 +110,18 @@ def test_copies_would_be_seen():
     function, (shapes,), large = attention(attention_cases.TESTS[0])
     compiled = tpu_compiler.compile_for_tpu(lambda inputs: function(inputs._replace(k=2 * inputs.k)), shapes)
     assert max(sizes(compiled).values()) >= large
+
+
+@pytest.mark.parametrize("chip", ["v4", "v7x"])
+def test_layouts_are_known(chip: str):
+    dense = [(3, 6, 8, 2048, 128), (6, 8, 2048, 64), (4, 2, 300, 128), (4, 2, 300, 64), (3, 8, 128, 2000, 64)]
+    paged = [(99, 8, 16, 128), (256, 8, 16, 64), (40, 8, 64, 64), (8, 3, 128, 80)]
+    scales = [(2, 4, 3, 2048), (4, 3, 2048), (300, 8, 16)]
+    caches = dense + paged + scales
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in caches for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)]
+    compiled = tpu_compiler.compile_for_tpu(lambda *xs: [x[(0,) * x.ndim] for x in xs], *shapes, chip=chip)
+    layouts = [layout.layout.major_to_minor for layout in jax.tree.leaves(compiled.input_formats)]
+    assert [order[-2:] for order in layouts] == [minor_axes(x.shape, x.dtype) for x in shapes]
 
 
 def test_unknown_chips():

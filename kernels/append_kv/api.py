@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import jax
 
+from palladion.kernels.append_kv import mosaic_tpu
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.backend import Implementation, choose
 from palladion.kernels.checks import as_array, check
@@ -13,12 +14,15 @@ from palladion.reference import append_kv as reference
 from palladion.reference.caches import KVCache
 
 
-def _reference(problem: Problem, inputs: Inputs, *, interpret: Any) -> KVCache:
-    del problem, interpret
+def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any) -> KVCache:
+    del problem, config, interpret
     return reference(**inputs._asdict())
 
 
-IMPLEMENTATIONS: Final = (Implementation("xla", None, lambda _: None, _reference),)
+IMPLEMENTATIONS: Final = (
+    Implementation("mosaic_tpu", "tpu", mosaic_tpu.unsupported, mosaic_tpu.append_kv),
+    Implementation("xla", None, lambda _: None, _reference),
+)
 """Every implementation takes a `Problem` and its `Inputs`, and returns the new cache."""
 
 
@@ -31,6 +35,7 @@ def append_kv(
     new_tokens: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     backend: str | None = None,
+    config: Any = None,
     interpret: Any = None,
 ) -> KVCache:
     """Writes the newest tokens of each sequence into its cache, quantizing them where the cache is quantized.
@@ -38,7 +43,8 @@ def append_kv(
     Token i of q_len goes to position lengths - q_len + i: `lengths` are the tokens in the cache once this call is done,
     as for `decode_attention` after it. Prompts of different lengths are padded in front: what would go to a position
     below 0 is not written. Under jit a position past the end is not written either and no neighbour is touched; where
-    the values of `lengths` are known it is an error. The cache is updated in place where it is donated.
+    the values of `lengths` are known it is an error. The cache is updated in place where it is donated. No page may
+    take new tokens of two sequences.
 
     Args:
       cache: dense or paged; see `KVCache`.
@@ -48,6 +54,7 @@ def append_kv(
       new_tokens: int32 `[batch]`, how many of a sequence's q_len tokens are real, the last ones; None means all.
       layer: where the cache's arrays have a leading `[num_layers]`, which of them to write, an int32 scalar.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
+      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
       interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
 
     Returns:
@@ -72,5 +79,5 @@ def append_kv(
     )
     problem = Problem.of(inputs)
     implementation, interpret = choose("append_kv", IMPLEMENTATIONS, problem, backend, interpret)
-    result: KVCache = implementation.run(problem, inputs, interpret=interpret)
+    result: KVCache = implementation.run(problem, inputs, config=config, interpret=interpret)
     return result

@@ -43,6 +43,7 @@ class Problem:
       head_dim: width of a head.
       max_len: tokens that a sequence has room for.
       page_size: tokens in a page of a paged cache; None for a dense cache.
+      num_pages: pages of a paged cache; None for a dense cache.
       num_layers: layers stacked in the cache; None where it is one layer's.
       x_dtype: dtype of the new keys and values.
       kv_dtype: dtype of the cache.
@@ -55,6 +56,7 @@ class Problem:
     head_dim: int
     max_len: int
     page_size: int | None
+    num_pages: int | None
     num_layers: int | None
     x_dtype: str
     kv_dtype: str
@@ -93,6 +95,7 @@ class Problem:
             head_dim=head_dim,
             max_len=cache.max_len,
             page_size=None if cache.page_table is None else rows,
+            num_pages=None if cache.page_table is None else slabs,
             num_layers=None if layer is None else cache.k.shape[0],
             x_dtype=dtype_name(k),
             kv_dtype=dtype_name(cache.k),
