@@ -139,7 +139,23 @@ large_blocks = functools.partial(blocks, 8192, 1024)
 small_blocks = functools.partial(blocks, 8192, 16)
 one_core = functools.partial(blocks, 8192)
 two_cores = functools.partial(blocks, 8192, semantics="parallel")
+odd_grid = functools.partial(blocks, 7 * 128, semantics="parallel")
 compute_bound = functools.partial(blocks, 8192, 512, work=64)
+
+
+def odd_grid_of_two() -> Workload:
+    """tanh over a grid of 3 x 3, both parallel."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = jnp.tanh(x_ref[...])
+
+    spec = pl.BlockSpec((8, 128), lambda i, j: (i, j))
+    shape = jax.ShapeDtypeStruct((24, 384), jnp.float32)
+    parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"))
+    call = pl.pallas_call(
+        kernel, grid=(3, 3), in_specs=[spec], out_specs=spec, out_shape=shape, compiler_params=parallel, name="tanh"
+    )
+    return call, (shape,)
 
 
 def revisits() -> Workload:

@@ -28,6 +28,7 @@ from palladion.benchmarks.static.report import believed, lines, plot, record
 from palladion.benchmarks.static.roofline import words_in_memory
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.traffic import _shares as divide
 from palladion.benchmarks.static.traffic import traffic
 from palladion.benchmarks.static.transfers import Moved, Rate, Transfers
 from palladion.kernels.devices import tpu_chips
@@ -242,6 +243,24 @@ class TestTraffic:
         function, arguments = static_kernels.revisits()
         (call,) = kernel_calls(function, arguments, "v5p")
         assert traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
+
+    @pytest.mark.parametrize(
+        ("grid", "semantics", "shares"),
+        [
+            ((3, 4), "pp", [[(n, 0), (n, 1)] for n in range(3)]),  # the first that two divides
+            ((3, 4), "ap", [[(n, 0), (n, 1)] for n in range(3)]),
+            ((2, 3), "pa", [[(0, n)] for n in range(3)]),
+            ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three for two: both take the second
+        ],
+    )
+    def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
+        names = ["parallel" if one == "p" else "arbitrary" for one in semantics]
+        assert divide(grid, names, 2)[0] == [step for steps in shares for step in steps]
+        assert {step for share in divide(grid, names, 2) for step in share} == set(np.ndindex(*grid))
+
+    @pytest.mark.parametrize("name", ["odd_grid", "odd_grid_of_two"])
+    def test_cores_that_cannot_share_evenly(self, name: str):
+        assert report(name, "v5p").agrees
 
     def test_what_is_not_known(self):
         with pytest.raises(Undecided, match="a scalar that was not given"):

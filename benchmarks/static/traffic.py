@@ -102,26 +102,39 @@ def traffic(call: KernelCall, *, cores: int = 1) -> dict[str, Moved]:
 
     Args:
       call: the kernel.
-      cores: among which the first parallel dimension of the grid that they divide is divided, if there is one.
+      cores: among which parallel dimensions of the grid are divided.
 
     Raises:
       Undecided: it depends on something that is not known.
     """
     grid = [_bound(bound) for bound in _grid(call)]
-    parallel = [
-        axis for axis, one in enumerate(call.semantics) if "parallel" in one and grid[axis] % cores == 0 and grid[axis]
-    ]
     counter = _Counter(call, grid)
-    shares: list[list[range]] = [[range(size) for size in grid]]
-    if cores > 1 and parallel:
-        axis, part = parallel[0], grid[parallel[0]] // cores
-        shares = [
-            [range(core * part, (core + 1) * part) if n == axis else range(size) for n, size in enumerate(grid)]
-            for core in range(cores)
-        ]
-    for share in shares:
-        counter.run(list(itertools.product(*share)))
+    for steps in _shares(grid, call.semantics, cores):
+        counter.run(steps)
     return dict(counter.moved)
+
+
+def _shares(grid: Sequence[int], semantics: Sequence[str], cores: int) -> list[list[tuple[int, ...]]]:
+    """The steps of a grid that each core takes, as the compiler divides them.
+
+    It divides the first parallel dimension that the cores divide; otherwise all parallel dimensions together, and cores
+    then take some steps twice.
+    """
+    steps = list(itertools.product(*map(range, grid)))
+    parallel = [axis for axis, one in enumerate(semantics) if "parallel" in one]
+    divided = [axis for axis in parallel if grid[axis] % cores == 0][:1] or parallel
+    places = math.prod(grid[axis] for axis in divided)
+    if cores == 1 or places < 2:
+        return [steps]
+    part = -(-places // cores)
+    numbers = {place: n for n, place in enumerate(itertools.product(*(range(grid[axis]) for axis in divided)))}
+
+    def share(core: int) -> list[tuple[int, ...]]:
+        first = min(core * part, places - part)
+        mine = range(first, first + part)
+        return [step for step in steps if numbers[tuple(step[axis] for axis in divided)] in mine]
+
+    return [share(core) for core in range(cores)]
 
 
 def _grid(call: KernelCall) -> list[Any]:

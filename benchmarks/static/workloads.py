@@ -140,8 +140,9 @@ def _with_scalars(shapes: Any, case: Any) -> Any:
         name = getattr(path[-1], "name", "") if path else ""
         if array.dtype != np.int32:
             return array
-        if name == "lengths" and hasattr(case, "filled"):
-            return np.asarray(case.filled, np.int32)
+        given = getattr(case, "filled" if name == "lengths" else name, None)
+        if given is not None:
+            return np.asarray(given, np.int32)
         if name == "layer":
             return np.int32((case.num_layers or 1) - 1)
         if name == "page_table":
