@@ -34,6 +34,7 @@ class Chip:
       vmem_bytes: on-chip memory of a core.
       clock_hertz: cycles per second; one bundle of instructions takes a cycle.
       dma_latency_seconds: from the start of a transfer to its first byte.
+      one_byte_operands: dtypes that the matrix unit takes as they are: int8 against int8, float8 against bfloat16.
       dma_granule_bytes: unit of transfers in the compiler's listings.
       branch_delay_slots: bundles after a branch that are executed whether it is taken or not.
     """
@@ -46,6 +47,7 @@ class Chip:
     vmem_bytes: int
     clock_hertz: float
     dma_latency_seconds: float
+    one_byte_operands: tuple[str, ...]
     dma_granule_bytes: int
     branch_delay_slots: int
 
@@ -54,7 +56,11 @@ class Chip:
 def tpu_chips() -> dict[str, Chip]:
     """The TPU generations that kernels are compiled for, by name, oldest first."""
     data = json.loads(importlib.resources.files(__package__).joinpath("chips.json").read_text())
-    return {name: Chip(name=name, **figures) for name, figures in data["chips"].items()}
+    chips = data["chips"].items()
+    return {
+        name: Chip(name=name, **figures | {"one_byte_operands": tuple(figures["one_byte_operands"])})
+        for name, figures in chips
+    }
 
 
 def target_chip() -> Chip | None:

@@ -12,21 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from scipy import special
 
 from palladion import QuantizedArray, Unsupported, quantize, quantized_matmul, record_choices
-from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases, mosaic_tpu, triton
+from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases, mosaic_tpu, tpu_weights, triton
 from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
+from palladion.reference.quantization import CODE_DTYPE, Scheme, codes_of, decode_e2m1
 
 KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
-NOT_YET = {"float8", "float8-activations", "mxfp4", "int8-activations", "int4-int8-activations", "small-group"}
-REFUSED = {"mosaic_tpu": NOT_YET | {"float16"}, "triton": NOT_YET}
+NOT_YET = {
+    name for name in TESTS if name.startswith(("float8", "mxfp4", "small-group")) or name.endswith("-activations")
+}
+REFUSED: dict[str, set[str]] = {"mosaic_tpu": set(), "triton": NOT_YET}
 
 IN_NUMPY = {
     None: lambda y: y,
@@ -103,8 +108,8 @@ def test_uninitialized_memory_is_never_read(name: str):
 @pytest.mark.parametrize(
     ("backend", "config"),
     [
-        ("mosaic_tpu", mosaic_tpu.Config(block_rows=16, block_out=128, chunk=128)),
-        ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, chunk=64)),
+        ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, widening="float32")),
+        ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, widening="float32")),
         ("triton", triton.Config(block_rows=16, block_out=16, tile=32, splits=1)),
         ("triton", triton.Config(block_rows=32, block_out=128, tile=128, splits=3)),
     ],
@@ -116,6 +121,96 @@ def test_every_config_gives_the_same(backend: str, config: Any, name: str):
         inputs.x, inputs.w, bias=inputs.bias, **case.options, backend=backend, config=config, interpret=True
     )
     assert_right(result, reference, exact, f"{config}")
+
+
+WIDENINGS = [
+    (name, widening)
+    for name in (
+        "int8",
+        "int8-zeros",
+        "int8-minimums",
+        "int4-minimums",
+        "int4-zeros",
+        "gated",
+        "mxfp4",
+        "float8",
+        "int4",
+    )
+    for widening in tpu_weights.widenings(TESTS[name].problem().scheme)
+    # Between integers only; and 16 in every code for results that do not show it.
+    if widening != "int8" and (widening != "words" or name not in ("int4-minimums", "int4-zeros", "gated"))
+] + [("int8-activations", "int8"), ("int8-activations", "bfloat16"), ("int4-int8-activations", "int8")]
+
+
+@pytest.mark.parametrize(("name", "widening"), WIDENINGS)
+@pytest.mark.parametrize(("block_in", "chunk"), [(384, 128), (192, 64), (128, 128)])
+def test_every_widening_gives_the_same(name: str, widening: str, block_in: int, chunk: int):
+    """What is chosen for a generation is right on all of them, whole and in several steps along `in`."""
+    case, (inputs, reference, exact) = TESTS[name], expected(name)
+    config = mosaic_tpu.Config(8 if case.rows < 8 else 24, 128, block_in, chunk, widening)
+    call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
+    result = call(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer)
+    assert_right(result, reference, exact, f"{config}")
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"])
+def test_widenings_are_exact(format: str):
+    """Every code, next to every other one in its word, is found where x is arranged to meet it."""
+    scheme, weights = Scheme.parse(format), 128
+    stored = np.stack([np.roll(np.arange(256), 3 * row * row) for row in range(weights // (2 if scheme.packed else 1))])
+    values = stored.astype(np.uint8) if scheme.packed else stored.astype(np.uint8).view(np.dtype(CODE_DTYPE[format]))
+    numbers = np.asarray(values).astype(np.float64)
+    values = values if scheme.packed else np.where(np.isfinite(numbers), values, np.zeros_like(values))
+    w = QuantizedArray(jnp.asarray(values), jnp.ones((1, 256)), None, None, scheme)
+    codes = np.asarray(decode_e2m1(codes_of(w)) if format == "mxfp4" else codes_of(w)).astype(np.float64)
+    for name, widening in tpu_weights.widenings(scheme).items():
+
+        def kernel(codes_ref: Any, out_ref: Any, *, widening: tpu_weights.Widening = widening) -> None:
+            out_ref[...] = widening.widen(codes_ref[...])
+
+        shape = jax.ShapeDtypeStruct((weights, 256), widening.operand)
+        operands = np.asarray(pl.pallas_call(kernel, out_shape=shape, interpret=True)(w.values)).astype(np.float64)
+        found = widening.unit * (operands - widening.offset)
+        np.testing.assert_array_equal(found, widening.arrange(codes.T, weights).T, err_msg=name)
+
+
+@pytest.mark.parametrize("widening", ["float8_e4m3b11fnuz", "nibbles", "float32"])
+def test_outliers_in_x_do_not_drown_the_rest(widening: str):
+    inputs, _, _ = expected("int4-group")
+    inputs = inputs._replace(x=inputs.x.at[:, 5].mul(1e4).at[1].add(100))
+    case = TESTS["int4-group"]
+    config = mosaic_tpu.Config(8, 512, 384, 128, widening)
+    result = quantized_matmul(
+        inputs.x, inputs.w, bias=inputs.bias, backend="mosaic_tpu", config=config, interpret=True, **case.options
+    )
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), widening)
+
+
+def test_a_long_in_is_taken_in_steps():
+    case = Case(name="llama-3-405b-down", rows=8, in_features=53248, out_features=16384, scheme="int8")
+    config = mosaic_tpu.heuristic(case.problem())
+    assert config.block_in < case.in_features
+    assert case.in_features % config.block_in == 0
+    assert mosaic_tpu.unsupported(case.problem()) is None
+    case = dataclasses.replace(case, name="small", out_features=256, in_features=2048)
+    config = mosaic_tpu.Config(8, 128, 512, 256, "bfloat16")
+    for scheme, out_dtype in (("int8-g64-minimums", "float32"), ("int8-zeros", None)):
+        some = dataclasses.replace(case, scheme=scheme, out_dtype=out_dtype)
+        inputs = cases.make_inputs(some)
+        result = quantized_matmul(
+            inputs.x, inputs.w, backend="mosaic_tpu", config=config, interpret=pltpu.InterpretParams(), **some.options
+        )
+        assert_right(result, multiply(some, inputs, "xla"), judge(some, inputs), scheme)
+
+
+def test_integer_products_are_exact():
+    case = TESTS["int8-activations"]
+    inputs = cases.make_inputs(case)
+    ones = dataclasses.replace(inputs.w, scales=jnp.ones_like(inputs.w.scales))
+    x = jnp.round(inputs.x.astype(jnp.float32) * 20).at[:, 0].set(127)  # its own codes
+    result = quantized_matmul(x, ones, quantize_x="int8", backend="mosaic_tpu", interpret=True)
+    exact = np.asarray(x, np.int64) @ np.asarray(ones.values, np.int64)
+    np.testing.assert_array_equal(np.asarray(result), exact)
 
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
@@ -134,6 +229,40 @@ def test_any_shape(rows: int, blocks: int, out_features: int, scheme: str, backe
     inputs = cases.make_inputs(case, seed)
     result = quantized_matmul(inputs.x, inputs.w, backend=backend, interpret=None if backend == "xla" else True)
     assert_right(result, quantized_matmul(inputs.x, inputs.w, backend="xla"), judge(case, inputs), str(case))
+
+
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.given(
+    rows=st.integers(1, 70),
+    blocks=st.integers(1, 6),
+    out_features=st.integers(40, 300),
+    scheme=st.sampled_from(
+        ["int8-g16", "int4-g16-zeros", "int4", "int4-g64", "float8_e4m3fn-g32", "float8_e5m2", "mxfp4"]
+    ),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    gated=st.booleans(),
+    quantized=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_option_on_a_tpu(
+    rows: int, blocks: int, out_features: int, scheme: str, dtype: str, gated: bool, quantized: bool, seed: int
+):
+    accepted = next(
+        (name for name, formats in ACTIVATION_FORMATS.items() if Scheme.parse(scheme).format in formats), None
+    )
+    case = Case(
+        name="any",
+        rows=rows,
+        in_features=64 * blocks,
+        out_features=2 * out_features if gated else out_features,
+        scheme=scheme,
+        dtype=dtype,
+        gated=gated,
+        quantize_x=accepted if quantized else None,
+    )
+    inputs = cases.make_inputs(case, seed)
+    result = multiply(case, inputs, "mosaic_tpu")
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), str(case))
 
 
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])
@@ -197,9 +326,11 @@ def test_backends_are_chosen_and_reported():
     with record_choices() as choices:
         quantized_matmul(inputs.x, inputs.w)
         quantized_matmul(inputs.x, inputs.w, backend="pallas")
-    assert [choice.backend for choice in choices] == ["xla", "triton"]
-    assert "x must be float32 or bfloat16, got float16" in choices[1].reasons["mosaic_tpu"]
+    assert [choice.backend for choice in choices] == ["xla", "mosaic_tpu"]
+    assert "runs on tpu, not on cpu" in choices[0].reasons["mosaic_tpu"]
     assert choices[1].interpret
+    with pytest.raises(Unsupported, match=r"mosaic_tpu: x must have rows, got none.*backend='xla' covers it"):
+        quantized_matmul(inputs.x[:0], inputs.w, backend="pallas")
 
 
 def broken(**changes: Any) -> dict[str, Any]:
@@ -249,17 +380,21 @@ def test_gated_needs_an_even_number_of_channels():
         quantized_matmul(jnp.ones((1, 32)), w, gated=True)
 
 
+SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chunk": 32, "widening": "words"}
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        (mosaic_tpu.Config, {"block_rows": 8, "block_out": 128, "chunk": 32}, "config.block_rows: got 8; .* of 16"),
-        (mosaic_tpu.Config, {"block_rows": 16, "block_out": 100, "chunk": 32}, "config.block_out: got 100; .* of 128"),
+        (mosaic_tpu.Config, SOUND | {"block_rows": 4}, "config.block_rows: got 4; .* of 8"),
+        (mosaic_tpu.Config, SOUND | {"block_out": 100}, "config.block_out: got 100; .* of 128"),
+        (mosaic_tpu.Config, SOUND | {"chunk": 48}, "config.block_in: got 64; accepted: a multiple of chunk, 48"),
         (triton.Config, {"block_rows": 8, "block_out": 64, "tile": 32, "splits": 1}, "config.block_rows: got 8"),
         (triton.Config, {"block_rows": 16, "block_out": 48, "tile": 32, "splits": 1}, "a power of two of at least 16"),
         (triton.Config, {"block_rows": 16, "block_out": 64, "tile": 16, "splits": 1}, "config.tile: got 16"),
     ],
 )
-def test_wrong_configs(config: Any, arguments: dict[str, int], message: str):
+def test_wrong_configs(config: Any, arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config(**arguments)
 

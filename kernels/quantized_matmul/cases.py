@@ -156,9 +156,13 @@ _SMALL: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "many-rows": ("int4-g32-minimums", {"rows": 300, "dtype": "float32"}),
     "one-row": ("int8", {"rows": 1, "bias": True, "activation": jax.nn.relu}),
     "small-group": ("int8-g16", {}),
+    "small-group-int4": ("int4-g16", {"dtype": "float32"}),
+    "gated-odd": ("int4-g64", {"gated": True, "activation": jax.nn.silu, "bias": True, "out_features": 400}),
     "float8": ("float8_e4m3fn", {}),
+    "float8-e5m2": ("float8_e5m2", {"scale_dtype": "bfloat16", "dtype": "float32"}),
     "float8-activations": ("float8_e4m3fn", {"quantize_x": "float8_e4m3fn"}),
     "mxfp4": ("mxfp4", {"dtype": "float32"}),
+    "mxfp4-many-rows": ("mxfp4", {"rows": 100, "bias": True}),
     "int8-activations": ("int8", {"quantize_x": "int8"}),
     "int4-int8-activations": ("int4-g32", {"quantize_x": "int8", "dtype": "float32"}),
 }

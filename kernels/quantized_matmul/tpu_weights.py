@@ -1,0 +1,225 @@
+"""How a TPU turns codes into operands of its matrix unit: a `Widening` for each way that some generation is good at.
+
+The matrix unit takes bfloat16 everywhere, 8-bit integers and floats on some generations, and what a weight costs there
+is the bytes that are pushed into it. The vector unit works on 32-bit words, four codes at a time where a mask will do,
+and converts narrow numbers slowly. So the best operands are bytes that need no conversion:
+
+    int4     The bits of a nibble n *are* an e4m3 float, n times the smallest subnormal: subnormals and the first binade
+             are spaced alike, up to 15. As an int8 it is n.
+    mxfp4    The bits s ee m, spread out to s 000ee m0, are an e5m2 float, 2**-14 times the same number.
+    float8   As they are. Where a chip has no e4m3fn the compiler pushes its bits as e4m3b11fnuz, 16 times smaller.
+    int8     As they are against integers, converted to bfloat16 against floats.
+
+Subnormals of 8-bit floats are numbers like all others to the matrix unit: it makes bfloat16 of them, and the compiler
+itself relies on that where it pushes e4m3fn as e4m3b11fnuz.
+
+TPU v4 has bfloat16 only, and converts bytes very slowly. There words of four bytes are taken apart by shifts.
+
+Operands of a chunk of weights come in another order than the weights. The columns of x are put in the same order, once,
+before the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from palladion.kernels.devices import Chip
+from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.reference.quantization import PACK_BLOCK, Scheme, decode_e2m1
+
+SCALED: Final = "float32"
+"""The widening after which weights are scaled before they are multiplied; all others scale the products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Widening:
+    """A way to turn codes into operands: code = unit * (operand - offset).
+
+    Attributes:
+      operand: dtype of the operands.
+      widen: codes `[rows, out]`, as they are stored, to operands `[chunk, out]`.
+      shape: the weights of a chunk along `in`, as dimensions, one of which is -1.
+      axes: those dimensions in the order in which operands come.
+      unit: what an operand is worth, a power of two.
+      offset: what was added to every operand.
+    """
+
+    operand: str
+    widen: Callable[[jax.Array], jax.Array]
+    shape: tuple[int, ...] = (-1,)
+    axes: tuple[int, ...] = (0,)
+    unit: float = 1.0
+    offset: int = 0
+
+    def arrange(self, x: Any, chunk: int) -> Any:
+        """Puts the last axis of x, `[..., in]`, in the order of the operands, chunk by chunk."""
+        *leading, columns = x.shape
+        shape = [-chunk // math.prod(self.shape) if size == -1 else size for size in self.shape]
+        lead = len(leading) + 1
+        apart = x.reshape(*leading, columns // chunk, *shape)
+        return apart.transpose(*range(lead), *(lead + axis for axis in self.axes)).reshape(x.shape)
+
+
+def widenings(scheme: Scheme) -> dict[str, Widening]:
+    """The widenings of a scheme's codes, by name."""
+    return _WIDENINGS[scheme.format]
+
+
+def best(problem: Problem, chip: Chip | None) -> str:
+    """The name of the widening that a chip is best at; None is an interpreter, which can do all of them."""
+    kind = problem.scheme.format
+    operands = ("int8", "float8_e5m2", "float8_e4m3b11fnuz") if chip is None else chip.one_byte_operands
+    if not operands:
+        # What is added to every code costs bits of the float32 sums.
+        return "nibbles" if kind == "int4" and problem.out_dtype == "float32" else "words"
+    if problem.quantize_x == "int8" and "int8" in operands:
+        return "int8"
+    if kind == "int4":
+        return next(name for name in ("float8_e4m3b11fnuz", "float8_e4m3fn") if name in operands)
+    return {"int8": "bfloat16", "mxfp4": "float8_e5m2"}.get(kind, kind)
+
+
+def _nibbles(
+    dtype: Any, low: Callable[[jax.Array], jax.Array], high: Callable[[jax.Array], jax.Array], codes: jax.Array
+) -> jax.Array:
+    """Low nibbles, then high ones, as bytes of another dtype: four in a word, by functions of such words."""
+    words = pltpu.bitcast(codes, jnp.int32)
+    return jnp.concatenate([pltpu.bitcast(part, dtype) for part in (low(words), high(words))])
+
+
+def _e2m1_to_e5m2_low(words: jax.Array) -> jax.Array:
+    return ((words & 0x07070707) << 1) | ((words << 4) & SIGNS)
+
+
+def _e2m1_to_e5m2_high(words: jax.Array) -> jax.Array:
+    return ((words >> 3) & 0x0E0E0E0E) | (words & SIGNS)
+
+
+SIGNS: Final = np.int32(-0x7F7F7F80)
+"""The highest bit of every byte of a word."""
+
+
+def _pairs(decode: Callable[[jax.Array], jax.Array], codes: jax.Array) -> jax.Array:
+    """Nibbles two at a time, in the halves of a word, which `decode` turns into bfloat16 numbers."""
+    words = pltpu.bitcast(codes, jnp.int32)
+    taken = [(words >> shift if shift else words) & 0x000F000F for shift in (0, 4, 8, 12)]
+    return jnp.concatenate([pltpu.bitcast(decode(pair), jnp.bfloat16) for pair in taken])
+
+
+def _int4_pair(codes: jax.Array) -> jax.Array:
+    """16 + n: below the exponent of 16.0, in the upper bits of the mantissa."""
+    return (codes << 3) | 0x41804180
+
+
+def _e2m1_pair(codes: jax.Array) -> jax.Array:
+    """The same number in bfloat16, bit by bit: from code 2 on exponent and mantissa are moved, 1 is 0.5 and 0 is 0."""
+    normal = ((codes >> 1) | (codes >> 2)) & 0x00010001
+    some = normal | (codes & 0x00010001)
+    bits = (codes << 6) & ((normal << 9) - (normal << 6))
+    return (bits + (some << 14) - (some << 8)) | ((codes & 0x00080008) << 12)
+
+
+def _bytes(decode: Callable[[jax.Array], jax.Array], codes: jax.Array) -> jax.Array:
+    """Bytes one at a time, in the highest bits of a word, which `decode` turns into float32 numbers."""
+    words = pltpu.bitcast(codes, jnp.int32)
+    taken = [words << shift if shift else words for shift in (24, 16, 8, 0)]
+    return jnp.concatenate([decode(word).astype(jnp.bfloat16) for word in taken])
+
+
+def _nibble_by_nibble(codes: jax.Array) -> jax.Array:
+    words = pltpu.bitcast(codes, jnp.int32)
+    taken = [(words >> shift if shift else words) & 0xF for shift in range(0, 32, 4)]
+    return jnp.concatenate([nibbles.astype(jnp.float32).astype(jnp.bfloat16) for nibbles in taken])
+
+
+def narrow_float(exponent_bits: int, words: jax.Array) -> jax.Array:
+    """A finite float of a sign, some exponent bits and less mantissa than float32, in the highest bits of a word."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    magnitude = (words & 0x7FFFFFFF) >> (8 - exponent_bits)  # exponent and mantissa where float32 has them
+    normal = jax.lax.bitcast_convert_type(magnitude + ((127 - bias) << 23), jnp.float32)
+    # Without an exponent the mantissa has no implied one, and counts as under the exponent 1.
+    number = jnp.where(magnitude < 1 << 23, 2 * normal - 2.0 ** (1 - bias), normal)
+    return jnp.where(words < 0, -number, number)
+
+
+def _float8_byte(exponent_bits: int, words: jax.Array) -> jax.Array:
+    return narrow_float(exponent_bits, words & np.int32(-(2**24)))
+
+
+def _numbers(format: str, codes: jax.Array) -> jax.Array:
+    """float32 numbers, low nibbles before high ones."""
+    if format not in ("int4", "mxfp4"):
+        return codes.astype(jnp.float32)
+    whole = codes.astype(jnp.int32)
+    nibbles = jnp.concatenate([whole & 0xF, whole >> 4])
+    return decode_e2m1(nibbles) if format == "mxfp4" else nibbles.astype(jnp.float32)
+
+
+def _as_they_are(codes: jax.Array) -> jax.Array:
+    return codes
+
+
+_HALF: Final = PACK_BLOCK // 2
+# Where operands of a chunk of weights are taken from. Nibbles: row j of a block of 32 holds weights j and j + 16.
+_LOW_THEN_HIGH: Final[dict[str, Any]] = {"shape": (-1, 2, _HALF), "axes": (1, 0, 2)}
+_BYTE_BY_BYTE: Final[dict[str, Any]] = {"shape": (-1, 4), "axes": (1, 0)}
+_NIBBLE_BY_NIBBLE: Final[dict[str, Any]] = {"shape": (-1, 2, _HALF // 4, 4), "axes": (3, 1, 0, 2)}
+_PAIR_BY_PAIR: Final[dict[str, Any]] = {"shape": (-1, 2, _HALF // 2, 2), "axes": (3, 1, 0, 2)}
+
+
+def _int4_as(dtype: Any, unit: float) -> Widening:
+    widen = functools.partial(
+        _nibbles, dtype, lambda words: words & 0x0F0F0F0F, lambda words: (words >> 4) & 0x0F0F0F0F
+    )
+    return Widening(jnp.dtype(dtype).name, widen, **_LOW_THEN_HIGH, unit=unit)
+
+
+def _float8_widenings(name: str, exponent_bits: int) -> dict[str, Widening]:
+    return {
+        name: Widening(name, _as_they_are),
+        "words": Widening(
+            "bfloat16", functools.partial(_bytes, functools.partial(_float8_byte, exponent_bits)), **_BYTE_BY_BYTE
+        ),
+        SCALED: Widening("float32", functools.partial(_numbers, name)),
+    }
+
+
+_WIDENINGS: Final[dict[str, dict[str, Widening]]] = {
+    "int8": {
+        "bfloat16": Widening("bfloat16", lambda codes: codes.astype(jnp.bfloat16)),
+        "int8": Widening("int8", _as_they_are),
+        "words": Widening(
+            "bfloat16", functools.partial(_bytes, lambda words: (words >> 24).astype(jnp.float32)), **_BYTE_BY_BYTE
+        ),
+        SCALED: Widening("float32", functools.partial(_numbers, "int8")),
+    },
+    "int4": {
+        "float8_e4m3b11fnuz": _int4_as(jnp.float8_e4m3b11fnuz, 2.0**13),
+        "float8_e4m3fn": _int4_as(jnp.float8_e4m3fn, 2.0**9),
+        "int8": _int4_as(jnp.int8, 1.0),
+        "words": Widening("bfloat16", functools.partial(_pairs, _int4_pair), **_PAIR_BY_PAIR, offset=16),
+        "nibbles": Widening("bfloat16", _nibble_by_nibble, **_NIBBLE_BY_NIBBLE),
+        SCALED: Widening("float32", functools.partial(_numbers, "int4"), **_LOW_THEN_HIGH),
+    },
+    "float8_e4m3fn": _float8_widenings("float8_e4m3fn", 4),
+    "float8_e5m2": _float8_widenings("float8_e5m2", 5),
+    "mxfp4": {
+        "float8_e5m2": Widening(
+            "float8_e5m2",
+            functools.partial(_nibbles, jnp.float8_e5m2, _e2m1_to_e5m2_low, _e2m1_to_e5m2_high),
+            **_LOW_THEN_HIGH,
+            unit=2.0**14,
+        ),
+        "words": Widening("bfloat16", functools.partial(_pairs, _e2m1_pair), **_PAIR_BY_PAIR),
+        SCALED: Widening("float32", functools.partial(_numbers, "mxfp4"), **_LOW_THEN_HIGH),
+    },
+}
