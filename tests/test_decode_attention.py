@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion import KVCache, Unsupported, append_kv, decode_attention, merge_partials
 from palladion.kernels.backend import Implementation
-from palladion.kernels.decode_attention import IMPLEMENTATIONS, Inputs, Problem, cases, mosaic_tpu, triton
+from palladion.kernels.decode_attention import IMPLEMENTATIONS, Inputs, Problem, cases, mosaic_tpu, tpu_products, triton
 from palladion.kernels.decode_attention.cases import Case
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
@@ -35,6 +35,8 @@ REFUSED = {
         name for name, case in TESTS.items() if case.page_size or (case.kv_dtype or "").startswith(("int8", "float8"))
     },
 }
+
+quickly = hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 
 SMALL_BLOCKS = mosaic_tpu.Config(block_kv=128, block_q=16, buffers=2)
 """Several blocks even in a small cache."""
@@ -171,6 +173,55 @@ def test_explicit_blocks(backend: str, config: Any, name: str):
     assert_all_right(result, reference, exact, f"{name} with {config}")
 
 
+@pytest.mark.parametrize(
+    ("name", "operands"),
+    [
+        ("int8-window", "integers"),
+        ("int8-paged-layers", "integers"),
+        ("int8", "integers"),
+        ("float8-e4m3fn", "rebiased"),
+        ("float8-e4m3fn", "stored"),
+        ("float8-e5m2", "stored"),
+    ],
+)
+@pytest.mark.parametrize("pack", [1, 2])
+def test_ways_to_multiply_a_one_byte_cache(name: str, operands: str, pack: int):
+    case = dataclasses.replace(TESTS[name], dtype="bfloat16")
+    inputs = cases.make_inputs(case)
+    reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
+    config = mosaic_tpu.Config(block_kv=128, block_q=16, pack=pack, operands=operands)
+    assert_all_right(attend(inputs, "mosaic_tpu", config=config, **case.options), reference, exact, name)
+
+
+def test_float8_in_the_other_format():
+    codes = jnp.arange(256, dtype=jnp.uint8).reshape(32, 8).repeat(16, axis=1)  # whole registers
+    numbers = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = tpu_products.as_operand(x[...], jnp.bfloat16, "rebiased").astype(jnp.float32)
+
+    out_shape = jax.ShapeDtypeStruct(numbers.shape, jnp.float32)
+    rebiased = pl.pallas_call(kernel, out_shape=out_shape, interpret=True)(numbers) * tpu_products.REBIASED_FACTOR
+    finite = np.isfinite(np.asarray(numbers, np.float32))
+    np.testing.assert_array_equal(rebiased[finite], np.asarray(numbers, np.float32)[finite])
+    assert np.isfinite(rebiased).all()  # NaN becomes a number
+
+
+@quickly
+@hypothesis.given(pieces=st.integers(1, 3), seed=st.integers(0, 999), size=st.sampled_from([0.0, 1e-3, 1.0, 1e4]))
+def test_fixed_point(pieces: int, seed: int, size: float):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((2, 8, 64)) * size).astype(np.float32)
+    bound = np.abs(x).max(axis=2, keepdims=True)
+    codes, factor = tpu_products.split(jnp.asarray(x), jnp.asarray(bound), pieces)
+    assert codes.dtype == jnp.int8
+    np.testing.assert_array_less(np.abs(np.asarray(codes, np.int32)), 128)
+    back = tpu_products.join(jnp.asarray(codes, jnp.int32), factor)
+    # Half a step, and the rounding of float32.
+    steps = 127 * 128.0 ** (pieces - 1)
+    assert (np.abs(back - x) <= bound * (0.5 / steps + 2e-7)).all()
+
+
 @pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
 def test_any_lengths(row: Implementation):
     # Every length of a cache of two blocks (and more, for Triton) in one batch.
@@ -272,8 +323,6 @@ def test_a_quantized_cache_is_near_the_float_one(dtype: str):
 
 
 # --- Properties ---
-
-quickly = hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 
 
 @quickly
@@ -442,6 +491,7 @@ def test_wrong_calls(changes: dict[str, Any], message: str):
             {"block_kv": 128, "block_q": 1, "buffers": 1},
             "config.buffers: got 1",
         ),
+        (mosaic_tpu.Config, {"block_kv": 128, "block_q": 1, "operands": "bits"}, "config.operands: got bits; accepted"),
         (mosaic_tpu.Config, {"block_kv": 128, "block_q": 0}, "config.block_q: got 0; accepted: at least 1"),
         (triton.Config, {"block_kv": 8, "block_rows": 16, "splits": 1}, "config.block_kv: got 8"),
         (triton.Config, {"block_kv": 16, "block_rows": 24, "splits": 1}, "config.block_rows: got 24"),
@@ -460,6 +510,11 @@ def test_wrong_blocks(config: Any, changes: dict[str, int], message: str):
         ({"block_kv": 128, "block_q": 3}, "config.block_q: got 3; accepted: at least q_len = 5, or a multiple of 16"),
         ({"block_kv": 100, "block_q": 16}, "config.block_kv: got 100; accepted: a multiple of 128 for this cache"),
         ({"block_kv": 128, "block_q": 16, "cores": 3}, "config.cores: got 3; accepted: a divisor of the 2 KV heads"),
+        ({"block_kv": 128, "block_q": 16, "pack": 3}, "config.pack: got 3; accepted: a divisor of the 2 KV heads of"),
+        (
+            {"block_kv": 128, "block_q": 16, "operands": "integers"},
+            "config.operands: got integers; accepted: 'floats', or what multiplies float32",
+        ),
     ],
 )
 def test_blocks_of_the_tpu_kernel_that_do_not_go_with_the_cache(config: dict[str, int], message: str):

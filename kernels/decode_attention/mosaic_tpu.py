@@ -37,12 +37,13 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.tpu_kernel import View, kernel
+from palladion.kernels.decode_attention.tpu_products import OPERANDS, QUERY_PIECES, float_dtype, operands_for
 from palladion.kernels.decode_attention.tpu_stream import CURSOR, Sight
-from palladion.kernels.devices import target_chip
+from palladion.kernels.devices import Chip, target_chip, tpu_chips
 from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
 
-KV_BLOCK_BYTES: Final = 2 * 2**20
-"""Keys and values that are worked on at a time: enough that what a block costs besides its tokens does not count."""
+KV_BLOCK_BYTES: Final = 4 * 2**20
+"""Keys and values that a core works on at a time: enough that what a block costs besides its tokens does not count."""
 
 UNIT_BYTES: Final = 2**20
 """Keys and values of a dense cache that are moved at a time, at most: a sequence's last unit is moved whole."""
@@ -50,11 +51,16 @@ UNIT_BYTES: Final = 2**20
 BUFFERS: Final = 3
 """Blocks in the ring: one is worked on, one arrives, and one is asked for already."""
 
-VMEM_BYTES: Final = 12 * 2**20
-"""What all blocks may take: three quarters of what the smallest TPU has (v4, 16 MB)."""
+MAX_VMEM_BYTES: Final = 48 * 2**20
+"""What all blocks may take, and three quarters of a chip's VMEM at most."""
 
 SMEM_BYTES: Final = 512 * 2**10
 """What lengths and page table may take: half of it all."""
+
+PACK_WIDTH: Final = 256
+PACK_ROWS: Final = 16
+"""Heads are multiplied together up to this width and so many rows: what fills a matrix unit of v6e and v7x, and what
+costs nothing beside it."""
 
 BLOCK_Q_MULTIPLE: Final = 16
 """Of the tokens in a query block where there are several, so that its rows are whole tiles in every dtype."""
@@ -70,31 +76,54 @@ class Config:
       block_q: new tokens of a grid step; at least q_len, or a multiple of 16.
       buffers: blocks in VMEM.
       cores: over how many cores of a device the KV heads are divided.
+      pack: KV heads that are multiplied at a time.
+      operands: one of `tpu_products.OPERANDS`, how a one-byte cache is multiplied.
     """
 
     block_kv: int
     block_q: int
     buffers: int = BUFFERS
     cores: int = 1
+    pack: int = 1
+    operands: str = "floats"
 
     def __post_init__(self) -> None:
-        for name, least in (("block_kv", 1), ("block_q", 1), ("buffers", 2), ("cores", 1)):
+        for name, least in (("block_kv", 1), ("block_q", 1), ("buffers", 2), ("cores", 1), ("pack", 1)):
             check(getattr(self, name) >= least, f"config.{name}", getattr(self, name), f"at least {least}")
+        check(self.operands in OPERANDS, "config.operands", self.operands, ", ".join(OPERANDS))
+
+
+def _chip() -> Chip:
+    """The TPU that is being traced for; the smallest one where there is none."""
+    return target_chip() or tpu_chips()["v4"]
+
+
+def _vmem_bytes() -> int:
+    """What all blocks may take on the chip that is being traced for."""
+    return min(_chip().vmem_bytes * 3 // 4, MAX_VMEM_BYTES)
 
 
 def heuristic(problem: Problem) -> Config:
-    """Blocks that keep the memory busy and fit into the VMEM of every generation."""
-    p = problem
-    chip = target_chip()
-    cores = chip.cores if chip is not None and p.kv_heads % chip.cores == 0 else 1
+    """Blocks that keep the memory busy and fit into the chip's VMEM, and what its matrix unit is fed with."""
+    p, chip = problem, _chip()
+    cores = chip.cores if p.kv_heads % chip.cores == 0 else 1
     token = _token_bytes(p) // cores
-    # Whole registers of logits, where the cache is long enough.
-    unit = math.lcm(_unit(p), LANES if p.max_len > LANES else 1)
-    block_kv = max(min(KV_BLOCK_BYTES // token // unit, pl.cdiv(p.max_len, unit)), 1) * unit
+    # Whole registers of logits, where the cache consists of such.
+    unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
+    # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
+    block_bytes = min(KV_BLOCK_BYTES // cores, _vmem_bytes() // 2 // BUFFERS)
+    blocks = max(round(p.max_len * token / block_bytes), 1)
+    block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
     # A query's logits and weights; itself and its output in two buffers each, and its accumulator.
     query = p.q_heads // cores * 4 * (3 * block_kv + 5 * round_up(p.head_dim, LANES))
-    block_q = max((VMEM_BYTES - BUFFERS * block_kv * token) // query, BLOCK_Q_MULTIPLE)
-    return Config(block_kv, min(block_q // BLOCK_Q_MULTIPLE * BLOCK_Q_MULTIPLE, p.q_len), BUFFERS, cores)
+    block_q = max((_vmem_bytes() - BUFFERS * block_kv * token) // query, BLOCK_Q_MULTIPLE)
+    block_q = min(block_q // BLOCK_Q_MULTIPLE * BLOCK_Q_MULTIPLE, p.q_len)
+    pack, rows = 1, block_q * p.group
+    if block_q == p.q_len:
+        fitting = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
+        pack = max((n for n in fitting if p.kv_heads // cores % n == 0), default=1)
+    operands = operands_for(p.q_dtype, p.kv_dtype, pack * rows, chip)
+    return Config(block_kv, block_q, BUFFERS, cores, pack, operands)
 
 
 def _tokens_last(problem: Problem) -> bool:
@@ -145,11 +174,10 @@ def unsupported(problem: Problem) -> str | None:
     if table > SMEM_BYTES:
         return f"a page table must fit into {SMEM_BYTES >> 10} KiB, got {table >> 10}; larger pages make it smaller"
     least = BUFFERS * _unit(p) * _token_bytes(p)
-    if least > VMEM_BYTES:
+    if least > _vmem_bytes():
         heads = f"{p.kv_heads} KV heads of {p.head_dim} in {p.kv_dtype}"
-        return (
-            f"{BUFFERS} times {_unit(p)} tokens must fit {VMEM_BYTES >> 20} MiB, with {heads} they take {least >> 20}"
-        )
+        room = f"{BUFFERS} times {_unit(p)} tokens must fit {_vmem_bytes() >> 20} MiB"
+        return f"{room}, with {heads} they take {least >> 20}"
     return None
 
 
@@ -166,18 +194,24 @@ def decode_attention(
     p, group, unit = problem, problem.group, _unit(problem, config.block_kv)
     grain = p.page_size or _grain(p)
     check(unit > 0, "config.block_kv", config.block_kv, f"a multiple of {grain} for this cache")
+    fits = config.operands == "floats" or p.kv_dtype in OPERANDS[config.operands]
+    check(fits, "config.operands", config.operands, f"'floats', or what multiplies {p.kv_dtype}")
     check(p.kv_heads % config.cores == 0, "config.cores", config.cores, f"a divisor of the {p.kv_heads} KV heads")
+    heads = p.kv_heads // config.cores
+    check(heads % config.pack == 0, "config.pack", config.pack, f"a divisor of the {heads} KV heads of a core")
     block_q = min(config.block_q, p.q_len)
     whole = block_q == p.q_len or block_q % BLOCK_Q_MULTIPLE == 0
     check(whole, "config.block_q", block_q, f"at least q_len = {p.q_len}, or a multiple of {BLOCK_Q_MULTIPLE}")
-    rows, heads = block_q * group, p.kv_heads // config.cores
+    packs, rows = heads // config.pack, config.pack * block_q * group
     q_blocks = pl.cdiv(p.q_len, block_q)
     sight = Sight(p.q_len, block_q, q_blocks, config.block_kv, unit, p.sliding_window)
 
-    # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads, q_len * group, head_dim]
+    one = config.pack == 1 or q_blocks == 1
+    check(one, "config.pack", config.pack, f"1 where q_len = {p.q_len} is more than block_q = {block_q}")
+    # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads / pack, pack * q_len * group, head_dim]
     q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, group, p.head_dim)
-    q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads, p.q_len * group, p.head_dim)
-    view = View(_tokens_last(p), _gathers_scales(p), shared=config.cores > 1)
+    q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads // config.pack, config.pack * p.q_len * group, p.head_dim)
+    view = View(_tokens_last(p), _gathers_scales(p), config.cores > 1, config.pack, config.operands)
     stacked = inputs.layer is not None
     cache = [array if stacked else array[None] for array in (inputs.k, inputs.v)]
     if _tokens_last(p):
@@ -190,28 +224,31 @@ def decode_attention(
     def at_queries(part: Any, b: Any, i: Any, *_: Any) -> tuple[Any, ...]:
         return b, part, i, 0
 
-    queries = pl.BlockSpec((1, heads, rows, p.head_dim), at_queries)
+    queries = pl.BlockSpec((1, packs, rows, p.head_dim), at_queries)
     arrays, in_specs = [q, *cache], [queries, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(cache)]
     if inputs.sinks is not None:
         sinks = inputs.sinks.astype(jnp.float32).reshape(p.kv_heads, 1, group)
-        arrays.append(jnp.broadcast_to(sinks, (p.kv_heads, block_q, group)).reshape(p.kv_heads, rows, 1))
-        in_specs.append(pl.BlockSpec((heads, rows, 1), lambda part, *_: (part, 0, 0)))
+        arrays.append(jnp.broadcast_to(sinks, (p.kv_heads, block_q, group)).reshape(-1, rows, 1))
+        in_specs.append(pl.BlockSpec((packs, rows, 1), lambda part, *_: (part, 0, 0)))
     slab = (p.head_dim, config.block_kv) if _tokens_last(p) else (config.block_kv, p.head_dim)
     rings = [pltpu.VMEM((config.buffers, heads, *slab), inputs.k.dtype)] * 2
     if p.has_scales:
         rings += [pltpu.VMEM((config.buffers, p.kv_heads, config.block_kv), jnp.float32)] * 2
-    state = (heads, rows, 1)
+    state, width = (packs, rows, 1), config.pack * p.head_dim
+    pieces = QUERY_PIECES if config.operands == "integers" else 1
     out, lse = pl.pallas_call(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(config.cores, p.batch, q_blocks),
             in_specs=in_specs,
-            out_specs=[queries, pl.BlockSpec((1, heads, rows, 1), at_queries)],
+            out_specs=[queries, pl.BlockSpec((1, packs, rows, 1), at_queries)],
             scratch_shapes=[
+                pltpu.VMEM((packs, pieces * rows, width), jnp.int8 if pieces > 1 else float_dtype(q.dtype, p.kv_dtype)),
                 pltpu.VMEM(state, jnp.float32),
                 pltpu.VMEM(state, jnp.float32),
-                pltpu.VMEM((heads, rows, p.head_dim), jnp.float32),
+                pltpu.VMEM(state, jnp.float32),
+                pltpu.VMEM((packs, rows, width), jnp.float32),
                 pltpu.SMEM((CURSOR,), jnp.int32),
                 pltpu.SemaphoreType.DMA((len(rings), config.buffers)),
                 *rings,
@@ -221,14 +258,19 @@ def decode_attention(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_chip().vmem_bytes,
+            # Which pages there are, the kernel sees to itself; checking each transfer takes as long as starting it.
+            disable_bounds_checks=True,
+        ),
         cost_estimate=pl.CostEstimate(
             flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=p.flops() // (4 * p.head_dim)
         ),
         interpret=interpret,
         name=f"decode_attention_q{block_q}_kv{config.block_kv}",
     )(*scalars, *arrays)
-    # [batch, kv_heads, q_len * group, ...] -> [batch, q_len, kv_heads, group, ...] -> [batch, q_len, q_heads, ...]
+    # [batch, kv_heads / pack, pack * q_len * group, ...] -> [batch, q_len, kv_heads, group, ...] -> the shape of q
     out, lse = (
         jnp.moveaxis(x.reshape(p.batch, p.kv_heads, p.q_len, group, x.shape[-1]), 2, 1).reshape(*shape)
         for x, shape in ((out, inputs.q.shape), (lse, inputs.q.shape[:3]))

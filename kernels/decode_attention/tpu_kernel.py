@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.tpu_stream import Part, Sight, Stream
+from palladion.kernels.decode_attention.tpu_products import (
+    QUERY_PIECES,
+    REBIASED_FACTOR,
+    WEIGHT_PIECES,
+    as_operand,
+    join,
+    multiply,
+    split,
+)
+from palladion.kernels.decode_attention.tpu_stream import Part, Sight, Stream, divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +30,25 @@ class View:
       tokens_last: whether keys and values are `[…, head_dim, tokens]` instead of `[…, tokens, head_dim]`.
       gathered: whether the scales of a paged cache come without pages, `[1, batch, kv_heads, tokens]`.
       shared: whether the KV heads are divided between the cores.
+      pack: KV heads that are multiplied at a time.
+      operands: one of `tpu_products.OPERANDS`.
     """
 
     tokens_last: bool
     gathered: bool
     shared: bool
+    pack: int
+    operands: str
 
 
 def kernel(
     # In SMEM: layer [1], lengths [batch], and page_table [batch * pages_per_seq] where there is one. Then
-    # q [1, heads, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the last
+    # q [1, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the last
     # two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
-    # [heads, rows, 1] where there are any. out [1, heads, rows, head_dim]; lse [1, heads, rows, 1]. Scratch: m, l
-    # [heads, rows, 1]; acc [heads, rows, head_dim]; the stream's cursor; semaphores [2 or 4, buffers]; rings
-    # [buffers, …] of k, v and their scales.
+    # [packs, rows, 1] where there are any. out [1, packs, rows, head_dim]; lse [1, packs, rows, 1]. Scratch: wide q
+    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, 1]; acc [packs, rows, width];
+    # the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales. A pack are the
+    # heads that are multiplied at a time: rows = pack * block_q * group, width = pack * head_dim.
     *refs: Any,
     problem: Problem,
     sight: Sight,
@@ -54,45 +68,66 @@ def kernel(
     q_ref = next(left)
     cache = [next(left) for _ in range(4 if p.has_scales else 2)]
     sinks_ref = next(left) if p.has_sinks else None
-    out_ref, lse_ref, m_ref, l_ref, acc_ref, cursor, arrived, *rings = left
+    out_ref, lse_ref, wide_ref, factor_ref, m_ref, l_ref, acc_ref, cursor, arrived, *rings = left
     part, b, i = (pl.program_id(axis) for axis in range(3))
-    heads = q_ref.shape[1]
+    packs, rows = q_ref.shape[1:3]
+    heads = packs * view.pack
+    integers = view.operands == "integers"
+    factor = REBIASED_FACTOR if view.operands == "rebiased" else 1.0
     first_head = part * heads if view.shared else 0
 
     def keys_or_values(number: int) -> Part:
-        def source(b: Any, unit: Any) -> Any:
-            slab, start = (b, unit * sight.unit) if table_ref is None else (table_ref[_page(b, unit)], 0)
-            return cache[number].at[layer_ref[0], slab, pl.ds(first_head, heads), *along(start)]
+        def along(token: Any, tokens: int) -> tuple[Any, ...]:
+            those = pl.ds(token, tokens)
+            return (slice(None), those) if view.tokens_last else (those, slice(None))
 
-        def along(start: Any) -> tuple[Any, ...]:
-            tokens = _aligned(start, sight.unit)
-            return (slice(None), tokens) if view.tokens_last else (tokens, slice(None))
+        def source(b: Any, token: Any, tokens: int) -> Any:
+            slab, start = slab_of(b, token)
+            return cache[number].at[layer_ref[0], slab, pl.ds(first_head, heads), *along(start, tokens)]
 
-        return Part(source, rings[number], lambda unit: (slice(None), *along(unit * sight.unit)), arrived.at[number])
+        def place(buffer: Any, token: Any, tokens: int) -> Any:
+            return rings[number].at[buffer, :, *along(token, tokens)]
+
+        return Part(source, place, arrived.at[number])
 
     def scales(number: int) -> Part:
         # Heads are sublanes here, which cannot be divided: every core takes all of them.
-        def source(b: Any, unit: Any) -> Any:
-            if view.gathered:
-                return cache[number].at[0, b, :, _aligned(unit * sight.block_kv, sight.block_kv)]
-            slab, start = (b, unit * sight.unit) if table_ref is None else (table_ref[_page(b, unit)], 0)
-            return cache[number].at[layer_ref[0], slab, :, _aligned(start, sight.unit)]
+        def source(b: Any, token: Any, tokens: int) -> Any:
+            layer, (slab, start) = (0, (b, token)) if view.gathered else (layer_ref[0], slab_of(b, token))
+            return cache[number].at[layer, slab, :, pl.ds(start, tokens)]
 
-        def place(unit: Any) -> tuple[Any, ...]:
-            return slice(None), _aligned(unit * sight.unit, sight.unit)
+        def place(buffer: Any, token: Any, tokens: int) -> Any:
+            return rings[number].at[buffer, :, pl.ds(token, tokens)]
 
-        return Part(source, rings[number], None if view.gathered else place, arrived.at[number])
+        return Part(source, place, arrived.at[number], units=not view.gathered)
 
-    def _page(b: Any, unit: Any) -> Any:
-        return b * (p.max_len // sight.unit) + unit
+    def slab_of(b: Any, token: Any) -> tuple[Any, Any]:
+        """Where a token is: its sequence and the token, or its page and the beginning of that."""
+        if table_ref is None:
+            return b, pl.multiple_of(token, sight.unit)
+        page = table_ref[b * (p.max_len // sight.unit) + divide(token, sight.unit)]
+        # A page that does not exist is read as the last or the first one, as the reference does.
+        return jnp.clip(page, 0, cache[0].shape[1] - 1), 0
 
     parts = [keys_or_values(0), keys_or_values(1)]
     if p.has_scales:
         parts += [scales(2), scales(3)]
-    stream = Stream(sight, p.batch, rings[0].shape[0], lengths_ref, cursor, tuple(parts))
+    buffers = rings[0].shape[0]
+    contiguous = table_ref is None and sight.block_kv <= p.max_len
+    stream = Stream(sight, p.batch, buffers, lengths_ref, cursor, tuple(parts), contiguous)
 
     pl.when((b == 0) & (i == 0))(stream.begin)
 
+    # Rows of a pack see the head that they are of: the rest of its width meets zeros.
+    of_head = jax.lax.broadcasted_iota(jnp.int32, (packs, rows, 1), 1) // (rows // view.pack)
+    q = q_ref[0]
+    wide = jnp.concatenate([jnp.where(of_head == n, q, jnp.zeros_like(q)) for n in range(view.pack)], axis=2)
+    if integers:
+        wide = wide.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(wide), axis=2, keepdims=True)
+        wide_ref[...], factor_ref[...] = split(wide, largest, QUERY_PIECES)
+    else:
+        wide_ref[...] = wide.astype(wide_ref.dtype)
     # A sink is a logit without a value: it starts the sum.
     m_ref[...] = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else sinks_ref[...]
     l_ref[...] = jnp.full(l_ref.shape, 1.0 if p.has_sinks else 0.0)
@@ -101,25 +136,24 @@ def kernel(
     token_axis, width_axis = (2, 1) if view.tokens_last else (1, 2)
     first_query, last_query = sight.queries(lengths_ref[b], i)
 
-    def attend(start: Any, arrive: Any, masked: bool) -> None:
+    def attend(start: Any, block: list[Any], masked: bool) -> None:
         """Adds the block of tokens from `start` on to m, l and acc."""
-        q, k = q_ref[0], arrive(0)[...]
-        dtype = _dot_dtype(q.dtype, k.dtype)
-        s = _dot(q.astype(dtype), k.astype(dtype), width_axis) * p.scale  # [heads, rows, block_kv]
+        s = multiply(wide_ref[...], operand(block[0]), width_axis)  # [packs, pieces * rows, block_kv]
+        s = (join(s, factor_ref[...]) if integers else s) * (p.scale * factor)  # [packs, rows, block_kv]
         if p.has_scales:
-            s = s * scale_of(arrive(2))
+            s = s * scale_of(block[2])
         if p.logits_soft_cap is not None:
             s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
         if masked:
             position = start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 2)
             query = first_query
             if sight.block_q > 1:
-                query += jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) // p.group
+                query += jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) % (rows // view.pack) // p.group
             visible = position <= jnp.minimum(query, last_query)
             if sight.window is not None:
                 visible &= position > query - sight.window
             s = jnp.where(visible, s, -jnp.inf)
-        m = m_ref[...]  # [heads, rows, 1]
+        m = m_ref[...]  # [packs, rows, 1]
         maximum = jnp.maximum(m, jnp.max(s, axis=2, keepdims=True))
         # A row that has seen nothing yet: -inf - -inf is NaN.
         shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if masked else maximum
@@ -127,55 +161,69 @@ def kernel(
         decay = jnp.exp(m - shift)
         m_ref[...] = maximum
         l_ref[...] = l_ref[...] * decay + jnp.sum(weights, axis=2, keepdims=True)
-        v = arrive(1)[...]
-        if p.has_scales:
-            weights = weights * scale_of(arrive(3))
+        v = operand(block[1])
+        scale = scale_of(block[3]) if p.has_scales else None
         if masked:
             # What no query sees may be anything, NaN included, and 0 * NaN is NaN.
-            weights = jnp.where(visible, weights, 0.0) if p.has_scales else weights
-            token = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, token_axis)
-            seen = token <= last_query
-            if sight.window is not None:
-                seen &= token > first_query - sight.window
-            v = jnp.where(seen, v, jnp.zeros_like(v))
-        acc_ref[...] = acc_ref[...] * decay + _dot(weights.astype(dtype), v.astype(dtype), token_axis)
+            scale = None if scale is None else jnp.where(visible, scale, 0.0)
+            if not integers:
+                token = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, token_axis)
+                seen = token <= last_query
+                if sight.window is not None:
+                    seen &= token > first_query - sight.window
+                v = jnp.where(seen, v, jnp.zeros_like(v))
+        weights = weights if scale is None else weights * scale
+        if scale is not None and integers:
+            # Weights are 1 at most: what bounds them times their scales is known before they are.
+            bound = jnp.broadcast_to(jnp.max(scale, axis=2, keepdims=True), m.shape)
+            pieces, factors = split(weights, bound, WEIGHT_PIECES)
+            values = join(multiply(pieces, v, token_axis), factors)
+        else:
+            values = multiply(weights.astype(wide_ref.dtype), v, token_axis) * factor
+        acc_ref[...] = acc_ref[...] * decay + values
+
+    def operand(ref: Any) -> jax.Array:
+        """Keys or values as they are multiplied."""
+        return as_operand(packed(ref), q_ref.dtype, view.operands)
+
+    def packed(ref: Any) -> jax.Array:
+        """`[heads, tokens, head_dim]` to `[packs, tokens, width]`, or with the last two swapped: registers stay."""
+        array = ref[...]
+        if view.pack == 1:
+            return array
+        if view.tokens_last:
+            return array.reshape(packs, -1, array.shape[2])
+        by_pack = array.reshape(packs, view.pack, *array.shape[1:])
+        return jnp.concatenate([by_pack[:, n] for n in range(view.pack)], axis=2)
 
     def scale_of(ref: Any) -> jax.Array:
-        """`[kv_heads, block_kv]` to `[heads, 1, block_kv]`."""
-        return ref[pl.ds(first_head, heads)][:, None]
+        """`[kv_heads, block_kv]` to `[packs, rows, block_kv]`."""
+        scales = ref[:heads]
+        for other in range(heads, p.kv_heads, heads):
+            scales = jnp.where(first_head == other, ref[other : other + heads], scales)
+        by_pack = scales.reshape(packs, view.pack, -1)
+        scale = by_pack[:, :1]
+        for n in range(1, view.pack):
+            scale = jnp.where(of_head == n, by_pack[:, n : n + 1], scale)
+        return scale
 
     def step(block: Any, carry: int) -> int:
         stream.fetch()
-        arrive = stream.take(b, i, block)
+        buffer = stream.take(b, i, block)
+        arrays = [ring.at[buffer] for ring in rings]
         start = block * sight.block_kv
         # Every query sees all of an inner block: nothing to mask.
         inner = start + sight.block_kv - 1 <= first_query
         if sight.window is not None:
             inner &= start > last_query - sight.window
-        pl.when(inner)(lambda: attend(start, arrive, masked=False))
-        pl.when(~inner)(lambda: attend(start, arrive, masked=True))
+        pl.when(inner)(lambda: attend(start, arrays, masked=False))
+        pl.when(~inner)(lambda: attend(start, arrays, masked=True))
         return carry
 
     jax.lax.fori_loop(*sight.blocks(lengths_ref[b], i), step, 0)
-    total = l_ref[...]
-    out_ref[0] = (acc_ref[...] / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)
+    total, acc = l_ref[...], acc_ref[...]
+    out = acc[..., : p.head_dim]
+    for n in range(1, view.pack):
+        out = jnp.where(of_head == n, acc[..., n * p.head_dim : (n + 1) * p.head_dim], out)
+    out_ref[0] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)
     lse_ref[0] = m_ref[...] + jnp.log(total)
-
-
-def _aligned(start: Any, size: int) -> Any:
-    """A slice that begins at a multiple of its size, which the compiler is told."""
-    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, size), size)
-
-
-def _dot_dtype(q_dtype: Any, kv_dtype: Any) -> Any:
-    """In what keys and values are multiplied: that of the queries, which holds one-byte numbers exactly."""
-    narrower = jnp.dtype(kv_dtype).itemsize == 1 or q_dtype == kv_dtype
-    return q_dtype if narrower else jnp.float32
-
-
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Products of matrices in float32, head by head: the last axis of a against an axis of b."""
-    # A TPU multiplies float32 in bfloat16 unless told otherwise.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((2,), (axis,)), ((0,), (0,)))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

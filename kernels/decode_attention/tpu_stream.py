@@ -10,7 +10,6 @@ A block consists of units that are moved one by one: the pages of a paged cache,
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -56,13 +55,13 @@ class Sight:
     def blocks(self, length: Any, i: Any) -> tuple[Any, Any]:
         """The first block that query block i sees, and the one after the last; equal where it sees none."""
         first, last = self.tokens(length, i)
-        return _divide(first, self.block_kv), _divide(last + self.block_kv, self.block_kv)
+        return divide(first, self.block_kv), divide(last + self.block_kv, self.block_kv)
 
     def units(self, length: Any, i: Any, block: Any) -> tuple[Any, Any]:
         """The first unit of a block that query block i sees, and the one after the last."""
         first, last = (token - block * self.block_kv for token in self.tokens(length, i))
-        first = 0 if self.window is None else _divide(jnp.maximum(first, 0), self.unit)
-        return first, _divide(jnp.minimum(last, self.block_kv - 1) + self.unit, self.unit)
+        first = 0 if self.window is None else divide(jnp.maximum(first, 0), self.unit)
+        return first, divide(jnp.minimum(last, self.block_kv - 1) + self.unit, self.unit)
 
     @property
     def block_units(self) -> int:
@@ -70,8 +69,8 @@ class Sight:
         return self.block_kv // self.unit
 
 
-def _divide(n: Any, divisor: int) -> Any:
-    """n // divisor, in fewer instructions; at most 0 where n is negative."""
+def divide(n: Any, divisor: int) -> Any:
+    """n // divisor of scalars, in fewer instructions; at most 0 where n is negative."""
     if isinstance(n, int):
         return n // divisor
     return n >> divisor.bit_length() - 1 if divisor & (divisor - 1) == 0 else jax.lax.div(n, jnp.int32(divisor))
@@ -82,17 +81,16 @@ class Part:
     """One of the arrays that a block is made of.
 
     Attributes:
-      source: of a batch index and the number of a unit in its sequence: where in HBM the unit is.
-      ring: in VMEM, `[buffers, …]`.
-      place: of the number of a unit in its block: the index of its place in a buffer; None where blocks of this array
-        are moved in one piece, and `source` takes the number of a block.
+      source: of a batch index, a token of its sequence and a number of tokens: where in HBM these are.
+      place: of a buffer, a token of the block and a number of tokens: where in the ring they belong.
       arrived: a semaphore for each buffer.
+      units: whether this array moves unit by unit; otherwise a block of it always moves in one piece.
     """
 
-    source: Callable[[Any, Any], Any]
-    ring: Any
-    place: Callable[[Any], tuple[Any, ...]] | None
+    source: Callable[[Any, Any, int], Any]
+    place: Callable[[Any, Any, int], Any]
     arrived: Any
+    units: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +104,7 @@ class Stream:
       lengths: in SMEM, `[batch]`.
       cursor: in SMEM: the batch index, query block and block to fetch next, and how many blocks were fetched and taken.
       parts: what a block is made of.
+      contiguous: whether the units of a block lie next to each other in HBM.
     """
 
     sight: Sight
@@ -114,6 +113,7 @@ class Stream:
     lengths: Any
     cursor: Any
     parts: tuple[Part, ...]
+    contiguous: bool
 
     def begin(self) -> None:
         """Sets out at the first block of all and fills the ring but for one buffer."""
@@ -141,52 +141,57 @@ class Stream:
             def _next() -> None:
                 self._move_to(*self._after(b, i))
 
-    def take(self, b: Any, i: Any, block: Any) -> Callable[[int], Any]:
-        """Takes the next block, which must be this one: returns a function that waits for a part, and returns it."""
+    def take(self, b: Any, i: Any, block: Any) -> Any:
+        """Waits for the next block, which must be this one, and returns its buffer."""
         taken = self.cursor[4]
         self.cursor[4] = taken + 1
         buffer = jax.lax.rem(taken, self.buffers)
-        first, end = self.sight.units(self.lengths[b], i, block)
 
-        def wait(number: int) -> Any:
-            part = self.parts[number]
+        def arrives(part: Part, token: Any, tokens: int) -> None:
+            # Semaphores count bytes: how many transfers brought them does not matter.
+            place = part.place(buffer, token, tokens)
+            pltpu.make_async_copy(place, place, part.arrived.at[buffer]).wait()
 
-            def arrives(place: Any) -> None:
-                # Semaphores count bytes: how many transfers brought them does not matter.
-                pltpu.make_async_copy(place, place, part.arrived.at[buffer]).wait()
-
-            def units(place: Callable[[Any], tuple[Any, ...]]) -> None:
-                def one(unit: Any, carry: int) -> int:
-                    arrives(part.ring.at[buffer, *place(unit)])
-                    return carry
-
-                jax.lax.fori_loop(first, end, one, 0)
-
-            if part.place is None:
-                arrives(part.ring.at[buffer])
-            else:
-                whole = end - first == self.sight.block_units
-                pl.when(whole)(lambda: arrives(part.ring.at[buffer]))
-                pl.when(~whole)(functools.partial(units, part.place))
-            return part.ring.at[buffer]
-
-        return wait
+        self._each_piece(b, i, block, arrives, contiguous=True)
+        return buffer
 
     def _start(self, b: Any, i: Any, block: Any, buffer: Any) -> None:
         """Starts all transfers of a block."""
 
-        def unit_of(number: Any, carry: int) -> int:
+        def start(part: Part, token: Any, tokens: int) -> None:
+            source = part.source(b, block * self.sight.block_kv + token, tokens)
+            pltpu.make_async_copy(source, part.place(buffer, token, tokens), part.arrived.at[buffer]).start()
+
+        self._each_piece(b, i, block, start, self.contiguous)
+
+    def _each_piece(self, b: Any, i: Any, block: Any, act: Callable[[Part, Any, int], None], contiguous: bool) -> None:
+        """Calls `act` with the pieces of a block that are seen: each part, a token and a number of tokens."""
+        unit, block_kv = self.sight.unit, self.sight.block_kv
+        first, end = self.sight.units(self.lengths[b], i, block)
+
+        def whole() -> None:
             for part in self.parts:
-                if part.place is not None:
-                    source = part.source(b, block * self.sight.block_units + number)
-                    place = part.ring.at[buffer, *part.place(number)]
-                    pltpu.make_async_copy(source, place, part.arrived.at[buffer]).start()
+                if part.units:
+                    act(part, 0, block_kv)
+
+        def one(number: Any, carry: int) -> int:
+            for part in self.parts:
+                if part.units:
+                    act(part, pl.multiple_of(number * unit, unit), unit)
             return carry
 
-        jax.lax.fori_loop(*self.sight.units(self.lengths[b], i, block), unit_of, 0)
+        def units() -> None:
+            jax.lax.fori_loop(first, end, one, 0)
+
+        if contiguous:
+            is_whole = end - first == self.sight.block_units
+            pl.when(is_whole)(whole)
+            pl.when(jnp.logical_not(is_whole))(units)
+        else:
+            units()
         for part in self.parts:
-            if part.place is None:
-                pltpu.make_async_copy(part.source(b, block), part.ring.at[buffer], part.arrived.at[buffer]).start()
+            if not part.units:
+                act(part, 0, block_kv)
 
     def _after(self, b: Any, i: Any) -> tuple[Any, Any]:
         if self.sight.q_blocks == 1:
