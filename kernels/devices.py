@@ -12,6 +12,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
+from palladion.reference.platforms import target_platform
+
 READ_BYTES: Final = 256 * 2**20
 """Read at a time: several times larger than any cache."""
 
@@ -66,7 +68,7 @@ def tpu_chips() -> dict[str, Chip]:
 def target_chip() -> Chip | None:
     """The TPU that is being traced for; None where it is no TPU, or one that is not known here.
 
-    As for `backend.target_platform`, the current abstract mesh says so where it names a device.
+    As for `target_platform`, the current abstract mesh says so where it names a device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else None
@@ -79,7 +81,7 @@ def target_chip() -> Chip | None:
 
 def cpu_compiler_options() -> dict[str, Any]:
     """Options with which XLA uses the full width of a CPU's vector units; none on other platforms."""
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
+    return {"xla_cpu_prefer_vector_width": 512} if target_platform() == "cpu" else {}
 
 
 @functools.cache

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.backend import target_platform
 from palladion.kernels.devices import cpu_compiler_options
 from palladion.kernels.tpu_layout import LANES, round_up
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling, sample
 from palladion.model.transformer import Cache, empty_cache, forward
-from palladion.reference.bits import from_bits, to_bits, view_bits
+from palladion.reference.bits import from_bits, held_in_loop, to_bits, view_bits
 
 PREFILL_CHUNKS: Final = (128, 16)
 """Tokens that a prefill call reads, largest first: large ones for speed, small ones so that a short prompt is quick."""
@@ -81,7 +80,8 @@ class Engine:
       stop_tokens: ids after which a sequence is finished.
 
     Attributes:
-      compile_seconds: spent in compiling so far.
+      programs: what was compiled so far, by kind: "decode", or ("prefill", tokens).
+      compile_seconds: spent on that.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Engine:
             forward, config=config, dtype=options.dtype, backend=options.backend, interpret=options.interpret
         )
         self._stop_tokens = stop_tokens
-        self._programs: dict[Any, Any] = {}
+        self.programs: dict[Any, Any] = {}
         self._idle_cache: Cache | None = None
         # What programs are compiled for.
         self._parameters_like = jax.eval_shape(lambda: parameters)
@@ -111,9 +111,8 @@ class Engine:
         self._integers: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self._keys_like = jax.eval_shape(self.keys, 0)
         self._sampling_like = jax.eval_shape(lambda: _as_arrays(sampling))
-        # A CPU takes narrow floats as bits, in and out.
-        self._as_bits = target_platform() == "cpu"
-        self._parameters = view_bits(parameters) if self._as_bits else parameters
+        # Programs take and return bits.
+        self._parameters = view_bits(parameters)
 
     def keys(self, seed: int) -> jax.Array:
         """A PRNG key for each sequence; that of a sequence depends on the seed alone, not on its place in the batch."""
@@ -162,7 +161,7 @@ class Engine:
         cache, self._idle_cache = self._idle_cache, None
         if cache is not None:
             return cache
-        like = jax.eval_shape(to_bits, self.cache_like) if self._as_bits else self.cache_like
+        like = jax.eval_shape(to_bits, self.cache_like)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
     def _choose(
@@ -198,8 +197,7 @@ class Engine:
                 return (step < steps) & ~jnp.all(state.finished)
 
             def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-                # Without this XLA hoists conversions of narrow weights out of the loop, and holds wide copies.
-                (step, state_bits, out), weight_bits = jax.lax.optimization_barrier((carry, to_bits(parameters)))
+                (step, state_bits, out), weight_bits = held_in_loop((carry, to_bits(parameters)))
                 state, weights = from_bits(state_bits, initial), from_bits(weight_bits, parameters)
                 lengths = jnp.where(state.finished, state.lengths, state.lengths + 1)
                 logits, cache = self._forward(weights, tokens=state.tokens[:, None], lengths=lengths, cache=state.cache)
@@ -218,21 +216,21 @@ class Engine:
 
     def _compiled(self, key: Any, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any) -> Any:
         """`function(parameters, donated, …) -> (result, donated)` compiled for these arguments, once."""
-        if key in self._programs:
-            return self._programs[key]
+        if key in self.programs:
+            return self.programs[key]
 
         def on_bits(parameters: Parameters, donated_bits: Any, *arguments: Any) -> tuple[Any, Any]:
             result, updated = function(
                 from_bits(parameters, self._parameters_like), from_bits(donated_bits, donated), *arguments
             )
-            return result, to_bits(updated) if self._as_bits else updated
+            return result, to_bits(updated)
 
         start = time.perf_counter()
         jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=cpu_compiler_options())
-        donated_bits = jax.eval_shape(to_bits, donated) if self._as_bits else donated
-        self._programs[key] = jitted.lower(self._parameters, donated_bits, *arguments).compile()
+        donated_bits = jax.eval_shape(to_bits, donated)
+        self.programs[key] = jitted.lower(self._parameters, donated_bits, *arguments).compile()
         self.compile_seconds += time.perf_counter() - start
-        return self._programs[key]
+        return self.programs[key]
 
 
 def plan_chunks(tokens: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import jax
 import numpy as np
 
-from palladion.kernels.backend import BACKENDS, target_platform
+from palladion.kernels.backend import BACKENDS
 from palladion.kernels.devices import measured_bandwidth
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
 from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions, plan_chunks
@@ -19,6 +19,7 @@ from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics, peak_memory
 from palladion.reference import KVCache, QuantizedArray, Scheme
+from palladion.reference.platforms import target_platform
 
 DEFAULT_MAX_LEN: Final = 2048
 """Tokens of cache for each sequence where nothing else is asked, unless the model was trained for fewer."""
@@ -114,10 +115,10 @@ class Generator:
         """
         dtype = dtype or default_dtype()
         platform = target_platform()
-        # A CPU runs the layers as a loop over stacked weights, from which XLA reads without a copy and which compiles
-        # in a second. A kernel takes whole arrays: slices of a stack would be copied for it.
+        # The layers are a loop over stacked weights, which compiles in seconds and reads them without a copy; but a
+        # GPU's XLA would copy dense weights out of the stack for its matrix multiplications.
         checkpoint = load_checkpoint(
-            model, dtype=dtype, weights=weights, quantize=quantize, stack=platform == "cpu", progress=progress
+            model, dtype=dtype, weights=weights, quantize=quantize, stack=platform != "gpu", progress=progress
         )
         if platform == "tpu":
             parameters = _without_float16_scales(checkpoint.parameters)

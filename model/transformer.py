@@ -20,6 +20,7 @@ from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.reference import KVCache, QuantizedArray, dequantize, matmul
 from palladion.reference.bits import from_bits, to_bits
+from palladion.reference.platforms import target_platform
 
 FEW_TOKENS: Final = 4
 """Up to here rows of the embedding are sliced one by one: XLA on a CPU turns a gather of columns into a slow loop."""
@@ -122,6 +123,9 @@ class _Decoder:
         self.lengths = lengths
         self.backend = backend
         self.interpret = interpret
+        # There is no GPU kernel for it: XLA's scatter writes a few rows in place.
+        xla = target_platform() == "gpu" or backend == "triton"
+        self.appending: dict[str, Any] = {"backend": "xla"} if xla else {"backend": backend, "interpret": interpret}
         position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
         angle = position[..., None].astype(jnp.float32) * inverse_frequencies
         self.rotation = (jnp.cos(angle), jnp.sin(angle))  # [batch, q_len, head_dim / 2] each
@@ -149,8 +153,7 @@ class _Decoder:
         qkv = qkv.reshape(*x.shape[:2], sum(heads), config.head_dim)
         rotated = rotate(qkv[:, :, : config.q_heads + config.kv_heads], *self.rotation)
         q, k, v = rotated[:, :, : config.q_heads], rotated[:, :, config.q_heads :], qkv[:, :, -config.kv_heads :]
-        # A few rows written in place: there is nothing that a kernel would add yet.
-        cache = append_kv(cache, k, v, self.lengths, layer=index, backend="xla")
+        cache = append_kv(cache, k, v, self.lengths, layer=index, **self.appending)
         out = decode_attention(
             q,
             cache.k,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from palladion import BACKENDS, Unsupported, decode_attention, record_choices, using_backend
-from palladion.kernels import backend as backends
 from palladion.kernels.decode_attention import IMPLEMENTATIONS
+from palladion.reference.platforms import target_platform
 
 
 def arguments(dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
@@ -144,8 +144,8 @@ def test_recorders_nest():
 
 
 def test_the_platform_is_that_of_the_default_device():
-    assert backends.target_platform() == "cpu"
+    assert target_platform() == "cpu"
     with jax.default_device(jax.devices("cpu")[0]):
-        assert backends.target_platform() == "cpu"
+        assert target_platform() == "cpu"
     with on("gpu"):
-        assert backends.target_platform() == "gpu"
+        assert target_platform() == "gpu"

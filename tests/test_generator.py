@@ -139,7 +139,7 @@ def test_programs_hold_nothing_twice(path: Path, dtype: str):
     generator.generate([[1, 2, 3]], max_new_tokens=2)
     (engine,) = generator._engines.values()
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine.cache_like))
-    for program in engine._programs.values():
+    for program in engine.programs.values():
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= cache
         assert memory.temp_size_in_bytes < cache / 4

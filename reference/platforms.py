@@ -1,0 +1,19 @@
+"""Which platform a function is being traced for."""
+
+from __future__ import annotations
+
+import jax
+
+
+def target_platform() -> str:
+    """The platform that is being traced for: "cpu", "gpu" or "tpu".
+
+    The current abstract mesh says so where it names a device (as when compiling for a chip that is not there), else
+    JAX's default device or backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform: str | None = None if device is None else device.platform
+    if platform is None and (default := jax.config.jax_default_device) is not None:  # type: ignore[attr-defined]
+        platform = default if isinstance(default, str) else default.platform
+    platform = platform or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
