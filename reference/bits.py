@@ -1,9 +1,9 @@
 """Narrow floats as integers, for XLA on a CPU; on other platforms these functions change nothing.
 
-A CPU's XLA computes bfloat16 and float8 in float32, and moves the conversion in front of slices, updates and loops: all of an
-array is widened where a row of it was wanted. Integers of the same bits pass through such operations as they are, and
-becoming one costs nothing within a program. A program's own arguments and results are copied, though: these are to be
-bits already, `view_bits` of what is there.
+A CPU's XLA computes bfloat16 and float8 in float32, and moves the conversion in front of slices, updates and loops: all
+of an array is widened where a row of it was wanted. Integers of the same bits pass through such operations as they are,
+and becoming one costs nothing within a program. A program's own arguments and results are copied, though: these are to
+be bits already, `view_bits` of what is there.
 """
 
 from __future__ import annotations
