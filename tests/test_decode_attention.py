@@ -158,7 +158,7 @@ def test_races_would_be_found():
     ("backend", "config"),
     [
         ("mosaic_tpu", mosaic_tpu.Config(block_kv=128, block_q=16)),
-        ("mosaic_tpu", mosaic_tpu.Config(block_kv=256, block_q=48, buffers=4)),
+        ("mosaic_tpu", mosaic_tpu.Config(block_kv=256, block_q=48, buffers=4, one_by_one=True)),
         ("mosaic_tpu", mosaic_tpu.Config(block_kv=384, block_q=1000, cores=2)),
         ("triton", triton.Config(block_kv=16, block_rows=32, splits=1)),
         ("triton", triton.Config(block_kv=64, block_rows=16, splits=3)),
@@ -189,7 +189,7 @@ def test_ways_to_multiply_a_one_byte_cache(name: str, operands: str, pack: int):
     case = dataclasses.replace(TESTS[name], dtype="bfloat16")
     inputs = cases.make_inputs(case)
     reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
-    config = mosaic_tpu.Config(block_kv=128, block_q=16, pack=pack, operands=operands)
+    config = mosaic_tpu.Config(block_kv=128, block_q=16, pack=pack, one_by_one=pack > 1, operands=operands)
     assert_all_right(attend(inputs, "mosaic_tpu", config=config, **case.options), reference, exact, name)
 
 

@@ -77,6 +77,8 @@ class Config:
       buffers: blocks in VMEM.
       cores: over how many cores of a device the KV heads are divided.
       pack: KV heads that are multiplied at a time.
+      one_by_one: whether these packs are worked on one after the other instead of all at once: slower while rows are
+        few, but it takes less VMEM, and lets more queries share what is read.
       operands: one of `tpu_products.OPERANDS`, how a one-byte cache is multiplied.
     """
 
@@ -85,6 +87,7 @@ class Config:
     buffers: int = BUFFERS
     cores: int = 1
     pack: int = 1
+    one_by_one: bool = False
     operands: str = "floats"
 
     def __post_init__(self) -> None:
@@ -114,16 +117,30 @@ def heuristic(problem: Problem) -> Config:
     block_bytes = min(KV_BLOCK_BYTES // cores, _vmem_bytes() // 2 // BUFFERS)
     blocks = max(round(p.max_len * token / block_bytes), 1)
     block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
-    # A query's logits and weights; itself and its output in two buffers each, and its accumulator.
-    query = p.q_heads // cores * 4 * (3 * block_kv + 5 * round_up(p.head_dim, LANES))
-    block_q = max((_vmem_bytes() - BUFFERS * block_kv * token) // query, BLOCK_Q_MULTIPLE)
-    block_q = min(block_q // BLOCK_Q_MULTIPLE * BLOCK_Q_MULTIPLE, p.q_len)
+    if p.sliding_window is not None:
+        # Room for what is seen, wherever it begins.
+        block_kv = min(block_kv, round_up(2 * (p.sliding_window + p.q_len), unit))
+    room = _vmem_bytes() - BUFFERS * block_kv * token
+    heads = p.q_heads // cores
+    one_by_one = room // _query_bytes(p, block_kv, heads, heads) < p.q_len
+    block_q = p.q_len
+    if one_by_one:
+        most = max(room // _query_bytes(p, block_kv, heads, p.group) // BLOCK_Q_MULTIPLE, 1) * BLOCK_Q_MULTIPLE
+        block_q = min(round_up(pl.cdiv(p.q_len, pl.cdiv(p.q_len, most)), BLOCK_Q_MULTIPLE), p.q_len)
     pack, rows = 1, block_q * p.group
-    if block_q == p.q_len:
+    if not one_by_one:
         fitting = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
         pack = max((n for n in fitting if p.kv_heads // cores % n == 0), default=1)
     operands = operands_for(p.q_dtype, p.kv_dtype, pack * rows, chip)
-    return Config(block_kv, block_q, BUFFERS, cores, pack, operands)
+    return Config(block_kv, block_q, BUFFERS, cores, pack, one_by_one, operands)
+
+
+def _query_bytes(problem: Problem, block_kv: int, heads: int, at_once: int) -> int:
+    """What a new token takes in VMEM, which has so many query heads, with the logits of so many `at_once`."""
+    width, itemsize = round_up(problem.head_dim, LANES), jnp.dtype(problem.q_dtype).itemsize
+    # q and its output in two buffers each, and q as an operand; the accumulator; m, l and the like, a register each.
+    state = 5 * width * itemsize + 4 * width + 5 * 4 * LANES
+    return heads * state + at_once * 3 * 4 * block_kv
 
 
 def _tokens_last(problem: Problem) -> bool:
@@ -149,7 +166,11 @@ def _unit(problem: Problem, block_kv: int = 0) -> int:
     if p.page_size is not None:
         whole = p.page_size % grain == 0 and block_kv % p.page_size == 0
         return p.page_size if whole else 0
-    most = max(UNIT_BYTES // _token_bytes(p), grain)
+    most = UNIT_BYTES // _token_bytes(p)
+    if p.sliding_window is not None:
+        # Both ends of what is seen are moved by whole units.
+        most = min(most, p.sliding_window // 4)
+    most = max(most, grain)
     return max((n for n in range(grain, most + 1, grain) if math.gcd(p.max_len, block_kv) % n == 0), default=0)
 
 
@@ -211,7 +232,7 @@ def decode_attention(
     # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads / pack, pack * q_len * group, head_dim]
     q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, group, p.head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads // config.pack, config.pack * p.q_len * group, p.head_dim)
-    view = View(_tokens_last(p), _gathers_scales(p), config.cores > 1, config.pack, config.operands)
+    view = View(_tokens_last(p), _gathers_scales(p), config.cores > 1, config.pack, config.one_by_one, config.operands)
     stacked = inputs.layer is not None
     cache = [array if stacked else array[None] for array in (inputs.k, inputs.v)]
     if _tokens_last(p):
@@ -234,7 +255,7 @@ def decode_attention(
     rings = [pltpu.VMEM((config.buffers, heads, *slab), inputs.k.dtype)] * 2
     if p.has_scales:
         rings += [pltpu.VMEM((config.buffers, p.kv_heads, config.block_kv), jnp.float32)] * 2
-    state, width = (packs, rows, 1), config.pack * p.head_dim
+    width = config.pack * p.head_dim
     pieces = QUERY_PIECES if config.operands == "integers" else 1
     out, lse = pl.pallas_call(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
@@ -245,9 +266,9 @@ def decode_attention(
             out_specs=[queries, pl.BlockSpec((1, packs, rows, 1), at_queries)],
             scratch_shapes=[
                 pltpu.VMEM((packs, pieces * rows, width), jnp.int8 if pieces > 1 else float_dtype(q.dtype, p.kv_dtype)),
-                pltpu.VMEM(state, jnp.float32),
-                pltpu.VMEM(state, jnp.float32),
-                pltpu.VMEM(state, jnp.float32),
+                pltpu.VMEM((packs, rows, 1), jnp.float32),
+                pltpu.VMEM((packs, rows, LANES), jnp.float32),
+                pltpu.VMEM((packs, rows, LANES), jnp.float32),
                 pltpu.VMEM((packs, rows, width), jnp.float32),
                 pltpu.SMEM((CURSOR,), jnp.int32),
                 pltpu.SemaphoreType.DMA((len(rings), config.buffers)),

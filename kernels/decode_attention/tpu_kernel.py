@@ -20,6 +20,7 @@ from palladion.kernels.decode_attention.tpu_products import (
     split,
 )
 from palladion.kernels.decode_attention.tpu_stream import Part, Sight, Stream, divide
+from palladion.kernels.tpu_layout import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class View:
       gathered: whether the scales of a paged cache come without pages, `[1, batch, kv_heads, tokens]`.
       shared: whether the KV heads are divided between the cores.
       pack: KV heads that are multiplied at a time.
+      one_by_one: whether packs are worked on one after the other, or all at once.
       operands: one of `tpu_products.OPERANDS`.
     """
 
@@ -38,6 +40,7 @@ class View:
     gathered: bool
     shared: bool
     pack: int
+    one_by_one: bool
     operands: str
 
 
@@ -46,7 +49,7 @@ def kernel(
     # q [1, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the last
     # two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
     # [packs, rows, 1] where there are any. out [1, packs, rows, head_dim]; lse [1, packs, rows, 1]. Scratch: wide q
-    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, 1]; acc [packs, rows, width];
+    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, LANES]; acc [packs, rows, width];
     # the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales. A pack are the
     # heads that are multiplied at a time: rows = pack * block_q * group, width = pack * head_dim.
     *refs: Any,
@@ -119,7 +122,7 @@ def kernel(
     pl.when((b == 0) & (i == 0))(stream.begin)
 
     # Rows of a pack see the head that they are of: the rest of its width meets zeros.
-    of_head = jax.lax.broadcasted_iota(jnp.int32, (packs, rows, 1), 1) // (rows // view.pack)
+    of_head = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) // (rows // view.pack)
     q = q_ref[0]
     wide = jnp.concatenate([jnp.where(of_head == n, q, jnp.zeros_like(q)) for n in range(view.pack)], axis=2)
     if integers:
@@ -129,19 +132,19 @@ def kernel(
     else:
         wide_ref[...] = wide.astype(wide_ref.dtype)
     # A sink is a logit without a value: it starts the sum.
-    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else sinks_ref[...]
+    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else jnp.broadcast_to(sinks_ref[...], m_ref.shape)
     l_ref[...] = jnp.full(l_ref.shape, 1.0 if p.has_sinks else 0.0)
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     token_axis, width_axis = (2, 1) if view.tokens_last else (1, 2)
     first_query, last_query = sight.queries(lengths_ref[b], i)
 
-    def attend(start: Any, block: list[Any], masked: bool) -> None:
-        """Adds the block of tokens from `start` on to m, l and acc."""
-        s = multiply(wide_ref[...], operand(block[0]), width_axis)  # [packs, pieces * rows, block_kv]
-        s = (join(s, factor_ref[...]) if integers else s) * (p.scale * factor)  # [packs, rows, block_kv]
+    def attend(those: Any, start: Any, block: list[Any], masked: bool) -> None:
+        """Adds the block of tokens from `start` on to m, l and acc of those packs."""
+        s = multiply(wide_ref[those], operand(block[0], those), width_axis)  # [packs, pieces * rows, block_kv]
+        s = (join(s, factor_ref[those]) if integers else s) * (p.scale * factor)  # [packs, rows, block_kv]
         if p.has_scales:
-            s = s * scale_of(block[2])
+            s = s * scale_of(block[2], those)
         if p.logits_soft_cap is not None:
             s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
         if masked:
@@ -153,16 +156,16 @@ def kernel(
             if sight.window is not None:
                 visible &= position > query - sight.window
             s = jnp.where(visible, s, -jnp.inf)
-        m = m_ref[...]  # [packs, rows, 1]
+        m = m_ref[those]  # [packs, rows, LANES], all lanes alike: as reductions leave it, and products take it
         maximum = jnp.maximum(m, jnp.max(s, axis=2, keepdims=True))
         # A row that has seen nothing yet: -inf - -inf is NaN.
         shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if masked else maximum
-        weights = jnp.exp(s - shift)
+        weights = jnp.exp(s - along(shift, s.shape[2]))
         decay = jnp.exp(m - shift)
-        m_ref[...] = maximum
-        l_ref[...] = l_ref[...] * decay + jnp.sum(weights, axis=2, keepdims=True)
-        v = operand(block[1])
-        scale = scale_of(block[3]) if p.has_scales else None
+        m_ref[those] = maximum
+        l_ref[those] = l_ref[those] * decay + jnp.sum(weights, axis=2, keepdims=True)
+        v = operand(block[1], those)
+        scale = scale_of(block[3], those) if p.has_scales else None
         if masked:
             # What no query sees may be anything, NaN included, and 0 * NaN is NaN.
             scale = None if scale is None else jnp.where(visible, scale, 0.0)
@@ -175,33 +178,39 @@ def kernel(
         weights = weights if scale is None else weights * scale
         if scale is not None and integers:
             # Weights are 1 at most: what bounds them times their scales is known before they are.
-            bound = jnp.broadcast_to(jnp.max(scale, axis=2, keepdims=True), m.shape)
+            bound = jnp.broadcast_to(jnp.max(scale, axis=2, keepdims=True), (*m.shape[:2], 1))
             pieces, factors = split(weights, bound, WEIGHT_PIECES)
             values = join(multiply(pieces, v, token_axis), factors)
         else:
             values = multiply(weights.astype(wide_ref.dtype), v, token_axis) * factor
-        acc_ref[...] = acc_ref[...] * decay + values
+        acc_ref[those] = acc_ref[those] * along(decay, values.shape[2]) + values
 
-    def operand(ref: Any) -> jax.Array:
-        """Keys or values as they are multiplied."""
-        return as_operand(packed(ref), q_ref.dtype, view.operands)
+    def operand(ref: Any, those: Any) -> jax.Array:
+        """Keys or values of packs as they are multiplied."""
+        return as_operand(packed(ref, those), q_ref.dtype, view.operands)
 
-    def packed(ref: Any) -> jax.Array:
+    def heads_of(those: Any, first: Any = 0) -> Any:
+        """Packs as heads of an array that begins with this one."""
+        if isinstance(those, slice):
+            return pl.ds(first, heads)
+        return pl.ds(first + those.start * view.pack, view.pack)
+
+    def packed(ref: Any, those: Any) -> jax.Array:
         """`[heads, tokens, head_dim]` to `[packs, tokens, width]`, or with the last two swapped: registers stay."""
-        array = ref[...]
+        array = ref[heads_of(those)]
         if view.pack == 1:
             return array
         if view.tokens_last:
-            return array.reshape(packs, -1, array.shape[2])
-        by_pack = array.reshape(packs, view.pack, *array.shape[1:])
+            return array.reshape(-1, view.pack * array.shape[1], array.shape[2])
+        by_pack = array.reshape(-1, view.pack, *array.shape[1:])
         return jnp.concatenate([by_pack[:, n] for n in range(view.pack)], axis=2)
 
-    def scale_of(ref: Any) -> jax.Array:
+    def scale_of(ref: Any, those: Any) -> jax.Array:
         """`[kv_heads, block_kv]` to `[packs, rows, block_kv]`."""
-        scales = ref[:heads]
+        scales = ref[heads_of(those)]
         for other in range(heads, p.kv_heads, heads):
-            scales = jnp.where(first_head == other, ref[other : other + heads], scales)
-        by_pack = scales.reshape(packs, view.pack, -1)
+            scales = jnp.where(first_head == other, ref[heads_of(those, other)], scales)
+        by_pack = scales.reshape(-1, view.pack, scales.shape[1])
         scale = by_pack[:, :1]
         for n in range(1, view.pack):
             scale = jnp.where(of_head == n, by_pack[:, n : n + 1], scale)
@@ -216,14 +225,31 @@ def kernel(
         inner = start + sight.block_kv - 1 <= first_query
         if sight.window is not None:
             inner &= start > last_query - sight.window
-        pl.when(inner)(lambda: attend(start, arrays, masked=False))
-        pl.when(~inner)(lambda: attend(start, arrays, masked=True))
+
+        def attend_to(those: Any) -> None:
+            pl.when(inner)(lambda: attend(those, start, arrays, masked=False))
+            pl.when(~inner)(lambda: attend(those, start, arrays, masked=True))
+
+        def one(pack: Any, carry: int) -> int:
+            attend_to(pl.ds(pack, 1))
+            return carry
+
+        if view.one_by_one:
+            return jax.lax.fori_loop(0, packs, one, carry)
+        attend_to(slice(None))
         return carry
 
     jax.lax.fori_loop(*sight.blocks(lengths_ref[b], i), step, 0)
-    total, acc = l_ref[...], acc_ref[...]
+    total, acc = l_ref[..., :1], acc_ref[...]
     out = acc[..., : p.head_dim]
     for n in range(1, view.pack):
         out = jnp.where(of_head == n, acc[..., n * p.head_dim : (n + 1) * p.head_dim], out)
     out_ref[0] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)
-    lse_ref[0] = m_ref[...] + jnp.log(total)
+    lse_ref[0] = m_ref[..., :1] + jnp.log(total)
+
+
+def along(x: jax.Array, width: int) -> jax.Array:
+    """`[..., LANES]`, where all lanes are alike, as `[..., width]`."""
+    if width % LANES == 0:
+        return jnp.concatenate([x] * (width // LANES), axis=-1)
+    return x[..., :width] if width < LANES else x[..., :1]
