@@ -49,9 +49,9 @@ def kernel(
     # q [1, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the last
     # two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
     # [packs, rows, 1] where there are any. out [1, packs, rows, head_dim]; lse [1, packs, rows, 1]. Scratch: wide q
-    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, LANES]; acc [packs, rows, width];
-    # the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales. A pack are the
-    # heads that are multiplied at a time: rows = pack * block_q * group, width = pack * head_dim.
+    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, LANES]; acc [packs, rows,
+    # width]; the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales. A pack
+    # are the heads that are multiplied at a time: rows = pack * block_q * group, width = pack * head_dim.
     *refs: Any,
     problem: Problem,
     sight: Sight,
