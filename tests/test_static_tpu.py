@@ -159,10 +159,18 @@ class TestExecution:
         with pytest.raises(Undecided, match="depends on the values of the lengths, which were not given"):
             execute("v6e", None)
 
+    def test_newer_compilers_name_the_type_of_a_move(self):
+        bundles, utilization = ((GOLDEN / f"ring_v6e_{name}.txt").read_text() for name in ("bundles", "utilization"))
+        schedule = parse_schedule(bundles.replace("= smov ", "= smov.u32 "), utilization, 4)
+        assert "smov.u32" in {one.opcode for bundle in schedule.bundles for one in bundle.instructions}
+        words = (*LENGTHS, *[0] * (128 - len(LENGTHS)))
+        assert ScalarCore(schedule).run({0: Operand(words, "the lengths")}, rate=RATE) == execute("v6e", LENGTHS)
+
     def test_opaque_scalars(self):
         unknown = Opaque("why")
         assert (unknown & 0, 0 & unknown, either(unknown, 1), either(0, 1)) == (0, 0, 1, 1)
         assert all(one is unknown for one in (unknown + 1, 1 - unknown, unknown < 2, select(unknown, 1, 2)))
+        assert all(one is unknown for one in (unknown >> 1, 1 << unknown))
         assert either(unknown, 0) is unknown
         with pytest.raises(Undecided, match="why"):
             bool(unknown == 3)

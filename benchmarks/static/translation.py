@@ -28,6 +28,7 @@ ALLOCATION_STRIDE: Final = 2**20
 # Expressions over operands {0}, {1}, {2}; scalars are unsigned 32-bit numbers, predicates are 0 or 1.
 _ARITHMETIC: Final = {
     "smov": "{0}",
+    "smov.u32": "{0}",
     "pmov": "{0}",
     "sadd.s32": "({0} + {1}) & 0xFFFFFFFF",
     "ssub.s32": "({0} - {1}) & 0xFFFFFFFF",
