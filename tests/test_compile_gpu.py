@@ -12,6 +12,7 @@ import pytest
 from palladion import decode_attention, quantized_matmul
 from palladion.benchmarks import gpu_compiler
 from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention import triton as attention_triton
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
@@ -36,7 +37,9 @@ def matmul(case: MatmulCase) -> Compilable:
 
 
 OPERATIONS: dict[str, Callable[[], Compilable]] = {
-    f"decode_attention-{case.name}": functools.partial(attention, case) for case in attention_cases.MODELS
+    f"decode_attention-{case.name}": functools.partial(attention, case)
+    for case in attention_cases.MODELS
+    if attention_triton.unsupported(case.problem()) is None
 } | {f"quantized_matmul-{case.name}": functools.partial(matmul, case) for case in matmul_cases.MODELS}
 """What is compiled for one GPU: a row for every case that models ask for."""
 

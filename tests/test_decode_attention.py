@@ -32,7 +32,9 @@ TESTS = {case.name: case for case in cases.TESTS}
 REFUSED = {
     "mosaic_tpu": {"gqa-float16", "odd-cache", "short-cache", "paged-narrow"},
     "triton": {
-        name for name, case in TESTS.items() if case.page_size or (case.kv_dtype or "").startswith(("int8", "float8"))
+        case.name
+        for case in (*cases.TESTS, *cases.MODELS)
+        if case.page_size or (case.kv_dtype or "").startswith(("int8", "float8"))
     },
 }
 
@@ -118,9 +120,8 @@ def test_reference_is_right_up_to_rounding(name: str):
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 def test_kernel_refuses_only_what_is_known(row: Implementation):
-    refused = {name for name, case in TESTS.items() if row.unsupported(case.problem()) is not None}
-    assert refused == REFUSED[row.name]
-    assert [case.name for case in cases.MODELS if row.unsupported(case.problem()) is not None] == []
+    every = (*cases.TESTS, *cases.MODELS)
+    assert {case.name for case in every if row.unsupported(case.problem()) is not None} == REFUSED[row.name]
 
 
 @pytest.mark.parametrize("mode", tpu_interpreter.MODES)
@@ -179,6 +180,8 @@ def test_explicit_blocks(backend: str, config: Any, name: str):
         ("int8-window", "integers"),
         ("int8-paged-layers", "integers"),
         ("int8", "integers"),
+        ("int8", "words"),
+        ("int8-window", "words"),
         ("float8-e4m3fn", "rebiased"),
         ("float8-e4m3fn", "stored"),
         ("float8-e5m2", "stored"),
@@ -201,7 +204,7 @@ def test_float8_in_the_other_format():
         out[...] = tpu_products.as_operand(x[...], jnp.bfloat16, "rebiased").astype(jnp.float32)
 
     out_shape = jax.ShapeDtypeStruct(numbers.shape, jnp.float32)
-    rebiased = pl.pallas_call(kernel, out_shape=out_shape, interpret=True)(numbers) * tpu_products.REBIASED_FACTOR
+    rebiased = pl.pallas_call(kernel, out_shape=out_shape, interpret=True)(numbers) * tpu_products.FACTOR["rebiased"]
     finite = np.isfinite(np.asarray(numbers, np.float32))
     np.testing.assert_array_equal(rebiased[finite], np.asarray(numbers, np.float32)[finite])
     assert np.isfinite(rebiased).all()  # NaN becomes a number

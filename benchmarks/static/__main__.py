@@ -29,7 +29,7 @@ from palladion.benchmarks.static import report, runner, workloads
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
 
-CASES = flags.DEFINE_list("cases", None, "Names of the operations' cases; by default those of real models.")
+CASES = flags.DEFINE_list("cases", None, "Names of cases, or patterns; by default those of real models.")
 OPERATION = flags.DEFINE_string("operation", None, "Only cases of this operation.")
 FILE = flags.DEFINE_string("file", None, "A function of your own instead of cases: path/to/file.py:function.")
 CHIPS = flags.DEFINE_list("chips", list(tpu_chips()), "Generations to compile for.")

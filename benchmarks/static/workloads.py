@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib
 import importlib.util
 import inspect
@@ -60,16 +61,16 @@ def operations() -> list[str]:
 
 
 def named_cases(operation: str) -> dict[str, Any]:
-    """The cases of an operation by name, those of real models first."""
+    """The cases of an operation by name: those of real models, a grid of shapes where there is one, small ones."""
     module = _module(operation, "cases")
-    return {case.name: case for case in (*module.MODELS, *module.TESTS)}
+    return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
 
 
 def select(names: Sequence[str] | None, operation: str | None) -> list[Reference]:
     """The cases that are asked for.
 
     Args:
-      names: of cases; None takes those of real models.
+      names: of cases, or patterns of names such as "llama*"; None takes those of real models.
       operation: whose they are; None takes all.
 
     Raises:
@@ -81,11 +82,13 @@ def select(names: Sequence[str] | None, operation: str | None) -> list[Reference
     if names is None:
         return [Reference(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
     found = []
-    for name in names:
-        places = [one for one in chosen if name in named_cases(one)]
+    for pattern in names:
+        meant = [
+            Reference(one, name) for one in chosen for name in named_cases(one) if fnmatch.fnmatchcase(name, pattern)
+        ]
         listed = "\n".join(f"  {one}: {', '.join(named_cases(one))}" for one in chosen)
-        check(bool(places), "--cases", name, f"one of\n{listed}")
-        found += [Reference(one, name) for one in places]
+        check(bool(meant), "--cases", pattern, f"patterns, or names of\n{listed}")
+        found += meant
     return found
 
 

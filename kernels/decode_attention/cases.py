@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any, Final
 
 import jax
@@ -223,6 +225,21 @@ MODELS: Final = (
     Case(name="llama-3-8b-layers", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, num_layers=4),
     Case(name="llama-3-8b-32k", batch=1, q_heads=32, kv_heads=8, head_dim=128, max_len=32768),
     Case(name="llama-3-8b-float32", batch=2, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, dtype="float32"),
+    Case(name="llama-3-8b-int8", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, kv_dtype="int8"),
+    Case(
+        name="llama-3-8b-float8", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, kv_dtype="float8_e4m3fn"
+    ),
+    Case(name="llama-3-8b-paged", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, page_size=16),
+    Case(
+        name="llama-3-8b-paged-int8",
+        batch=8,
+        q_heads=32,
+        kv_heads=8,
+        head_dim=128,
+        max_len=4096,
+        page_size=64,
+        kv_dtype="int8",
+    ),
     Case(name="llama-3-8b-verify", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, q_len=8),
     Case(name="llama-3-8b-prefill", batch=1, q_heads=32, kv_heads=8, head_dim=128, max_len=4096, q_len=512),
     Case(name="smollm2-135m", batch=1, q_heads=9, kv_heads=3, head_dim=64, max_len=2048, num_layers=30),
@@ -254,3 +271,23 @@ MODELS: Final = (
     ),
 )
 """What real models ask for."""
+
+
+def _shapes() -> Iterator[Case]:
+    """Batches and lengths from latency to capacity, the ways to share KV heads, and what a cache may be made of."""
+    heads = ((32, 8, 128), (64, 8, 128), (16, 16, 128), (8, 1, 128), (32, 8, 64), (32, 8, 256))
+    sizes = itertools.product(heads, ("bfloat16", "int8", "float8_e4m3fn"), (1, 8, 64), (1024, 4096, 32768))
+    for (q_heads, kv_heads, head_dim), kv_dtype, batch, max_len in sizes:
+        yield Case(
+            name=f"{q_heads}x{kv_heads}x{head_dim}-{kv_dtype}-{batch}x{max_len}",
+            batch=batch,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_len=max_len,
+            kv_dtype=None if kv_dtype == "bfloat16" else kv_dtype,
+        )
+
+
+SHAPES: Final = tuple(_shapes())
+"""A grid of shapes, to see where a kernel is near the bandwidth and where it is not."""

@@ -42,8 +42,12 @@ from palladion.kernels.decode_attention.tpu_stream import CURSOR, Sight
 from palladion.kernels.devices import Chip, target_chip, tpu_chips
 from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
 
-KV_BLOCK_BYTES: Final = 4 * 2**20
-"""Keys and values that a core works on at a time: enough that what a block costs besides its tokens does not count."""
+KV_BLOCK_BYTES: Final = (2 * 2**20, 4 * 2**20)
+"""Keys and values that a device works on at a time: an eighth of all there is room for, but at least so much that what
+a block costs besides its tokens does not count, and no more than is any use. The first one is waited for, and nothing
+arrives any more while the last one is worked on."""
+
+BLOCKS: Final = 8
 
 UNIT_BYTES: Final = 2**20
 """Keys and values of a dense cache that are moved at a time, at most: a sequence's last unit is moved whole."""
@@ -114,7 +118,9 @@ def heuristic(problem: Problem) -> Config:
     # Whole registers of logits, where the cache consists of such.
     unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
     # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
-    block_bytes = min(KV_BLOCK_BYTES // cores, _vmem_bytes() // 2 // BUFFERS)
+    least, most = KV_BLOCK_BYTES
+    block_bytes = min(max(p.batch * p.max_len * _token_bytes(p) // BLOCKS, least), most) // cores
+    block_bytes = min(block_bytes, _vmem_bytes() // 2 // BUFFERS)
     blocks = max(round(p.max_len * token / block_bytes), 1)
     block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
     if p.sliding_window is not None:
@@ -257,6 +263,9 @@ def decode_attention(
         rings += [pltpu.VMEM((config.buffers, p.kv_heads, config.block_kv), jnp.float32)] * 2
     width = config.pack * p.head_dim
     pieces = QUERY_PIECES if config.operands == "integers" else 1
+    if config.operands == "words":
+        at_once = config.pack if config.one_by_one else heads
+        rings.append(pltpu.VMEM((at_once, slab[0] // 2, slab[1]), jnp.int32))
     out, lse = pl.pallas_call(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -271,7 +280,7 @@ def decode_attention(
                 pltpu.VMEM((packs, rows, LANES), jnp.float32),
                 pltpu.VMEM((packs, rows, width), jnp.float32),
                 pltpu.SMEM((CURSOR,), jnp.int32),
-                pltpu.SemaphoreType.DMA((len(rings), config.buffers)),
+                pltpu.SemaphoreType.DMA((2 + 2 * p.has_scales, config.buffers)),
                 *rings,
             ],
         ),

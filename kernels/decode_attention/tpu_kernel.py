@@ -11,10 +11,11 @@ from jax.experimental import pallas as pl
 
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.tpu_products import (
+    FACTOR,
     QUERY_PIECES,
-    REBIASED_FACTOR,
     WEIGHT_PIECES,
     as_operand,
+    from_words,
     join,
     multiply,
     split,
@@ -50,8 +51,9 @@ def kernel(
     # two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
     # [packs, rows, 1] where there are any. out [1, packs, rows, head_dim]; lse [1, packs, rows, 1]. Scratch: wide q
     # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, LANES]; acc [packs, rows,
-    # width]; the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales. A pack
-    # are the heads that are multiplied at a time: rows = pack * block_q * group, width = pack * head_dim.
+    # width]; the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales; room for
+    # bfloat16 numbers that are made of words. A pack are the heads that are multiplied at a time: rows = pack *
+    # block_q * group, width = pack * head_dim.
     *refs: Any,
     problem: Problem,
     sight: Sight,
@@ -76,7 +78,8 @@ def kernel(
     packs, rows = q_ref.shape[1:3]
     heads = packs * view.pack
     integers = view.operands == "integers"
-    factor = REBIASED_FACTOR if view.operands == "rebiased" else 1.0
+    factor = FACTOR.get(view.operands, 1.0)
+    room_ref = rings.pop() if view.operands == "words" else None
     first_head = part * heads if view.shared else 0
 
     def keys_or_values(number: int) -> Part:
@@ -187,7 +190,10 @@ def kernel(
 
     def operand(ref: Any, those: Any) -> jax.Array:
         """Keys or values of packs as they are multiplied."""
-        return as_operand(packed(ref, those), q_ref.dtype, view.operands)
+        array = ref[heads_of(those)]
+        if room_ref is not None:
+            return packed(from_words(array, room_ref))
+        return as_operand(packed(array), q_ref.dtype, view.operands)
 
     def heads_of(those: Any, first: Any = 0) -> Any:
         """Packs as heads of an array that begins with this one."""
@@ -195,9 +201,8 @@ def kernel(
             return pl.ds(first, heads)
         return pl.ds(first + those.start * view.pack, view.pack)
 
-    def packed(ref: Any, those: Any) -> jax.Array:
+    def packed(array: jax.Array) -> jax.Array:
         """`[heads, tokens, head_dim]` to `[packs, tokens, width]`, or with the last two swapped: registers stay."""
-        array = ref[heads_of(those)]
         if view.pack == 1:
             return array
         if view.tokens_last:

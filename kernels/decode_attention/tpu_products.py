@@ -7,6 +7,7 @@ therefore multiplied as they are stored where the chip can:
     "stored"    float8 as it is stored, against bfloat16
     "rebiased"  float8_e4m3fn, where the chip has only float8_e4m3b11fnuz: the same bits are 1/16 of the number there.
                 What differs is -0, which is repaired, and NaN, which becomes a number: the scale beside it is NaN then
+    "words"     int8 as bfloat16, where the chip has no conversion: words of four are taken apart, 2**24 times too large
     "integers"  int8 as it is stored, against the other operand in fixed point: x = factor * sum_i 128^i piece_i, with
                 int8 pieces as further rows, which cost nothing while they are few. Sums of products are exact in int32
 """
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.devices import Chip
@@ -27,12 +29,13 @@ OPERANDS: Final = {
     "floats": (),
     "stored": ("float8_e4m3fn", "float8_e5m2"),
     "rebiased": ("float8_e4m3fn",),
+    "words": ("int8",),
     "integers": ("int8",),
 }
 """How keys and values can be multiplied, and in what caches; floats are for all."""
 
-REBIASED_FACTOR: Final = 16.0
-"""By how much numbers are too small that are read in the other format."""
+FACTOR: Final = {"rebiased": 16.0, "words": 2.0**-24}
+"""What operands are multiplied by to be the numbers of the cache, where they are not."""
 
 MAX_PIECE_ROWS: Final = 96
 """Up to here further rows cost nothing beside filling the matrix unit."""
@@ -64,6 +67,8 @@ def operands_for(q_dtype: str, kv_dtype: str, rows: int, chip: Chip) -> str:
     native = chip.one_byte_operands
     if q_dtype != "bfloat16":
         return "floats"
+    if kv_dtype == "int8" and not native:
+        return "words"
     if kv_dtype == "int8":
         return "integers" if kv_dtype in native and QUERY_PIECES * rows <= MAX_PIECE_ROWS else "floats"
     if kv_dtype == "float8_e4m3fn" and REBIASED in native:
@@ -72,7 +77,7 @@ def operands_for(q_dtype: str, kv_dtype: str, rows: int, chip: Chip) -> str:
 
 
 def as_operand(x: jax.Array, q_dtype: Any, operands: str) -> jax.Array:
-    """Keys or values as they are multiplied: `REBIASED_FACTOR` too small where that is how."""
+    """Keys or values as they are multiplied, but for `FACTOR`."""
     if operands == "floats":
         return x.astype(float_dtype(q_dtype, x.dtype))
     if operands != "rebiased":
@@ -82,6 +87,27 @@ def as_operand(x: jax.Array, q_dtype: Any, operands: str) -> jax.Array:
     others = jnp.int32(0x7F7F7F7F)
     sign = ((words & others) + others) | others
     return pltpu.bitcast(words & sign, jnp.dtype(REBIASED))
+
+
+def from_words(x: jax.Array, room: Any) -> jax.Array:
+    """int8 numbers `[heads, n, m]` as bfloat16, 2**24 times too large.
+
+    A float32 of eight significant bits is a bfloat16 in its upper half, so that two of them make a word.
+
+    Args:
+      x: the numbers; four of them along n are a word.
+      room: int32 memory `[heads, n / 2, m]`: of one word in two made of each, the first ones belong to the even rows.
+    """
+    words = pltpu.bitcast(x, jnp.int32)
+    highest = jnp.int32(-(2**24))
+    taken = (words << 24, (words << 16) & highest, (words << 8) & highest, words & highest)
+    first, second, third, fourth = (
+        jax.lax.bitcast_convert_type(number.astype(jnp.float32), jnp.int32) for number in taken
+    )
+    rows = words.shape[1]
+    room[:, pl.ds(0, rows, stride=2)] = jax.lax.shift_right_logical(first, 16) | second
+    room[:, pl.ds(1, rows, stride=2)] = jax.lax.shift_right_logical(third, 16) | fourth
+    return pltpu.bitcast(room[...], jnp.bfloat16)
 
 
 def split(x: jax.Array, bound: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
