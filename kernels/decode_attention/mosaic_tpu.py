@@ -79,7 +79,7 @@ class Config:
         that divides max_len of a dense one.
       block_q: new tokens of a grid step; at least q_len, or a multiple of 16.
       buffers: blocks in VMEM.
-      cores: over how many cores of a device the KV heads are divided.
+      cores: over how many cores of a device the KV heads are divided, or the sequences where the heads cannot be.
       pack: KV heads that are multiplied at a time.
       one_by_one: whether these packs are worked on one after the other instead of all at once: slower while rows are
         few, but it takes less VMEM, and lets more queries share what is read.
@@ -113,8 +113,9 @@ def _vmem_bytes() -> int:
 def heuristic(problem: Problem) -> Config:
     """Blocks that keep the memory busy and fit into the chip's VMEM, and what its matrix unit is fed with."""
     p, chip = problem, _chip()
-    cores = chip.cores if p.kv_heads % chip.cores == 0 else 1
-    token = _token_bytes(p) // cores
+    cores = next(n for n in (chip.cores, 1) if p.kv_heads % n == 0 or p.batch % n == 0)
+    kv_heads = _heads_of_a_core(p, cores)
+    token = _token_bytes(p) // p.kv_heads * kv_heads
     # Whole registers of logits, where the cache consists of such.
     unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
     # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
@@ -127,7 +128,7 @@ def heuristic(problem: Problem) -> Config:
         # Room for what is seen, wherever it begins.
         block_kv = min(block_kv, round_up(2 * (p.sliding_window + p.q_len), unit))
     room = _vmem_bytes() - BUFFERS * block_kv * token
-    heads = p.q_heads // cores
+    heads = kv_heads * p.group
     one_by_one = room // _query_bytes(p, block_kv, heads, heads) < p.q_len
     block_q = p.q_len
     if one_by_one:
@@ -136,9 +137,13 @@ def heuristic(problem: Problem) -> Config:
     pack, rows = 1, block_q * p.group
     if not one_by_one:
         fitting = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
-        pack = max((n for n in fitting if p.kv_heads // cores % n == 0), default=1)
+        pack = max((n for n in fitting if kv_heads % n == 0), default=1)
     operands = operands_for(p.q_dtype, p.kv_dtype, pack * rows, chip)
     return Config(block_kv, block_q, BUFFERS, cores, pack, one_by_one, operands)
+
+
+def _heads_of_a_core(problem: Problem, cores: int) -> int:
+    return problem.kv_heads // cores if problem.kv_heads % cores == 0 else problem.kv_heads
 
 
 def _query_bytes(problem: Problem, block_kv: int, heads: int, at_once: int) -> int:
@@ -223,8 +228,11 @@ def decode_attention(
     check(unit > 0, "config.block_kv", config.block_kv, f"a multiple of {grain} for this cache")
     fits = config.operands == "floats" or p.kv_dtype in OPERANDS[config.operands]
     check(fits, "config.operands", config.operands, f"'floats', or what multiplies {p.kv_dtype}")
-    check(p.kv_heads % config.cores == 0, "config.cores", config.cores, f"a divisor of the {p.kv_heads} KV heads")
-    heads = p.kv_heads // config.cores
+    divides = p.kv_heads % config.cores == 0 or p.batch % config.cores == 0
+    check(divides, "config.cores", config.cores, f"a divisor of {p.kv_heads} KV heads or of {p.batch} sequences")
+    heads = _heads_of_a_core(p, config.cores)
+    by_heads = heads < p.kv_heads or config.cores == 1
+    share = p.batch if by_heads else p.batch // config.cores
     check(heads % config.pack == 0, "config.pack", config.pack, f"a divisor of the {heads} KV heads of a core")
     block_q = min(config.block_q, p.q_len)
     whole = block_q == p.q_len or block_q % BLOCK_Q_MULTIPLE == 0
@@ -238,7 +246,9 @@ def decode_attention(
     # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads / pack, pack * q_len * group, head_dim]
     q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, group, p.head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads // config.pack, config.pack * p.q_len * group, p.head_dim)
-    view = View(_tokens_last(p), _gathers_scales(p), config.cores > 1, config.pack, config.one_by_one, config.operands)
+    view = View(
+        _tokens_last(p), _gathers_scales(p), heads < p.kv_heads, share, config.pack, config.one_by_one, config.operands
+    )
     stacked = inputs.layer is not None
     cache = [array if stacked else array[None] for array in (inputs.k, inputs.v)]
     if _tokens_last(p):
@@ -249,14 +259,14 @@ def decode_attention(
         scalars.append(inputs.page_table.reshape(-1))
 
     def at_queries(part: Any, b: Any, i: Any, *_: Any) -> tuple[Any, ...]:
-        return b, part, i, 0
+        return (b, part, i, 0) if by_heads else (part * share + b, 0, i, 0)
 
     queries = pl.BlockSpec((1, packs, rows, p.head_dim), at_queries)
     arrays, in_specs = [q, *cache], [queries, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(cache)]
     if inputs.sinks is not None:
         sinks = inputs.sinks.astype(jnp.float32).reshape(p.kv_heads, 1, group)
         arrays.append(jnp.broadcast_to(sinks, (p.kv_heads, block_q, group)).reshape(-1, rows, 1))
-        in_specs.append(pl.BlockSpec((packs, rows, 1), lambda part, *_: (part, 0, 0)))
+        in_specs.append(pl.BlockSpec((packs, rows, 1), lambda part, *_: (part if by_heads else 0, 0, 0)))
     slab = (p.head_dim, config.block_kv) if _tokens_last(p) else (config.block_kv, p.head_dim)
     rings = [pltpu.VMEM((config.buffers, heads, *slab), inputs.k.dtype)] * 2
     if p.has_scales:
@@ -270,7 +280,7 @@ def decode_attention(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(config.cores, p.batch, q_blocks),
+            grid=(config.cores, share, q_blocks),
             in_specs=in_specs,
             out_specs=[queries, pl.BlockSpec((1, packs, rows, 1), at_queries)],
             scratch_shapes=[

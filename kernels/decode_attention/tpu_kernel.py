@@ -32,6 +32,7 @@ class View:
       tokens_last: whether keys and values are `[…, head_dim, tokens]` instead of `[…, tokens, head_dim]`.
       gathered: whether the scales of a paged cache come without pages, `[1, batch, kv_heads, tokens]`.
       shared: whether the KV heads are divided between the cores.
+      share: sequences of a core, which are divided between the cores where the heads are not.
       pack: KV heads that are multiplied at a time.
       one_by_one: whether packs are worked on one after the other, or all at once.
       operands: one of `tpu_products.OPERANDS`.
@@ -40,6 +41,7 @@ class View:
     tokens_last: bool
     gathered: bool
     shared: bool
+    share: int
     pack: int
     one_by_one: bool
     operands: str
@@ -75,6 +77,9 @@ def kernel(
     sinks_ref = next(left) if p.has_sinks else None
     out_ref, lse_ref, wide_ref, factor_ref, m_ref, l_ref, acc_ref, cursor, arrived, *rings = left
     part, b, i = (pl.program_id(axis) for axis in range(3))
+    is_first = (b == 0) & (i == 0)
+    first_sequence = 0 if view.shared else part * view.share
+    b += first_sequence
     packs, rows = q_ref.shape[1:3]
     heads = packs * view.pack
     integers = view.operands == "integers"
@@ -120,9 +125,10 @@ def kernel(
         parts += [scales(2), scales(3)]
     buffers = rings[0].shape[0]
     contiguous = table_ref is None and sight.block_kv <= p.max_len
-    stream = Stream(sight, p.batch, buffers, lengths_ref, cursor, tuple(parts), contiguous)
+    sequences = (first_sequence, first_sequence + view.share)
+    stream = Stream(sight, *sequences, buffers, lengths_ref, cursor, tuple(parts), contiguous)
 
-    pl.when((b == 0) & (i == 0))(stream.begin)
+    pl.when(is_first)(stream.begin)
 
     # Rows of a pack see the head that they are of: the rest of its width meets zeros.
     of_head = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) // (rows // view.pack)

@@ -99,7 +99,8 @@ class Stream:
 
     Attributes:
       sight: which tokens are seen.
-      batch: sequences.
+      first: the sequence that it begins with.
+      end: the one after the last.
       buffers: of the ring; all but the one that is worked on are on their way.
       lengths: in SMEM, `[batch]`.
       cursor: in SMEM: the batch index, query block and block to fetch next, and how many blocks were fetched and taken.
@@ -108,7 +109,8 @@ class Stream:
     """
 
     sight: Sight
-    batch: int
+    first: Any
+    end: Any
     buffers: int
     lengths: Any
     cursor: Any
@@ -119,7 +121,7 @@ class Stream:
         """Sets out at the first block of all and fills the ring but for one buffer."""
         self.cursor[3] = 0
         self.cursor[4] = 0
-        self._move_to(0, 0)
+        self._move_to(self.first, 0)
 
         def fetch(_: Any, carry: int) -> int:
             self.fetch()
@@ -131,7 +133,7 @@ class Stream:
         """Starts the next block on its way, if there is one; its buffer must not be in use."""
         b, i, block, fetched = (self.cursor[n] for n in range(4))
 
-        @pl.when(b < self.batch)
+        @pl.when(b < self.end)
         def _fetch() -> None:
             self._start(b, i, block, jax.lax.rem(fetched, self.buffers))
             self.cursor[2] = block + 1
@@ -203,11 +205,11 @@ class Stream:
         """Points the cursor at the first block of (b, i), or of what comes next where that sees nothing."""
 
         def blocks(b: Any, i: Any) -> tuple[Any, Any]:
-            return self.sight.blocks(self.lengths[jnp.minimum(b, self.batch - 1)], i)
+            return self.sight.blocks(self.lengths[jnp.minimum(b, self.end - 1)], i)
 
         def sees_nothing(at: tuple[Any, Any]) -> Any:
             first, end = blocks(*at)
-            return (at[0] < self.batch) & (first >= end)
+            return (at[0] < self.end) & (first >= end)
 
         b, i = jax.lax.while_loop(sees_nothing, lambda at: self._after(*at), (jnp.int32(b), jnp.int32(i)))
         self.cursor[0] = b
