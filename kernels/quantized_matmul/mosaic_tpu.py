@@ -29,10 +29,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
-from palladion.kernels.devices import target_chip
+from palladion.kernels.devices import Chip, target_chip
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
-from palladion.kernels.quantized_matmul.tpu_kernel import Plan, bits_dtype, kernel
-from palladion.kernels.quantized_matmul.tpu_weights import SCALED, best, widenings
+from palladion.kernels.quantized_matmul.tpu_kernel import bits_dtype, kernel
+from palladion.kernels.quantized_matmul.tpu_plan import Plan
+from palladion.kernels.quantized_matmul.tpu_weights import NEWER, best, is_narrow, widenings
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, round_up, tile_rows
 from palladion.reference.quantization import PACK_BLOCK, quantize_rows
 
@@ -43,20 +44,32 @@ MAX_BLOCK_ROWS: Final = 256
 
 MAX_BLOCK_OUT: Final = 4096
 
+STARTS_IN_A_BLOCK: Final = 2
+"""A block of the weight takes as long to arrive as so many starts: what a step costs however small it is."""
+
+CYCLES_TO_START: Final = 400
+"""Of a grid step, besides the latency of a transfer: its scalar code, and the way through the matrix unit."""
+
+LEAST_BLOCKS: Final = 6
+"""Of a core: nothing is computed while the first one arrives, and nothing arrives while the last one is computed."""
+
 BLOCK_BYTES: Final = 2 * 2**20
-"""Codes that a grid step reads: enough that the time to start a transfer (up to 1 µs) does not count."""
+"""A block of the weight for a chip that is not known."""
 
 LANES_AT_A_TIME: Final = 512
 """Output channels that are multiplied at a time: their products stay in registers."""
+
+BUFFERS: Final = 3
+"""Blocks of the weight in VMEM: one that is worked on, the others on their way."""
+
+MOST_STACKED_ROWS: Final = 128
+"""Rows of x, copies for groups that share the matrix unit among them, beyond which weights are scaled in less time."""
 
 LEAST_VMEM: Final = 16 * 2**20
 """Of a core of the smallest TPU: what an interpreted kernel keeps to."""
 
 CHUNK: Final = 512
 """Weights along `in` that are multiplied at a time where no group says otherwise."""
-
-SCALED_WEIGHTS: Final = 256 * 2**10
-"""Weights that are scaled at a time: 1 MB of float32."""
 
 LONGEST_FLOAT32_SUM: Final = 128
 """Products that are added up in one go where float32 is asked for: the rounding of longer sums would show."""
@@ -72,6 +85,7 @@ class Config:
       block_in: weights along `in` of a grid step; divides `in`.
       chunk: weights along `in` that are multiplied at a time; divides block_in.
       widening: name of the way to widen codes, one of `tpu_weights.widenings(scheme)`.
+      scales_weights: whether scales are applied to weights, and not to products; where groups have scales of their own.
     """
 
     block_rows: int
@@ -79,6 +93,7 @@ class Config:
     block_in: int
     chunk: int
     widening: str
+    scales_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, multiple in (("block_rows", SUBLANES), ("block_out", LANES)):
@@ -90,31 +105,59 @@ class Config:
 
 
 def heuristic(problem: Problem) -> Config:
-    """Transfers that are large enough for the memory, in chunks that suit the matrix unit of the chip traced for."""
+    """Blocks that are large enough for the memory, in chunks that suit the matrix unit of the chip traced for."""
     p = problem
     chip = target_chip()
-    widening = SCALED if _scale_weights(p) else best(p, chip)
-    depth = 256 if chip is None or chip.name in ("v6e", "v7x") else 128
+    depth = 256 if chip is None or chip.name in NEWER else 128
+    scales_weights = _scale_weights(p, depth)
+    widening = best(p, chip, scales_weights)
     block_rows = min(round_up(p.rows, SUBLANES), MAX_BLOCK_ROWS)
-    chunk = _chunk(p, widening, depth)
-    block_in = _block_in(p, chunk)
+    chunk = _chunk(p, scales_weights, depth)
+    block_bytes = _block_bytes(p, chip)
+    block_in = _block_in(p, chunk, block_bytes)
     stored = block_in // _codes_per_byte(p) * p.parts  # bytes of a channel
-    channels = p.result_features
-    most = min(max(LANES, BLOCK_BYTES // stored // LANES * LANES), MAX_BLOCK_OUT)
-    block_out = round_up(pl.cdiv(channels, pl.cdiv(channels, most)), LANES)
-    if p.gated:
-        # The up's blocks begin where the gate's end.
-        block_out = next((size for size in range(block_out, 0, -LANES) if channels % size == 0), LANES)
-    config = Config(block_rows, block_out, block_in, chunk, widening)
-    while config.block_rows > SUBLANES and _vmem_bytes(_plan(p, config)) > _vmem_limit():
-        config = dataclasses.replace(config, block_rows=round_up(config.block_rows // 2, SUBLANES))
+    most = min(max(LANES, block_bytes // stored // LANES * LANES), MAX_BLOCK_OUT)
+    config = Config(block_rows, _block_out(p, most), block_in, chunk, widening, scales_weights)
+    while _vmem_bytes(_plan(p, config)) > _vmem_limit():
+        if config.block_out > 2 * LANES:
+            config = dataclasses.replace(config, block_out=_block_out(p, config.block_out - LANES))
+        elif config.block_rows > SUBLANES:
+            config = dataclasses.replace(config, block_rows=round_up(config.block_rows // 2, SUBLANES))
+        else:
+            break
     return config
 
 
-def _scale_weights(problem: Problem) -> bool:
-    """Whether scaling the weights costs the vector unit less than scaling the products of many rows."""
+def _scale_weights(problem: Problem, depth: int) -> bool:
+    """Whether scaling the weights takes less time than scaling products, for which rows are copied for every group."""
     group = problem.scheme.group_size
-    return group is not None and group % PACK_BLOCK == 0 and problem.rows > group
+    if group is None or group % PACK_BLOCK:
+        return False
+    if not is_narrow(problem):
+        return problem.rows > group  # float32 weights are multiplied in six passes
+    return problem.rows * max(1, depth // group) > MOST_STACKED_ROWS
+
+
+def _block_bytes(problem: Problem, chip: Chip | None) -> int:
+    """Codes of a block."""
+    if chip is None:
+        return BLOCK_BYTES
+    start = chip.dma_latency_seconds + CYCLES_TO_START / chip.clock_hertz
+    rate = chip.hbm_bytes_per_second / chip.cores
+    codes = problem.in_features * problem.out_features // _codes_per_byte(problem)
+    smallest, largest = int(start * rate / 2), int(STARTS_IN_A_BLOCK * start * rate)
+    return min(max(codes // chip.cores // LEAST_BLOCKS, smallest), largest)
+
+
+def _block_out(problem: Problem, most: int) -> int:
+    """Channels of a block, no more than that: all of them, or a multiple of 128."""
+    channels = problem.result_features
+    if channels % LANES and channels <= 2 * most:
+        return round_up(channels, LANES)  # otherwise the last few channels take a call of their own
+    if problem.gated:
+        # The up's blocks begin where the gate's end.
+        return next((size for size in range(most // LANES * LANES, 0, -LANES) if channels % size == 0), LANES)
+    return round_up(pl.cdiv(channels, pl.cdiv(channels, most)), LANES)
 
 
 def _codes_per_byte(problem: Problem) -> int:
@@ -128,17 +171,17 @@ def _chunks(problem: Problem) -> list[int]:
     return [*(size for size in range(step, n, step) if n % size == 0 and size % group == 0), n]
 
 
-def _chunk(problem: Problem, widening: str, depth: int) -> int:
+def _chunk(problem: Problem, scales_weights: bool, depth: int) -> int:
     """What is multiplied at a time: all that a group has, or several groups where the matrix unit is deeper."""
     p = problem
-    if widening == SCALED or p.scheme.group_size is None:
+    if scales_weights or p.scheme.group_size is None:
         longest = LONGEST_FLOAT32_SUM if p.out_dtype == "float32" and p.x_dtype == "float32" else CHUNK
     else:
         longest = max(depth, p.scheme.group_size)
     return max((size for size in _chunks(p) if size <= longest), default=min(_chunks(p)))
 
 
-def _block_in(problem: Problem, chunk: int) -> int:
+def _block_in(problem: Problem, chunk: int, block_bytes: int) -> int:
     """All of `in`, or the largest share of it of which a few hundred channels are no more than two transfers."""
     p = problem
     group = p.scheme.group_size
@@ -151,7 +194,7 @@ def _block_in(problem: Problem, chunk: int) -> int:
     shares = (n for n in range(1, p.in_features // chunk + 1) if p.in_features // chunk % n == 0)
     sizes = [p.in_features // n for n in shares if n == 1 or possible(p.in_features // n)]
     least_channels = min(4 * LANES, round_up(p.result_features, LANES)) * p.parts
-    small = (size for size in sizes if size // _codes_per_byte(p) * least_channels <= 2 * BLOCK_BYTES)
+    small = (size for size in sizes if size // _codes_per_byte(p) * least_channels <= 2 * block_bytes)
     return max(small, default=min(sizes))
 
 
@@ -164,16 +207,16 @@ def _vmem_limit() -> int:
 def _vmem_bytes(plan: Plan) -> int:
     """What the blocks of a grid step and what is made of them take in VMEM."""
     p = plan.problem
+    lanes = min(plan.lanes, plan.block_out)
     factors = round_up(plan.groups, SUBLANES) * 4 * (1 if p.scheme.offset == "none" else 2)
-    weights = 2 * p.parts * plan.block_out * (plan.block_in // _codes_per_byte(p) + factors)
-    x = 2 * p.in_features * plan.stacked_rows * jnp.dtype(plan.x_operand).itemsize
+    weights = plan.buffers * p.parts * plan.block_out * (plan.block_in // _codes_per_byte(p) + factors)
+    x = p.in_features * plan.stacked_rows * jnp.dtype(plan.x_operand).itemsize
     if plan.needs_sums:
-        columns = plan.groups // plan.together
-        x += 2 * plan.sum_blocks * plan.together * plan.block_rows * round_up(columns, LANES) * 4
-    products = plan.masked * plan.stacked_rows * plan.block_out * 4
-    totals = (2 * p.parts + 2) * plan.block_rows * plan.block_out * 4
-    operands = 2 * plan.chunk * plan.block_out * jnp.dtype(plan.widen.operand).itemsize
-    return weights + x + products + totals + operands
+        x += plan.sum_blocks * plan.block_rows * round_up(plan.groups, LANES) * 4
+    results = (2 + (p.parts if plan.in_blocks > 1 else 0)) * plan.block_rows * plan.block_out * 4
+    products = (plan.masked * plan.stacked_rows + (p.parts + 1) * plan.block_rows) * lanes * 4
+    operands = 2 * plan.chunk * lanes * jnp.dtype(plan.widen.operand).itemsize
+    return weights + x + results + 2 * (products + operands + factors * lanes)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -188,6 +231,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def _plan(problem: Problem, config: Config) -> Plan:
+    chip = target_chip()
     return Plan(
         problem=problem,
         widening=config.widening,
@@ -196,6 +240,9 @@ def _plan(problem: Problem, config: Config) -> Plan:
         block_in=config.block_in,
         chunk=config.chunk,
         lanes=LANES_AT_A_TIME,
+        buffers=BUFFERS,
+        cores=1 if chip is None else chip.cores,
+        scales_weights=config.scales_weights,
     )
 
 
@@ -211,58 +258,65 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     config = config or heuristic(p)
     _check(p, config)
     plan = _plan(p, config)
-    row_blocks = pl.cdiv(p.rows, plan.block_rows)
-    out_blocks = pl.cdiv(p.result_features, plan.block_out)
-    x = jnp.pad(inputs.x, ((0, row_blocks * plan.block_rows - p.rows), (0, 0)))
-    arrays, specs = [], []
+    whole = p.result_features // LANES * LANES
+    if plan.block_out == p.result_features or whole == p.result_features:
+        out = _run(plan, inputs, 0, interpret)
+    else:
+        # No transfer ends within a tile but that of a whole buffer: the last channels have buffers of their own.
+        widths = {0: whole, whole: p.result_features - whole}
+        plans = {first: _plan(dataclasses.replace(p, out_features=width), config) for first, width in widths.items()}
+        out = jnp.concatenate([_run(plan, inputs, first, interpret) for first, plan in plans.items()], axis=1)
+    return out[: p.rows].astype(p.out_dtype)
 
-    def take(array: jax.Array, block: tuple[int, ...], index: Any) -> None:
-        arrays.append(array)
-        specs.append(pl.BlockSpec(block, index))
 
-    for array in _by_rows(plan, x.reshape(row_blocks, plan.block_rows, p.in_features)):
-        take(array, (1, *array.shape[1:]), lambda i, *_, n=array.ndim: (i, *[0] * (n - 1)))
+def _run(plan: Plan, inputs: Inputs, first: int, interpret: Any) -> jax.Array:
+    """As many channels of the result as the plan's problem has, from `first` on: `[rows of all blocks, channels]`."""
+    p, blocks = plan.problem, plan.blocks(first)
+    x = jnp.pad(inputs.x, ((0, blocks.row_blocks * plan.block_rows - p.rows), (0, 0)))
+    by_rows = _by_rows(plan, x.reshape(blocks.row_blocks, plan.block_rows, p.in_features))
     if plan.together > 1:
-        masks = jnp.asarray(plan.masks())
-        arrays.insert(1, masks)
-        specs.insert(1, pl.BlockSpec(masks.shape, lambda *_: (0, 0, 0)))
+        by_rows.insert(1, jnp.asarray(plan.masks())[None])
     by_channels = _by_channels(p, inputs)
-    for part in range(p.parts):
-        for array, stacked in by_channels:
-            along_in = array.shape[1] > 1 and plan.in_blocks > 1
-
-            def index(
-                _: Any,
-                j: Any,
-                k: Any,
-                layer: Any,
-                *,
-                part: int = part,
-                stacked: bool = stacked,
-                along_in: bool = along_in,
-            ) -> Any:
-                return layer[0] if stacked else 0, k if along_in else 0, j + part * out_blocks
-
-            take(array, (1, array.shape[1] // (plan.in_blocks if along_in else 1), plan.block_out), index)
+    buffers = [
+        pltpu.VMEM(
+            (plan.buffers, array.shape[1] // (plan.in_blocks if array.shape[1] > 1 else 1), plan.block_out), array.dtype
+        )
+        for array, _ in by_channels
+    ]
     totals = p.parts if plan.in_blocks > 1 else 0
-    out = pl.pallas_call(
-        fresh_kernel(kernel, plan=plan),
+    return pl.pallas_call(
+        fresh_kernel(
+            kernel, plan=plan, first=first, by_rows=len(by_rows), stacked=tuple(stacked for _, stacked in by_channels)
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(row_blocks, out_blocks, plan.in_blocks),
-            in_specs=specs,
-            out_specs=pl.BlockSpec((plan.block_rows, plan.block_out), lambda i, j, *_: (i, j)),
-            scratch_shapes=[pltpu.VMEM((plan.block_rows, plan.block_out), plan.total_dtype)] * totals,
+            grid=(blocks.cores, blocks.row_blocks, blocks.of_a_core, plan.in_blocks),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(by_rows) + len(by_channels)),
+            out_specs=pl.BlockSpec(
+                (plan.block_rows, plan.block_out), lambda core, i, j, *_: (i, blocks.of_all(core, j))
+            ),
+            scratch_shapes=[
+                *(pltpu.VMEM(array.shape[1:], array.dtype) for array in by_rows),
+                *buffers * p.parts,
+                pltpu.SemaphoreType.DMA((len(by_rows),)),
+                pltpu.SemaphoreType.DMA((p.parts * len(buffers), plan.buffers)),
+                *[pltpu.VMEM((plan.block_rows, plan.block_out), plan.total_dtype)] * totals,
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], p.result_features), _storable(p.out_dtype)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_vmem_limit() // 6 * 7
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_vmem_limit() // 6 * 7,
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),
         interpret=interpret,
         name=f"quantized_matmul_{p.scheme}_{plan.widening}".replace("-", "_"),
-    )(jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None], *arrays)
-    return out[: p.rows].astype(p.out_dtype)
+    )(
+        jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None],
+        *by_rows,
+        *(array for array, _ in by_channels),
+    )
 
 
 def _storable(dtype: str) -> str:
@@ -276,6 +330,9 @@ def _check(problem: Problem, config: Config) -> None:
     known = tuple(widenings(p.scheme))
     check(config.widening in known, "config.widening", config.widening, f"one of {', '.join(known)}")
     check(config.chunk in _chunks(p), "config.chunk", config.chunk, f"one of {_chunks(p)}")
+    exact = widenings(p.scheme)[config.widening]
+    right = not config.scales_weights or (p.scheme.group_size is not None and exact.unit == 1 and exact.offset == 0)
+    check(right, "config.scales_weights", True, f"False for {p.scheme} and {config.widening}")
     check(p.in_features % config.block_in == 0, "config.block_in", config.block_in, f"a divisor of {p.in_features}")
     whole = not p.gated or p.result_features % config.block_out == 0
     check(whole, "config.block_out", config.block_out, f"a divisor of the gate's {p.result_features} channels")
@@ -288,15 +345,12 @@ def _by_rows(plan: Plan, x: jax.Array) -> list[jax.Array]:
     scales = []
     if p.quantize_x is not None:
         x, scale = quantize_rows(x, p.quantize_x)
-        scales = [scale[:, :, None]]
+        scales = [scale[:, None, :, None]]
     wide = x.astype(jnp.float32)
     sums = []
     if plan.needs_sums:
-        size = p.in_features // (plan.sum_blocks * plan.groups)
-        by_group = jnp.sum(wide.reshape(*x.shape[:2], -1, size), axis=3)  # [row_blocks, block_rows, groups]
-        apart = by_group.reshape(*x.shape[:2], plan.sum_blocks, -1, plan.together)
-        by_block = apart.transpose(0, 2, 4, 1, 3)  # [row_blocks, in_blocks, together, block_rows, chunks]
-        sums = [by_block.reshape(row_blocks, plan.sum_blocks, plan.together * block_rows, -1)]
+        by_group = wide.reshape(row_blocks, block_rows, plan.sum_blocks, plan.groups, -1).sum(axis=4)
+        sums = [by_group.transpose(0, 2, 1, 3)]  # [row_blocks, sum_blocks, block_rows, groups]
     pieces = _split(wide, plan.pieces) if plan.pieces > 1 else [x]
     operands = jnp.stack([piece.astype(plan.x_operand) for piece in pieces] * plan.slots, axis=1)
     stacked = plan.widen.arrange(operands, plan.chunk).reshape(row_blocks, -1, plan.in_blocks, plan.block_in)

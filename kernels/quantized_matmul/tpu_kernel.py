@@ -7,183 +7,101 @@ A step multiplies by a block of the weight, chunk after chunk along `in`. Produc
 
 Scaled products cost the vector unit what the rows of x are, scaled weights what the weights are: products for few rows.
 Groups that are smaller than the matrix unit is deep share a chunk: each has copies of the rows of x, with zeros in the
-columns of the others, and so a product of its own. `Plan` says how these rows are stacked.
+columns of the others, and so a product of its own. `tpu_plan.py` says how these rows are stacked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.tpu_weights import SCALED, Widening, narrow_float, widenings
-from palladion.kernels.tpu_layout import SUBLANES, round_up, tile_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a call is cut up, and how the rows of x are stacked.
-
-    Attributes:
-      problem: the call.
-      widening: name of the way to widen codes.
-      block_rows: rows of x in a grid step.
-      block_out: output channels of a grid step.
-      block_in: weights along `in` of a grid step.
-      chunk: weights along `in` that are multiplied at a time.
-      lanes: output channels that are multiplied at a time.
-    """
-
-    problem: Problem
-    widening: str
-    block_rows: int
-    block_out: int
-    block_in: int
-    chunk: int
-    lanes: int
-
-    @property
-    def widen(self) -> Widening:
-        """The widening of that name."""
-        return widenings(self.problem.scheme)[self.widening]
-
-    @property
-    def scales_weights(self) -> bool:
-        """Whether weights are scaled before they are multiplied, and not their products."""
-        return self.widening == SCALED
-
-    @property
-    def x_operand(self) -> str:
-        """The dtype in which x is multiplied."""
-        if self.scales_weights:
-            return self.problem.dot_dtype
-        return "int8" if self.widen.operand == "int8" else "bfloat16"
-
-    @property
-    def pieces(self) -> int:
-        """The bfloat16 numbers that a float32 x is split into: their 8 bits each are what the result shows of it."""
-        if self.scales_weights or self.problem.quantize_x is not None or self.problem.x_dtype == "bfloat16":
-            return 1
-        return 3 if self.problem.out_dtype == "float32" else 2
-
-    @property
-    def together(self) -> int:
-        """Groups that share a chunk, each with rows of x of its own."""
-        if self.scales_weights or self.problem.scheme.group_size is None:
-            return 1
-        return self.chunk // self.problem.group_size
-
-    @property
-    def slots(self) -> int:
-        """Groups whose rows share a tile of x."""
-        tile = tile_rows(self.x_operand)
-        fitting = tile // math.gcd(self.pieces * self.block_rows, tile)
-        return fitting if self.together % fitting == 0 else 1
-
-    @property
-    def stacked_rows(self) -> int:
-        """Rows of x as they are multiplied: by slot, then by piece; padded to whole tiles."""
-        return round_up(self.slots * self.pieces * self.block_rows, tile_rows(self.x_operand))
-
-    @property
-    def masked(self) -> int:
-        """Copies of the stacked rows that a chunk is multiplied with, each with columns of other groups."""
-        return self.together // self.slots
-
-    @property
-    def in_blocks(self) -> int:
-        """Grid steps along `in`."""
-        return self.problem.in_features // self.block_in
-
-    @property
-    def groups(self) -> int:
-        """Scales of an output channel in a grid step."""
-        return 1 if self.problem.scheme.group_size is None else self.block_in // self.problem.group_size
-
-    @property
-    def needs_sums(self) -> bool:
-        """Whether sums of x are needed, for what was added to codes or weights."""
-        if self.scales_weights:
-            return self.problem.scheme.offset == "minimums"
-        return self.constant_offset != 0 or self.problem.scheme.offset != "none"
-
-    @property
-    def sum_blocks(self) -> int:
-        """Blocks of sums along `in`: one where products are scaled after the last step."""
-        return 1 if self.problem.scheme.group_size is None and not self.scales_weights else self.in_blocks
-
-    @property
-    def constant_offset(self) -> float:
-        """What is in every operand too much, as far as it is the same in all."""
-        return self.widen.offset + self.problem.scheme.implied_zero / self.widen.unit
-
-    @property
-    def sum_dtype(self) -> Any:
-        """In what products are added up before they are scaled."""
-        return jnp.int32 if self.x_operand == "int8" else jnp.float32
-
-    @property
-    def total_dtype(self) -> Any:
-        """In what the steps along `in` are added up: products as they are where all of `in` shares a scale."""
-        return self.sum_dtype if self.problem.scheme.group_size is None else jnp.float32
-
-    def masks(self) -> np.ndarray:
-        """Which columns of a chunk each stacked row keeps, as words of all ones: `[together / slots, words, chunk]`."""
-        column = self.widen.arrange(np.arange(self.chunk) // self.problem.group_size, self.chunk)
-        slot = np.arange(self.stacked_rows) // (self.pieces * self.block_rows)
-        first = np.arange(0, self.together, self.slots)
-        kept = column == (first[:, None] + slot)[:, :: tile_rows(self.x_operand) // SUBLANES, None]
-        return -kept.astype(np.int32)
+from palladion.kernels.quantized_matmul.tpu_plan import Plan
+from palladion.kernels.quantized_matmul.tpu_stream import Source, Stream
+from palladion.kernels.quantized_matmul.tpu_weights import narrow_float
+from palladion.kernels.tpu_layout import SUBLANES
 
 
 def kernel(
     layer_ref: Any,  # [1] in SMEM
-    x_ref: Any,  # [1, in_blocks, stacked_rows, block_in]
-    # As far as there are any: masks [together / slots, words, chunk]; sums of x [1, blocks, together * block_rows,
-    # chunks], a row for each row of x and group of a chunk; scales of x [1, block_rows, 1]. Then for each part: codes
-    # [1, rows, block_out], scales, zeros, minimums [1, groups, block_out] and bias [1, 1, block_out]. Then out
-    # [block_rows, block_out], and where there are several steps along `in` a total of each part.
+    # What is multiplied, in HBM. By rows: x [row_blocks, in_blocks, stacked_rows, block_in], and as far as there are
+    # any masks [1, together / slots, words, chunk], sums of x [row_blocks, blocks, block_rows, groups], scales of x
+    # [row_blocks, 1, block_rows, 1]. By channels: codes [layers, rows, out], scales, zeros, minimums
+    # [layers, groups, out], bias [1, 1, out].
     *refs: Any,
     plan: Plan,
+    first: int,  # channel
+    by_rows: int,  # arrays
+    stacked: tuple[bool, ...],  # which arrays by channels have layers
 ) -> None:
     """A grid step: multiplies its blocks, adds the product to those before, finishes after the last along `in`."""
-    del layer_ref  # for the index maps
     p = plan.problem
     left = iter(refs)
-    masks_ref = next(left) if plan.together > 1 else None
-    step = pl.program_id(2)
+    core, i, j, step = (pl.program_id(axis) for axis in range(4))
+
+    def take(count: int) -> list[Any]:
+        return list(itertools.islice(left, count))
+
+    rows_in_hbm, sources = take(by_rows), take(len(stacked))
+    (out_ref,) = take(1)  # [block_rows, block_out]
+    rows_refs, buffers = take(by_rows), take(len(sources) * p.parts)
+    loaded, arrived, *total_refs = left  # semaphores; totals of the parts where there are several steps along `in`
+    stream = Stream(
+        plan.blocks(first),
+        core,
+        tuple(
+            Source(ref, layer_ref[0] if has_layers else 0, along_in=plan.in_blocks > 1 and ref.shape[1] > 1)
+            for ref, has_layers in zip(sources, stacked, strict=True)
+        ),
+        tuple(buffers),
+        arrived,
+    )
+    number = stream.blocks.number(i, j, step)
+
+    @pl.when((j == 0) & (step == 0))
+    def _load() -> None:
+        places = [(ref.at[i if ref.shape[0] > 1 else 0], to) for ref, to in zip(rows_in_hbm, rows_refs, strict=True)]
+        copies = [pltpu.make_async_copy(ref, to, loaded.at[n]) for n, (ref, to) in enumerate(places)]
+        for copy in copies:
+            copy.start()
+        pl.when(number == 0)(stream.begin)
+        for copy in copies:
+            copy.wait()
+
+    buffer = stream.take(number)
+    of_rows = iter(rows_refs)
     block = step if plan.in_blocks > 1 else 0
-    sums_ref = next(left).at[0, block if plan.sum_blocks > 1 else 0] if plan.needs_sums else None
-    x_scales_ref = next(left) if p.quantize_x is not None else None
-    rows = _Rows(plan, x_ref.at[0, block], masks_ref, sums_ref)
-    parts = [_Part.of(left, p) for _ in range(p.parts)]
-    out_ref, *total_refs = left
+    x_ref = next(of_rows).at[block]
+    masks_ref = next(of_rows) if plan.together > 1 else None
+    sums_ref = next(of_rows).at[block if plan.sum_blocks > 1 else 0] if plan.needs_sums else None
+    x_scales_ref = next(of_rows) if p.quantize_x is not None else None
+    rows = _Rows(plan, x_ref, masks_ref, sums_ref)
+    at_hand = iter(ref.at[pl.ds(buffer, 1)] for ref in buffers)
+    parts = [_Part.of(at_hand, p) for _ in range(p.parts)]
 
     def finish(totals: list[jax.Array], lanes: slice) -> None:
         products = []
         for part, total in zip(parts, totals, strict=True):
             part = part.at(lanes)
             y = total
-            if p.scheme.group_size is None and not plan.scales_weights:
-                y = rows.scale(y.astype(jnp.float32), part, 0, 0)
+            if not plan.grouped:
+                y = rows.scale(y, part)
             y = y if plan.widen.unit == 1 else y * plan.widen.unit
             if x_scales_ref is not None:
                 y = y * x_scales_ref[0]
             products.append(y if part.bias is None else y + part.bias[0])
         out_ref[:, lanes] = p.finish(products).astype(out_ref.dtype)
 
-    multiply = rows.times_scaled if plan.scales_weights else rows.times
     for first in range(0, plan.block_out, plan.lanes):
         lanes = slice(first, min(first + plan.lanes, plan.block_out))
-        totals = [multiply(part.at(lanes)) for part in parts]
+        totals = [rows.times(part.at(lanes)) for part in parts]
         if total_refs:
             for ref, total in zip(total_refs, totals, strict=True):
                 ref[:, lanes] = jnp.where(step == 0, 0, ref[:, lanes]) + total
@@ -226,17 +144,17 @@ class _Part:
         refs = (self.codes, self.scale_ref, self.zero_ref, self.minimum_ref, self.bias)
         return _Part(self.problem, *(None if ref is None else ref.at[:, :, lanes] for ref in refs))
 
-    def scales(self, groups: slice) -> jax.Array:
-        """Scales of some groups in float32: `[groups, out]`."""
-        return _factor(self.scale_ref, groups, self.problem.scale_dtype)
+    def scales(self) -> jax.Array:
+        """Scales in float32: `[groups, out]`."""
+        return _factor(self.scale_ref, self.problem.scale_dtype)
 
-    def zeros(self, groups: slice) -> jax.Array | None:
-        """Zero points of some groups, where there are any."""
-        return None if self.zero_ref is None else _factor(self.zero_ref, groups, self.codes.dtype.name)
+    def zeros(self) -> jax.Array | None:
+        """Zero points, where there are any."""
+        return None if self.zero_ref is None else _factor(self.zero_ref, self.codes.dtype.name)
 
-    def minimums(self, groups: slice) -> jax.Array | None:
-        """Minimums of some groups, where there are any."""
-        return None if self.minimum_ref is None else _factor(self.minimum_ref, groups, self.problem.scale_dtype)
+    def minimums(self) -> jax.Array | None:
+        """Minimums, where there are any."""
+        return None if self.minimum_ref is None else _factor(self.minimum_ref, self.problem.scale_dtype)
 
 
 def bits_dtype(dtype: str) -> str:
@@ -244,9 +162,9 @@ def bits_dtype(dtype: str) -> str:
     return {"float8_e8m0fnu": "uint8", "float16": "int16"}.get(dtype, dtype)
 
 
-def _factor(ref: Any, groups: slice, dtype: str) -> jax.Array:
-    """Scales, zeros or minimums of some groups, which are of that dtype, in float32: `[groups, out]`."""
-    values: jax.Array = ref[0, groups]
+def _factor(ref: Any, dtype: str) -> jax.Array:
+    """Scales, zeros or minimums, which are of that dtype, in float32: `[groups, out]`."""
+    values: jax.Array = ref[0]
     if dtype == "float8_e8m0fnu":  # an exponent
         return jax.lax.bitcast_convert_type(values.astype(jnp.int32) << 23, jnp.float32)
     if dtype == "float16":
@@ -271,54 +189,76 @@ class _Rows:
     sums: Any
 
     def times(self, part: _Part) -> jax.Array:
-        """x times the operands, products scaled but where all of `in` shares a scale: `[block_rows, block_out]`."""
+        """x times the weights, but for a scale that all of `in` shares: `[block_rows, block_out]`."""
         plan = self.plan
-        grouped = plan.problem.scheme.group_size is not None
         total = jnp.zeros((plan.block_rows, part.codes.shape[2]), plan.total_dtype)
+        # Read whole: rows that are read one by one are turned about before they are spread.
+        scales, offset = part.scales(), self._offset(part)
         for chunk in range(plan.block_in // plan.chunk):
             operands = plan.widen.widen(self._codes(part, chunk))
-            products = jnp.concatenate([_dot(x, operands, plan.sum_dtype)[: self._used] for x in self._stacked(chunk)])
+            if plan.scales_weights:
+                x = self._chunk(chunk)[: plan.block_rows]
+                total += _dot(x, self._scaled(operands, scales, offset, chunk), plan.sum_dtype)
+                continue
+            products = _dot(jnp.concatenate(self._stacked(chunk)), operands, plan.sum_dtype)
             for group in range(plan.together):
                 product = self._one(products, group)
-                if grouped:
-                    product = self.scale(product.astype(jnp.float32), part, chunk, group)
+                if plan.grouped:
+                    number = chunk * plan.together + group
+                    row = slice(number, number + 1)
+                    product = product.astype(jnp.float32)
+                    if plan.offsets_first and self.sums is not None:
+                        product -= self.sums[:, row] * (offset if isinstance(offset, float) else offset[row])
+                    product = _times_row(product, scales[row])
                 total += product
+        if plan.grouped and self.sums is not None:
+            total = total + self._offsets(scales, offset, part.minimums())
         return total
 
-    def scale(self, product: jax.Array, part: _Part, chunk: int, group: int) -> jax.Array:
-        """Applies scale and offset of a group to its product `[block_rows, block_out]` in float32."""
+    def scale(self, product: jax.Array, part: _Part) -> jax.Array:
+        """Applies the scale and the offset that all of `in` shares to the product `[block_rows, block_out]`."""
         plan = self.plan
-        row = slice(chunk * plan.together + group, chunk * plan.together + group + 1)
-        column: Any = None  # sums of x
+        product = product.astype(jnp.float32)
+        offset, minimums = self._offset(part), part.minimums()
         if self.sums is not None:
-            rows = slice(group * plan.block_rows, (group + 1) * plan.block_rows)
-            column = self.sums[rows, chunk : chunk + 1]
-        zeros, minimums = part.zeros(row), part.minimums(row)
-        if zeros is not None:
-            product -= column * (plan.widen.offset + zeros / plan.widen.unit)
-        elif plan.constant_offset:
-            product -= column * plan.constant_offset
-        product *= part.scales(row)
-        return product if minimums is None else product + column / plan.widen.unit * minimums
+            product -= self.sums[...] * offset
+        product *= part.scales()
+        return product if minimums is None else product + self.sums[...] / plan.widen.unit * minimums
 
-    def times_scaled(self, part: _Part) -> jax.Array:
-        """x times the scaled weights: `[block_rows, block_out]`."""
-        plan, scheme = self.plan, self.plan.problem.scheme
-        total = jnp.zeros((plan.block_rows, part.codes.shape[2]), jnp.float32)
-        for chunk in range(plan.block_in // plan.chunk):
-            numbers = plan.widen.widen(self._codes(part, chunk))
-            size = scheme.group_size or plan.block_in
-            groups = slice(chunk * plan.chunk // size, -(-(chunk + 1) * plan.chunk // size))
-            scales, zeros = part.scales(groups)[:, None], part.zeros(groups)
-            zeros = jnp.full_like(scales, scheme.implied_zero) if zeros is None else zeros[:, None]
-            if scheme.packed:  # the low nibbles of every group, then the high ones
-                scales, zeros = jnp.concatenate([scales, scales]), jnp.concatenate([zeros, zeros])
-            weights = numbers.reshape(scales.shape[0], -1, numbers.shape[1])  # [groups, group, out]
-            weights = (weights - zeros) * scales
-            x = self._chunk(chunk)[: plan.block_rows]
-            total += _dot(x, weights.reshape(numbers.shape).astype(x.dtype), jnp.float32)
-        minimums = part.minimums(slice(None))
-        return total if minimums is None else total + _dot(self.sums[...], minimums, jnp.float32)
+    def _offset(self, part: _Part) -> Any:
+        """What is in the operands too much: a number, or `[groups, out]`."""
+        widen, zeros = self.plan.widen, part.zeros()
+        return float(self.plan.constant_offset) if zeros is None else widen.offset + zeros / widen.unit
+
+    def _offsets(self, scales: jax.Array, offset: Any, minimums: jax.Array | None) -> jax.Array | float:
+        """What minimums, and the offsets of the groups, add to the product: `[block_rows, block_out]`."""
+        plan = self.plan
+        if plan.scales_weights:
+            scales = scales.astype(plan.widen.operand).astype(jnp.float32)
+        factors = 0.0 if plan.offsets_first else -offset * scales
+        if minimums is not None:
+            factors += minimums / plan.widen.unit
+        if isinstance(factors, float):
+            return factors
+        sums = self.sums[...]
+        if plan.problem.out_dtype == "float32":
+            return _dot(sums, factors, jnp.float32)
+        # 16 bits of each will do, and take the matrix unit half the time.
+        high, low = _halves(factors)
+        x_high, x_low = _halves(sums)
+        products = _dot(jnp.concatenate([x_high, x_low]), high, jnp.float32)
+        return sum(jnp.split(products, 2), start=_dot(x_high, low, jnp.float32))
+
+    def _scaled(self, numbers: jax.Array, scales: jax.Array, offset: Any, chunk: int) -> jax.Array:
+        """The weights of a chunk, `[chunk, out]`, in the order in which the widening has them."""
+        plan, size = self.plan, self.plan.problem.group_size
+        groups = slice(chunk * plan.chunk // size, -(-(chunk + 1) * plan.chunk // size))
+        times = min(size, plan.chunk) // plan.widen.runs
+        spread = _spread(scales[groups], times, numbers.dtype)
+        weights = numbers.reshape(plan.widen.runs, *spread.shape)
+        if plan.offsets_first:
+            weights -= offset if isinstance(offset, float) else _spread(offset[groups], times, numbers.dtype)
+        return (weights * spread).reshape(numbers.shape).astype(plan.x_operand)
 
     def _codes(self, part: _Part, chunk: int) -> jax.Array:
         rows = self.plan.chunk // (2 if self.plan.problem.scheme.packed else 1)
@@ -338,15 +278,11 @@ class _Rows:
         words = pltpu.bitcast(x, jnp.int32)
         return [pltpu.bitcast(words & self.masks[i], x.dtype) for i in range(self.masks.shape[0])]
 
-    @property
-    def _used(self) -> int:
-        """Stacked rows that are no padding."""
-        return self.plan.slots * self.plan.pieces * self.plan.block_rows
-
     def _one(self, products: jax.Array, group: int) -> jax.Array:
         """The product of a group, the pieces of x added up: `[block_rows, block_out]`."""
-        rows, pieces = self.plan.block_rows, self.plan.pieces
-        starts = [(group * pieces + piece) * rows for piece in range(pieces)]
+        plan, rows = self.plan, self.plan.block_rows
+        copy, slot = divmod(group, plan.slots)
+        starts = [copy * plan.stacked_rows + (slot * plan.pieces + piece) * rows for piece in range(plan.pieces)]
         first, *others = (products[start : start + rows] for start in starts)
         return sum(others, start=first)
 
@@ -356,3 +292,27 @@ def _dot(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=dtype)
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 as a sum of two numbers that bfloat16 has."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _times_row(x: jax.Array, row: jax.Array) -> jax.Array:
+    """x `[rows, out]` times `[1, out]`, which is spread over the sublanes once and not for every tile of x."""
+    tile = jnp.broadcast_to(row, (SUBLANES, x.shape[1]))
+    return (x.reshape(-1, SUBLANES, x.shape[1]) * tile[None]).reshape(x.shape)
+
+
+def _spread(rows: jax.Array, times: int, dtype: Any) -> jax.Array:
+    """float32 `[rows, out]` in another dtype, every row as often as that: `[rows * times, out]`."""
+    count, width = rows.shape
+    if dtype != jnp.bfloat16 or times % 2:
+        return jnp.broadcast_to(rows[:, None].astype(dtype), (count, times, width)).reshape(-1, width)
+    # Two alike in a word: words are what a row can be spread over.
+    bits = pltpu.bitcast(rows.astype(dtype).astype(jnp.float32), jnp.int32)
+    words = bits | jax.lax.shift_right_logical(bits, 16)
+    spread = [jnp.broadcast_to(words[row : row + 1], (times // 2, width)) for row in range(count)]
+    return pltpu.bitcast(jnp.concatenate(spread), dtype)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -34,10 +35,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.devices import Chip
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.reference.quantization import PACK_BLOCK, Scheme, decode_e2m1
+from palladion.reference.quantization import PACK_BLOCK, Scheme
 
 SCALED: Final = "float32"
-"""The widening after which weights are scaled before they are multiplied; all others scale the products."""
+"""The widening that every format has; its operands are weights in float32, which can be scaled before they are
+multiplied."""
+
+NEWER: Final = ("v6e", "v7x")
+"""Chips whose vector units multiply bfloat16, and whose matrix units take 256 weights along `in` at a time, not 128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,13 @@ class Widening:
     unit: float = 1.0
     offset: int = 0
 
+    @property
+    def runs(self) -> int:
+        """Runs of operands in a chunk, each with as many of every group."""
+        return math.prod(
+            self.shape[axis] for axis in itertools.takewhile(lambda axis: self.shape[axis] != -1, self.axes)
+        )
+
     def arrange(self, x: Any, chunk: int) -> Any:
         """Puts the last axis of x, `[..., in]`, in the order of the operands, chunk by chunk."""
         *leading, columns = x.shape
@@ -74,10 +86,13 @@ def widenings(scheme: Scheme) -> dict[str, Widening]:
     return _WIDENINGS[scheme.format]
 
 
-def best(problem: Problem, chip: Chip | None) -> str:
+def best(problem: Problem, chip: Chip | None, scales_weights: bool) -> str:
     """The name of the widening that a chip is best at; None is an interpreter, which can do all of them."""
     kind = problem.scheme.format
     operands = ("int8", "float8_e5m2", "float8_e4m3b11fnuz") if chip is None else chip.one_byte_operands
+    if scales_weights:
+        fitting = is_narrow(problem) and "bfloat16" in widenings(problem.scheme)
+        return "bfloat16" if fitting and (chip is None or chip.name in NEWER) else SCALED
     if not operands:
         # What is added to every code costs bits of the float32 sums.
         return "nibbles" if kind == "int4" and problem.out_dtype == "float32" else "words"
@@ -86,6 +101,11 @@ def best(problem: Problem, chip: Chip | None) -> str:
     if kind == "int4":
         return next(name for name in ("float8_e4m3b11fnuz", "float8_e4m3fn") if name in operands)
     return {"int8": "bfloat16", "mxfp4": "float8_e5m2"}.get(kind, kind)
+
+
+def is_narrow(problem: Problem) -> bool:
+    """Whether x has no more bits than a bfloat16, and the result shows no more: scaled weights may be rounded to it."""
+    return (problem.x_dtype == "bfloat16" or problem.quantize_x is not None) and problem.out_dtype == "bfloat16"
 
 
 def _nibbles(
@@ -109,19 +129,20 @@ SIGNS: Final = np.int32(-0x7F7F7F80)
 
 
 def _pairs(decode: Callable[[jax.Array], jax.Array], codes: jax.Array) -> jax.Array:
-    """Nibbles two at a time, in the halves of a word, which `decode` turns into bfloat16 numbers."""
+    """Nibbles two at a time, in the halves of a word, moved by 3 bits; `decode` turns them into bfloat16 numbers."""
     words = pltpu.bitcast(codes, jnp.int32)
-    taken = [(words >> shift if shift else words) & 0x000F000F for shift in (0, 4, 8, 12)]
-    return jnp.concatenate([pltpu.bitcast(decode(pair), jnp.bfloat16) for pair in taken])
+    moved = [words << 3, words >> 1, words >> 5, words >> 9]
+    return jnp.concatenate([pltpu.bitcast(decode(pair & 0x00780078), jnp.bfloat16) for pair in moved])
 
 
 def _int4_pair(codes: jax.Array) -> jax.Array:
     """16 + n: below the exponent of 16.0, in the upper bits of the mantissa."""
-    return (codes << 3) | 0x41804180
+    return codes | 0x41804180
 
 
-def _e2m1_pair(codes: jax.Array) -> jax.Array:
+def _e2m1_pair(moved: jax.Array) -> jax.Array:
     """The same number in bfloat16, bit by bit: from code 2 on exponent and mantissa are moved, 1 is 0.5 and 0 is 0."""
+    codes = moved >> 3
     normal = ((codes >> 1) | (codes >> 2)) & 0x00010001
     some = normal | (codes & 0x00010001)
     bits = (codes << 6) & ((normal << 9) - (normal << 6))
@@ -155,15 +176,6 @@ def _float8_byte(exponent_bits: int, words: jax.Array) -> jax.Array:
     return narrow_float(exponent_bits, words & np.int32(-(2**24)))
 
 
-def _numbers(format: str, codes: jax.Array) -> jax.Array:
-    """float32 numbers, low nibbles before high ones."""
-    if format not in ("int4", "mxfp4"):
-        return codes.astype(jnp.float32)
-    whole = codes.astype(jnp.int32)
-    nibbles = jnp.concatenate([whole & 0xF, whole >> 4])
-    return decode_e2m1(nibbles) if format == "mxfp4" else nibbles.astype(jnp.float32)
-
-
 def _as_they_are(codes: jax.Array) -> jax.Array:
     return codes
 
@@ -183,13 +195,17 @@ def _int4_as(dtype: Any, unit: float) -> Widening:
     return Widening(jnp.dtype(dtype).name, widen, **_LOW_THEN_HIGH, unit=unit)
 
 
+def _int4_as_bfloat16(codes: jax.Array) -> jax.Array:
+    return _int4_as(jnp.int8, 1.0).widen(codes).astype(jnp.bfloat16)
+
+
 def _float8_widenings(name: str, exponent_bits: int) -> dict[str, Widening]:
     return {
         name: Widening(name, _as_they_are),
         "words": Widening(
             "bfloat16", functools.partial(_bytes, functools.partial(_float8_byte, exponent_bits)), **_BYTE_BY_BYTE
         ),
-        SCALED: Widening("float32", functools.partial(_numbers, name)),
+        SCALED: Widening("float32", lambda codes: codes.astype(jnp.float32)),
     }
 
 
@@ -200,15 +216,16 @@ _WIDENINGS: Final[dict[str, dict[str, Widening]]] = {
         "words": Widening(
             "bfloat16", functools.partial(_bytes, lambda words: (words >> 24).astype(jnp.float32)), **_BYTE_BY_BYTE
         ),
-        SCALED: Widening("float32", functools.partial(_numbers, "int8")),
+        SCALED: Widening("float32", lambda codes: codes.astype(jnp.float32)),
     },
     "int4": {
         "float8_e4m3b11fnuz": _int4_as(jnp.float8_e4m3b11fnuz, 2.0**13),
         "float8_e4m3fn": _int4_as(jnp.float8_e4m3fn, 2.0**9),
         "int8": _int4_as(jnp.int8, 1.0),
+        "bfloat16": Widening("bfloat16", _int4_as_bfloat16, **_LOW_THEN_HIGH),
         "words": Widening("bfloat16", functools.partial(_pairs, _int4_pair), **_PAIR_BY_PAIR, offset=16),
         "nibbles": Widening("bfloat16", _nibble_by_nibble, **_NIBBLE_BY_NIBBLE),
-        SCALED: Widening("float32", functools.partial(_numbers, "int4"), **_LOW_THEN_HIGH),
+        SCALED: Widening("float32", lambda codes: _pairs(_int4_pair, codes).astype(jnp.float32) - 16, **_PAIR_BY_PAIR),
     },
     "float8_e4m3fn": _float8_widenings("float8_e4m3fn", 4),
     "float8_e5m2": _float8_widenings("float8_e5m2", 5),
@@ -220,6 +237,6 @@ _WIDENINGS: Final[dict[str, dict[str, Widening]]] = {
             unit=2.0**14,
         ),
         "words": Widening("bfloat16", functools.partial(_pairs, _e2m1_pair), **_PAIR_BY_PAIR),
-        SCALED: Widening("float32", functools.partial(_numbers, "mxfp4"), **_LOW_THEN_HIGH),
+        SCALED: Widening("float32", lambda codes: _pairs(_e2m1_pair, codes).astype(jnp.float32), **_PAIR_BY_PAIR),
     },
 }
