@@ -126,12 +126,26 @@ def test_kernel_refuses_only_what_is_known(row: Implementation):
 
 @pytest.mark.parametrize("mode", tpu_interpreter.MODES)
 @pytest.mark.parametrize(
-    "name", ["sinks", "window", "layers", "q-len-5", "paged", "paged-window", "int8-paged-layers", "int8-window"]
+    ("name", "members"),
+    [
+        ("sinks", 3),
+        ("window", 1),
+        ("window", 2),
+        ("layers", 1),
+        ("q-len-5", 3),
+        ("paged", 1),
+        ("paged", 4),
+        ("paged-window", 2),
+        ("int8-paged-layers", 2),
+        ("int8-window", 1),
+        ("int8-window", 2),
+    ],
 )
-def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
+def test_tpu_kernel_moves_its_memory_in_order(name: str, members: int, mode: str):
     inputs, reference, exact = expected(name)
-    paged = TESTS[name].page_size is not None
-    config = SMALL_BLOCKS if not paged else dataclasses.replace(SMALL_BLOCKS, block_kv=2 * TESTS[name].page_size)
+    config = dataclasses.replace(SMALL_BLOCKS, members=members)
+    if TESTS[name].page_size is not None:
+        config = dataclasses.replace(config, block_kv=2 * TESTS[name].page_size)
     result = attend(inputs, "mosaic_tpu", tpu_interpreter.MODES[mode], config=config, **TESTS[name].options)
     assert_all_right(result, reference, exact, name)
     assert mode != "races" or not tpu_interpreter.races_found()
@@ -241,6 +255,17 @@ def test_any_lengths(row: Implementation):
     inputs = cases.make_inputs(case)
     reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
     assert_all_right(attend(inputs, row.name, **case.options), reference, exact, row.name)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("members", [1, 2, 4])
+def test_cores_and_teams_of_sequences(kv_heads: int, members: int):
+    case = small(batch=8, kv_heads=kv_heads, q_heads=6, max_len=384, lengths=(0, 131, 384, 5, 0, 0, 1, 300), sinks=True)
+    inputs = cases.make_inputs(case)
+    reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
+    config = mosaic_tpu.Config(block_kv=128, block_q=1, cores=2, members=members)
+    result = attend(inputs, "mosaic_tpu", pltpu.InterpretParams(), config=config, **case.options)
+    assert_all_right(result, reference, exact, f"{config}")
 
 
 @pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
@@ -512,7 +537,18 @@ def test_wrong_blocks(config: Any, changes: dict[str, int], message: str):
     [
         ({"block_kv": 128, "block_q": 3}, "config.block_q: got 3; accepted: at least q_len = 5, or a multiple of 16"),
         ({"block_kv": 100, "block_q": 16}, "config.block_kv: got 100; accepted: a multiple of 128 for this cache"),
-        ({"block_kv": 128, "block_q": 16, "cores": 3}, "config.cores: got 3; accepted: a divisor of the 2 KV heads"),
+        (
+            {"block_kv": 128, "block_q": 16, "cores": 4},
+            "config.cores: got 4; accepted: a divisor of 2 KV heads or of 3",
+        ),
+        (
+            {"block_kv": 128, "block_q": 16, "members": 2},
+            "config.members: got 2; accepted: a divisor of the 3 sequences",
+        ),
+        (
+            {"block_kv": 128, "block_q": 16, "members": 3, "one_by_one": True},
+            "config.members: got 3; accepted: 1 where heads are worked on one by one",
+        ),
         ({"block_kv": 128, "block_q": 16, "pack": 3}, "config.pack: got 3; accepted: a divisor of the 2 KV heads of"),
         (
             {"block_kv": 128, "block_q": 16, "operands": "integers"},

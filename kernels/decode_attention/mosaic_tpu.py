@@ -66,6 +66,9 @@ PACK_ROWS: Final = 16
 """Heads are multiplied together up to this width and so many rows: what fills a matrix unit of v6e and v7x, and what
 costs nothing beside it."""
 
+MAX_TEAM_ROWS: Final = 512
+"""Rows of all packs of the sequences that are worked on together, whose state is in VMEM."""
+
 BLOCK_Q_MULTIPLE: Final = 16
 """Of the tokens in a query block where there are several, so that its rows are whole tiles in every dtype."""
 
@@ -80,6 +83,7 @@ class Config:
       block_q: new tokens of a grid step; at least q_len, or a multiple of 16.
       buffers: blocks in VMEM.
       cores: over how many cores of a device the KV heads are divided, or the sequences where the heads cannot be.
+      members: sequences that are worked on together, a block of each: a divisor of those of a core.
       pack: KV heads that are multiplied at a time.
       one_by_one: whether these packs are worked on one after the other instead of all at once: slower while rows are
         few, but it takes less VMEM, and lets more queries share what is read.
@@ -90,12 +94,13 @@ class Config:
     block_q: int
     buffers: int = BUFFERS
     cores: int = 1
+    members: int = 1
     pack: int = 1
     one_by_one: bool = False
     operands: str = "floats"
 
     def __post_init__(self) -> None:
-        for name, least in (("block_kv", 1), ("block_q", 1), ("buffers", 2), ("cores", 1), ("pack", 1)):
+        for name, least in (("block_kv", 1), ("block_q", 1), ("buffers", 2), ("cores", 1), ("members", 1), ("pack", 1)):
             check(getattr(self, name) >= least, f"config.{name}", getattr(self, name), f"at least {least}")
         check(self.operands in OPERANDS, "config.operands", self.operands, ", ".join(OPERANDS))
 
@@ -115,31 +120,43 @@ def heuristic(problem: Problem) -> Config:
     p, chip = problem, _chip()
     cores = next(n for n in (chip.cores, 1) if p.kv_heads % n == 0 or p.batch % n == 0)
     kv_heads = _heads_of_a_core(p, cores)
+    share = p.batch if cores == 1 or kv_heads < p.kv_heads else p.batch // cores
     token = _token_bytes(p) // p.kv_heads * kv_heads
-    # Whole registers of logits, where the cache consists of such.
-    unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
-    # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
     least, most = KV_BLOCK_BYTES
     block_bytes = min(max(p.batch * p.max_len * _token_bytes(p) // BLOCKS, least), most) // cores
+    # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
     block_bytes = min(block_bytes, _vmem_bytes() // 2 // BUFFERS)
-    blocks = max(round(p.max_len * token / block_bytes), 1)
-    block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
-    if p.sliding_window is not None:
-        # Room for what is seen, wherever it begins.
-        block_kv = min(block_kv, round_up(2 * (p.sliding_window + p.q_len), unit))
+    most_members = MAX_TEAM_ROWS // (kv_heads * p.group * p.q_len)
+    # Two sequences at least, where they can be: a step takes its time, however short they are.
+    halves = 2 if share % 2 == 0 and most_members >= 2 else 1
+    block_kv = _block_kv(p, block_bytes // halves // token)
     room = _vmem_bytes() - BUFFERS * block_kv * token
     heads = kv_heads * p.group
-    one_by_one = room // _query_bytes(p, block_kv, heads, heads) < p.q_len
-    block_q = p.q_len
-    if one_by_one:
-        most = max(room // _query_bytes(p, block_kv, heads, p.group) // BLOCK_Q_MULTIPLE, 1) * BLOCK_Q_MULTIPLE
-        block_q = min(round_up(pl.cdiv(p.q_len, pl.cdiv(p.q_len, most)), BLOCK_Q_MULTIPLE), p.q_len)
-    pack, rows = 1, block_q * p.group
-    if not one_by_one:
-        fitting = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
-        pack = max((n for n in fitting if kv_heads % n == 0), default=1)
+    if room < p.q_len * _query_bytes(p, block_kv, heads, heads):
+        fitting = room // _query_bytes(p, block_kv, heads, p.group) // BLOCK_Q_MULTIPLE
+        blocks = pl.cdiv(p.q_len, max(fitting, 1) * BLOCK_Q_MULTIPLE)
+        block_q = min(round_up(pl.cdiv(p.q_len, blocks), BLOCK_Q_MULTIPLE), p.q_len)
+        operands = operands_for(p.q_dtype, p.kv_dtype, block_q * p.group, chip)
+        return Config(block_kv, block_q, BUFFERS, cores, one_by_one=True, operands=operands)
+    rows = p.q_len * p.group
+    packs = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
+    pack = max((n for n in packs if kv_heads % n == 0), default=1)
+    sequence = BUFFERS * block_kv * token + p.q_len * _query_bytes(p, block_kv, heads, heads)
+    most_members = min(most_members, block_bytes // (block_kv * token), _vmem_bytes() // sequence)
+    members = max((n for n in range(1, most_members + 1) if share % n == 0), default=1)
     operands = operands_for(p.q_dtype, p.kv_dtype, pack * rows, chip)
-    return Config(block_kv, block_q, BUFFERS, cores, pack, one_by_one, operands)
+    return Config(block_kv, p.q_len, BUFFERS, cores, members, pack, operands=operands)
+
+
+def _block_kv(problem: Problem, most: int) -> int:
+    """About so many tokens, in equal parts of what there is."""
+    p = problem
+    # Whole registers of logits, where the cache consists of such.
+    unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
+    blocks = max(round(p.max_len / max(most, 1)), 1)
+    block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
+    # Room for what is seen through a window, wherever it begins.
+    return block_kv if p.sliding_window is None else min(block_kv, round_up(2 * (p.sliding_window + p.q_len), unit))
 
 
 def _heads_of_a_core(problem: Problem, cores: int) -> int:
@@ -233,6 +250,10 @@ def decode_attention(
     heads = _heads_of_a_core(p, config.cores)
     by_heads = heads < p.kv_heads or config.cores == 1
     share = p.batch if by_heads else p.batch // config.cores
+    members = config.members
+    check(share % members == 0, "config.members", members, f"a divisor of the {share} sequences of a core")
+    apart = members == 1 or not config.one_by_one
+    check(apart, "config.members", members, "1 where heads are worked on one by one")
     check(heads % config.pack == 0, "config.pack", config.pack, f"a divisor of the {heads} KV heads of a core")
     block_q = min(config.block_q, p.q_len)
     whole = block_q == p.q_len or block_q % BLOCK_Q_MULTIPLE == 0
@@ -247,7 +268,14 @@ def decode_attention(
     q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, group, p.head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads // config.pack, config.pack * p.q_len * group, p.head_dim)
     view = View(
-        _tokens_last(p), _gathers_scales(p), heads < p.kv_heads, share, config.pack, config.one_by_one, config.operands
+        tokens_last=_tokens_last(p),
+        gathered=_gathers_scales(p),
+        shared=heads < p.kv_heads,
+        share=share,
+        members=members,
+        pack=config.pack,
+        one_by_one=config.one_by_one,
+        operands=config.operands,
     )
     stacked = inputs.layer is not None
     cache = [array if stacked else array[None] for array in (inputs.k, inputs.v)]
@@ -259,36 +287,39 @@ def decode_attention(
         scalars.append(inputs.page_table.reshape(-1))
 
     def at_queries(part: Any, b: Any, i: Any, *_: Any) -> tuple[Any, ...]:
-        return (b, part, i, 0) if by_heads else (part * share + b, 0, i, 0)
+        return (b, part, i, 0) if by_heads else (part * (share // members) + b, 0, i, 0)
 
-    queries = pl.BlockSpec((1, packs, rows, p.head_dim), at_queries)
+    queries = pl.BlockSpec((members, packs, rows, p.head_dim), at_queries)
     arrays, in_specs = [q, *cache], [queries, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(cache)]
     if inputs.sinks is not None:
         sinks = inputs.sinks.astype(jnp.float32).reshape(p.kv_heads, 1, group)
         arrays.append(jnp.broadcast_to(sinks, (p.kv_heads, block_q, group)).reshape(-1, rows, 1))
         in_specs.append(pl.BlockSpec((packs, rows, 1), lambda part, *_: (part if by_heads else 0, 0, 0)))
     slab = (p.head_dim, config.block_kv) if _tokens_last(p) else (config.block_kv, p.head_dim)
-    rings = [pltpu.VMEM((config.buffers, heads, *slab), inputs.k.dtype)] * 2
+    rings = [pltpu.VMEM((config.buffers, members, heads, *slab), inputs.k.dtype)] * 2
     if p.has_scales:
-        rings += [pltpu.VMEM((config.buffers, p.kv_heads, config.block_kv), jnp.float32)] * 2
+        rings += [pltpu.VMEM((config.buffers, members, p.kv_heads, config.block_kv), jnp.float32)] * 2
     width = config.pack * p.head_dim
     pieces = QUERY_PIECES if config.operands == "integers" else 1
     if config.operands == "words":
-        at_once = config.pack if config.one_by_one else heads
+        at_once = config.pack if config.one_by_one else members * heads
         rings.append(pltpu.VMEM((at_once, slab[0] // 2, slab[1]), jnp.int32))
     out, lse = pl.pallas_call(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(config.cores, share, q_blocks),
+            grid=(config.cores, share // members, q_blocks),
             in_specs=in_specs,
-            out_specs=[queries, pl.BlockSpec((1, packs, rows, 1), at_queries)],
+            out_specs=[queries, pl.BlockSpec((members, packs, rows, 1), at_queries)],
             scratch_shapes=[
-                pltpu.VMEM((packs, pieces * rows, width), jnp.int8 if pieces > 1 else float_dtype(q.dtype, p.kv_dtype)),
-                pltpu.VMEM((packs, rows, 1), jnp.float32),
-                pltpu.VMEM((packs, rows, LANES), jnp.float32),
-                pltpu.VMEM((packs, rows, LANES), jnp.float32),
-                pltpu.VMEM((packs, rows, width), jnp.float32),
+                pltpu.VMEM(
+                    (members * packs, pieces * rows, width),
+                    jnp.int8 if pieces > 1 else float_dtype(q.dtype, p.kv_dtype),
+                ),
+                pltpu.VMEM((members * packs, rows, 1), jnp.float32),
+                pltpu.VMEM((members * packs, rows, LANES), jnp.float32),
+                pltpu.VMEM((members * packs, rows, LANES), jnp.float32),
+                pltpu.VMEM((members * packs, rows, width), jnp.float32),
                 pltpu.SMEM((CURSOR,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2 + 2 * p.has_scales, config.buffers)),
                 *rings,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ class View:
       gathered: whether the scales of a paged cache come without pages, `[1, batch, kv_heads, tokens]`.
       shared: whether the KV heads are divided between the cores.
       share: sequences of a core, which are divided between the cores where the heads are not.
+      members: sequences that are worked on together.
       pack: KV heads that are multiplied at a time.
       one_by_one: whether packs are worked on one after the other, or all at once.
       operands: one of `tpu_products.OPERANDS`.
@@ -42,6 +45,7 @@ class View:
     gathered: bool
     shared: bool
     share: int
+    members: int
     pack: int
     one_by_one: bool
     operands: str
@@ -49,13 +53,13 @@ class View:
 
 def kernel(
     # In SMEM: layer [1], lengths [batch], and page_table [batch * pages_per_seq] where there is one. Then
-    # q [1, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the last
-    # two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
-    # [packs, rows, 1] where there are any. out [1, packs, rows, head_dim]; lse [1, packs, rows, 1]. Scratch: wide q
-    # [packs, pieces * rows, width] and its factors [packs, rows, 1]; m, l [packs, rows, LANES]; acc [packs, rows,
-    # width]; the stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, …] of k, v and their scales; room for
-    # bfloat16 numbers that are made of words. A pack are the heads that are multiplied at a time: rows = pack *
-    # block_q * group, width = pack * head_dim.
+    # q [members, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the
+    # last two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
+    # [packs, rows, 1] where there are any. out like q, lse [members, packs, rows, 1]. Scratch, where the first axis is
+    # members * packs: wide q [_, pieces * rows, width] and its factors [_, rows, 1]; m, l [_, rows, LANES];
+    # acc [_, rows, width]. The stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, members, heads, …] of k,
+    # v and their scales; room for bfloat16 numbers that are made of words. A pack are the heads that are multiplied at
+    # a time: rows = pack * block_q * group, width = pack * head_dim.
     *refs: Any,
     problem: Problem,
     sight: Sight,
@@ -76,10 +80,10 @@ def kernel(
     cache = [next(left) for _ in range(4 if p.has_scales else 2)]
     sinks_ref = next(left) if p.has_sinks else None
     out_ref, lse_ref, wide_ref, factor_ref, m_ref, l_ref, acc_ref, cursor, arrived, *rings = left
-    part, b, i = (pl.program_id(axis) for axis in range(3))
-    is_first = (b == 0) & (i == 0)
-    first_sequence = 0 if view.shared else part * view.share
-    b += first_sequence
+    part, number, i = (pl.program_id(axis) for axis in range(3))
+    teams = view.share // view.members  # of this core
+    first_team = 0 if view.shared else part * teams
+    team = first_team + number
     packs, rows = q_ref.shape[1:3]
     heads = packs * view.pack
     integers = view.operands == "integers"
@@ -96,8 +100,8 @@ def kernel(
             slab, start = slab_of(b, token)
             return cache[number].at[layer_ref[0], slab, pl.ds(first_head, heads), *along(start, tokens)]
 
-        def place(buffer: Any, token: Any, tokens: int) -> Any:
-            return rings[number].at[buffer, :, *along(token, tokens)]
+        def place(buffer: Any, member: int, token: Any, tokens: int) -> Any:
+            return rings[number].at[buffer, member, :, *along(token, tokens)]
 
         return Part(source, place, arrived.at[number])
 
@@ -107,8 +111,8 @@ def kernel(
             layer, (slab, start) = (0, (b, token)) if view.gathered else (layer_ref[0], slab_of(b, token))
             return cache[number].at[layer, slab, :, pl.ds(start, tokens)]
 
-        def place(buffer: Any, token: Any, tokens: int) -> Any:
-            return rings[number].at[buffer, :, pl.ds(token, tokens)]
+        def place(buffer: Any, member: int, token: Any, tokens: int) -> Any:
+            return rings[number].at[buffer, member, :, pl.ds(token, tokens)]
 
         return Part(source, place, arrived.at[number], units=not view.gathered)
 
@@ -125,14 +129,15 @@ def kernel(
         parts += [scales(2), scales(3)]
     buffers = rings[0].shape[0]
     contiguous = table_ref is None and sight.block_kv <= p.max_len
-    sequences = (first_sequence, first_sequence + view.share)
-    stream = Stream(sight, *sequences, buffers, lengths_ref, cursor, tuple(parts), contiguous)
+    stream = Stream(
+        sight, view.members, first_team, first_team + teams, buffers, lengths_ref, cursor, tuple(parts), contiguous
+    )
 
-    pl.when(is_first)(stream.begin)
+    pl.when((number == 0) & (i == 0))(stream.begin)
 
     # Rows of a pack see the head that they are of: the rest of its width meets zeros.
     of_head = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) // (rows // view.pack)
-    q = q_ref[0]
+    q = q_ref[...].reshape(view.members * packs, rows, p.head_dim)
     wide = jnp.concatenate([jnp.where(of_head == n, q, jnp.zeros_like(q)) for n in range(view.pack)], axis=2)
     if integers:
         wide = wide.astype(jnp.float32)
@@ -141,15 +146,24 @@ def kernel(
     else:
         wide_ref[...] = wide.astype(wide_ref.dtype)
     # A sink is a logit without a value: it starts the sum.
-    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else jnp.broadcast_to(sinks_ref[...], m_ref.shape)
+    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf)
+    if sinks_ref is not None:
+        for member in range(view.members):
+            m_ref[member * packs : (member + 1) * packs] = jnp.broadcast_to(sinks_ref[...], (packs, rows, LANES))
     l_ref[...] = jnp.full(l_ref.shape, 1.0 if p.has_sinks else 0.0)
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     token_axis, width_axis = (2, 1) if view.tokens_last else (1, 2)
-    first_query, last_query = sight.queries(lengths_ref[b], i)
+    queries = [sight.queries(lengths_ref[team * view.members + n], i) for n in range(view.members)]
 
-    def attend(those: Any, start: Any, block: list[Any], masked: bool) -> None:
-        """Adds the block of tokens from `start` on to m, l and acc of those packs."""
+    def is_inner(start: Any, asked: tuple[Any, Any]) -> Any:
+        """Whether every query of a member sees all of a block, so that there is nothing to mask."""
+        first_query, last_query = asked
+        inner = start + sight.block_kv - 1 <= first_query
+        return inner if sight.window is None else inner & (start > last_query - sight.window)
+
+    def attend(those: Any, starts: list[Any], block: list[Any], masked: bool) -> None:
+        """Adds blocks of tokens, one of each member, to m, l and acc of those packs."""
         s = multiply(wide_ref[those], operand(block[0], those), width_axis)  # [packs, pieces * rows, block_kv]
         s = (join(s, factor_ref[those]) if integers else s) * (p.scale * factor)  # [packs, rows, block_kv]
         if p.has_scales:
@@ -157,13 +171,7 @@ def kernel(
         if p.logits_soft_cap is not None:
             s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
         if masked:
-            position = start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 2)
-            query = first_query
-            if sight.block_q > 1:
-                query += jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) % (rows // view.pack) // p.group
-            visible = position <= jnp.minimum(query, last_query)
-            if sight.window is not None:
-                visible &= position > query - sight.window
+            visible = of_members(lambda *member: is_visible(s.shape, *member), starts)
             s = jnp.where(visible, s, -jnp.inf)
         m = m_ref[those]  # [packs, rows, LANES], all lanes alike: as reductions leave it, and products take it
         maximum = jnp.maximum(m, jnp.max(s, axis=2, keepdims=True))
@@ -179,11 +187,7 @@ def kernel(
             # What no query sees may be anything, NaN included, and 0 * NaN is NaN.
             scale = None if scale is None else jnp.where(visible, scale, 0.0)
             if not integers:
-                token = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, token_axis)
-                seen = token <= last_query
-                if sight.window is not None:
-                    seen &= token > first_query - sight.window
-                v = jnp.where(seen, v, jnp.zeros_like(v))
+                v = jnp.where(of_members(lambda *member: is_seen(v.shape, *member), starts), v, jnp.zeros_like(v))
         weights = weights if scale is None else weights * scale
         if scale is not None and integers:
             # Weights are 1 at most: what bounds them times their scales is known before they are.
@@ -194,9 +198,32 @@ def kernel(
             values = multiply(weights.astype(wide_ref.dtype), v, token_axis) * factor
         acc_ref[those] = acc_ref[those] * along(decay, values.shape[2]) + values
 
+    def of_members(mask: Callable[..., jax.Array], starts: list[Any]) -> jax.Array:
+        """A mask for each member from the beginning of its block and its first and last query, one after the other."""
+        masks = [mask(start, *asked) for start, asked in zip(starts, queries, strict=True)]
+        return masks[0] if len(masks) == 1 else jnp.concatenate(masks)
+
+    def is_visible(shape: tuple[int, ...], start: Any, first_query: Any, last_query: Any) -> jax.Array:
+        """Which tokens each query of a member sees: `[packs, rows, block_kv]`."""
+        shape = (shape[0] // view.members, *shape[1:])
+        position = start + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+        query = first_query
+        if sight.block_q > 1:
+            query += jax.lax.broadcasted_iota(jnp.int32, shape, 1) % (rows // view.pack) // p.group
+        visible = position <= jnp.minimum(query, last_query)
+        return visible if sight.window is None else visible & (position > query - sight.window)
+
+    def is_seen(shape: tuple[int, ...], start: Any, first_query: Any, last_query: Any) -> jax.Array:
+        """Which tokens any query of a member sees, as its values lie."""
+        shape = (shape[0] // view.members, *shape[1:])
+        token = start + jax.lax.broadcasted_iota(jnp.int32, shape, token_axis)
+        seen = token <= last_query
+        return seen if sight.window is None else seen & (token > first_query - sight.window)
+
     def operand(ref: Any, those: Any) -> jax.Array:
         """Keys or values of packs as they are multiplied."""
-        array = ref[heads_of(those)]
+        array = ref[:, heads_of(those)]
+        array = array.reshape(-1, *array.shape[2:])
         if room_ref is not None:
             return packed(from_words(array, room_ref))
         return as_operand(packed(array), q_ref.dtype, view.operands)
@@ -218,28 +245,28 @@ def kernel(
 
     def scale_of(ref: Any, those: Any) -> jax.Array:
         """`[kv_heads, block_kv]` to `[packs, rows, block_kv]`."""
-        scales = ref[heads_of(those)]
+        scales = ref[:, heads_of(those)]
         for other in range(heads, p.kv_heads, heads):
-            scales = jnp.where(first_head == other, ref[heads_of(those, other)], scales)
-        by_pack = scales.reshape(-1, view.pack, scales.shape[1])
+            scales = jnp.where(first_head == other, ref[:, heads_of(those, other)], scales)
+        by_pack = scales.reshape(-1, view.pack, scales.shape[2])
         scale = by_pack[:, :1]
         for n in range(1, view.pack):
             scale = jnp.where(of_head == n, by_pack[:, n : n + 1], scale)
         return scale
 
-    def step(block: Any, carry: int) -> int:
+    blocks = stream.blocks(team, i)
+
+    def step(number: Any, carry: int) -> int:
         stream.fetch()
-        buffer = stream.take(b, i, block)
+        buffer = stream.take(team, i, number)
         arrays = [ring.at[buffer] for ring in rings]
-        start = block * sight.block_kv
-        # Every query sees all of an inner block: nothing to mask.
-        inner = start + sight.block_kv - 1 <= first_query
-        if sight.window is not None:
-            inner &= start > last_query - sight.window
+        # A member that has no block left is at one that it sees nothing of.
+        starts = [(first + number) * sight.block_kv for first, _ in blocks]
+        inner = functools.reduce(jnp.logical_and, map(is_inner, starts, queries))
 
         def attend_to(those: Any) -> None:
-            pl.when(inner)(lambda: attend(those, start, arrays, masked=False))
-            pl.when(~inner)(lambda: attend(those, start, arrays, masked=True))
+            pl.when(inner)(lambda: attend(those, starts, arrays, masked=False))
+            pl.when(~inner)(lambda: attend(those, starts, arrays, masked=True))
 
         def one(pack: Any, carry: int) -> int:
             attend_to(pl.ds(pack, 1))
@@ -250,13 +277,13 @@ def kernel(
         attend_to(slice(None))
         return carry
 
-    jax.lax.fori_loop(*sight.blocks(lengths_ref[b], i), step, 0)
+    jax.lax.fori_loop(0, stream.steps(team, i), step, 0)
     total, acc = l_ref[..., :1], acc_ref[...]
     out = acc[..., : p.head_dim]
     for n in range(1, view.pack):
         out = jnp.where(of_head == n, acc[..., n * p.head_dim : (n + 1) * p.head_dim], out)
-    out_ref[0] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)
-    lse_ref[0] = m_ref[..., :1] + jnp.log(total)
+    out_ref[...] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype).reshape(out_ref.shape)
+    lse_ref[...] = (m_ref[..., :1] + jnp.log(total)).reshape(lse_ref.shape)
 
 
 def along(x: jax.Array, width: int) -> jax.Array:

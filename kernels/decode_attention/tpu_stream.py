@@ -2,7 +2,8 @@
 
 A kernel works through (sequence, block of queries) pairs, and for each through the blocks of tokens that it sees. Here
 these blocks are one long stream: while one is worked on, the next ones, of whatever sequence, are under way. Nothing
-waits at the end of a short sequence, and nothing that no query sees is asked for.
+waits at the end of a short sequence, and nothing that no query sees is asked for. Where sequences are so short that a
+block of one is over in no time, a few of them make up a team, whose blocks come together.
 
 A block consists of units that are moved one by one: the pages of a paged cache, or equal parts of a dense one.
 """
@@ -10,6 +11,7 @@ A block consists of units that are moved one by one: the pages of a paged cache,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -82,33 +84,37 @@ class Part:
 
     Attributes:
       source: of a batch index, a token of its sequence and a number of tokens: where in HBM these are.
-      place: of a buffer, a token of the block and a number of tokens: where in the ring they belong.
+      place: of a buffer, a member, a token of the block and a number of tokens: where in the ring they belong.
       arrived: a semaphore for each buffer.
       units: whether this array moves unit by unit; otherwise a block of it always moves in one piece.
     """
 
     source: Callable[[Any, Any, int], Any]
-    place: Callable[[Any, Any, int], Any]
+    place: Callable[[Any, int, Any, int], Any]
     arrived: Any
     units: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The blocks in the order in which a grid over (sequence, block of queries) works on them.
+    """The blocks in the order in which a grid over (team of sequences, block of queries) works on them.
+
+    A step takes the next block of each member that has one left.
 
     Attributes:
       sight: which tokens are seen.
-      first: the sequence that it begins with.
+      members: sequences of a team.
+      first: the team that it begins with.
       end: the one after the last.
       buffers: of the ring; all but the one that is worked on are on their way.
       lengths: in SMEM, `[batch]`.
-      cursor: in SMEM: the batch index, query block and block to fetch next, and how many blocks were fetched and taken.
+      cursor: in SMEM: the team, query block and step to fetch next, and how many steps were fetched and taken.
       parts: what a block is made of.
       contiguous: whether the units of a block lie next to each other in HBM.
     """
 
     sight: Sight
+    members: int
     first: Any
     end: Any
     buffers: int
@@ -116,6 +122,15 @@ class Stream:
     cursor: Any
     parts: tuple[Part, ...]
     contiguous: bool
+
+    def blocks(self, team: Any, i: Any) -> list[tuple[Any, Any]]:
+        """For each member the first block that query block i sees, and the one after the last."""
+        return [self.sight.blocks(self.lengths[team * self.members + n], i) for n in range(self.members)]
+
+    def steps(self, team: Any, i: Any) -> Any:
+        """How many steps query block i of a team takes: as many as the member with the most blocks."""
+        counts = [end - first for first, end in self.blocks(team, i)]
+        return functools.reduce(jnp.maximum, counts)
 
     def begin(self) -> None:
         """Sets out at the first block of all and fills the ring but for one buffer."""
@@ -130,46 +145,66 @@ class Stream:
         jax.lax.fori_loop(0, self.buffers - 1, fetch, 0)
 
     def fetch(self) -> None:
-        """Starts the next block on its way, if there is one; its buffer must not be in use."""
-        b, i, block, fetched = (self.cursor[n] for n in range(4))
+        """Starts the blocks of the next step on their way, if there is one; their buffer must not be in use."""
+        team, i, step, fetched = (self.cursor[n] for n in range(4))
 
-        @pl.when(b < self.end)
+        @pl.when(team < self.end)
         def _fetch() -> None:
-            self._start(b, i, block, jax.lax.rem(fetched, self.buffers))
-            self.cursor[2] = block + 1
+            self._start(team, i, step, jax.lax.rem(fetched, self.buffers))
+            self.cursor[2] = step + 1
             self.cursor[3] = fetched + 1
 
-            @pl.when(block + 1 >= self.sight.blocks(self.lengths[b], i)[1])
+            @pl.when(step + 1 >= self.steps(team, i))
             def _next() -> None:
-                self._move_to(*self._after(b, i))
+                self._move_to(*self._after(team, i))
 
-    def take(self, b: Any, i: Any, block: Any) -> Any:
-        """Waits for the next block, which must be this one, and returns its buffer."""
+    def take(self, team: Any, i: Any, step: Any) -> Any:
+        """Waits for the blocks of the next step, which must be this one, and returns their buffer."""
         taken = self.cursor[4]
         self.cursor[4] = taken + 1
         buffer = jax.lax.rem(taken, self.buffers)
 
-        def arrives(part: Part, token: Any, tokens: int) -> None:
+        def arrives(part: Part, member: int, _: Any, token: Any, tokens: int) -> None:
             # Semaphores count bytes: how many transfers brought them does not matter.
-            place = part.place(buffer, token, tokens)
+            place = part.place(buffer, member, token, tokens)
             pltpu.make_async_copy(place, place, part.arrived.at[buffer]).wait()
 
-        self._each_piece(b, i, block, arrives, contiguous=True)
+        self._each_block(team, i, step, arrives, contiguous=True)
         return buffer
 
-    def _start(self, b: Any, i: Any, block: Any, buffer: Any) -> None:
-        """Starts all transfers of a block."""
+    def _start(self, team: Any, i: Any, step: Any, buffer: Any) -> None:
+        """Starts all transfers of a step."""
 
-        def start(part: Part, token: Any, tokens: int) -> None:
-            source = part.source(b, block * self.sight.block_kv + token, tokens)
-            pltpu.make_async_copy(source, part.place(buffer, token, tokens), part.arrived.at[buffer]).start()
+        def start(part: Part, member: int, block: Any, token: Any, tokens: int) -> None:
+            source = part.source(team * self.members + member, block * self.sight.block_kv + token, tokens)
+            place = part.place(buffer, member, token, tokens)
+            pltpu.make_async_copy(source, place, part.arrived.at[buffer]).start()
 
-        self._each_piece(b, i, block, start, self.contiguous)
+        self._each_block(team, i, step, start, self.contiguous)
 
-    def _each_piece(self, b: Any, i: Any, block: Any, act: Callable[[Part, Any, int], None], contiguous: bool) -> None:
-        """Calls `act` with the pieces of a block that are seen: each part, a token and a number of tokens."""
+    def _each_block(
+        self, team: Any, i: Any, step: Any, act: Callable[[Part, int, Any, Any, int], None], contiguous: bool
+    ) -> None:
+        """Calls `act` with the pieces of a step that are seen: part, member, block, token and number of tokens."""
+        for member, (first, end) in enumerate(self.blocks(team, i)):
+            block = first + step
+            length = self.lengths[team * self.members + member]
+
+            def pieces(member: int = member, block: Any = block, length: Any = length) -> None:
+                def act_on(part: Part, token: Any, tokens: int) -> None:
+                    act(part, member, block, token, tokens)
+
+                self._each_piece(self.sight.units(length, i, block), act_on, contiguous)
+
+            if self.members == 1:
+                pieces()  # a step has at least one block
+            else:
+                pl.when(block < end)(pieces)
+
+    def _each_piece(self, seen: tuple[Any, Any], act: Callable[[Part, Any, int], None], contiguous: bool) -> None:
+        """Calls `act` with the pieces of a block of which some units are seen: part, token and number of tokens."""
         unit, block_kv = self.sight.unit, self.sight.block_kv
-        first, end = self.sight.units(self.lengths[b], i, block)
+        first, end = seen
 
         def whole() -> None:
             for part in self.parts:
@@ -195,23 +230,20 @@ class Stream:
             if not part.units:
                 act(part, 0, block_kv)
 
-    def _after(self, b: Any, i: Any) -> tuple[Any, Any]:
+    def _after(self, team: Any, i: Any) -> tuple[Any, Any]:
         if self.sight.q_blocks == 1:
-            return b + 1, 0
+            return team + 1, 0
         last = i == self.sight.q_blocks - 1
-        return jnp.where(last, b + 1, b), jnp.where(last, 0, i + 1)
+        return jnp.where(last, team + 1, team), jnp.where(last, 0, i + 1)
 
-    def _move_to(self, b: Any, i: Any) -> None:
-        """Points the cursor at the first block of (b, i), or of what comes next where that sees nothing."""
-
-        def blocks(b: Any, i: Any) -> tuple[Any, Any]:
-            return self.sight.blocks(self.lengths[jnp.minimum(b, self.end - 1)], i)
+    def _move_to(self, team: Any, i: Any) -> None:
+        """Points the cursor at the first step of (team, i), or of what comes next where that sees nothing."""
 
         def sees_nothing(at: tuple[Any, Any]) -> Any:
-            first, end = blocks(*at)
-            return (at[0] < self.end) & (first >= end)
+            team, i = at
+            return (team < self.end) & (self.steps(jnp.minimum(team, self.end - 1), i) <= 0)
 
-        b, i = jax.lax.while_loop(sees_nothing, lambda at: self._after(*at), (jnp.int32(b), jnp.int32(i)))
-        self.cursor[0] = b
+        team, i = jax.lax.while_loop(sees_nothing, lambda at: self._after(*at), (jnp.int32(team), jnp.int32(i)))
+        self.cursor[0] = team
         self.cursor[1] = i
-        self.cursor[2] = blocks(b, i)[0]
+        self.cursor[2] = 0
