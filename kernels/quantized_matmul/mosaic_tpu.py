@@ -44,7 +44,7 @@ MAX_BLOCK_ROWS: Final = 256
 
 MAX_BLOCK_OUT: Final = 4096
 
-STARTS_IN_A_BLOCK: Final = 2
+STARTS_IN_A_BLOCK: Final = 2.5
 """A block of the weight takes as long to arrive as so many starts: what a step costs however small it is."""
 
 CYCLES_TO_START: Final = 400
@@ -62,8 +62,8 @@ LANES_AT_A_TIME: Final = 512
 BUFFERS: Final = 3
 """Blocks of the weight in VMEM: one that is worked on, the others on their way."""
 
-MOST_STACKED_ROWS: Final = 128
-"""Rows of x, copies for groups that share the matrix unit among them, beyond which weights are scaled in less time."""
+MANY_STACKED_ROWS: Final = 128
+"""Rows of x, copies for groups that share the matrix unit among them, from which on weights are scaled in less time."""
 
 LEAST_VMEM: Final = 16 * 2**20
 """Of a core of the smallest TPU: what an interpreted kernel keeps to."""
@@ -135,7 +135,7 @@ def _scale_weights(problem: Problem, depth: int) -> bool:
         return False
     if not is_narrow(problem):
         return problem.rows > group  # float32 weights are multiplied in six passes
-    return problem.rows * max(1, depth // group) > MOST_STACKED_ROWS
+    return problem.rows * max(1, depth // group) >= MANY_STACKED_ROWS
 
 
 def _block_bytes(problem: Problem, chip: Chip | None) -> int:
@@ -150,13 +150,14 @@ def _block_bytes(problem: Problem, chip: Chip | None) -> int:
 
 
 def _block_out(problem: Problem, most: int) -> int:
-    """Channels of a block, no more than that: all of them, or a multiple of 128."""
+    """Channels of a block, about as many: all of them, or a multiple of 128."""
     channels = problem.result_features
     if channels % LANES and channels <= 2 * most:
         return round_up(channels, LANES)  # otherwise the last few channels take a call of their own
     if problem.gated:
         # The up's blocks begin where the gate's end.
-        return next((size for size in range(most // LANES * LANES, 0, -LANES) if channels % size == 0), LANES)
+        sizes = range(most * 4 // 3 // LANES * LANES, 0, -LANES)
+        return next((size for size in sizes if channels % size == 0), LANES)
     return round_up(pl.cdiv(channels, pl.cdiv(channels, most)), LANES)
 
 
@@ -331,8 +332,10 @@ def _check(problem: Problem, config: Config) -> None:
     check(config.widening in known, "config.widening", config.widening, f"one of {', '.join(known)}")
     check(config.chunk in _chunks(p), "config.chunk", config.chunk, f"one of {_chunks(p)}")
     exact = widenings(p.scheme)[config.widening]
-    right = not config.scales_weights or (p.scheme.group_size is not None and exact.unit == 1 and exact.offset == 0)
-    check(right, "config.scales_weights", True, f"False for {p.scheme} and {config.widening}")
+    scalable = p.scheme.group_size is not None and exact.unit == 1 and exact.offset == 0
+    scalable &= exact.operand == "float32" or (exact.operand == "bfloat16" and is_narrow(p))
+    right = not config.scales_weights or scalable
+    check(right, "config.scales_weights", True, f"False for {p.scheme} by {config.widening} to {p.out_dtype}")
     check(p.in_features % config.block_in == 0, "config.block_in", config.block_in, f"a divisor of {p.in_features}")
     whole = not p.gated or p.result_features % config.block_out == 0
     check(whole, "config.block_out", config.block_out, f"a divisor of the gate's {p.result_features} channels")

@@ -163,9 +163,8 @@ class Stream:
         for number, to in enumerate(self.buffers):
             part, source = divmod(number, len(self.sources))
             origin = self.sources[source]
-            channel = blocks.first + part * blocks.channels
-            if blocks.out_blocks > 1:
-                channel = pl.multiple_of(channel + j * blocks.block_out, LANES)
+            first = blocks.first + part * blocks.channels
+            channel = first if blocks.out_blocks == 1 else pl.multiple_of(first + j * blocks.block_out, LANES)
             rows = to.shape[1]
             row = pl.multiple_of(k * rows, rows) if origin.along_in else 0
             yield pltpu.make_async_copy(
