@@ -15,6 +15,7 @@ Arguments are arrays or jax.ShapeDtypeStructs, in any pytree; integers that deci
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ OPERATION = flags.DEFINE_string("operation", None, "Only cases of this operation
 FILE = flags.DEFINE_string("file", None, "A function of your own instead of cases: path/to/file.py:function.")
 CHIPS = flags.DEFINE_list("chips", list(tpu_chips()), "Generations to compile for.")
 JSON = flags.DEFINE_string("json", None, "Also write everything that is known to this file.")
+FIGURES = flags.DEFINE_string("figures", None, "Also write the figures in short to this file, a line for each kernel.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw a roofline of each generation: roofline.png.")
 
 SIMULATE = flags.DEFINE_bool("simulate", False, "Also ask libtpu's own simulator, which takes longer.")
@@ -64,6 +66,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\n{report.LEGEND}")
     if JSON.value and rows:
         Path(JSON.value).write_text(json.dumps([report.record(row) for row in rows], indent=1) + "\n")
+    if FIGURES.value and rows:
+        versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+        lines = [json.dumps(entry) for entry in (versions, *report.figures(rows))]
+        Path(FIGURES.value).write_text("\n".join(lines) + "\n")
     if PLOT.value and rows:
         for file in report.plot(rows, Path(PLOT.value)):
             print(f"wrote {file}", file=sys.stderr)

@@ -114,6 +114,29 @@ def record(row: Row) -> dict[str, Any]:
     }
 
 
+def figures(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What is worth keeping and comparing, in short: one entry for each kernel, or failure."""
+    found = []
+    for row in rows:
+        place = {"workload": str(row.workload), "chip": row.chip}
+        if row.failure is not None:
+            found.append(place | {"failure": row.failure.splitlines()[0]})
+        found += [
+            place
+            | {
+                "kernel": report.name,
+                "bytes_needed": report.bytes_needed,
+                "bytes_moved": report.bytes_moved,
+                "microseconds": None if report.seconds is None else round(report.seconds * 1e6, 3),
+                "roofline": None if report.roofline is None else round(report.roofline, 4),
+                "vmem_bytes": report.vmem_bytes,
+                "spills": list(report.spills),
+            }
+            for report in row.reports
+        ]
+    return found
+
+
 def _simulations(row: Row) -> Any:
     if not isinstance(row.simulations, tuple):
         return row.simulations

@@ -2,17 +2,18 @@
 
     y = sum_g (x_g @ (code_g - zero_g)) * scale_g + sum(x_g) * minimum_g        result = finish(y + bias)
 
-Grid: (row blocks, out blocks, in blocks). A step takes a block of output channels with all of `in`, as long as that is
-no more than a transfer of a few MB; where it is more, several steps share the channels and add up. Inside, chunks of
-`in` are widened one after the other and multiplied at once: wide weights exist in registers and in VMEM only.
+Grid: (cores, row blocks, out blocks of a core, in blocks). A step takes a block of output channels with all of `in`, as
+long as that is no more than a transfer of a few MB; where it is more, several steps share the channels and add up.
+Inside, chunks of `in` are widened one after the other and multiplied at once: wide weights exist in registers and in
+VMEM only.
 
 Codes are not put in order, nor converted where the matrix unit takes their bits (`tpu_weights.py`). Instead the columns
 of x are put in the order of the codes before the kernel, float32 is split into bfloat16 pieces, and sums of x meet what
 was added to all codes of a group. How products are scaled is in `tpu_kernel.py`.
 
-Resident in VMEM: x of the row block; two blocks each of codes, scales, zeros, minimums, of which the pipeline fills one
-while the other is worked on. A gated call has all but x twice, gate and up, from the same arrays. The layer of stacked
-weights is read before the grid starts, and the index maps take its blocks: no layer is copied.
+Resident in VMEM: x of the row block; three blocks each of codes, scales, zeros, minimums, of which one is worked on
+while the others are on their way (`tpu_stream.py`). A gated call has all but x twice, gate and up, from the same
+arrays. Of stacked weights the blocks of one layer are taken: no layer is copied.
 
 Bound by memory up to about a hundred rows: each code is read once for 2 * rows FLOPs.
 """

@@ -2,8 +2,11 @@
 
 A step multiplies by a block of the weight, chunk after chunk along `in`. Products are scaled, or weights:
 
-    products   p = x @ operand of a chunk;  y += (p - offset * sum(x)) * scale + sum(x) * minimum,  group by group
-    weights    y += x @ (code - zero) * scale;  y += sums(x) @ minimums at the end
+    products   y += (x @ operands of a group) * scale, group by group
+    weights    y += x @ (operands * scale)
+
+What codes have too much (zero points, what a widening adds) and minimums are one more product, of the sums of x and of
+what the groups are off by. A float32 result would show its rounding: there it is taken off before anything is scaled.
 
 Scaled products cost the vector unit what the rows of x are, scaled weights what the weights are: products for few rows.
 Groups that are smaller than the matrix unit is deep share a chunk: each has copies of the rows of x, with zeros in the
