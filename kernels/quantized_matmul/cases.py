@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import jax
@@ -178,3 +179,52 @@ TESTS: Final = (
     Case(name="wide-out", rows=1, in_features=64, out_features=70_000, scheme="int8", dtype="float32"),
 )
 """Small workloads with every option that a test compares with the oracle."""
+
+
+LAYERS: Final = {
+    "llama-3-8b-qkv": (4096, 6144),
+    "llama-3-8b-output": (4096, 4096),
+    "llama-3-8b-gate-up": (4096, 28672),
+    "llama-3-8b-down": (14336, 4096),
+    "llama-3-70b-qkv": (8192, 10240),
+    "llama-3-70b-output": (8192, 8192),
+    "llama-3-70b-gate-up": (8192, 57344),
+    "llama-3-70b-down": (28672, 8192),
+}
+"""Linear layers: in, out."""
+
+SCHEMES: Final = (
+    ("int8", None),
+    ("int8-g128", None),
+    ("int8", "int8"),
+    ("int4", None),
+    ("int4-g32", None),
+    ("int4-g128", None),
+    ("int4-g128-zeros", None),
+    ("int4-g32-minimums", None),
+    ("int4-g128", "int8"),
+    ("float8_e4m3fn", None),
+    ("float8_e4m3fn", "float8_e4m3fn"),
+    ("mxfp4", None),
+)
+"""How weights and activations are quantized."""
+
+
+def _shapes() -> Iterator[Case]:
+    """Rows from latency to capacity, for each layer in each scheme."""
+    for (layer, (in_features, out_features)), (scheme, quantize_x), rows in itertools.product(
+        LAYERS.items(), SCHEMES, (1, 8, 16, 64, 256)
+    ):
+        yield Case(
+            name=f"{layer}-{scheme}-by-{quantize_x or 'bfloat16'}-{rows}",
+            rows=rows,
+            in_features=in_features,
+            out_features=out_features,
+            scheme=scheme,
+            scale_dtype="bfloat16",
+            quantize_x=quantize_x,
+        )
+
+
+SHAPES: Final = tuple(_shapes())
+"""A grid of shapes, to see where a kernel is near the bandwidth and where it is not."""
