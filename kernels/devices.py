@@ -1,4 +1,4 @@
-"""What a device can do: what its datasheet says of a TPU, and the memory bandwidth that is measured."""
+"""What a device can do: what the datasheets say of TPUs and GPUs, and the memory bandwidth that is measured."""
 
 from __future__ import annotations
 
@@ -77,6 +77,101 @@ def target_chip() -> Chip | None:
     aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
     kind = aliases.get(kind or "", kind)
     return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU; figures and their sources stand in `gpus.json`.
+
+    Attributes:
+      name: "h200" for example.
+      device_kind: what JAX calls it.
+      compute_capability: of sm_90, for example, 90.
+      multiprocessors: on the chip.
+      hbm_bytes_per_second: memory bandwidth; None where it is not known.
+      bf16_flops_per_second: of the tensor cores, without sparsity; None where it is not known.
+      shared_bytes: shared memory of a multiprocessor; every program on it takes 1 KiB more than it asks for.
+      program_shared_bytes: the most that one program can ask for.
+      registers: 32-bit registers of a multiprocessor.
+      warps: that a multiprocessor keeps at a time, of 32 threads each.
+      programs: that a multiprocessor keeps at a time.
+      float8: whether it converts float8 numbers in hardware.
+    """
+
+    name: str
+    device_kind: str
+    compute_capability: int
+    multiprocessors: int
+    hbm_bytes_per_second: float | None
+    bf16_flops_per_second: float | None
+    shared_bytes: int
+    program_shared_bytes: int
+    registers: int
+    warps: int
+    programs: int
+    float8: bool
+
+
+@functools.cache
+def gpus() -> dict[str, Gpu]:
+    """The GPUs that are known here, by name, oldest architecture first."""
+    return {
+        name: Gpu(name=name, **figures, **_architectures()[figures["compute_capability"]])
+        for name, figures in _gpu_data()["gpus"].items()
+    }
+
+
+DEFAULT_GPU: Final = "h200"
+"""The GPU that kernels are laid out for where it is not known which one they will run on."""
+
+
+def target_gpu() -> Gpu | None:
+    """The GPU that is being traced for; None where it is no GPU, or one of which nothing is known here.
+
+    As for `target_platform`, the current abstract mesh says so where it names a device. Of a GPU that is here and not
+    in `gpus.json` (a new product, or a slice of a chip) the driver knows the architecture and the multiprocessors.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else None
+    here = jax.devices()[0] if kind is None and jax.default_backend() == "gpu" else None
+    kind = here.device_kind if here is not None else kind
+    known = next((gpu for gpu in gpus().values() if gpu.device_kind == kind), None)
+    if known is not None or here is None:
+        return known
+    return _described(here.device_kind, str(here.compute_capability), int(here.core_count))
+
+
+def gpu_to_plan_for() -> Gpu:
+    """The GPU that is being traced for, or `DEFAULT_GPU`: for choices that are right anywhere, and good on that one."""
+    return target_gpu() or gpus()[DEFAULT_GPU]
+
+
+@functools.cache
+def _gpu_data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(importlib.resources.files(__package__).joinpath("gpus.json").read_text())
+    return data
+
+
+def _architectures() -> dict[int, dict[str, Any]]:
+    return {int(capability): figures for capability, figures in _gpu_data()["architectures"].items()}
+
+
+def _described(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
+    """A GPU by what its driver says: the compute capability ("8.6"), as the newest architecture up to it."""
+    major, _, minor = capability.partition(".")
+    number = 10 * int(major) + int(minor or 0) if major.isdigit() else 0
+    older = [known for known in _architectures() if known <= number]
+    if not older:
+        return None  # older than all that is known, or no NVIDIA GPU
+    return Gpu(
+        name=kind,
+        device_kind=kind,
+        compute_capability=number,
+        multiprocessors=multiprocessors,
+        hbm_bytes_per_second=None,
+        bf16_flops_per_second=None,
+        **_architectures()[max(older)],
+    )
 
 
 def cpu_compiler_options() -> dict[str, Any]:
