@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import json
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -14,13 +15,19 @@ import jax.numpy as jnp
 
 from palladion.reference.platforms import target_platform
 
-READ_BYTES: Final = 256 * 2**20
-"""Read at a time: several times larger than any cache."""
+READ_BYTES: Final = {"cpu": 256 * 2**20, "gpu": 2**30, "tpu": 2**30}
+"""Read at a time: several times larger than any cache, and on an accelerator long enough that a dispatch is nothing."""
 
 ROW: Final = 512
 """float32 numbers in a row: of the shapes tried (256 to 4096 wide, sums and maxima) the fastest on a CPU."""
 
 REPEATS: Final = 12
+
+DISPATCHED: Final = {"cpu": 1, "gpu": 8, "tpu": 8}
+"""Passes that are started before the first is waited for: on an accelerator one begins where the last one ends."""
+
+SQUARE: Final = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+"""Rows and columns of the matrices that are multiplied to measure arithmetic."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Chip:
       one_byte_operands: dtypes that the matrix unit takes as they are: int8 against int8, float8 against bfloat16.
       dma_granule_bytes: unit of transfers in the compiler's listings.
       branch_delay_slots: bundles after a branch that are executed whether it is taken or not.
+      hbm_bytes: how much memory it has.
+      bf16_flops_per_second: of the matrix units, bfloat16 in, float32 out.
     """
 
     name: str
@@ -52,6 +61,8 @@ class Chip:
     one_byte_operands: tuple[str, ...]
     dma_granule_bytes: int
     branch_delay_slots: int
+    hbm_bytes: float
+    bf16_flops_per_second: float
 
 
 @functools.cache
@@ -96,6 +107,7 @@ class Gpu:
       warps: that a multiprocessor keeps at a time, of 32 threads each.
       programs: that a multiprocessor keeps at a time.
       float8: whether it converts float8 numbers in hardware.
+      hbm_bytes: how much memory it has; None where it is not known.
     """
 
     name: str
@@ -110,6 +122,7 @@ class Gpu:
     warps: int
     programs: int
     float8: bool
+    hbm_bytes: float | None = None
 
 
 @functools.cache
@@ -181,17 +194,37 @@ def cpu_compiler_options() -> dict[str, Any]:
 
 @functools.cache
 def measured_bandwidth() -> float:
-    """Bytes per second at which JAX's default device reads memory: the best of several passes over 256 MB.
+    """Bytes per second at which JAX's default device reads memory: the best of several passes over a large array.
 
     A reduction along the slow axis of a large array is the fastest read that XLA compiles, and needs no arithmetic to
     speak of. The best pass is what counts, because whatever disturbs a pass makes it slower.
     """
-    x = jnp.ones((READ_BYTES // (4 * ROW), ROW), jnp.float32)
-    read = jax.jit(lambda x: jnp.max(x, axis=0), compiler_options=cpu_compiler_options()).lower(x).compile()
-    read(x).block_until_ready()
+    x = jnp.ones((READ_BYTES[target_platform()] // (4 * ROW), ROW), jnp.float32)
+    return x.nbytes / _least_seconds(lambda x: jnp.max(x, axis=0), x)
+
+
+@functools.cache
+def measured_matrix_rate(dtype: str = "bfloat16") -> float:
+    """Floating-point operations per second with which JAX's default device multiplies large square matrices.
+
+    The operands are normal-distributed: chips slow down where many bits change. Results are float32.
+
+    Args:
+      dtype: of the operands.
+    """
+    size = SQUARE[target_platform()]
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    return 2 * size**3 / _least_seconds(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32), x)
+
+
+def _least_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """What a pass takes, compiled ahead and warmed up; passes follow each other without a pause."""
+    compiled = jax.jit(function, compiler_options=cpu_compiler_options()).lower(x).compile()
+    compiled(x).block_until_ready()
+    passes = DISPATCHED[target_platform()]
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        read(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return x.nbytes / min(seconds)
+        jax.block_until_ready([compiled(x) for _ in range(passes)])
+        seconds.append((time.perf_counter() - start) / passes)
+    return min(seconds)
