@@ -123,6 +123,12 @@ def _empty(
     return KVCache(zeros(), zeros(), scales(), scales(), page_table)
 
 
+def bytes_per_token(kv_heads: int, head_dim: int, dtype: Any) -> int:
+    """Bytes that a token's keys and values take in the cache of a layer, scales included."""
+    scale = 4 if jnp.dtype(dtype).name in QUANTIZED_CACHE_DTYPES else 0
+    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
+
+
 def quantize_kv(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     """Keys or values in the dtype of a cache, with one scale per token and head where that dtype needs them.
 

@@ -122,6 +122,19 @@ class Scheme:
         """How many scales an output channel of `in_features` weights has."""
         return 1 if self.group_size is None else in_features // self.group_size
 
+    def nbytes(self, in_features: int, out_features: int, scale_dtype: Any = jnp.bfloat16) -> int:
+        """Bytes of a weight `[in_features, out_features]`: codes, scales, zeros and minimums.
+
+        Args:
+          in_features: weights of an output channel.
+          out_features: output channels.
+          scale_dtype: of scales and minimums; the scales of mxfp4 have a byte of their own kind.
+        """
+        codes = in_features * out_features // (2 if self.packed else 1)
+        scale = 1 if self.format == "mxfp4" else jnp.dtype(scale_dtype).itemsize
+        factor = scale + {"none": 0, "zeros": 1, "minimums": scale}[self.offset]
+        return codes + self.groups(in_features) * out_features * factor
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
-from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache
+from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache, bytes_per_token
 
 
 class Inputs(NamedTuple):
@@ -104,10 +104,13 @@ class Problem:
 
     def bytes_moved(self) -> int:
         """Bytes that must move between memory and chip: the new keys and values, read once and written once."""
-        scale = 4 if self.kv_dtype in QUANTIZED_CACHE_DTYPES else 0
-        read = self.head_dim * jnp.dtype(self.x_dtype).itemsize
-        written = self.head_dim * jnp.dtype(self.kv_dtype).itemsize + scale
-        return 2 * self.batch * self.q_len * self.kv_heads * (read + written)
+        read = 2 * self.kv_heads * self.head_dim * jnp.dtype(self.x_dtype).itemsize
+        written = bytes_per_token(self.kv_heads, self.head_dim, self.kv_dtype)
+        return self.batch * self.q_len * (read + written)
+
+    def flops(self) -> int:
+        """None: numbers are moved, and scaled at most."""
+        return 0
 
     def __str__(self) -> str:
         cache = f"max_len={self.max_len}" if self.page_size is None else f"page_size={self.page_size}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
-from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES
+from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
 
 
 class Inputs(NamedTuple):
@@ -166,9 +166,9 @@ class Problem:
         """
         filled = np.full(self.batch, self.max_len) if lengths is None else np.asarray(lengths, np.int64)
         seen = filled if self.sliding_window is None else np.minimum(filled, self.sliding_window + self.q_len - 1)
-        per_token = self.head_dim * jnp.dtype(self.kv_dtype).itemsize + (4 if self.has_scales else 0)
+        cached = int(seen.sum()) * bytes_per_token(self.kv_heads, self.head_dim, self.kv_dtype)
         queries = self.batch * self.q_len * self.q_heads * self.head_dim * jnp.dtype(self.q_dtype).itemsize
-        return int(seen.sum()) * self.kv_heads * per_token * 2 + 2 * queries
+        return cached + 2 * queries
 
     def flops(self, lengths: Any = None) -> int:
         """Floating-point operations of the two products, 2 for each multiply-add."""

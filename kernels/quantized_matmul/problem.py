@@ -146,14 +146,10 @@ class Problem:
 
     def bytes_moved(self) -> int:
         """Bytes that must move between memory and chip: x, the weight with its scales, the bias and the result once."""
-        codes = self.in_features * self.out_features // (2 if self.scheme.packed else 1)
-        floats = self.groups * self.out_features * jnp.dtype(self.scale_dtype).itemsize
-        factors = floats * (2 if self.scheme.offset == "minimums" else 1)
-        if self.scheme.offset == "zeros":
-            factors += self.groups * self.out_features
+        weight = self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype)
         x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
         result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
-        return codes + factors + x + result + (self.out_features * 4 if self.has_bias else 0)
+        return weight + x + result + (self.out_features * 4 if self.has_bias else 0)
 
     def flops(self) -> int:
         """Floating-point operations of the product, 2 for each multiply-add."""

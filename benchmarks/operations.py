@@ -1,0 +1,315 @@
+"""The operations as benchmarks see them: workloads, how a backend is called, and whether a result is right.
+
+The float64 oracle goes loop by loop, too slowly for the shapes of real models. Of these it judges a sample: whole
+heads and channels at both ends and between, each computed from everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palladion.kernels import append_kv as append_package
+from palladion.kernels import decode_attention as attention_package
+from palladion.kernels import quantized_matmul as matmul_package
+from palladion.kernels.append_kv import cases as append_cases
+from palladion.kernels.backend import Implementation
+from palladion.kernels.checks import check
+from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.quantized_matmul import cases as matmul_cases
+from palladion.reference import KVCache, oracle, quantize_kv
+from palladion.reference.compare import FACTOR, ULPS, Comparison, compare
+
+SAMPLED_HEADS: Final = 4
+SAMPLED_QUERIES: Final = 3
+SAMPLED_ROWS: Final = 8
+SAMPLED_CHANNELS: Final = 32
+
+ROUGH: Final = 16.0
+"""Bounds that a peer may be off: it may round where we do not (weights to bfloat16, weights of the softmax), and is
+shown as being off. What is further off computes something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How right a result is.
+
+    Attributes:
+      units: its error in parts of what is accepted (`reference/compare.py`); at most 1 is right.
+      error: its largest error, relative to the scale of the oracle's values; 0 or infinity where it must be exact.
+      said: in words.
+    """
+
+    units: float
+    error: float
+    said: str
+
+    @property
+    def right(self) -> bool:
+        """Whether it is accepted as right."""
+        return self.units <= 1
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it is right, or merely rounded elsewhere, as a peer may."""
+        return self.units <= ROUGH
+
+
+def verdict_of(comparison: Comparison) -> Verdict:
+    """A comparison in units of its bound."""
+    slack = ULPS * comparison.ulp
+    units = max(
+        comparison.error / (FACTOR * comparison.reference_error + slack),
+        comparison.rms / (FACTOR * comparison.reference_rms + slack),
+    )
+    return Verdict(units if comparison.same_specials else np.inf, comparison.error, str(comparison))
+
+
+class Operation(abc.ABC):
+    """An operation: its cases, its calls, its judge."""
+
+    name: ClassVar[str]
+    cases: ClassVar[ModuleType]
+    package: ClassVar[ModuleType]
+
+    @property
+    def table(self) -> Sequence[Implementation]:
+        """What can run it."""
+        rows: Sequence[Implementation] = self.package.IMPLEMENTATIONS
+        return rows
+
+    def named_cases(self) -> dict[str, Any]:
+        """Its cases by name: those of real models, then small ones."""
+        return {case.name: case for case in (*self.cases.MODELS, *getattr(self.cases, "SHAPES", ()), *self.cases.TESTS)}
+
+    def inputs(self, case: Any) -> Any:
+        """Arrays of a case."""
+        return self.cases.make_inputs(case)
+
+    def bytes_moved(self, case: Any) -> int:
+        """Bytes that a call must move."""
+        return int(case.problem().bytes_moved())
+
+    def flops(self, case: Any) -> int:
+        """Floating-point operations of a call."""
+        return int(case.problem().flops())
+
+    @abc.abstractmethod
+    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
+        """A call of the operation as `timing.JaxRunner` takes it.
+
+        Args:
+          case: which.
+          **how: backend, config and interpret.
+        """
+
+    def split(self, inputs: Any) -> tuple[Any, Any]:
+        """What of the inputs is donated, or None; and the rest."""
+        return None, inputs
+
+    @abc.abstractmethod
+    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
+        """Whether a result is right, beside the reference's."""
+
+
+class DecodeAttention(Operation):
+    """decode_attention; a result is `out` alone, as most peers have no more."""
+
+    name = "decode_attention"
+    cases = attention_cases
+    package = attention_package
+
+    def bytes_moved(self, case: Any) -> int:
+        """Bytes that a call must move, as full as its caches are."""
+        return int(case.problem().bytes_moved(case.filled))
+
+    def flops(self, case: Any) -> int:
+        """Floating-point operations of a call, as full as its caches are."""
+        return int(case.problem().flops(case.filled))
+
+    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
+        """As `Operation` has it."""
+
+        def attend(inputs: Any) -> jax.Array:
+            return attention_package.decode_attention(**inputs._asdict(), **case.options, **how)
+
+        return attend
+
+    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
+        """As `Operation` has it."""
+        group = case.q_heads // case.kv_heads
+        layer = None if inputs.layer is None else int(inputs.layer)
+        lengths = np.asarray(case.filled)
+        places = [(b, h) for b in _spread(case.batch, SAMPLED_HEADS) for h in _spread(case.q_heads, SAMPLED_HEADS)]
+        places = [places[i] for i in _spread(len(places), SAMPLED_HEADS)]
+        # The sequences that are special first: the shortest and the longest.
+        places += [(int(b), case.q_heads - 1) for b in {lengths.argmin(), lengths.argmax()}]
+        ours, theirs, exact = [], [], []
+        for b, h in places:
+            for i in _spread(case.q_len, SAMPLED_QUERIES):
+                head = h // group
+                arrays = {
+                    name: _of_head(getattr(inputs, name), layer, inputs.page_table, b, head)
+                    for name in ("k", "v", "k_scale", "v_scale")
+                }
+                pages = None if inputs.page_table is None else np.arange(inputs.page_table.shape[1])[None]
+                out, _ = oracle.decode_attention(
+                    q=np.asarray(inputs.q[b : b + 1, i : i + 1, h : h + 1]),
+                    # Query i sees what is there when it is the newest.
+                    lengths=np.maximum(lengths[b : b + 1] - (case.q_len - 1 - i), 0),
+                    page_table=pages,
+                    sinks=None if inputs.sinks is None else np.asarray(inputs.sinks[h : h + 1]),
+                    **arrays,
+                    **case.options,
+                )
+                exact.append(out[0, 0, 0])
+                ours.append(np.asarray(result[b, i, h]))
+                theirs.append(np.asarray(reference[b, i, h]))
+        return verdict_of(compare(np.stack(ours), np.stack(theirs), np.stack(exact)))
+
+
+class QuantizedMatmul(Operation):
+    """quantized_matmul."""
+
+    name = "quantized_matmul"
+    cases = matmul_cases
+    package = matmul_package
+
+    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
+        """As `Operation` has it."""
+
+        def multiply(inputs: Any) -> jax.Array:
+            options = {"bias": inputs.bias, "layer": inputs.layer, **case.options, **how}
+            return matmul_package.quantized_matmul(inputs.x, inputs.w, **options)
+
+        return multiply
+
+    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
+        """As `Operation` has it."""
+        w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
+        channels = np.array(_spread(case.problem().result_features, SAMPLED_CHANNELS))
+        rows = np.array(_spread(case.rows, SAMPLED_ROWS))
+        taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+        exact = oracle.quantized_matmul(
+            np.asarray(inputs.x)[rows],
+            jax.tree.map(lambda part: part[:, taken], w),
+            bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
+            activation=IN_NUMPY[case.activation],
+            gated=case.gated,
+            quantize_x=case.quantize_x,
+        )
+        place = np.ix_(rows, channels)
+        return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
+
+
+class AppendKV(Operation):
+    """append_kv; what it writes and what it leaves alone must be exact: the oracle is the definition, token by token.
+
+    A token is quantized by `quantize_kv`, as the definition has it.
+    """
+
+    name = "append_kv"
+    cases = append_cases
+    package = append_package
+
+    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
+        """As `Operation` has it."""
+        del case
+
+        def append(cache: KVCache, rest: Any) -> KVCache:
+            k, v, lengths, new_tokens, layer = rest
+            options = {"new_tokens": new_tokens, "layer": layer, **how}
+            return append_package.append_kv(cache, k, v, lengths, **options)
+
+        return append
+
+    def split(self, inputs: Any) -> tuple[Any, Any]:
+        """The cache is donated."""
+        return inputs.cache, tuple(inputs)[1:]
+
+    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
+        """As `Operation` has it."""
+        del case
+        wrong = []
+        for who, cache in (("result", result), ("reference", reference)):
+            for name, expected in oracle_append(inputs).items():
+                got = np.asarray(getattr(cache, name))
+                if not np.array_equal(_as_bits(got), _as_bits(expected)):
+                    wrong.append(f"{who}.{name}")
+        said = f"differs from the definition: {', '.join(wrong)}" if wrong else "exact"
+        return Verdict(np.inf if wrong else 0.0, np.inf if wrong else 0.0, said)
+
+
+def oracle_append(inputs: Any) -> dict[str, np.ndarray]:
+    """What append_kv leaves in each array of a cache, token by token."""
+    cache, lengths = inputs.cache, np.asarray(inputs.lengths)
+    names = [name for name in ("k", "v", "k_scale", "v_scale") if getattr(cache, name) is not None]
+    parts = {name: np.array(getattr(cache, name)) for name in names}
+    store = jax.jit(quantize_kv, static_argnums=1)
+    new: dict[str, np.ndarray] = {}
+    for name in ("k", "v"):
+        codes, scales = store(getattr(inputs, name), cache.k.dtype)
+        new |= {name: np.asarray(codes)} | ({} if scales is None else {f"{name}_scale": np.asarray(scales)})
+    batch, q_len = inputs.k.shape[:2]
+    rows = cache.k.shape[-2]
+    for b in range(batch):
+        real = q_len if inputs.new_tokens is None else int(inputs.new_tokens[b])
+        for i in range(q_len - real, q_len):
+            position = int(lengths[b]) - q_len + i
+            if not 0 <= position < cache.max_len:
+                continue
+            slab, row = b, position
+            if cache.page_table is not None:
+                slab, row = int(cache.page_table[b, position // rows]), position % rows
+            for name, values in new.items():
+                target = parts[name] if inputs.layer is None else parts[name][int(inputs.layer)]
+                target[slab, :, row] = values[b, i]
+    return parts
+
+
+OPERATIONS: Final[dict[str, Operation]] = {one.name: one for one in (DecodeAttention(), QuantizedMatmul(), AppendKV())}
+
+IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {
+    None: None,
+    jax.nn.relu: lambda y: np.maximum(y, 0),
+    jax.nn.silu: lambda y: y / (1 + np.exp(-y)),
+    jax.nn.gelu: lambda y: 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))),
+}
+"""Activations in float64."""
+
+
+def operation(name: str) -> Operation:
+    """An operation by name.
+
+    Raises:
+      ValueError: there is none of that name; the message lists them.
+    """
+    check(name in OPERATIONS, "operation", repr(name), ", ".join(OPERATIONS))
+    return OPERATIONS[name]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """So many places in range(count) at most, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
+
+
+def _of_head(part: Any, layer: int | None, page_table: Any, b: int, head: int) -> Any:
+    """A part of the cache of one sequence and KV head, as the oracle takes it: dense, or its pages in order."""
+    if part is None:
+        return None
+    part = part if layer is None else part[layer]
+    if page_table is None:
+        return np.asarray(part[b : b + 1, head : head + 1])
+    # Dead entries point anywhere.
+    return np.asarray(jnp.take(part[:, head : head + 1], page_table[b], axis=0, mode="clip"))
+
+
+def _as_bits(x: np.ndarray) -> np.ndarray:
+    return x.view(np.dtype(f"u{x.dtype.itemsize}"))
