@@ -4,7 +4,8 @@ r"""Benchmarks: what a step takes, beside the bytes that it must move, the refer
   python -m palladion.benchmarks run --help         says what one of them takes
 
 A command is a module with `HELP`, one line; `add_arguments(parser)`; and `run(arguments)`, which returns the exit
-status. It raises ValueError, ImportError or OSError, with a message that says the way out, for what the user can mend.
+status, and finds in `arguments.command_line` how it was called. It raises ValueError, ImportError or OSError, with a
+message that says the way out, for what the user can mend.
 Beside these, `python -m palladion.benchmarks.static tpu` says what the TPU compiler makes of the kernels.
 """
 
@@ -17,7 +18,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
-COMMANDS: Final[dict[str, str]] = {}
+COMMANDS: Final[dict[str, str]] = {
+    "run": "palladion.benchmarks.run",
+}
 """Which module runs a command; it is imported when it is asked for."""
 
 USER_ERROR: Final = 2
@@ -50,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog=f"{PROGRAM} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_arguments(parser)
-        status: int = command.run(parser.parse_args(rest))
+        parsed = parser.parse_args(rest)
+        parsed.command_line = [name, *rest]
+        status: int = command.run(parsed)
     except (ValueError, ImportError, OSError) as error:
         if debug:
             raise

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 import jax
 
+from palladion.kernels.tuning import Space, TuningKey, resolve
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -33,16 +34,25 @@ class Implementation:
       platform: where it runs, "tpu" or "gpu"; None for everywhere.
       unsupported: what of a problem it does not cover, in words that follow "mosaic_tpu: ", or None.
       run: called with the problem, the operation's arrays, `config` and `interpret`.
+      config_class: of its block sizes; None where there is nothing to choose.
+      heuristic: block sizes for a problem.
+      space: the block sizes that may be tried for a problem.
     """
 
     name: str
     platform: str | None
     unsupported: Callable[[Any], str | None]
     run: Callable[..., Any]
+    config_class: type | None = None
+    heuristic: Callable[[Any], Any] | None = None
+    space: Callable[[Any], Space] | None = None
 
 
 class Problem(Protocol):
     """What an operation was asked for, validated and free of arrays."""
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
 
     def __str__(self) -> str:
         """Shapes and options on one line."""
@@ -58,6 +68,8 @@ class Choice:
       backend: the name of the implementation that was taken.
       interpret: whether its kernel is interpreted instead of compiled.
       reasons: why implementations that come before it in the table were not taken, by name.
+      config: the kernel's block sizes; None for the reference.
+      config_source: one of `tuning.SOURCES`; empty for the reference.
     """
 
     operation: str
@@ -65,6 +77,8 @@ class Choice:
     backend: str
     interpret: bool
     reasons: dict[str, str]
+    config: Any = None
+    config_source: str = ""
 
 
 # A user context is part of what jit caches by: a function traced under another default is traced anew.
@@ -102,14 +116,35 @@ def record_choices() -> Iterator[list[Choice]]:
         _recorders.reset(token)
 
 
+def dispatch(
+    operation: str,
+    table: Sequence[Implementation],
+    problem: Problem,
+    inputs: Any,
+    *,
+    backend: str | None,
+    config: Any,
+    interpret: Any,
+) -> Any:
+    """Picks the implementation of a call and its block sizes, and runs it; arguments and errors are those of `choose`.
+
+    Where block sizes come from is a part of the operation's name in profiles: "decode_attention.triton.tuned".
+    """
+    row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
+    name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
+    with jax.named_scope(name):
+        return row.run(problem, inputs, config=choice.config, interpret=interpret)
+
+
 def choose(
     operation: str,
     table: Sequence[Implementation],
     problem: Problem,
     backend: str | None,
     interpret: Any,
-) -> tuple[Implementation, Any]:
-    """Picks the implementation of a call.
+    config: Any = None,
+) -> tuple[Implementation, Choice, Any]:
+    """Picks the implementation of a call, and its block sizes.
 
     Args:
       operation: its name, for messages.
@@ -118,9 +153,10 @@ def choose(
       backend: one of `BACKENDS`; None takes what `using_backend` set, "auto" at first.
       interpret: True interprets the kernel on any platform, False never does; None interprets where backend="pallas"
         finds a CPU. Kernels also take what `pallas_call` takes, `pltpu.InterpretParams` for example.
+      config: block sizes that the caller insists on; None takes tuned ones, or those of the heuristic.
 
     Returns:
-      The implementation and what to pass on as its `interpret`.
+      The implementation, what is recorded of it, and what to pass on as its `interpret`.
 
     Raises:
       ValueError: there is no such backend.
@@ -142,10 +178,11 @@ def choose(
         else:
             reason = row.unsupported(problem)
         if reason is None:
-            choice = Choice(operation, problem, row.name, bool(interpreted), reasons)
+            taken, source = resolve(operation, row, problem, config)
+            choice = Choice(operation, problem, row.name, bool(interpreted), reasons, taken, source)
             for choices in _recorders.get():
                 choices.append(choice)
-            return row, interpreted
+            return row, choice, interpreted
         reasons[row.name] = reason
     given = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or f"{backend}: has no kernel for it yet"
     raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")

@@ -76,17 +76,20 @@ def tpu_chips() -> dict[str, Chip]:
     }
 
 
+def target_device_kind() -> str:
+    """What JAX calls the device that is being traced for, whichever name of several it goes by."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+    return aliases.get(kind, kind)
+
+
 def target_chip() -> Chip | None:
     """The TPU that is being traced for; None where it is no TPU, or one that is not known here.
 
     As for `target_platform`, the current abstract mesh says so where it names a device.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else None
-    if kind is None and jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-    aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
-    kind = aliases.get(kind or "", kind)
+    kind = target_device_kind()
     return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
 
 

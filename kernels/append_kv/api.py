@@ -6,21 +6,29 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv import mosaic_tpu
+from palladion.kernels.append_kv import mosaic_tpu, spaces
 from palladion.kernels.append_kv.problem import Inputs, Problem
-from palladion.kernels.backend import Implementation, choose
+from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.reference import append_kv as reference
 from palladion.reference.caches import KVCache
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any) -> KVCache:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> KVCache:
     del problem, config, interpret
     return reference(**inputs._asdict())
 
 
 IMPLEMENTATIONS: Final = (
-    Implementation("mosaic_tpu", "tpu", mosaic_tpu.unsupported, mosaic_tpu.append_kv),
+    Implementation(
+        "mosaic_tpu",
+        "tpu",
+        mosaic_tpu.unsupported,
+        mosaic_tpu.append_kv,
+        mosaic_tpu.Config,
+        mosaic_tpu.heuristic,
+        spaces.mosaic_tpu,
+    ),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns the new cache."""
@@ -78,6 +86,7 @@ def append_kv(
         layer=None if layer is None else as_array("layer", layer, "int32"),
     )
     problem = Problem.of(inputs)
-    implementation, interpret = choose("append_kv", IMPLEMENTATIONS, problem, backend, interpret)
-    result: KVCache = implementation.run(problem, inputs, config=config, interpret=interpret)
+    result: KVCache = dispatch(
+        "append_kv", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
+    )
     return result

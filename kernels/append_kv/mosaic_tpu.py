@@ -185,6 +185,15 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether a problem can be cut like that, in the VMEM that there is."""
+    try:
+        _check_config(problem, config)
+    except ValueError:
+        return False
+    return _vmem_bytes(problem, config) <= VMEM_BYTES
+
+
 def _check_config(problem: Problem, config: Config) -> None:
     """Raises ValueError where a problem cannot be cut like that."""
     p, rows, least = problem, _rows(problem), _least_block(problem)

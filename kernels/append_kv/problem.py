@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
+from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache, bytes_per_token
 
 
@@ -111,6 +112,14 @@ class Problem:
     def flops(self) -> int:
         """None: numbers are moved, and scaled at most."""
         return 0
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
+        cache = "dense" if self.page_size is None else f"pages of {self.page_size}"
+        return TuningKey(
+            kind=f"{self.x_dtype} to {self.kv_dtype} {cache}, heads of {self.head_dim}",
+            sizes={"batch": self.batch, "q_len": self.q_len, "kv_heads": self.kv_heads, "max_len": self.max_len},
+        )
 
     def __str__(self) -> str:
         cache = f"max_len={self.max_len}" if self.page_size is None else f"page_size={self.page_size}"

@@ -6,14 +6,14 @@ from typing import Any, Final, Literal, overload
 
 import jax
 
-from palladion.kernels.backend import Implementation, choose
+from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
-from palladion.kernels.decode_attention import mosaic_tpu, triton
+from palladion.kernels.decode_attention import mosaic_tpu, spaces, triton
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.reference import decode_attention as reference
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, jax.Array]:
     del config, interpret
     return reference(
         **inputs._asdict(),
@@ -24,8 +24,24 @@ def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any
 
 
 IMPLEMENTATIONS: Final = (
-    Implementation("mosaic_tpu", "tpu", mosaic_tpu.unsupported, mosaic_tpu.decode_attention),
-    Implementation("triton", "gpu", triton.unsupported, triton.decode_attention),
+    Implementation(
+        "mosaic_tpu",
+        "tpu",
+        mosaic_tpu.unsupported,
+        mosaic_tpu.decode_attention,
+        mosaic_tpu.Config,
+        mosaic_tpu.heuristic,
+        spaces.mosaic_tpu,
+    ),
+    Implementation(
+        "triton",
+        "gpu",
+        triton.unsupported,
+        triton.decode_attention,
+        triton.Config,
+        triton.heuristic,
+        spaces.triton,
+    ),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns out and lse."""
@@ -148,8 +164,9 @@ def decode_attention(
         layer=optional("layer", layer, "int32"),
     )
     problem = Problem.of(inputs, scale=scale, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap)
-    implementation, interpret = choose("decode_attention", IMPLEMENTATIONS, problem, backend, interpret)
-    out, lse = implementation.run(problem, inputs, config=config, interpret=interpret)
+    out, lse = dispatch(
+        "decode_attention", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
+    )
     if one_token:
         out, lse = out[:, 0], lse[:, 0]
     return (out, lse) if return_lse else out

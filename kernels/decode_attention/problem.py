@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
+from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
 
 
@@ -178,6 +179,18 @@ class Problem:
         if self.sliding_window is not None:
             seen = np.minimum(seen, self.sliding_window)
         return int(seen.sum()) * self.q_heads * self.head_dim * 4
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
+        seen = self.max_len
+        if self.sliding_window is not None:
+            seen = min(seen, self.sliding_window + self.q_len - 1)
+        cache = "dense" if self.page_size is None else f"pages of {self.page_size}"
+        window = " windowed" if self.sliding_window is not None else ""
+        return TuningKey(
+            kind=f"{self.q_dtype} queries, {self.group} x {self.head_dim}, {self.kv_dtype} {cache}{window}",
+            sizes={"batch": self.batch, "q_len": self.q_len, "kv_heads": self.kv_heads, "seen": seen},
+        )
 
     def __str__(self) -> str:
         cache = f"max_len={self.max_len}" if self.page_size is None else f"page_size={self.page_size}"

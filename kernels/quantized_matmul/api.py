@@ -7,15 +7,15 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.backend import Implementation, choose
+from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
-from palladion.kernels.quantized_matmul import mosaic_tpu, triton
+from palladion.kernels.quantized_matmul import mosaic_tpu, spaces, triton
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
 from palladion.reference import quantized_matmul as reference
 from palladion.reference.quantization import QuantizedArray
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any) -> jax.Array:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
     del config, interpret
     return reference(
         inputs.x,
@@ -30,8 +30,24 @@ def _reference(problem: Problem, inputs: Inputs, *, config: None, interpret: Any
 
 
 IMPLEMENTATIONS: Final = (
-    Implementation("mosaic_tpu", "tpu", mosaic_tpu.unsupported, mosaic_tpu.quantized_matmul),
-    Implementation("triton", "gpu", triton.unsupported, triton.quantized_matmul),
+    Implementation(
+        "mosaic_tpu",
+        "tpu",
+        mosaic_tpu.unsupported,
+        mosaic_tpu.quantized_matmul,
+        mosaic_tpu.Config,
+        mosaic_tpu.heuristic,
+        spaces.mosaic_tpu,
+    ),
+    Implementation(
+        "triton",
+        "gpu",
+        triton.unsupported,
+        triton.quantized_matmul,
+        triton.Config,
+        triton.heuristic,
+        spaces.triton,
+    ),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
@@ -91,6 +107,7 @@ def quantized_matmul(
         None if layer is None else as_array("layer", layer, "int32"),
     )
     problem = Problem.of(inputs, activation=activation, gated=gated, quantize_x=quantize_x, out_dtype=out_dtype)
-    implementation, interpret = choose("quantized_matmul", IMPLEMENTATIONS, problem, backend, interpret)
-    out = implementation.run(problem, inputs, config=config, interpret=interpret)
+    out = dispatch(
+        "quantized_matmul", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
+    )
     return out.reshape(*leading, problem.result_features)

@@ -326,6 +326,15 @@ def _storable(dtype: str) -> str:
     return "float32" if dtype == "float16" else dtype
 
 
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether a problem can be cut like that, in the VMEM that there is."""
+    try:
+        _check(problem, config)
+        return _vmem_bytes(_plan(problem, config)) <= _vmem_limit()
+    except ValueError:
+        return False
+
+
 def _check(problem: Problem, config: Config) -> None:
     """Raises ValueError where a config does not go with a problem."""
     p = problem

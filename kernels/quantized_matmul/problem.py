@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
+from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES as FLOAT_DTYPES
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 
@@ -154,6 +155,15 @@ class Problem:
     def flops(self) -> int:
         """Floating-point operations of the product, 2 for each multiply-add."""
         return 2 * self.rows * self.in_features * self.out_features
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
+        x = self.x_dtype if self.quantize_x is None else f"{self.x_dtype} as {self.quantize_x}"
+        gated = " gated" if self.gated else ""
+        return TuningKey(
+            kind=f"{x} x {self.scheme} with {self.scale_dtype} scales to {self.out_dtype}{gated}",
+            sizes={"rows": self.rows, "in": self.in_features, "out": self.out_features},
+        )
 
     def __str__(self) -> str:
         options = [

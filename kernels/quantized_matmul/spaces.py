@@ -1,0 +1,34 @@
+"""The block sizes of quantized_matmul's kernels that may be tried for a problem, around those of the heuristics."""
+
+from __future__ import annotations
+
+from palladion.kernels.quantized_matmul import mosaic_tpu as tpu_kernel
+from palladion.kernels.quantized_matmul import triton as gpu_kernel
+from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.tpu_layout import LANES
+from palladion.kernels.tuning import Space
+
+
+def mosaic_tpu(problem: Problem) -> Space:
+    """Channels and depth of a block."""
+    p, start = problem, tpu_kernel.heuristic(problem)
+    channels = p.result_features
+    widths = [LANES * n for n in (1, 2, 4, 6, 8, 12, 16, 24, 32) if LANES * n <= channels]
+    depths = [p.in_features // n for n in (1, 2, 4, 8) if p.in_features % (n * start.chunk) == 0]
+    return Space(start, {"block_out": widths, "block_in": depths}, lambda config: tpu_kernel.fits(p, config))
+
+
+def triton(problem: Problem) -> Space:
+    """Channels and depth of a block, splits along `in`, and how a program is run."""
+    start = gpu_kernel.heuristic(problem)
+    tiles = -(-problem.in_features // start.tile)
+    return Space(
+        start,
+        {
+            "splits": [1 << n for n in range(7) if 1 << n <= tiles],
+            "block_out": (16, 32, 64, 128, 256),
+            "tile": (32, 64, 128, 256),
+            "num_warps": (2, 4, 8),
+            "num_stages": (1, 2, 3, 4, 5),
+        },
+    )
