@@ -20,6 +20,11 @@ from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
     "run": "palladion.benchmarks.run",
+    "model": "palladion.benchmarks.model",
+    "plan": "palladion.benchmarks.plan",
+    "compare": "palladion.benchmarks.compare",
+    "report": "palladion.benchmarks.report",
+    "tune": "palladion.benchmarks.tune",
 }
 """Which module runs a command; it is imported when it is asked for."""
 

@@ -69,7 +69,7 @@ def provenance(command: str = "") -> dict[str, Any]:
     return {
         "command": command,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": device_name(),
         "device_kind": device.device_kind,
         "platform": device.platform,
@@ -127,7 +127,7 @@ def _driver() -> str | None:
     return _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") if shutil.which("nvidia-smi") else None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that the code was taken from, "+" where it was changed since; None where there is none."""
     here = str(Path(__file__).resolve().parent)
     commit = _said("git", "-C", here, "rev-parse", "--short=12", "HEAD") if shutil.which("git") else None

@@ -1,0 +1,276 @@
+r"""Measures whole decode steps: what a step of 1, 2, 4 … sequences takes, beside the bytes that it must read.
+
+  python -m palladion.benchmarks model --model=smollm2-135m --scheme=int8 --batch=1,2,4,8,16,32,64
+  python -m palladion.benchmarks model --model=llama3-8b --scheme=bfloat16 --batch=1 --prompt=1024 --json=8b.json
+
+Weights are random, in the shapes of the model; the loop is the engine's own, several steps to a dispatch. A step must
+read all weights once and each sequence's cache: MBU is that, over the time, in parts of the measured bandwidth. While a
+step is bound by memory, more sequences cost little: throughput grows at nearly the same latency. MFU is the prompt's
+arithmetic over its time, in parts of the measured matrix rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from palladion.benchmarks import bench, machine, models, plots, results, workloads
+from palladion.benchmarks.models import ModelShape
+from palladion.benchmarks.random_model import random_parameters
+from palladion.benchmarks.results import duration
+from palladion.benchmarks.timing import Samples
+from palladion.kernels.backend import BACKENDS
+from palladion.kernels.checks import check
+from palladion.kernels.devices import measured_bandwidth
+from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions
+from palladion.model.parameters import Parameters
+from palladion.model.sampling import Sampling
+
+HELP: Final = "times whole decode steps of a model for growing batches: latency, tokens/s, MBU, MFU"
+
+NEARLY: Final = 1.25
+"""Times the latency of one sequence that counts as nearly the same."""
+
+HEADINGS: Final = (
+    "sequences",
+    "step",
+    "p20 to p80",
+    "tokens/s",
+    "x one",
+    "must read",
+    "GB/s",
+    "MBU",
+    "prompt tokens/s",
+    "MFU",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A batch size, measured.
+
+    Attributes:
+      batch: sequences.
+      step_seconds: of a decode step, every sample.
+      step_bytes: that a step must read, averaged over the samples.
+      prefill_seconds: of the prompts, every sample.
+      prefill_flops: of all prompts.
+      prompt: tokens of each.
+      bandwidth: bytes per second at which memory was read just before.
+      compile_seconds: spent on compiling.
+    """
+
+    batch: int
+    step_seconds: tuple[float, ...]
+    step_bytes: int
+    prefill_seconds: tuple[float, ...]
+    prefill_flops: int
+    prompt: int
+    bandwidth: float
+    compile_seconds: float
+
+    @property
+    def step(self) -> Samples:
+        """What a decode step takes."""
+        return Samples(self.step_seconds, STEPS_PER_DISPATCH)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences."""
+        return self.batch / self.step.median
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help=", ".join(models.models()))
+    parser.add_argument("--scheme", default="int8", help="of weights: int8, int4-g32, … or a float dtype (int8)")
+    parser.add_argument("--dtype", help="of activations (float32 on a CPU, else bfloat16)")
+    parser.add_argument("--kv-dtype", help="of the cache (that of activations)")
+    parser.add_argument("--batch", type=workloads.numbers, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
+    parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens of each prompt (128)")
+    parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps of each batch size (64)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="no batch size begins later (10)")
+    parser.add_argument("--backend", help="of the operations")
+    parser.add_argument("--interpret", action="store_true", help="interpret kernels: only to see that all goes well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency and throughput")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints a table as it grows, and writes what is asked for."""
+    shape = models.model(arguments.model)
+    check(arguments.backend in (None, *BACKENDS), "--backend", arguments.backend, ", ".join(BACKENDS))
+    for name in ("prompt", "steps"):
+        check(getattr(arguments, name) >= 1, f"--{name}", getattr(arguments, name), "at least 1")
+    if arguments.plot:
+        plots.require_matplotlib()
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
+    title = f"{shape.name}, {arguments.scheme} weights, prompts of {arguments.prompt}"
+    record: dict[str, Any] = {
+        "model": shape.name,
+        "title": title,
+        "scheme": arguments.scheme,
+        "dtype": dtype,
+        "kv_dtype": arguments.kv_dtype or dtype,
+        "backend": arguments.backend or "auto",
+        "provenance": machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}"),
+        "limits": dataclasses.asdict(bench.limits()),
+        "points": [],
+    }
+    if warning := machine.warn_if_busy():
+        bench.progress(f"warning: {warning}")
+    # One after the other would hold all caches at a time.
+    parameters = random_parameters(shape, arguments.scheme, dtype=dtype)
+    options = EngineOptions(
+        max_len=arguments.prompt + arguments.steps + 2 * STEPS_PER_DISPATCH,
+        dtype=dtype,
+        kv_dtype=arguments.kv_dtype or dtype,
+        backend=arguments.backend,
+        interpret=True if arguments.interpret else None,
+    )
+    deadline = time.perf_counter() + 60 * arguments.minutes
+    for batch in arguments.batch:
+        if record["points"] and bench.seconds_left(deadline) <= 0:
+            bench.progress(f"no time left for {batch} sequences and more")
+            break
+        point = measure_point(parameters, shape, options, batch, arguments.prompt, arguments.steps)
+        record["points"].append(dataclasses.asdict(point))
+        bench.progress(
+            f"{batch} sequences: {duration(point.step.median)} a step, {point.tokens_per_second:,.1f} tokens/s"
+        )
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(record) + "\n")
+    headings, lines = table_of(record)
+    print(f"{title} on {machine.device_name()}\n\n{results.table(headings, lines)}\n\n{conclusion(record)}")
+    if arguments.plot:
+        plots.scaling(points(record), machine.device_name(), title, arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def measure_point(
+    parameters: Parameters, shape: ModelShape, options: EngineOptions, batch: int, prompt: int, steps: int
+) -> Point:
+    """Reads prompts twice, the second time by the clock, and decodes."""
+    sampling = Sampling()
+    engine = Engine(parameters, shape.config(options.max_len), batch, sampling, options, stop_tokens=())
+    keys = engine.keys(0)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, shape.vocab_size, prompt).tolist() for _ in range(batch)]
+    prefill_seconds: list[float] = []
+    for number in range(3):
+        start = time.perf_counter()
+        state = jax.block_until_ready(engine.prefill(prompts, keys, sampling))
+        if number:
+            prefill_seconds.append(time.perf_counter() - start)
+        if number < 2:
+            engine.release(state)
+    # The first dispatch compiles, and warms up.
+    _, state = jax.block_until_ready(engine.decode(state, STEPS_PER_DISPATCH, keys, sampling))
+    seconds, contexts = [], []
+    measured_bandwidth.cache_clear()
+    for _ in range(-(-steps // STEPS_PER_DISPATCH)):
+        first = int(state.lengths[0])
+        start = time.perf_counter()
+        _, state = jax.block_until_ready(engine.decode(state, STEPS_PER_DISPATCH, keys, sampling))
+        seconds.append((time.perf_counter() - start) / STEPS_PER_DISPATCH)
+        contexts.append(first + (STEPS_PER_DISPATCH + 1) / 2)
+    bandwidth = measured_bandwidth()
+    caches = engine.cache_like if isinstance(engine.cache_like, tuple) else (engine.cache_like,)
+    per_token = sum(cache.bytes_per_token for cache in caches)
+    engine.release(state)
+    return Point(
+        batch=batch,
+        step_seconds=tuple(seconds),
+        step_bytes=parameters.bytes_per_step(batch) + round(batch * float(np.mean(contexts)) * per_token),
+        prefill_seconds=tuple(prefill_seconds),
+        prefill_flops=batch * shape.prefill_flops(prompt),
+        prompt=prompt,
+        bandwidth=bandwidth,
+        compile_seconds=engine.compile_seconds,
+    )
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file was written by this command."""
+    with path.open() as file:
+        start = file.readline()
+    try:
+        return "points" in json.loads(start)
+    except ValueError:
+        return False
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What this command has written."""
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def _points(record: dict[str, Any]) -> list[Point]:
+    given = [{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()} for entry in record["points"]]
+    return [Point(**entry) for entry in given]
+
+
+def points(record: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """What `plots.scaling` draws."""
+    return {
+        point.batch: {
+            "step": point.step.median,
+            "limit": point.step_bytes / point.bandwidth,
+            "tokens": point.tokens_per_second,
+        }
+        for point in _points(record)
+    }
+
+
+def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Headings and lines of the table."""
+    measured, rate = _points(record), record["limits"]["matrix_rate"]
+    one = measured[0].step.median if measured else 1.0
+    lines = []
+    for point in measured:
+        achieved = point.step_bytes / point.step.median
+        prefill = sorted(point.prefill_seconds)[len(point.prefill_seconds) // 2]
+        lines.append(
+            (
+                str(point.batch),
+                duration(point.step.median),
+                f"{duration(point.step.p20)} to {duration(point.step.p80)}{' noisy' if point.step.noisy else ''}",
+                f"{point.tokens_per_second:,.1f}",
+                f"{point.step.median / one:.2f}",
+                results.amount(point.step_bytes),
+                f"{achieved / 1e9:,.3g}",
+                f"{achieved / point.bandwidth:.0%}",
+                f"{point.batch * point.prompt / prefill:,.0f}",
+                f"{point.prefill_flops / prefill / rate:.0%}",
+            )
+        )
+    return HEADINGS, lines
+
+
+def conclusion(record: dict[str, Any]) -> str:
+    """Until which batch size throughput comes at nearly the same latency."""
+    measured = _points(record)
+    if not measured:
+        return "nothing was measured"
+    one = measured[0]
+    free = [point for point in measured if point.step.median <= NEARLY * one.step.median]
+    most = max(free, key=lambda point: point.batch)
+    best = max(measured, key=lambda point: point.tokens_per_second)
+    return (
+        f"Up to {most.batch} sequences a step takes no more than {NEARLY:g} times that of {one.batch}: "
+        f"{most.tokens_per_second / one.tokens_per_second:.1f} times the tokens. "
+        f"Most tokens/s: {best.tokens_per_second:,.0f} with {best.batch} sequences."
+    )

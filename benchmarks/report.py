@@ -1,0 +1,105 @@
+r"""Makes a page of results: tables, pictures, and where they come from.
+
+  python -m palladion.benchmarks report benchmarks/results/cpu/*.jsonl --out=benchmarks/results/cpu/README.md
+
+Takes files that `run --json` and `model --json` have written; pictures stand beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from palladion.benchmarks import model as model_command
+from palladion.benchmarks import plots, results
+from palladion.benchmarks.results import Limits, Row
+from palladion.kernels.checks import check
+
+HELP: Final = "makes a Markdown page with tables and pictures of files of results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("files", type=Path, nargs="+", help="that `run --json` and `model --json` have written")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="the page; pictures go beside it")
+    parser.add_argument("--title", default="Measurements", help="of the page")
+    parser.add_argument("--without-pictures", action="store_true", help="tables only: needs no matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the page."""
+    for path in arguments.files:
+        check(path.is_file(), "files", path, "files that exist")
+    if not arguments.without_pictures:
+        plots.require_matplotlib()
+    sections = [_section(path, arguments) for path in arguments.files]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n\n".join([f"# {arguments.title}", *sections]) + "\n")
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _section(path: Path, arguments: argparse.Namespace) -> str:
+    if model_command.is_record(path):
+        return _model_section(path, arguments)
+    provenance, limits, rows = results.read(path)
+    operations = list(dict.fromkeys(row.operation for row in rows))
+    parts = [f"## {', '.join(operations)} ({path.name})", _origin(provenance, limits)]
+    if not arguments.without_pictures:
+        for name, draw in (("bandwidth", plots.bars), ("roofline", plots.roofline)):
+            if name == "roofline" and not any(row.flops and row.samples for row in rows):
+                continue
+            picture = arguments.out.parent / f"{path.stem}-{name}.png"
+            draw(rows, limits, provenance["device"], picture)
+            parts.append(f"![{name}]({picture.name})")
+    parts += _tables(rows, limits)
+    parts.append(f"```\n{results.LEGEND}\n```")
+    return "\n\n".join(parts)
+
+
+def _model_section(path: Path, arguments: argparse.Namespace) -> str:
+    record = model_command.read(path)
+    parts = [f"## {record['model']} ({path.name})", _origin(record["provenance"], Limits(**record["limits"]))]
+    if not arguments.without_pictures:
+        picture = arguments.out.parent / f"{path.stem}-scaling.png"
+        plots.scaling(model_command.points(record), record["provenance"]["device"], record["title"], picture)
+        parts.append(f"![scaling]({picture.name})")
+    headings, lines = model_command.table_of(record)
+    return "\n\n".join([*parts, markdown(headings, lines)])
+
+
+def _origin(provenance: dict[str, Any], limits: Limits) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    measured = (
+        f"{provenance['device']}, measured: {limits.bandwidth / 1e9:,.1f} GB/s, "
+        f"{limits.matrix_rate / 1e12:.3g} TFLOP/s in {limits.matrix_dtype}."
+    )
+    sheet = (
+        f" Datasheet: {limits.datasheet_bandwidth / 1e9:,.0f} GB/s." if limits.datasheet_bandwidth is not None else ""
+    )
+    driver = f" Driver: {provenance['driver']}." if provenance.get("driver") else ""
+    load = f" Load when it began: {provenance['load']} on {provenance['cores']} cores." if provenance["load"] else ""
+    when = f"{provenance['time']}, commit {provenance['commit']}; {versions}."
+    return f"{measured}{sheet}{driver}{load} {when}\n\n    {provenance['command']}"
+
+
+def _tables(rows: Sequence[Row], limits: Limits) -> Iterator[str]:
+    for title, group in results.by_workload(rows):
+        shown = [row for row in group if row.status != "skipped"]
+        yield f"**{title}** ({group[0].shape})"
+        yield markdown(results.HEADINGS, results.cells(shown, limits))
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown has it, without columns that are empty."""
+    used = [n for n in range(len(headings)) if n == 0 or any(line[n] for line in lines)]
+    escaped = [[line[n].replace("|", "\\|") for n in used] for line in lines]
+    return "\n".join(
+        (
+            "| " + " | ".join(headings[n] for n in used) + " |",
+            "|" + "|".join("---" if n == 0 else "--:" for n in used) + "|",
+            *("| " + " | ".join(line) + " |" for line in escaped),
+        )
+    )
