@@ -125,6 +125,12 @@ class TestSchedule:
         assert branch.target == 16
         assert (first.depth, second.depth, second.label, third.instructions) == (1, 2, "LB", ())
 
+    def test_transfers_that_never_take_place(self):
+        text = "  0   :  {{ %1 = dma.hbm_to_vmem [thread:$0]  {}/*hbm=*/%s1_s1, 256, %s2_s2, %s3_s3 }}\n"
+        for condition, count in (("", 1), ("(1), ", 1), ("(!0), ", 1), ("(0), ", 0), ("(!1), ", 0)):
+            (bundle,) = parse_bundles(text.format(condition))
+            assert [one.operands[1] for one in bundle.instructions] == ["256"] * count
+
     def test_vmem(self):
         sizes = parse_vmem_report((GOLDEN / "ring_v6e_vmem_report.html").read_text())
         assert sizes["ring.1"] == 2 * UNIT_BYTES + 2 * 1024

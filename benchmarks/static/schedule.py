@@ -19,6 +19,7 @@ _COMMENT: Final = re.compile(r"/\*.*?\*/", re.DOTALL)
 _PREDICATE: Final = re.compile(r"\((?P<not>!)?(?P<name>%p\w+)(?:, (?P<otherwise>%\w+))?\),?")
 _TARGET: Final = re.compile(r"target bundleno = (\d+)")
 _SCALAR_RESULT: Final = re.compile(r"%[sp]\d+_[sp]\d+$")
+_CONSTANT: Final = re.compile(r"\((?P<not>!?)(?P<value>[01])\),\s*")
 _EFFECTS: Final = ("sbr", "sst", "dma.", "sdivrem", "vsync", "vwait")
 """What the opcodes of those other instructions that matter begin with."""
 
@@ -259,6 +260,12 @@ def _instruction(text: str, comment: str) -> Instruction | None:
     if found:
         predicate = Predicate(found["name"], found["not"] is not None, found["otherwise"])
         rest = rest[: found.start()] + rest[found.end() :]
+    constant = _CONSTANT.search(rest) if opcode.startswith("dma.") else None
+    if constant:
+        # A transfer of which the compiler knows whether it takes place, and keeps it all the same.
+        if (constant["value"] == "1") == bool(constant["not"]):
+            return None
+        rest = rest[: constant.start()] + rest[constant.end() :]
     if opcode.startswith("sbr"):
         operands = [rest.strip()]
     elif opcode == "sst":
