@@ -102,6 +102,7 @@ class Gpu:
       device_kind: what JAX calls it.
       compute_capability: of sm_90, for example, 90.
       multiprocessors: on the chip.
+      clock_hertz: cycles per second of the multiprocessors; None where it is not known.
       hbm_bytes_per_second: memory bandwidth; None where it is not known.
       bf16_flops_per_second: of the tensor cores, without sparsity; None where it is not known.
       shared_bytes: shared memory of a multiprocessor; every program on it takes 1 KiB more than it asks for.
@@ -117,6 +118,7 @@ class Gpu:
     device_kind: str
     compute_capability: int
     multiprocessors: int
+    clock_hertz: float | None
     hbm_bytes_per_second: float | None
     bf16_flops_per_second: float | None
     shared_bytes: int
@@ -184,6 +186,7 @@ def _described(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
         device_kind=kind,
         compute_capability=number,
         multiprocessors=multiprocessors,
+        clock_hertz=None,
         hbm_bytes_per_second=None,
         bf16_flops_per_second=None,
         **_architectures()[max(older)],
