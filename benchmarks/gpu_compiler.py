@@ -5,6 +5,7 @@ XLA carries a Triton of its own, so that small differences from what runs on a c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -59,6 +60,8 @@ class CompiledKernel:
       spilled: bytes of a thread that did not fit into registers and lie in memory.
       shared: bytes of shared memory that a program takes.
       instructions: of the machine code, how often each occurs.
+      ptx: what Triton has handed to NVIDIA's assembler.
+      code: the machine code, as `nvdisasm -c` lists it.
     """
 
     kernel: TritonKernel
@@ -66,6 +69,8 @@ class CompiledKernel:
     spilled: int
     shared: int
     instructions: dict[str, int]
+    ptx: str = dataclasses.field(repr=False)
+    code: str = dataclasses.field(repr=False)
 
     def count(self, prefix: str) -> int:
         """Instructions whose name begins so: "HMMA" are tensor cores, "LDG" loads, "LDGSTS" asynchronous copies."""
@@ -77,14 +82,11 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[TritonKernel]:
-    """The Pallas-Triton kernels of a function.
-
-    While it is traced, whoever asks for the device is told of a GPU: `backend="pallas"` takes the Triton kernels.
+@contextlib.contextmanager
+def tracing_for(arch: int) -> Iterator[None]:
+    """While a function is traced here, whoever asks for the device is told of this GPU: it takes the Triton kernels.
 
     Args:
-      function: of arrays; jitted or not.
-      avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
       arch: one of `ARCHITECTURES`.
 
     Raises:
@@ -93,15 +95,36 @@ def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> 
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, ARCHITECTURES))}")
     device = AbstractDevice(device_kind=ARCHITECTURES[arch], num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("_",), abstract_device=device)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        module = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",)).compiler_ir()
+    with use_abstract_mesh(AbstractMesh((1,), ("_",), abstract_device=device)):
+        yield
+
+
+def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[TritonKernel]:
+    """The Pallas-Triton kernels of a function.
+
+    Args:
+      function: of arrays; jitted (with donated arguments, say) or not.
+      avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
+      arch: one of `ARCHITECTURES`.
+
+    Raises:
+      ValueError: there is no such architecture.
+    """
+    module = stablehlo_for_gpu(function, *avals, arch=arch)
     return [_kernel_of(operation) for operation in _operations(module.operation) if _is_triton(operation)]
+
+
+def stablehlo_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> Any:
+    """The module that XLA is given for a GPU, traced as by `tracing_for`; arguments are those of `lower_for_gpu`."""
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    with tracing_for(arch), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return jitted.trace(*avals).lower(lowering_platforms=("cuda",)).compiler_ir()
 
 
 def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
     """Compiles the Pallas-Triton kernels of a function for a GPU; arguments are those of `lower_for_gpu`."""
-    return [_compile(kernel, arch) for kernel in lower_for_gpu(function, *avals, arch=arch)]
+    return [compile_kernel(kernel, arch) for kernel in lower_for_gpu(function, *avals, arch=arch)]
 
 
 def _operations(operation: Any) -> Iterator[Any]:
@@ -145,7 +168,8 @@ def _kernel_of(operation: Any) -> TritonKernel:
         )
 
 
-def _compile(kernel: TritonKernel, arch: int) -> CompiledKernel:
+def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
+    """Compiles a kernel for a GPU of this compute capability."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as XLA has it
     import triton
     from triton.backends.compiler import GPUTarget
@@ -172,6 +196,8 @@ def _compile(kernel: TritonKernel, arch: int) -> CompiledKernel:
         spilled=int(resources["stack"]) + int(resources["local"]),
         shared=int(compiled.metadata.shared),
         instructions=instructions,
+        ptx=str(compiled.asm["ptx"]),
+        code=code,
     )
 
 

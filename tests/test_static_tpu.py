@@ -24,7 +24,7 @@ from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, simulator, workloads
 from palladion.benchmarks.static.calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
-from palladion.benchmarks.static.report import believed, lines, plot, record
+from palladion.benchmarks.static.report import TABLE, believed
 from palladion.benchmarks.static.roofline import words_in_memory
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
@@ -76,12 +76,13 @@ def report(name: str, chip: str = "v6e") -> KernelReport:
     row = examined(name, chip)
     assert row.failure is None
     (found,) = row.reports
+    assert isinstance(found, KernelReport)
     return found
 
 
 def asked(name: str, **options: Any) -> dict[str, Moved]:
     function, arguments, *_ = getattr(static_kernels, name)(**options)
-    (call,) = kernel_calls(function, arguments, "v6e")
+    (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v6e"))
     return traffic(call)
 
 
@@ -255,7 +256,7 @@ class TestTraffic:
 
     def test_a_core_fetches_what_it_needs(self):
         function, arguments = static_kernels.revisits()
-        (call,) = kernel_calls(function, arguments, "v5p")
+        (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v5p"))
         assert traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
 
     @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ class TestExamine:
     def test_several_kernels(self):
         row = examined("two_kernels")
         assert sorted((one.grid, one.times) for one in row.reports) == [((2,), 1), ((4,), 3)]
-        assert "is called 3 times" in "\n".join(lines(row))
+        assert "is called 3 times" in "\n".join(TABLE.lines(row))
 
     def test_bytes_needed(self):
         assert report("with_bytes").bytes_needed == 12345
@@ -394,7 +395,7 @@ class TestExamine:
         assert examined("no_kernel", "v5e").failure == "no Pallas kernel in it"
         crashed = examined("crashes", "v5e")
         assert crashed.failure == "the compiler ended its process: SIGABRT, Check failed: this and that"
-        assert lines(crashed) == [f"  v5e  {crashed.failure}"]
+        assert TABLE.lines(crashed) == [f"  v5e  {crashed.failure}"]
         assert examined("blocks", "v5e").failure is None
 
 
@@ -420,7 +421,10 @@ class TestWorkloads:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            (lambda: workloads.select(["no-such"], None), r"--cases: got no-such; accepted: one of\n  .*llama-3-8b"),
+            (
+                lambda: workloads.select(["no-such"], None),
+                r"--cases: got no-such; accepted: patterns, or names of\n  .*llama-3-8b",
+            ),
             (lambda: workloads.select(["gqa"], "quantized_matmul"), "--cases: got gqa"),
             (lambda: workloads.select(None, "matmul"), "--operation: got matmul; accepted: .*decode_attention"),
             (lambda: workloads.from_argument("file.py"), "--file: got file.py; accepted: path/to/file.py:function"),
@@ -463,8 +467,8 @@ class TestSimulator:
         assert believed(found, wrong) is False
         assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
         row = Row(Reference("", "blocks"), "v6e", (found,), None, (wrong,))
-        assert any("is not believed: it moves" in line for line in lines(row))
-        (kernel,) = record(row)["simulations"]
+        assert any("is not believed: it moves" in line for line in TABLE.lines(row))
+        (kernel,) = TABLE.record(row)["simulations"]
         assert kernel["believed"] is False
 
     @needs_libtpu
@@ -504,13 +508,13 @@ class TestCommand:
         ]
         unknown = Row(Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
         if importlib.util.find_spec("matplotlib"):
-            written = plot([*rows, unknown], tmp_path / "roofline.png")
+            written = TABLE.plot([*rows, unknown], tmp_path / "roofline.png")
             assert [path.name for path in written] == ["roofline-v5e.png", "roofline-v6e.png"]
             assert all(path.stat().st_size > 10_000 for path in written)
-            assert plot(rows[:1], tmp_path / "one.png") == [tmp_path / "one.png"]
+            assert TABLE.plot(rows[:1], tmp_path / "one.png") == [tmp_path / "one.png"]
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(ImportError, match="--plot needs matplotlib: pip install"):
-            plot(rows, tmp_path / "roofline.png")
+            TABLE.plot(rows, tmp_path / "roofline.png")
 
     def test_an_interrupted_run_keeps_what_it_has(self, tmp_path: Path):
         results = tmp_path / "results.json"
@@ -531,8 +535,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["gpu"], "got gpu; accepted: tpu; there is no instrument for GPUs yet"),
-            ([], "got nothing; accepted: tpu"),
+            (["npu"], "got npu; accepted: tpu, gpu"),
+            ([], "got nothing; accepted: tpu, gpu"),
             (["tpu", "--chips=v3"], "--chips: got v3; accepted: v4, v5e, v5p, v6e, v7x"),
         ],
     )

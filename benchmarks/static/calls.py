@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -71,16 +72,18 @@ def item_bits(dtype: Any) -> int:
     )
 
 
-def kernel_calls(function: Callable[..., Any], arguments: Sequence[Any], chip: str) -> list[KernelCall]:
+def kernel_calls(
+    function: Callable[..., Any], arguments: Sequence[Any], tracing: contextlib.AbstractContextManager[None]
+) -> list[KernelCall]:
     """Finds the Pallas kernels that a function calls when it is traced for a chip, in order.
 
     Args:
       function: of arrays.
       arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree; the values of small arrays are followed.
-      chip: a name in `tpu_chips()`.
+      tracing: for which chip, `tpu_compiler.tracing_for` or that of `gpu_compiler`.
     """
     avals = jax.tree.map(tpu_compiler.described, tuple(arguments))
-    with tpu_compiler.tracing_for(chip):
+    with tracing:
         closed = jax.make_jaxpr(lambda *arrays: function(*arrays))(*avals)
     found: list[KernelCall] = []
     _follow(closed.jaxpr, [_known(x) for x in closed.consts], [_known(x) for x in jax.tree.leaves(arguments)], 1, found)

@@ -196,7 +196,7 @@ def examine(
       Exception: whatever the compiler raises where it refuses the function.
     """
     tpu_compiler.keep_listings()
-    calls = kernel_calls(function, arguments, chip)
+    calls = kernel_calls(function, arguments, tpu_compiler.tracing_for(chip))
     compiled, listings = tpu_compiler.list_kernels(function, *arguments, chip=chip)
     if bytes_needed is not None and len(listings) > 1:
         names = ", ".join(listing.name for listing in listings)

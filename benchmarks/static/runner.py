@@ -16,8 +16,9 @@ from typing import Final
 
 import jax
 
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks import gpu_compiler, tpu_compiler
 from palladion.benchmarks.static import workloads
+from palladion.benchmarks.static.gpu_roofline import GpuReport, examine_for_gpu
 from palladion.benchmarks.static.processes import why_it_ended
 from palladion.benchmarks.static.roofline import KernelReport, examine
 from palladion.benchmarks.static.simulator import Simulation, SimulatorFailed, simulate
@@ -31,13 +32,24 @@ MOST_LINES: Final = 12
 """Of a compiler's message that are shown."""
 
 
+NO_KERNEL: Final = "no Pallas kernel in it"
+NO_TRITON_KERNEL: Final = (
+    "no Pallas-Triton kernel in it: pallas_call takes Triton where compiler_params is a pallas.triton.CompilerParams"
+)
+
+ARCHITECTURE: Final = "sm_{}"
+"""How an architecture of GPUs is named."""
+
+Report = KernelReport | GpuReport
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What came out for a workload on a chip.
 
     Attributes:
       workload: which one.
-      chip: a name in `tpu_chips()`.
+      chip: a name in `tpu_chips()`, or an architecture of GPUs, "sm_90".
       reports: on each of its kernels.
       failure: why there are none, in the compiler's words where they are its; None where there are.
       simulations: what libtpu's simulator says of them, or why it does not; None where it was not asked.
@@ -45,16 +57,21 @@ class Row:
 
     workload: workloads.Reference
     chip: str
-    reports: tuple[KernelReport, ...]
+    reports: tuple[Report, ...]
     failure: str | None
     simulations: tuple[Simulation, ...] | str | None = None
+
+
+def architectures() -> dict[str, int]:
+    """The architectures of GPUs by name, and the compute capability of each."""
+    return {ARCHITECTURE.format(arch): arch for arch in gpu_compiler.ARCHITECTURES}
 
 
 def run(tasks: Sequence[tuple[workloads.Reference, str]], *, simulated: bool = False) -> Iterator[Row]:
     """Examines workloads on chips, one after the other; rows come as they are ready.
 
     Args:
-      tasks: workloads, and for which chips.
+      tasks: workloads, and for which chips: see `Row`.
       simulated: whether libtpu's simulator is asked, too.
     """
     with Examiner() as examiner:
@@ -169,13 +186,18 @@ def serve() -> None:
 
 def _examine(workload: workloads.Reference, chip: str) -> Row:
     try:
-        made = workloads.load(workload)
-        found = examine(made.function, *made.arguments, chip=chip, bytes_needed=made.bytes_needed)
+        arch = architectures().get(chip)
+        made = workloads.load(workload, "tpu" if arch is None else "gpu")
+        found: Sequence[Report]
+        if arch is None:
+            found = examine(made.function, *made.arguments, chip=chip, bytes_needed=made.bytes_needed)
+        else:
+            found = examine_for_gpu(made.function, *made.arguments, arch=arch, bytes_needed=made.bytes_needed)
     except Unsupported as error:
         return Row(workload, chip, (), str(error))
     except Exception as error:  # whatever the user's function or the compiler raises is the answer
         return Row(workload, chip, (), _message(error))
-    return Row(workload, chip, tuple(found), None if found else "no Pallas kernel in it")
+    return Row(workload, chip, tuple(found), None if found else NO_KERNEL if arch is None else NO_TRITON_KERNEL)
 
 
 def _message(error: Exception) -> str:

@@ -46,7 +46,7 @@ class Workload:
     Attributes:
       function: of arrays.
       arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      bytes_needed: that must move between HBM and the chip; None for each argument and result once.
+      bytes_needed: that must move between device memory and the chip; None for each argument and result once.
     """
 
     function: Callable[..., Any]
@@ -92,13 +92,18 @@ def select(names: Sequence[str] | None, operation: str | None) -> list[Reference
     return found
 
 
-def load(reference: Reference) -> Workload:
+def load(reference: Reference, platform: str = "tpu") -> Workload:
     """Makes a workload.
+
+    Args:
+      reference: which one.
+      platform: "tpu" or "gpu": of a case, the kernel for that is meant.
 
     Raises:
       ValueError: the file or the function does not exist, or the function returns something else than a workload.
+      Unsupported: the operation has no kernel for the platform.
     """
-    return _from_file(reference) if reference.path else _from_case(reference)
+    return _from_file(reference) if reference.path else _from_case(reference, platform)
 
 
 def from_argument(text: str) -> Reference:
@@ -114,12 +119,12 @@ def from_argument(text: str) -> Reference:
     return reference
 
 
-def _from_case(reference: Reference) -> Workload:
+def _from_case(reference: Reference, platform: str) -> Workload:
     case = named_cases(reference.operation)[reference.name]
     problem = case.problem()
-    rows = [row for row in _module(reference.operation, "api").IMPLEMENTATIONS if row.platform == "tpu"]
+    rows = [row for row in _module(reference.operation, "api").IMPLEMENTATIONS if row.platform == platform]
     if not rows:
-        raise Unsupported(f"{reference.operation} has no kernel for TPUs yet")
+        raise Unsupported(f"{reference.operation} has no kernel for {platform.upper()}s yet")
     accepted = inspect.signature(rows[0].run).parameters
 
     def function(inputs: Any) -> Any:

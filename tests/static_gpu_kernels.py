@@ -1,0 +1,162 @@
+"""Small GPU kernels of known size for the tests of the static instrument, and the listings that are checked in of one.
+
+PYTHONPATH=src:tests python -m static_gpu_kernels     # writes tests/golden anew, with the triton that is installed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from palladion.benchmarks import gpu_compiler
+
+GOLDEN: Final = Path(__file__).parent / "golden"
+
+Workload = tuple[Any, tuple[Any, ...]]
+"""A function and its arguments."""
+
+TRITON: Final = plgpu.CompilerParams()
+"""Without it pallas_call takes another backend."""
+
+LENGTHS: Final = (0, 1, 33, 1024)
+"""Of the sequences that `sums` reads, in blocks of 32 rows: 0 + 1 + 2 + 32 trips."""
+
+BLOCK: Final = (32, 128)
+BLOCK_BYTES: Final = 32 * 128 * 4
+
+
+def sums(lengths: Any = LENGTHS, *, num_stages: int = 2) -> Workload:
+    """The sum of each sequence's rows, float32 `[4, 1024, 128]`, in blocks of 32 rows."""
+
+    def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any) -> None:
+        b = pl.program_id(0)
+        length = lengths_ref[b]
+        row = jnp.arange(BLOCK[0], dtype=jnp.int32)
+        column = jnp.arange(BLOCK[1], dtype=jnp.int32)
+
+        def step(block: Any, total: Any) -> Any:
+            place = block * BLOCK[0] + row
+            x = plgpu.load(x_ref.at[b, place[:, None], column[None, :]], mask=(place < length)[:, None], other=0.0)
+            return total + jnp.sum(x, axis=0)
+
+        blocks = jax.lax.div(length + BLOCK[0] - 1, jnp.int32(BLOCK[0]))
+        o_ref[b, :] = jax.lax.fori_loop(0, blocks, step, jnp.zeros(BLOCK[1], jnp.float32))
+
+    def call(lengths: Any, x: Any) -> Any:
+        return pl.pallas_call(
+            kernel,
+            grid=(4,),
+            out_shape=jax.ShapeDtypeStruct((4, BLOCK[1]), jnp.float32),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=num_stages),
+            name="sums",
+        )(lengths, x)
+
+    known = jax.ShapeDtypeStruct((4,), jnp.int32) if lengths is None else np.asarray(lengths, np.int32)
+    return call, (known, jax.ShapeDtypeStruct((4, 1024, BLOCK[1]), jnp.float32))
+
+
+def sums_of_unknown_lengths() -> Workload:
+    """`sums` of lengths that are decided at run time."""
+    return sums(None)
+
+
+def decided_by_data() -> Workload:
+    """A loop whose bound is computed from data."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        column = jnp.arange(128, dtype=jnp.int32)
+        most = jnp.max(plgpu.load(x_ref.at[column]))
+        o_ref[column] = jax.lax.fori_loop(0, most, lambda n, total: total + jnp.sin(total + n), jnp.zeros(128))
+
+    shape = jax.ShapeDtypeStruct((128,), jnp.float32)
+    call = pl.pallas_call(kernel, out_shape=shape, compiler_params=TRITON, name="decided_by_data")
+    return call, (jax.ShapeDtypeStruct((128,), jnp.int32),)
+
+
+def doubles(rows: int = 64) -> Workload:
+    """Twice an array of float32 `[rows, 256]`, a row in each program: no loop."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = 2 * x_ref[...]
+
+    spec = pl.BlockSpec((1, 256), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    call = pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        in_specs=[spec],
+        out_specs=spec,
+        out_shape=shape,
+        compiler_params=TRITON,
+        name="doubles",
+    )
+    return call, (shape,)
+
+
+def with_bytes() -> tuple[Any, ...]:
+    """`doubles`, with bytes that must move."""
+    return *doubles(), 12345
+
+
+def two_kernels() -> Workload:
+    """One kernel after another, the second three times."""
+    first, (x,) = doubles(64)
+    second, _ = doubles(32)
+
+    def call(x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, y: second(y), first(x)[:32])
+
+    return call, (x,)
+
+
+def nested() -> Workload:
+    """`sums`, three times over."""
+
+    def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any) -> None:
+        b = pl.program_id(0)
+        row = jnp.arange(BLOCK[0], dtype=jnp.int32)
+        column = jnp.arange(BLOCK[1], dtype=jnp.int32)
+        blocks = jax.lax.div(lengths_ref[b] + BLOCK[0] - 1, jnp.int32(BLOCK[0]))
+
+        def inner(block: Any, total: Any) -> Any:
+            x = plgpu.load(x_ref.at[b, (block * BLOCK[0] + row)[:, None], column[None, :]])
+            return total * 0.5 + jnp.sum(x, axis=0)
+
+        def outer(_: Any, total: Any) -> Any:
+            return jax.lax.fori_loop(0, blocks, inner, total) * 0.25
+
+        o_ref[b, :] = jax.lax.fori_loop(0, lengths_ref[4], outer, jnp.zeros(BLOCK[1], jnp.float32))
+
+    shape = jax.ShapeDtypeStruct((4, BLOCK[1]), jnp.float32)
+    call = pl.pallas_call(kernel, grid=(4,), out_shape=shape, compiler_params=TRITON, name="nested")
+    return call, (np.asarray([*LENGTHS, 3], np.int32), jax.ShapeDtypeStruct((4, 1024, BLOCK[1]), jnp.float32))
+
+
+def refused() -> Workload:
+    """What Pallas cannot do with Triton."""
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = jnp.sort(x_ref[...])
+
+    shape = jax.ShapeDtypeStruct((128,), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=shape, compiler_params=TRITON, name="refused"), (shape,)
+
+
+def no_kernel() -> Workload:
+    """A function without a kernel."""
+    return jnp.sin, (jax.ShapeDtypeStruct((8,), jnp.float32),)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    function, arguments = sums()
+    for arch in gpu_compiler.ARCHITECTURES:
+        (compiled,) = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
+        (GOLDEN / f"sums_sm_{arch}.sass").write_text(compiled.code)
+        (GOLDEN / f"sums_sm_{arch}.ptx").write_text(compiled.ptx)

@@ -1,0 +1,333 @@
+"""What the GPU compilers say without the chip: the listings, how often their loops run, and what is made of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import static_gpu_kernels
+from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
+
+from palladion.benchmarks import gpu_compiler
+from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, ptx, workloads
+from palladion.benchmarks.static.flow import natural_loops
+from palladion.benchmarks.static.gpu_report import TABLE
+from palladion.benchmarks.static.gpu_roofline import gpu_of
+from palladion.benchmarks.static.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.opaque import Undecided
+from palladion.benchmarks.static.sass import Code, Instruction, parse
+from palladion.kernels.devices import gpus
+
+needs_triton = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
+ARCHS = tuple(gpu_compiler.ARCHITECTURES)
+KERNELS = str(Path(static_gpu_kernels.__file__))
+WARPS = 4
+"""Of the kernel `sums`."""
+
+examiner = Examiner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_for_all() -> Iterator[None]:
+    """Kernels are compiled in one process of their own."""
+    with examiner:
+        yield
+
+
+@functools.cache
+def golden(arch: int) -> Code:
+    """The machine code of the kernel `sums`."""
+    return parse((GOLDEN / f"sums_sm_{arch}.sass").read_text())
+
+
+def trips(arch: int, lengths: tuple[int, ...] | None) -> ptx.Trips:
+    known = None if lengths is None else np.asarray(lengths, np.int32)
+    return ptx.count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
+
+
+@functools.cache
+def examined(name: str, chip: str = "sm_90") -> Row:
+    """What comes out for a function of static_gpu_kernels.py."""
+    return examiner.examine(Reference("", name, KERNELS), chip)
+
+
+def report(name: str, chip: str = "sm_90") -> GpuReport:
+    """The report on its only kernel."""
+    row = examined(name, chip)
+    assert row.failure is None
+    (found,) = row.reports
+    assert isinstance(found, GpuReport)
+    return found
+
+
+def instruction(opcode: str, guard: str = "", operands: str = "") -> Instruction:
+    return Instruction(opcode, guard, operands, None)
+
+
+class TestMachineCode:
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_the_loop_of_a_kernel(self, arch: int):
+        code = golden(arch)
+        (loop,) = code.loops
+        inside = code.inside(loop)
+        assert loop.depth == 1
+        assert 0 < loop.first < len(code.instructions) - len(inside)
+        assert [one.opcode for one in inside if one.thread_bytes] == ["LDG.E.128"] * 8
+        assert sum(one.thread_bytes or 0 for one in inside) * 32 * WARPS == BLOCK_BYTES
+        # What is before, behind and inside is all there is.
+        assert len(code.inside(None)) + len(inside) == len(code.instructions)
+        assert sum(one.name == "EXIT" for one in code.inside(None)) >= 1
+
+    @pytest.mark.parametrize(
+        ("opcode", "size", "pipe"),
+        [
+            ("LDG.E", 4, "load/store"),
+            ("LDG.E.U8.CONSTANT", 1, "load/store"),
+            ("LDG.E.64", 8, "load/store"),
+            ("LDG.E.ENL2.256", 32, "load/store"),
+            ("LDGSTS.E.BYPASS.LTC128B.128", 16, "load/store"),
+            ("UTMALDG.2D", None, "issue"),
+            ("LDS.128", 0, "load/store"),
+            ("LDSM.16.MT88.4", 0, "load/store"),
+            ("LDGDEPBAR", 0, "issue"),
+            ("I2F.S8", 0, "special"),
+            ("I2FP.F32.S32", 0, "integer"),
+            ("PRMT", 0, "integer"),
+            ("IMAD.WIDE", 0, "multiply"),
+            ("FFMA.FTZ", 0, "float"),
+            ("HGMMA.64x128x16.F32.BF16", 0, "tensor"),
+            ("UTCHMMA", 0, "tensor"),
+            ("ULEA", 0, "issue"),
+        ],
+    )
+    def test_instructions(self, opcode: str, size: int | None, pipe: str):
+        assert instruction(opcode).thread_bytes == size
+        assert instruction(opcode).pipe == pipe
+
+    def test_fillers_read_nothing(self):
+        assert instruction("LDG.E.128", "!PT").thread_bytes == 0
+        assert instruction("LDG.E.128", "P0").thread_bytes == 16
+
+    def test_loads_and_stores_move_128_bytes_in_a_cycle(self):
+        opcodes = ("LDS.U8", "LDS", "LDS.64", "STS.128", "LDSM.16.M88", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
+        assert [instruction(one).load_store_cycles for one in opcodes] == [1, 1, 2, 4, 1, 4, 4]
+
+    def test_what_tensor_cores_do(self):
+        operations = 2 * 16 * 8 * 16
+        assert instruction("HMMA.16816.F32.BF16").tensor_flops == operations
+        assert instruction("HMMA.1688.F32.TF32").tensor_flops == operations  # half as many, at half the rate
+        assert instruction("IMMA.16832.S8.S8").tensor_flops == operations  # twice as many, at twice the rate
+        assert instruction("QMMA.16832.F32.E4M3.E4M3").tensor_flops == operations
+        assert instruction("HGMMA.64x64x16.F32.BF16").tensor_flops == 8 * operations
+        assert instruction("UTCHMMA").tensor_flops == 0  # the shape is in a register
+
+    def test_other_texts_are_refused(self):
+        with pytest.raises(ValueError, match="no instructions in the listing, which begins: 'nothing"):
+            parse("nothing")
+
+
+class TestLoops:
+    def test_nested_loops(self):
+        # 0 → 1 → 2 ⇄ 3 → back to 1 → 4
+        inner, outer = sorted(natural_loops([[1], [2], [3], [2, 1, 4], []]), key=lambda loop: len(loop.body))
+        assert (outer.first, set(outer.body), outer.depth) == (1, {1, 2, 3}, 1)
+        assert (inner.first, set(inner.body), inner.depth) == (2, {2, 3}, 2)
+
+    def test_what_comes_back_from_elsewhere_is_no_loop(self):
+        # Waits are put behind the end: 1 → 3 and back to 2, which 1 goes to as well.
+        assert natural_loops([[1], [2, 3], [], [2]]) == ()
+
+    def test_a_program_without_branches(self):
+        assert natural_loops([[1], [2], []]) == ()
+
+
+class TestTrips:
+    @pytest.mark.parametrize("arch", ARCHS)
+    @pytest.mark.parametrize("lengths", [LENGTHS, (0, 0, 0, 0), (1024, 1024, 1024, 1024), (31, 32, 33, 64)])
+    def test_lengths_decide(self, arch: int, lengths: tuple[int, ...]):
+        blocks = [-(-length // 32) for length in lengths]
+        found = trips(arch, lengths)
+        assert (found.total, found.most) == ((sum(blocks),), (max(blocks),))
+        assert found.loads == (8,)
+
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_what_was_not_given_is_not_guessed(self, arch: int):
+        with pytest.raises(Undecided, match="depends on the values of argument 0 of the kernel, which were not given"):
+            trips(arch, None)
+
+    def test_instructions(self):
+        body = """
+            ld.param.b64 %rd1, [kernel_param_0];
+            mov.u32 %r1, %ctaid.x;
+            mul.wide.u32 %rd2, %r1, 4;
+            add.s64 %rd3, %rd1, %rd2;
+            ld.global.b32 { %r2 }, [ %rd3 + 4 ];
+            shr.s32 %r3, %r2, 1;
+            cvt.s64.s32 %rd4, %r3;
+            mov.b64 {%r4, %r5}, %rd4;
+            bfe.u32 %r6, %r4, 1, 2;
+            setp.lt.s32 %p1, %r2, 0;
+            selp.b32 %r7, 5, %r6, %p1;
+            setp.eq.b32 %p2, %r7, 0;
+            @%p2 bra $done;
+            $loop:
+            sub.s32 %r7, %r7, 1;
+            ld.global.v2.b32 {%r8, %r9}, [%rd1];
+            setp.gt.s32 %p3, %r7, 0;
+            @%p3 bra $loop;
+            $done:
+            ret;
+        """
+        text = f".visible .entry kernel(\n.param .u64 .ptr .global .align 1 kernel_param_0\n)\n{{{body}}}\n"
+        # (n >> 1 >> 1) & 3 trips, and 5 for what is below 0.
+        values = np.array([99, 12, -8, 3], np.int32)
+        found = ptx.count_trips(text, (3, 1, 1), [values], 1)
+        assert (found.total, found.most, found.loads) == ((3 + 5,), (5,), (1,))
+
+
+class TestOccupancy:
+    """Against the examples of NVIDIA's CUDA C++ Best Practices Guide; those GPUs have as many registers and warps."""
+
+    def test_registers(self):
+        a100 = gpus()["a100"]
+        # 37 registers: 12 programs of 128 threads, 75 %; only four of 320, 63 %.
+        assert occupancy(a100, registers=37, shared_bytes=0, num_warps=4) == Occupancy(12, "registers", 48)
+        assert occupancy(a100, registers=37, shared_bytes=0, num_warps=10) == Occupancy(4, "registers", 40)
+
+    def test_other_limits(self):
+        h200 = gpus()["h200"]
+        assert occupancy(h200, registers=24, shared_bytes=0, num_warps=8) == Occupancy(8, "warps", 64)
+        assert occupancy(h200, registers=16, shared_bytes=0, num_warps=1) == Occupancy(32, "programs", 32)
+        # 228 KiB, of which each program takes 1 KiB more than it asks for.
+        assert occupancy(h200, registers=32, shared_bytes=75 * 1024, num_warps=4) == Occupancy(3, "shared memory", 12)
+        assert occupancy(h200, registers=32, shared_bytes=75 * 1024 + 1, num_warps=4).programs == 2
+        assert occupancy(h200, registers=32, shared_bytes=228 * 1024, num_warps=4) == Occupancy(0, "shared memory", 0)
+
+    def test_each_architecture_is_a_gpu_that_is_known(self):
+        assert [gpu_of(arch).compute_capability for arch in ARCHS] == list(ARCHS)
+        with pytest.raises(ValueError, match="arch: got 70; accepted: 80, 90, 100"):
+            gpu_of(70)
+
+
+@needs_triton
+class TestExamine:
+    @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+    def test_sums(self, chip: str):
+        found = report("sums", chip)
+        assert (found.grid, found.times, found.num_warps, found.spilled) == ((4, 1, 1), 1, WARPS, 0)
+        assert (found.wide_loads, found.wide_copies, found.narrow_loads, found.tensor) == (8, 0, 1, 0)
+        assert (found.trip.total, found.trip.most) == (35, 32)
+        assert found.trip.bytes_loaded == BLOCK_BYTES
+        assert found.bytes_loaded == 35 * BLOCK_BYTES
+        assert found.bytes_needed == 4 * 4 + 4 * 1024 * 128 * 4 + 4 * 128 * 4
+        # One program of four warps on one multiprocessor: 16 KiB of a trip on their way.
+        assert found.bytes_in_flight == BLOCK_BYTES
+        assert found.idle_multiprocessors == found.gpu.multiprocessors - 4
+        assert found.waves == pytest.approx(4 / found.gpu.multiprocessors / found.occupancy.programs)
+        assert found.idle_in_last_wave == pytest.approx(1 - (found.waves or 0))
+        # The longest program alone takes at least its trips.
+        assert found.cycles["issue"] >= 32 * found.trip.use["issue"] > 0
+        assert found.instructions_per_byte == pytest.approx(found.trip.instructions * WARPS * 32 / BLOCK_BYTES)
+        assert found.memory_seconds == pytest.approx(found.bytes_needed / (found.gpu.hbm_bytes_per_second or 1))
+        assert found.seconds == max(found.memory_seconds or 0, found.compute_seconds or 0)
+        assert found.bound == "compute"
+        assert found.roofline == pytest.approx((found.memory_seconds or 0) / (found.compute_seconds or 1))
+
+    def test_the_compiler_installed_lists_as_before(self):
+        before = golden(90)
+        found = report("sums")
+        assert found.trip.instructions == pytest.approx(len(before.inside(before.loops[0])), rel=0.2)
+
+    def test_nested_loops(self):
+        found = report("nested")
+        assert (found.trip.total, found.trip.most) == (3 * 35, 3 * 32)
+
+    def test_without_a_loop(self):
+        found = report("doubles")
+        assert (found.trip.total, found.trip.most) == (64, 1)
+        assert found.bytes_loaded == 64 * 256 * 4
+        assert found.bound == "memory"
+
+    def test_what_is_not_known_is_unknown(self):
+        for name, reason in (
+            ("sums_of_unknown_lengths", "the values of argument 0 of the kernel, which were not given"),
+            ("decided_by_data", "it depends on what is in shared memory"),
+        ):
+            found = report(name)
+            assert reason in (found.unknown or "")
+            assert found.bound == "UNKNOWN"
+            assert found.seconds is found.compute_seconds is found.roofline is found.bytes_loaded is None
+            assert found.memory_seconds is not None
+            assert found.trip.instructions > 0
+            assert "times are UNKNOWN" in "\n".join(TABLE.lines(examined(name)))
+
+    def test_several_kernels(self):
+        row = examined("two_kernels")
+        assert sorted((one.grid[0], one.times) for one in row.reports) == [(32, 3), (64, 1)]
+        assert "is called 3 times" in "\n".join(TABLE.lines(row))
+
+    def test_bytes_needed(self):
+        assert report("with_bytes").bytes_needed == 12345
+
+    def test_what_does_not_compile_costs_its_own_row(self):
+        assert "sort" in (examined("refused").failure or "")
+        assert "no Pallas-Triton kernel in it: pallas_call takes Triton where" in (examined("no_kernel").failure or "")
+        assert examined("sums").failure is None
+
+    def test_cases_of_operations(self):
+        row = examiner.examine(Reference("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90")
+        assert row.failure is None, row.failure
+        found = max(row.reports, key=lambda one: one.bytes_needed or 0)
+        assert isinstance(found, GpuReport)
+        assert (
+            found.bytes_needed == workloads.named_cases("quantized_matmul")[row.workload.name].problem().bytes_moved()
+        )
+        assert found.unknown is None
+        assert found.spilled == 0
+        # All codes are loaded, and little besides.
+        codes = 4096 * 6144
+        assert codes <= (found.bytes_loaded or 0) < 2 * codes
+
+
+@needs_triton
+class TestCommand:
+    def test_the_whole_command(self, tmp_path: Path):
+        results, figures = tmp_path / "results.json", tmp_path / "figures.jsonl"
+        run = command("gpu", f"--file={KERNELS}:sums", "--archs=sm_80", f"--json={results}", f"--figures={figures}")
+        assert run.returncode == 0, run.stderr
+        assert "static_gpu_kernels.py/sums" in run.stdout
+        assert "nothing was measured" in run.stdout
+        (row,) = json.loads(results.read_text())
+        (kernel,) = row["kernels"]
+        assert (row["workload"], row["chip"], row["failure"]) == ("static_gpu_kernels.py/sums", "sm_80", None)
+        assert (kernel["estimated"], kernel["gpu"], kernel["trip"]["most"]) == (True, "a100", 32)
+        versions, short = map(json.loads, figures.read_text().splitlines())
+        assert versions.keys() == {"jax", "triton"}
+        assert (short["kernel"], short["busiest"]) == ("sums", kernel["busiest"])
+
+    def test_wrong_commands(self):
+        run = command("gpu", "--archs=sm_70")
+        assert run.returncode == 2
+        assert "--archs: got sm_70; accepted: sm_80, sm_90, sm_100" in run.stderr
+        assert "Traceback" not in run.stderr
+
+    def test_pictures(self, tmp_path: Path):
+        pytest.importorskip("matplotlib")
+        rows = [examined("sums"), examined("sums", "sm_80"), examined("sums_of_unknown_lengths")]
+        written = TABLE.plot(rows, tmp_path / "roofline.png")
+        assert [path.name for path in written] == ["roofline-sm_90.png", "roofline-sm_80.png"]
+        assert all(path.stat().st_size > 10_000 for path in written)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment: dict[str, Any] = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    line = [sys.executable, "-m", "palladion.benchmarks.static", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=environment)
