@@ -1,4 +1,4 @@
-"""What differs between versions of jax, in one place: 0.10.2 to 0.12."""
+"""What differs between versions of jax, 0.10.2 to 0.12, and what none of them gets right, in one place."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def fresh_kernel(kernel: Callable[..., None], **options: Any) -> Callable[..., N
     of the first (jax-ml/jax#40847).
     """
     return functools.partial(kernel, **options)
+
+
+def offsets_wrap(numbers: int) -> bool:
+    """Whether Pallas-Triton reaches some of that many one-byte numbers by a wrong address.
+
+    It counts in 32 bits up to 4 GiB, and Triton takes those as signed: from 2 GiB on they point before the array.
+    """
+    return 2**31 < numbers <= 2**32

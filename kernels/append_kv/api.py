@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv import mosaic_tpu, spaces
+from palladion.kernels.append_kv import mosaic_tpu, spaces, triton
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
@@ -28,6 +28,15 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.Config,
         mosaic_tpu.heuristic,
         spaces.mosaic_tpu,
+    ),
+    Implementation(
+        "triton",
+        "gpu",
+        triton.unsupported,
+        triton.append_kv,
+        triton.Config,
+        triton.heuristic,
+        spaces.triton,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

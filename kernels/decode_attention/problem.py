@@ -53,6 +53,7 @@ class Problem:
       head_dim: width of a head.
       max_len: tokens that a sequence has room for.
       page_size: tokens in a page of a paged cache; None for a dense cache.
+      num_pages: pages of a paged cache; None for a dense cache.
       num_layers: layers stacked in the cache; None where it is one layer's.
       q_dtype: dtype of queries and output.
       kv_dtype: dtype of the cache.
@@ -69,6 +70,7 @@ class Problem:
     head_dim: int
     max_len: int
     page_size: int | None
+    num_pages: int | None
     num_layers: int | None
     q_dtype: str
     kv_dtype: str
@@ -140,6 +142,7 @@ class Problem:
             head_dim=head_dim,
             max_len=max_len,
             page_size=None if page_table is None else rows,
+            num_pages=None if page_table is None else slabs,
             num_layers=None if layer is None else k.shape[0],
             q_dtype=dtype_name(q),
             kv_dtype=kv_dtype,
@@ -153,6 +156,12 @@ class Problem:
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.q_heads // self.kv_heads
+
+    @property
+    def layer_size(self) -> int:
+        """Numbers in the keys of one layer."""
+        slabs = self.batch * self.max_len if self.num_pages is None else self.num_pages * (self.page_size or 1)
+        return slabs * self.kv_heads * self.head_dim
 
     @property
     def has_scales(self) -> bool:

@@ -1,23 +1,22 @@
-"""decode_attention on a GPU: attention of a few queries over a long dense cache, cut along the cache (split-K).
+"""decode_attention on a GPU: attention of a few queries over a long cache, cut along the cache (split-K).
 
 A program takes one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
-major), and one of several equal shares of the KV blocks that these rows see. Over its share it keeps
-
-    s = softcap(scale * q k^T)            [block_rows, block_kv]
-    m' = max(m, max s)                    l = l exp(m - m') + sum exp(s - m')
-    acc = acc exp(m - m') + exp(s - m') v                               out = acc / l, lse = m + log l
-
-and `merge_partials` weighs the shares' outs, in float32, by their lse. A single share is the output itself.
+major), and one of several equal shares of the blocks of tokens that these rows see. It keeps an online softmax over
+them (`online_softmax.py`); a second, small kernel weighs the shares' outputs, in float32, by their log-sum-exps. A
+single share is the output itself.
 
 Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads and many multiprocessors:
 the splits are what fills them. Two axes leave the third that Triton has for `jax.vmap`. The loop runs over the blocks
-that are filled and, with a window, in sight: its bounds are read from `lengths` on the chip.
+that are filled and, with a window, in sight: its bounds are read from `lengths` on the chip. Pages are looked up where
+their tokens are loaded, a trip ahead; nothing is gathered before.
 
-Resident in registers: q, m, l, acc; K and V blocks pass through shared memory, where the compiler keeps `num_stages` of
-them in flight. Blocks are powers of two: rows, head_dim and the tail of the cache are padded by masks, so that nothing
-past a length is ever read. The layer of a stacked cache is an offset to its pointer.
+Resident in registers: q, m, l, acc. K and V blocks pass through shared memory, 16 bytes at a time and asynchronously,
+where the compiler keeps `num_stages` of them in flight. Rows are padded to a power of two of at least 16, which is what
+tensor cores multiply; a head is cut into powers of two (`parts_of`). The layer of a stacked cache is an offset, but
+where Pallas miscounts it (`offsets_wrap`): there the layer is copied first.
 
-Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs.
+Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. Codes of a one-byte cache become
+operands in registers (`gpu_products.py`), at up to 2 instructions each; their scales meet logits and weights.
 """
 
 from __future__ import annotations
@@ -31,24 +30,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.checks import check
-from palladion.kernels.compat import fresh_kernel
+from palladion.kernels.compat import fresh_kernel, offsets_wrap
+from palladion.kernels.decode_attention.gpu_products import uses_tensor_cores
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.reference import merge_partials
+from palladion.kernels.decode_attention.triton_kernel import kernel, merge_kernel, parts_of
+from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 
 MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
 
-MAX_BLOCK_ROWS: Final = 64
+MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
+"""Of the sums in registers: a program of eight warps spills nothing yet, on any GPU. Queries are read again for more."""
+
 MAX_BLOCK_KV: Final = 128
+MAX_HEAD_DIM: Final = 256
 
 KV_BLOCK_BYTES: Final = 16 * 2**10
-"""Keys of a block; with the values, two stages and two programs at a time that is half of a shared memory."""
+"""Keys of a block. With the values, and four programs on a multiprocessor, 128 KiB are in flight on each: three times
+what an H200 needs to be busy for the 1 µs that its memory takes to answer."""
 
-MULTIPROCESSORS: Final = 132
-"""Of an H100 or H200; other GPUs have about as many."""
+MAX_SPLITS: Final = 256
+"""Partial results that are merged at a time."""
 
-MIN_BLOCKS: Final = 4
-"""Of the KV blocks in a split: a shorter loop costs more to start and merge than it saves."""
+RESIDENT: Final = 4
+"""Programs on a multiprocessor that registers (128 threads of up to 128) and shared memory allow."""
+
+HIDDEN_FROM: Final = 2
+"""Programs on a multiprocessor from which on one computes while another one waits for memory."""
+
+START: Final = 1
+"""What a program takes for queries, first block and result, in blocks of its loop."""
+
+MERGE: Final = 2
+"""What it takes to merge the splits, in the same unit."""
+
+FLOATS_FROM: Final = 100
+"""Compute capability from which on int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
+
+MERGE_WIDTH: Final = 32
+"""Features that a program merges: of 256 splits they fit into registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Config:
       splits: shares that the cache is cut into.
       num_warps: warps of a program.
       num_stages: blocks that are loaded ahead.
+      integers: whether 16-bit queries meet int8 keys between integers; else keys become floats.
     """
 
     block_kv: int
@@ -68,42 +89,82 @@ class Config:
     splits: int
     num_warps: int = 4
     num_stages: int = 2
+    integers: bool = True
 
     def __post_init__(self) -> None:
         for name in ("block_kv", "block_rows"):
             value = getattr(self, name)
             power = value >= MIN_BLOCK and value & (value - 1) == 0
             check(power, f"config.{name}", value, f"a power of two of at least {MIN_BLOCK}")
-        for name in ("splits", "num_stages"):
-            check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
+        check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
+        check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
         check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
 
 
 def heuristic(problem: Problem) -> Config:
-    """Blocks that fit into shared memory, and splits that give every multiprocessor two programs."""
-    p = problem
+    """Blocks that fit into registers and shared memory, and splits that keep every multiprocessor busy to the end."""
+    p, gpu = problem, gpu_to_plan_for()
     rows = p.q_len * p.group
-    # float32 is not multiplied by tensor cores: operands are held in registers, and large blocks would be spilled.
-    tensor_cores = p.q_dtype == p.kv_dtype != "float32"
-    block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), MAX_BLOCK_ROWS if tensor_cores else MIN_BLOCK)
-    block_bytes, number = (KV_BLOCK_BYTES, 2) if tensor_cores else (KV_BLOCK_BYTES // 2, 4)
-    block_kv = min(max(block_bytes // (pl.next_power_of_2(p.head_dim) * number), MIN_BLOCK), MAX_BLOCK_KV)
-    num_warps = 8 if block_rows == MAX_BLOCK_ROWS or not tensor_cores else 4
+    width = sum(part.width for part in parts_of(p.head_dim))
+    if uses_tensor_cores(p):
+        most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
+        block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
+        # One-byte values also lie in shared memory as bfloat16.
+        block_kv = KV_BLOCK_BYTES // (width * 2)
+        num_warps = 4 if block_rows * width < MAX_ROWS_TIMES_WIDTH // 2 else 8
+    else:
+        # Operands are held in registers, and large blocks would be spilled.
+        block_rows, block_kv, num_warps = MIN_BLOCK, KV_BLOCK_BYTES // 2 // (width * 4), 8
+    block_kv = min(max(1 << (block_kv.bit_length() - 1), MIN_BLOCK), MAX_BLOCK_KV)
+    # Tokens of a block on several pages wait for the page table: it is loaded one more trip ahead.
+    looked_up = p.page_size is not None and p.page_size % block_kv != 0
+    return Config(
+        block_kv,
+        block_rows,
+        splits=splits_of(p, p.batch * p.kv_heads * pl.cdiv(rows, block_rows), block_kv, gpu),
+        num_warps=num_warps,
+        num_stages=3 if looked_up else 2,
+        integers=gpu.compute_capability < FLOATS_FROM,
+    )
+
+
+def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
+    """Shares of a cache: what lets the busiest multiprocessor finish first, if the caches are full.
+
+    A multiprocessor that has `programs` of one share each goes through their blocks at the rate of its memory, as long
+    as there are `HIDDEN_FROM` of them. More programs than run at a time would leave most of the chip idle in the end.
+
+    Args:
+      problem: what is computed.
+      programs: that there are without a split.
+      block_kv: tokens of a block.
+      gpu: which one.
+    """
+    p = problem
     seen = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
-    programs = p.batch * p.kv_heads * pl.cdiv(rows, block_rows)
-    # No more programs than run at a time: those of a second round would leave most of the chip idle.
-    splits = min(max(2 * MULTIPROCESSORS // programs, 1), pl.cdiv(seen, MIN_BLOCKS * block_kv))
-    return Config(block_kv, block_rows, splits, num_warps)
+    blocks = pl.cdiv(seen, block_kv)
+
+    def busiest(splits: int) -> int:
+        resident = pl.cdiv(programs * splits, gpu.multiprocessors)
+        time = max(resident, HIDDEN_FROM) * pl.cdiv(blocks, splits) + resident * START
+        return time + (MERGE if splits > 1 else 0)
+
+    most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
+    return min(range(1, most + 1), key=busiest)
 
 
 def unsupported(problem: Problem) -> str | None:
     """What of a problem this kernel does not cover, or None."""
-    if problem.page_size is not None:
-        return f"a dense cache is needed, got one in pages of {problem.page_size}"
-    if problem.has_scales:
-        return f"the cache must be float32, bfloat16 or float16, got {problem.kv_dtype}"
-    if problem.head_dim > 256:
-        return f"head_dim must be at most 256, got {problem.head_dim}"
+    p, gpu = problem, target_gpu()
+    if p.head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {p.head_dim}"
+    if p.kv_dtype.startswith("float8") and gpu is not None and not gpu.float8:
+        return (
+            f"a {p.kv_dtype} cache needs a GPU that converts it, sm_89 or newer, got sm_{gpu.compute_capability} "
+            f"({gpu.device_kind}); an int8 cache is as small"
+        )
+    if p.has_scales and offsets_wrap(p.layer_size):
+        return f"a layer of a {p.kv_dtype} cache must take up to 2 GiB, or more than 4, got {p.layer_size} bytes"
     return None
 
 
@@ -118,19 +179,16 @@ def decode_attention(
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     p, splits = problem, config.splits
-    k, v = (inputs.k[None], inputs.v[None]) if inputs.layer is None else (inputs.k, inputs.v)
-    layer = jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None]
-    arrays = [layer, inputs.lengths, inputs.q, k, v]
-    if inputs.sinks is not None:
-        arrays.append(inputs.sinks.astype(jnp.float32))
+    q = inputs.q
     row_blocks = pl.cdiv(p.q_len * p.group, config.block_rows)
+    arrays = _operands(p, inputs)
     out, lse = pl.pallas_call(
-        fresh_kernel(_kernel, problem=p, config=config, row_blocks=row_blocks),
+        fresh_kernel(kernel, names=(*arrays, "out", "lse"), problem=p, config=config, row_blocks=row_blocks),
         grid=(p.batch, p.kv_heads * row_blocks * splits),
         out_shape=[
             # What is still to be merged stays in float32.
-            jax.ShapeDtypeStruct((splits, *inputs.q.shape), inputs.q.dtype if splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((splits, *inputs.q.shape[:3]), jnp.float32),
+            jax.ShapeDtypeStruct((splits, *q.shape), q.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((splits, *q.shape[:3]), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=pl.CostEstimate(
@@ -138,109 +196,34 @@ def decode_attention(
         ),
         interpret=interpret,
         name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{splits}",
-    )(*arrays)
+    )(*arrays.values())
     if splits == 1:
         return out[0], lse[0]
-    out, lse = merge_partials(out, lse)
-    return out.astype(inputs.q.dtype), lse
+    merged: tuple[jax.Array, jax.Array] = pl.pallas_call(
+        fresh_kernel(merge_kernel, problem=p, splits=splits, width=MERGE_WIDTH),
+        grid=(p.batch * p.q_len * p.q_heads, pl.cdiv(p.head_dim, MERGE_WIDTH)),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
+        compiler_params=plgpu.CompilerParams(num_warps=1 if splits <= MIN_BLOCK else 4, num_stages=1),
+        interpret=interpret,
+        name=f"decode_attention_merge_s{splits}",
+    )(out, lse)
+    return merged
 
 
-def _kernel(
-    layer_ref: Any,  # [1]
-    lengths_ref: Any,  # [batch]
-    q_ref: Any,  # [batch, q_len, q_heads, head_dim]
-    k_ref: Any,  # [num_layers, batch, kv_heads, max_len, head_dim]
-    v_ref: Any,  # the same
-    *refs: Any,  # sinks [q_heads] where there are any; out [splits, batch, q_len, q_heads, head_dim] and lse
-    problem: Problem,
-    config: Config,
-    row_blocks: int,
-) -> None:
-    p, block_rows, block_kv = problem, config.block_rows, config.block_kv
-    sinks_ref = refs[0] if p.has_sinks else None
-    out_ref, lse_ref = refs[p.has_sinks :]
-    b, part = pl.program_id(0), pl.program_id(1)
-    split, part = _divide(part, config.splits)[1], _divide(part, config.splits)[0]
-    head, row_block = _divide(part, row_blocks)
-    layer, length = layer_ref[0], lengths_ref[b]
-
-    rows = p.q_len * p.group
-    first_row = row_block * block_rows
-    row = first_row + jnp.arange(block_rows, dtype=jnp.int32)  # [block_rows]
-    query, member = _divide(row, p.group)
-    q_head = head * p.group + member
-    width = pl.next_power_of_2(p.head_dim)
-
-    # A number of q, out or the sinks for every row (and column).
-    real_row = row < rows
-    column = jax.lax.broadcasted_iota(jnp.int32, (block_rows, width), 1)
-    real = real_row[:, None] & (column < p.head_dim)
-    place = tuple(jnp.broadcast_to(x[:, None], column.shape) for x in (query, q_head))
-    q = plgpu.load(q_ref.at[b, *place, column], mask=real, other=0)  # [block_rows, width]
-    dtype = q.dtype if q.dtype == k_ref.dtype else jnp.float32
-
-    position = length - p.q_len + query  # [block_rows]
-    first_query = length - p.q_len + _divide(first_row, p.group)[0]
-    last_row = jnp.minimum(first_row + block_rows, rows) - 1
-    last_query = jnp.minimum(length - p.q_len + _divide(last_row, p.group)[0], p.max_len - 1)
-    oldest = 0 if p.sliding_window is None else jnp.maximum(first_query - p.sliding_window + 1, 0)
-    first_block = _divide(oldest, block_kv)[0]
-    blocks = _divide(jnp.maximum(last_query + block_kv, 0), block_kv)[0] - first_block
-    share = _divide(blocks + config.splits - 1, config.splits)[0]
-    begin = first_block + split * share
-    end = first_block + jnp.minimum((split + 1) * share, blocks)
-
-    slot = jax.lax.broadcasted_iota(jnp.int32, (block_kv, width), 0)
-    feature = jax.lax.broadcasted_iota(jnp.int32, (block_kv, width), 1)
-
-    def attend(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        m, l, acc = state  # noqa: E741
-        start = block * block_kv
-        token = start + slot  # [block_kv, width]
-        # Not what nobody sees: it may be anything, and 0 * NaN is NaN.
-        seen = (token >= oldest) & (token <= last_query) & (feature < p.head_dim)
-        k = plgpu.load(k_ref.at[layer, b, head, token, feature], mask=seen, other=0).astype(dtype)
-        s = _dot(q.astype(dtype), k, 1) * p.scale  # [block_rows, block_kv]
-        if p.logits_soft_cap is not None:
-            s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
-        t = start + jnp.arange(block_kv, dtype=jnp.int32)
-        visible = t[None, :] <= jnp.minimum(position, last_query)[:, None]
-        if p.sliding_window is not None:
-            visible &= t[None, :] > position[:, None] - p.sliding_window
-        s = jnp.where(visible, s, -jnp.inf)
-        maximum = jnp.maximum(m, jnp.max(s, axis=1))
-        # A row that has seen nothing yet: -inf - -inf is NaN.
-        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        weights = jnp.exp(s - shift[:, None])
-        decay = jnp.exp(m - shift)
-        v = plgpu.load(v_ref.at[layer, b, head, token, feature], mask=seen, other=0).astype(dtype)
-        acc = acc * decay[:, None] + _dot(weights.astype(dtype), v, 0)
-        return maximum, l * decay + jnp.sum(weights, axis=1), acc
-
-    m = jnp.full(block_rows, -jnp.inf, jnp.float32)
-    l = jnp.zeros(block_rows, jnp.float32)  # noqa: E741
-    if sinks_ref is not None:
-        # A sink is a logit without a value: it starts the sum, of one split.
-        sinks = plgpu.load(sinks_ref.at[q_head], mask=real_row, other=0.0)
-        m = jnp.where(split == 0, sinks, m)
-        l = jnp.where(split == 0, 1.0, l)  # noqa: E741
-    acc = jnp.zeros((block_rows, width), jnp.float32)
-    m, l, acc = jax.lax.fori_loop(begin, end, attend, (m, l, acc))  # noqa: E741
-
-    out = acc / jnp.where(l == 0.0, 1.0, l)[:, None]
-    plgpu.store(out_ref.at[split, b, *place, column], out.astype(out_ref.dtype), mask=real)
-    plgpu.store(lse_ref.at[split, b, query, q_head], m + jnp.log(l), mask=real_row)
-
-
-def _divide(a: Any, b: int) -> tuple[Any, Any]:
-    """Quotient and remainder of numbers that are not negative: plain integer division, without the care of `//`."""
-    if isinstance(a, int):
-        return divmod(a, b)
-    return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))
-
-
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Product of matrices in float32, the last axis of a against an axis of b."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+def _operands(problem: Problem, inputs: Inputs) -> dict[str, jax.Array]:
+    """The arrays that there are, by the names of `triton_kernel.Refs`; those of the cache with layers in front."""
+    cache = {name: getattr(inputs, name) for name in ("k", "v", "k_scale", "v_scale")}
+    cache = {name: array for name, array in cache.items() if array is not None}
+    layer = inputs.layer
+    if layer is not None and problem.has_scales and offsets_wrap(inputs.k.size):
+        cache = {name: jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=True) for name, array in cache.items()}
+        layer = jnp.int32(0)
+    elif layer is None:
+        cache = {name: array[None] for name, array in cache.items()}
+        layer = jnp.int32(0)
+    arrays = {"layer": layer[None], "lengths": inputs.lengths, "q": inputs.q, **cache}
+    if inputs.page_table is not None:
+        arrays["page_table"] = inputs.page_table
+    if inputs.sinks is not None:
+        arrays["sinks"] = inputs.sinks.astype(jnp.float32)
+    return arrays
