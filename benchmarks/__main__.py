@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
+    "suite": "palladion.benchmarks.suite",
+    "check": "palladion.benchmarks.check",
     "run": "palladion.benchmarks.run",
     "model": "palladion.benchmarks.model",
     "plan": "palladion.benchmarks.plan",

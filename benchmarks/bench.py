@@ -38,7 +38,7 @@ class Plan:
       interpret: whether kernels that do not run here are interpreted, to see whether they are right: that says nothing
         of their speed, so that they are not timed.
       config: block sizes for kernels, or None.
-      rounds: samples of each contender.
+      rounds: samples of each contender; 0 judges them only.
       sample_seconds: how long a sample takes at least.
       crashed: contenders that have ended their process, and how: they are not touched again.
       before: told of each contender before it is touched, and None when the workload is done.
@@ -95,7 +95,7 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
         flops=operation.flops(case),
     )
     plan.before("xla")
-    reference = _ours(operation, case, inputs, "xla", None, None)
+    reference = _ours(operation, case, inputs, "xla", None, None, timed=plan.rounds > 0)
     rows: dict[str, Row] = {}
     runners: dict[str, Runner] = {}
 
@@ -124,7 +124,9 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
             if row.kind == "reference":
                 contender, chosen = reference
             else:
-                contender, chosen = _ours(operation, case, inputs, row.contender, plan.config, interpreted)
+                contender, chosen = _ours(
+                    operation, case, inputs, row.contender, plan.config, interpreted, timed=plan.rounds > 0
+                )
             row = dataclasses.replace(row, **chosen)
             row = judged(row, contender, lambda verdict: verdict.right)
         except Unsupported as error:
@@ -159,7 +161,7 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
     def failed(runner: Runner, error: Exception) -> None:
         rows[runner.name] = dataclasses.replace(rows[runner.name], status="failed", reason=_said(error))
 
-    if runners:
+    if runners and plan.rounds:
         plan.before("measuring")
         probe = memory_probe()
         samples = measure(
@@ -173,12 +175,12 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
 
 
 def _ours(
-    operation: Operation, case: Any, inputs: Any, backend: str, config: Any, interpret: Any
+    operation: Operation, case: Any, inputs: Any, backend: str, config: Any, interpret: Any, *, timed: bool
 ) -> tuple[Contender, dict[str, str]]:
     """A contender of the operation's own table, and which block sizes it has taken."""
     donated, rest = operation.split(inputs)
-    # An interpreted kernel is called once, to be judged.
-    copies = 1 if interpret else None
+    # What is only judged is called once.
+    copies = None if timed and not interpret else 1
     with record_choices() as choices:
         function = operation.function(case, backend=backend, config=config, interpret=interpret)
         runner = JaxRunner(backend, function, rest, donated=donated, copies=copies)

@@ -25,12 +25,14 @@ import numpy as np
 
 from palladion.benchmarks import bench, machine, models, plots, results, workloads
 from palladion.benchmarks.models import ModelShape
+from palladion.benchmarks.profile import device_times
 from palladion.benchmarks.random_model import random_parameters
 from palladion.benchmarks.results import duration
 from palladion.benchmarks.timing import Samples
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
 from palladion.kernels.devices import measured_bandwidth
+from palladion.kernels.tpu_layout import round_up
 from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling
@@ -39,6 +41,22 @@ HELP: Final = "times whole decode steps of a model for growing batches: latency,
 
 NEARLY: Final = 1.25
 """Times the latency of one sequence that counts as nearly the same."""
+
+MOST_KERNELS: Final = 30
+"""Of a profile that are kept."""
+
+TINY: Final = ModelShape(
+    name="tiny",
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab_size=256,
+    tied_embedding=True,
+)
+"""A model to see that all goes well, and nothing else."""
 
 HEADINGS: Final = (
     "sequences",
@@ -67,6 +85,7 @@ class Point:
       prompt: tokens of each.
       bandwidth: bytes per second at which memory was read just before.
       compile_seconds: spent on compiling.
+      kernels: name, calls and seconds of what took longest in one dispatch, where it was profiled.
     """
 
     batch: int
@@ -77,6 +96,7 @@ class Point:
     prompt: int
     bandwidth: float
     compile_seconds: float
+    kernels: tuple[tuple[str, int, float], ...] = ()
 
     @property
     def step(self) -> Samples:
@@ -101,13 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="no batch size begins later (10)")
     parser.add_argument("--backend", help="of the operations")
     parser.add_argument("--interpret", action="store_true", help="interpret kernels: only to see that all goes well")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also say where a dispatch's time goes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency and throughput")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints a table as it grows, and writes what is asked for."""
-    shape = models.model(arguments.model)
+    shape = TINY if arguments.model == TINY.name else models.model(arguments.model)
     check(arguments.backend in (None, *BACKENDS), "--backend", arguments.backend, ", ".join(BACKENDS))
     for name in ("prompt", "steps"):
         check(getattr(arguments, name) >= 1, f"--{name}", getattr(arguments, name), "at least 1")
@@ -132,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     # One after the other would hold all caches at a time.
     parameters = random_parameters(shape, arguments.scheme, dtype=dtype)
     options = EngineOptions(
-        max_len=arguments.prompt + arguments.steps + 2 * STEPS_PER_DISPATCH,
+        max_len=arguments.prompt + round_up(arguments.steps, STEPS_PER_DISPATCH) + 2 * STEPS_PER_DISPATCH,
         dtype=dtype,
         kv_dtype=arguments.kv_dtype or dtype,
         backend=arguments.backend,
@@ -143,7 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
         if record["points"] and bench.seconds_left(deadline) <= 0:
             bench.progress(f"no time left for {batch} sequences and more")
             break
-        point = measure_point(parameters, shape, options, batch, arguments.prompt, arguments.steps)
+        folder = None if arguments.profile is None else arguments.profile / f"batch-{batch}"
+        point = measure_point(parameters, shape, options, batch, arguments.prompt, arguments.steps, folder)
         record["points"].append(dataclasses.asdict(point))
         bench.progress(
             f"{batch} sequences: {duration(point.step.median)} a step, {point.tokens_per_second:,.1f} tokens/s"
@@ -153,6 +175,10 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.json.write_text(json.dumps(record) + "\n")
     headings, lines = table_of(record)
     print(f"{title} on {machine.device_name()}\n\n{results.table(headings, lines)}\n\n{conclusion(record)}")
+    for point in _points(record):
+        if point.kernels:
+            print(f"\nwhere a dispatch of {STEPS_PER_DISPATCH} steps of {point.batch} spends its time:")
+            print(results.table(("kernel", "time", "share", "calls"), _kernel_lines(point)))
     if arguments.plot:
         plots.scaling(points(record), machine.device_name(), title, arguments.plot)
         print(f"wrote {arguments.plot}")
@@ -160,9 +186,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure_point(
-    parameters: Parameters, shape: ModelShape, options: EngineOptions, batch: int, prompt: int, steps: int
+    parameters: Parameters,
+    shape: ModelShape,
+    options: EngineOptions,
+    batch: int,
+    prompt: int,
+    steps: int,
+    profile_folder: Path | None = None,
 ) -> Point:
-    """Reads prompts twice, the second time by the clock, and decodes."""
+    """Reads prompts, twice by the clock, and decodes.
+
+    Args:
+      parameters: of the model.
+      shape: of the model.
+      options: of the engine; its max_len holds the prompt, the steps and two dispatches more.
+      batch: sequences.
+      prompt: tokens of each.
+      steps: decode steps that are timed, in whole dispatches.
+      profile_folder: where the trace of one more dispatch is kept; None makes none.
+    """
     sampling = Sampling()
     engine = Engine(parameters, shape.config(options.max_len), batch, sampling, options, stop_tokens=())
     keys = engine.keys(0)
@@ -187,9 +229,14 @@ def measure_point(
         seconds.append((time.perf_counter() - start) / STEPS_PER_DISPATCH)
         contexts.append(first + (STEPS_PER_DISPATCH + 1) / 2)
     bandwidth = measured_bandwidth()
+    kernels: tuple[tuple[str, int, float], ...] = ()
+    if profile_folder is not None:
+        times = device_times(
+            lambda: jax.block_until_ready(engine.decode(state, STEPS_PER_DISPATCH, keys, sampling)), profile_folder
+        )
+        kernels = tuple((one.name, one.calls, one.seconds) for one in times[:MOST_KERNELS])
     caches = engine.cache_like if isinstance(engine.cache_like, tuple) else (engine.cache_like,)
     per_token = sum(cache.bytes_per_token for cache in caches)
-    engine.release(state)
     return Point(
         batch=batch,
         step_seconds=tuple(seconds),
@@ -199,6 +246,7 @@ def measure_point(
         prompt=prompt,
         bandwidth=bandwidth,
         compile_seconds=engine.compile_seconds,
+        kernels=kernels,
     )
 
 
@@ -258,6 +306,13 @@ def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...
             )
         )
     return HEADINGS, lines
+
+
+def _kernel_lines(point: Point) -> list[tuple[str, ...]]:
+    whole = sum(seconds for _, _, seconds in point.kernels)
+    return [
+        (name[:60], duration(seconds), f"{seconds / whole:.0%}", str(calls)) for name, calls, seconds in point.kernels
+    ]
 
 
 def conclusion(record: dict[str, Any]) -> str:

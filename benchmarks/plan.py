@@ -3,8 +3,8 @@ r"""Calculates how many chips a model needs, and what they can do at best: from 
   python -m palladion.benchmarks plan --model=llama3-70b --scheme=int8 --batch=32 --context=8192
   python -m palladion.benchmarks plan --model=llama3-8b --chips=v5e,h100 --users=200 --tokens-per-second=20
 
-Chips are taken in powers of two, until weights and caches fit and each sequence is as fast as asked for. A step then takes the
-larger of its bytes over the bandwidth and its arithmetic over the peak rate, of all chips together and as far as
+Chips are taken in powers of two, until weights and caches fit and each sequence is as fast as asked for. A step takes
+the larger of its bytes over the bandwidth and its arithmetic over the peak rate, of all chips together and as far as
 --efficiency and --mfu say; what chips say to each other is not counted, which flatters many small ones.
 """
 

@@ -1,0 +1,89 @@
+r"""Checks on this device that every kernel is as right as the reference, case by case; nothing is timed.
+
+  python -m palladion.benchmarks check --minutes=2 --json=check.jsonl
+  python -m palladion.benchmarks check quantized_matmul --cases='int4*' --interpret
+
+The cases are those of the tests: small, each with something that goes wrong easily. Operations take turns, so that a
+check which ends early has seen some of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from palladion.benchmarks import bench, machine, results, workloads
+from palladion.benchmarks.operations import OPERATIONS, Operation, operation
+from palladion.kernels.checks import check
+
+HELP: Final = "checks on this device that every kernel is as right as the reference"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("operation", nargs="?", help=f"{', '.join(OPERATIONS)}; all by default")
+    parser.add_argument("--cases", type=workloads.names, metavar="NAMES", help="names or patterns (all of the tests)")
+    parser.add_argument("--backends", type=workloads.names, metavar="NAMES", help="of kernels (those of this platform)")
+    parser.add_argument("--interpret", action="store_true", help="interpret kernels for other platforms")
+    parser.add_argument("--minutes", type=float, default=60.0, metavar="N", help="no case begins later (60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came out, JSON lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks; prints what is not right, and how many are."""
+    chosen = list(OPERATIONS.values()) if arguments.operation is None else [operation(arguments.operation)]
+    known = {row.name for one in chosen for row in one.table if row.platform is not None}
+    for name in arguments.backends or ():
+        check(name in known, "--backends", name, ", ".join(sorted(known)))
+    tasks = list(_in_turns(chosen, arguments.cases))
+    check(bool(tasks), "--cases", arguments.cases, "patterns of the names of test cases")
+    deadline = time.perf_counter() + 60 * arguments.minutes
+    counts: Counter[str] = Counter()
+    provenance = machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}")
+    # Nothing is timed: what the machine can do at best does not matter.
+    limits = results.Limits(bandwidth=0.0, matrix_rate=0.0, matrix_dtype="")
+    done = 0
+    with results.Writer(arguments.json, provenance, limits) as writer:
+        for one, case in tasks:
+            if bench.seconds_left(deadline) <= 0:
+                break
+            kernels = [row.name for row in one.table if row.platform is not None]
+            plan = bench.Plan(
+                backends=tuple(name for name in arguments.backends or kernels if name in kernels),
+                interpret=arguments.interpret,
+                rounds=0,
+            )
+            for row in bench.run_workload(one, case, plan):
+                writer.write(row)
+                right = row.status in ("ok", "untimed")
+                counts["right" if right else row.status] += 1
+                if row.status in ("wrong", "failed"):
+                    print(f"{one.name} {case.name}: {row.contender} {row.status}: {row.reason}", flush=True)
+            done += 1
+            if done % 20 == 0:
+                bench.progress(f"{done} of {len(tasks)} cases: {_said(counts)}")
+    print(f"{done} of {len(tasks)} cases checked: {_said(counts)}")
+    return 1 if counts["wrong"] or counts["failed"] else 0
+
+
+def _said(counts: Counter[str]) -> str:
+    order = ("right", "wrong", "failed", "skipped")
+    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "nothing"
+
+
+def _in_turns(chosen: list[Operation], patterns: tuple[str, ...] | None) -> Iterator[tuple[Operation, Any]]:
+    """A case of each operation after the other."""
+
+    def cases(one: Operation) -> list[Any]:
+        wanted = patterns or ("*",)
+        return [case for case in one.cases.TESTS if any(fnmatch.fnmatchcase(case.name, each) for each in wanted)]
+
+    for row in itertools.zip_longest(*(cases(one) for one in chosen)):
+        yield from ((one, case) for one, case in zip(chosen, row, strict=True) if case is not None)
