@@ -32,9 +32,9 @@ SAMPLED_QUERIES: Final = 3
 SAMPLED_ROWS: Final = 8
 SAMPLED_CHANNELS: Final = 32
 
-ROUGH: Final = 16.0
+ROUGH: Final = 2.0
 """Bounds that a peer may be off: it may round where we do not (weights to bfloat16, weights of the softmax), and is
-shown as being off. What is further off computes something else."""
+shown as being off. What is further off computes something else, or in less precision than was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ SAMPLE_SECONDS: Final = 0.02
 CACHE_BYTES: Final = {"cpu": 64 * 2**20, "gpu": 256 * 2**20, "tpu": 256 * 2**20}
 """What passes by between two uses of the same input: more than a last-level cache, several times where it is known."""
 
-MOST_COPIES: Final = 64
+MOST_COPIES: Final = 128
 MOST_BYTES: Final = 4 * 2**30
 """Of all copies of a contender's inputs."""
 
