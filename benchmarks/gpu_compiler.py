@@ -110,8 +110,7 @@ def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> 
     Raises:
       ValueError: there is no such architecture.
     """
-    module = stablehlo_for_gpu(function, *avals, arch=arch)
-    return [_kernel_of(operation) for operation in _operations(module.operation) if _is_triton(operation)]
+    return kernels_in(stablehlo_for_gpu(function, *avals, arch=arch))
 
 
 def stablehlo_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> Any:
@@ -122,17 +121,23 @@ def stablehlo_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90)
         return jitted.trace(*avals).lower(lowering_platforms=("cuda",)).compiler_ir()
 
 
+def kernels_in(module: Any) -> list[TritonKernel]:
+    """The Pallas-Triton kernels of a module, in its order."""
+    return [_kernel_of(operation) for operation in operations_in(module.operation) if _is_triton(operation)]
+
+
 def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
     """Compiles the Pallas-Triton kernels of a function for a GPU; arguments are those of `lower_for_gpu`."""
     return [compile_kernel(kernel, arch) for kernel in lower_for_gpu(function, *avals, arch=arch)]
 
 
-def _operations(operation: Any) -> Iterator[Any]:
+def operations_in(operation: Any) -> Iterator[Any]:
+    """All operations inside an operation of MLIR."""
     for region in operation.regions:
         for block in region:
             for inner in block:
                 yield inner.operation
-                yield from _operations(inner.operation)
+                yield from operations_in(inner.operation)
 
 
 def _is_triton(operation: Any) -> bool:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
+import jax
+
 PALLAS_TRITON_WARNING: Final = "The Pallas Triton backend is deprecated"
 """How the warning begins that jax >= 0.11 gives wherever a Triton kernel is lowered."""
 
@@ -30,3 +32,25 @@ def offsets_wrap(numbers: int) -> bool:
     It counts in 32 bits up to 4 GiB, and Triton takes those as signed: from 2 GiB on they point before the array.
     """
     return 2**31 < numbers <= 2**32
+
+
+def known_options(**options: Any) -> dict[str, Any]:
+    """Those of XLA's compiler options that the XLA which is installed knows.
+
+    An option that XLA does not know, or a value that it does not take, is an error wherever it is passed to `jax.jit`;
+    XLA renames and drops options from version to version. So each is tried, once, on a program that does nothing.
+    """
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: Any) -> bool:
+    try:
+        # Where something is being traced, for a device that may not be here, this is compiled for one that is.
+        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        return False
+    return True

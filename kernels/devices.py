@@ -13,6 +13,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
+from palladion.kernels.compat import known_options
 from palladion.reference.platforms import target_platform
 
 READ_BYTES: Final = {"cpu": 256 * 2**20, "gpu": 2**30, "tpu": 2**30}
@@ -196,6 +197,24 @@ def _described(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
 def cpu_compiler_options() -> dict[str, Any]:
     """Options with which XLA uses the full width of a CPU's vector units; none on other platforms."""
     return {"xla_cpu_prefer_vector_width": 512} if target_platform() == "cpu" else {}
+
+
+def gpu_compiler_options() -> dict[str, Any]:
+    """Options with which XLA runs a loop on a GPU as one CUDA graph ("command buffer"); none on other platforms.
+
+    A step of decoding is many short kernels, and each launch takes some of their time. XLA records stretches of kernels
+    into graphs by itself, Triton's included: from jax 0.10.2 to 0.12 it compiles the custom call
+    `__gpu$xla.gpu.triton` into a kernel like those of its own, and the flag by which older versions were told to record
+    it, --legacy_command_buffer_custom_call_targets (jax-ml/jax#27988), is gone; XLA_FLAGS with it end the process.
+
+    But the default list of what is recorded (FUSION, CUBLAS, CUBLASLT, CUDNN, CUSTOM_CALL, CONDITIONAL and
+    DYNAMIC_SLICE_FUSION, in 0.10.2, 0.11.2 and 0.12.0.1 alike) lacks WHILE: of a loop the body alone is a graph, and
+    between two steps the host reads from the GPU whether there is another. This adds WHILE to the list: the loop is a
+    node of the graph that decides by itself. Where a driver is too old for that (CUDA before 12.3), on AMD GPUs, and
+    where something in the loop cannot be recorded, XLA leaves it out again. To record nothing at all, as when
+    debugging: XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    """
+    return known_options(xla_gpu_enable_command_buffer="WHILE") if target_platform() == "gpu" else {}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.devices import cpu_compiler_options
+from palladion.kernels.devices import cpu_compiler_options, gpu_compiler_options
 from palladion.kernels.tpu_layout import LANES, round_up
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Parameters
@@ -173,6 +173,10 @@ class Engine:
         return tokens, stops | (lengths >= self.max_len)
 
     def _prefill_program(self, chunk: int) -> Any:
+        key = ("prefill", chunk)
+        if key in self.programs:
+            return self.programs[key]
+
         def prefill(
             parameters: Parameters,
             cache: Cache,
@@ -186,9 +190,19 @@ class Engine:
 
         tokens = jax.ShapeDtypeStruct((self.batch, chunk), jnp.int32)
         arguments = (tokens, self._integers, self._keys_like, self._sampling_like)
-        return self._compiled(("prefill", chunk), prefill, self.cache_like, *arguments)
+        return self._compiled(key, *self._jitted(prefill, self.cache_like, *arguments))
 
     def _decode_program(self) -> Any:
+        if "decode" in self.programs:
+            return self.programs["decode"]
+        return self._compiled("decode", *self.decode_loop())
+
+    def decode_loop(self) -> tuple[Any, tuple[Any, ...]]:
+        """The loop over decode steps: jitted, not yet lowered, and what describes its arguments.
+
+        `compile` compiles it for the device that is here; a tool may lower it for another.
+        """
+
         def decode(
             parameters: Parameters, initial: State, steps: jax.Array, keys: jax.Array, sampling: Sampling
         ) -> tuple[jax.Array, State]:
@@ -212,12 +226,10 @@ class Engine:
         finished: Any = jax.ShapeDtypeStruct((self.batch,), jnp.bool)
         state = State(self.cache_like, self._integers, self._integers, finished)
         steps = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._compiled("decode", decode, state, steps, self._keys_like, self._sampling_like)
+        return self._jitted(decode, state, steps, self._keys_like, self._sampling_like)
 
-    def _compiled(self, key: Any, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any) -> Any:
-        """`function(parameters, donated, …) -> (result, donated)` compiled for these arguments, once."""
-        if key in self.programs:
-            return self.programs[key]
+    def _jitted(self, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any) -> tuple[Any, Any]:
+        """`function(parameters, donated, …) -> (result, donated)`, jitted over bits, and what its arguments are."""
 
         def on_bits(parameters: Parameters, donated_bits: Any, *arguments: Any) -> tuple[Any, Any]:
             result, updated = function(
@@ -225,10 +237,13 @@ class Engine:
             )
             return result, to_bits(updated)
 
+        options = cpu_compiler_options() | gpu_compiler_options()
+        jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=options)
+        return jitted, (self._parameters, jax.eval_shape(to_bits, donated), *arguments)
+
+    def _compiled(self, key: Any, jitted: Any, arguments: tuple[Any, ...]) -> Any:
         start = time.perf_counter()
-        jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=cpu_compiler_options())
-        donated_bits = jax.eval_shape(to_bits, donated)
-        self.programs[key] = jitted.lower(self._parameters, donated_bits, *arguments).compile()
+        self.programs[key] = jitted.lower(*arguments).compile()
         self.compile_seconds += time.perf_counter() - start
         return self.programs[key]
 

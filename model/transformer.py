@@ -13,6 +13,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
+from palladion.kernels.append_kv import api as append_kv_api
 from palladion.kernels.append_kv import append_kv
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.quantized_matmul import quantized_matmul
@@ -95,8 +96,10 @@ def forward(
         cache = from_bits(bits, original)
     elif isinstance(parameters.layers, tuple) and isinstance(cache, tuple):
         caches = []
+        # Layers that are alike are traced once. Elsewhere they stay part of the program: a CPU's XLA fuses across them.
+        run = jax.jit(decoder.layer) if target_platform() == "gpu" else decoder.layer
         for layer, layer_cache in zip(parameters.layers, cache, strict=True):
-            hidden, layer_cache = decoder.layer(layer, hidden, layer_cache, None)
+            hidden, layer_cache = run(layer, hidden, layer_cache, None)
             caches.append(layer_cache)
         cache = tuple(caches)
     else:
@@ -123,8 +126,9 @@ class _Decoder:
         self.lengths = lengths
         self.backend = backend
         self.interpret = interpret
-        # There is no GPU kernel for it: XLA's scatter writes a few rows in place.
-        xla = target_platform() == "gpu" or backend == "triton"
+        # Without a GPU kernel for it, XLA's scatter writes a few rows in place.
+        asks_for_gpu = backend == "triton" or (backend == "pallas" and target_platform() == "gpu")
+        xla = asks_for_gpu and not any(row.platform == "gpu" for row in append_kv_api.IMPLEMENTATIONS)
         self.appending: dict[str, Any] = {"backend": "xla"} if xla else {"backend": backend, "interpret": interpret}
         position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
         angle = position[..., None].astype(jnp.float32) * inverse_frequencies

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.reference.bits import from_bits, to_bits
+from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import QuantizedArray, decode_e2m1, dequantize, quantize_rows
 
 Weight = TypeVar("Weight", jax.Array, QuantizedArray)
@@ -101,7 +102,10 @@ def matmul(
     """Multiplies by a dense weight `[in, out]` of any float dtype; the rest is as for `quantized_matmul`."""
     in_features, out_features = w.shape[-2:]
     rows = x.astype(jnp.float32).reshape(-1, in_features)
-    if in_features % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:
+    if target_platform() != "cpu" and x.dtype == w.dtype != jnp.float32:
+        # Products of two narrow floats are exact in float32, and matrix units add in float32: nothing need be widened.
+        y = jnp.matmul(x.reshape(-1, in_features), _one(w, layer), preferred_element_type=jnp.float32)
+    elif in_features % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:
         y = jnp.stack([_stream_dense(row, w, layer) for row in rows])
     else:
         y = _dot(rows, _one(w, layer).astype(jnp.float32))

@@ -1,7 +1,9 @@
-"""A whole model through the real TPU compiler: what the engine runs on a chip, with Llama-3-8B's shapes."""
+"""A whole model for chips that are not here: what the engine runs on them, with Llama-3-8B's shapes."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 import re
 from typing import Any
@@ -11,13 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import quantize
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks import gpu_compiler, tpu_compiler
 from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.parameters import Layer, Parameters
 from palladion.model.sampling import Sampling
-
-pytestmark = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 
 LLAMA_3_8B = ModelConfig(
     vocab_size=128256,
@@ -71,14 +71,14 @@ def parameters(scheme: str | None) -> Parameters:
     return shapes
 
 
-def engine(chip: str, scheme: str | None, kv_dtype: str) -> Engine:
+def engine(weights: Parameters, kv_dtype: str, there: jax.sharding.Sharding | None = None, **options: Any) -> Engine:
     """An engine whose programs can be compiled for a chip, but not run."""
-    there = jax.sharding.SingleDeviceSharding(tpu_compiler.device(chip))
-    shapes = jax.tree.map(lambda leaf: tpu_compiler.described(leaf, there), parameters(scheme))
-    options = EngineOptions(max_len=MAX_LEN, dtype="bfloat16", kv_dtype=kv_dtype)
-    return Engine(shapes, LLAMA_3_8B, BATCH, Sampling(), options, stop_tokens=(128001, 128009))
+    shapes = jax.tree.map(lambda leaf: tpu_compiler.described(leaf, there), weights)
+    options = {"max_len": MAX_LEN, "dtype": "bfloat16", "kv_dtype": kv_dtype} | options
+    return Engine(shapes, LLAMA_3_8B, BATCH, Sampling(), EngineOptions(**options), stop_tokens=(128001, 128009))
 
 
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 @pytest.mark.parametrize(
     ("chip", "scheme", "kv_dtype"),
     [
@@ -92,7 +92,7 @@ def engine(chip: str, scheme: str | None, kv_dtype: str) -> Engine:
 )
 def test_decoding_copies_neither_weights_nor_cache(chip: str, scheme: str | None, kv_dtype: str):
     with tpu_compiler.tracing_for(chip):
-        here = engine(chip, scheme, kv_dtype)
+        here = engine(parameters(scheme), kv_dtype, jax.sharding.SingleDeviceSharding(tpu_compiler.device(chip)))
         here.compile(chunks=())
     (program,) = here.programs.values()
     names = " ".join(tpu_compiler.kernel_names(program))
@@ -106,3 +106,48 @@ def test_decoding_copies_neither_weights_nor_cache(chip: str, scheme: str | None
     made = [math.prod(map(int, shape.split(","))) for shape in WRITTEN_BY_XLA.findall(program.as_text())]
     # XLA's own products of dense weights are listed with the slices that they read.
     assert scheme is None or max(made) < SMALLEST_WEIGHT
+
+
+@pytest.mark.parametrize(("arch", "scheme"), [(80, "int4-g32"), (90, "int8"), (100, None)])
+def test_decoding_on_a_gpu_is_one_program_that_moves_neither_weights_nor_cache(arch: int, scheme: str | None):
+    with gpu_compiler.tracing_for(arch):
+        here = engine(apart(parameters(scheme)), "bfloat16", backend="pallas")
+        loop, arguments = here.decode_loop()
+        module = gpu_compiler.stablehlo_for_gpu(loop, *arguments, arch=arch)
+    names = " ".join(kernel.name for kernel in gpu_compiler.kernels_in(module))
+    assert "decode_attention" in names
+    assert ("quantized_matmul" in names) == (scheme is not None)
+    operations = list(gpu_compiler.operations_in(module.operation))
+    # One dispatch runs many steps.
+    assert sum(one.name == "stablehlo.while" for one in operations) == 1
+    # Whatever a step hands on to the next stays where it is.
+    (main,) = (one for one in operations if one.name == "func.func" and '"main"' in str(one.attributes["sym_name"]))
+    donated = collections.Counter(
+        str(of)
+        for of, about in zip(main.regions[0].blocks[0].arguments.types, main.attributes["arg_attrs"], strict=True)
+        if "tf.aliasing_output" in str(about)
+    )
+    leaves = jax.tree.leaves(here.cache_like)
+    assert donated[f"tensor<{'x'.join(map(str, leaves[0].shape))}xbf16>"] == len(leaves) == 2 * LLAMA_3_8B.num_layers
+    assert donated.total() == len(leaves) + 3  # tokens, lengths, finished
+    # Loops and calls hand arrays on, kernels read them where they lie, and a scatter writes into its operand.
+    passes_on = ("stablehlo.custom_call", "stablehlo.while", "func.call", "func.func", "stablehlo.scatter")
+    made = [one for one in operations if one.name not in passes_on and not _is_view(one)]
+    assert not [str(one)[:200] for one in made if max(map(_size, one.results), default=0) >= SMALLEST_WEIGHT]
+
+
+def apart(stacked: Parameters) -> Parameters:
+    """Layers one by one, as they are loaded for a GPU."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked.layers)
+    return dataclasses.replace(stacked, layers=(one,) * LLAMA_3_8B.num_layers)
+
+
+def _size(value: Any) -> int:
+    """Numbers in a value of MLIR."""
+    return math.prod(getattr(value.type, "shape", ()))
+
+
+def _is_view(operation: Any) -> bool:
+    """Whether an operation only gives an array another shape."""
+    reshapes = operation.name in ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
+    return reshapes and _size(operation.operands[0]) == _size(operation.results[0])

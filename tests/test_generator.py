@@ -51,6 +51,13 @@ def test_greedy_tokens_are_the_likeliest(generator: Generator):
     assert tokens_of(generator, [PROMPTS[0]], max_new_tokens=20, ignore_stop_tokens=True) == [tuple(expected)]
 
 
+def test_gpu_kernels_choose_the_same_tokens(path: Path, generator: Generator):
+    """Interpreted; for those of the TPU see `test_smollm2_by_kernels`."""
+    by_kernels = Generator.load(path, max_len=64, backend="triton", interpret=True)
+    options: dict[str, Any] = {"max_new_tokens": 6, "ignore_stop_tokens": True}
+    assert tokens_of(by_kernels, PROMPTS[::2], **options) == tokens_of(generator, PROMPTS[::2], **options)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling.of(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)])
 def test_a_batch_is_each_prompt_alone(generator: Generator, sampling: Sampling):
     options: dict[str, Any] = {"max_new_tokens": 20, "sampling": sampling, "seed": 3, "ignore_stop_tokens": True}
