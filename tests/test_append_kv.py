@@ -16,7 +16,7 @@ import pytest
 import tpu_interpreter
 
 from palladion import KVCache, Unsupported, append_kv, quantize_kv
-from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases, mosaic_tpu
+from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases, mosaic_tpu, triton
 from palladion.kernels.append_kv.cases import Case
 from palladion.kernels.backend import Implementation
 
@@ -26,7 +26,7 @@ TESTS = {case.name: case for case in cases.TESTS}
 KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
-REFUSED = {"mosaic_tpu": {"float16", "odd-cache"}}
+REFUSED = {"mosaic_tpu": {"float16", "odd-cache"}, "triton": set()}
 
 every_row = pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
 
@@ -287,9 +287,8 @@ def test_kernel_refuses_only_what_is_known(row: Implementation):
 def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
     # In groups of two sequences: one of them is not full, and windows begin in the middle of a tile.
     inputs = cases.make_inputs(TESTS[name])
-    (row,) = KERNELS
     config = dataclasses.replace(mosaic_tpu.heuristic(TESTS[name].problem()), sequences=2)
-    options = {"backend": row.name, "config": config, "interpret": tpu_interpreter.MODES[mode]}
+    options = {"backend": "mosaic_tpu", "config": config, "interpret": tpu_interpreter.MODES[mode]}
     call = jax.jit(functools.partial(append_kv, **options), compiler_options=QUICKLY)
     assert_same(call(**inputs._asdict()), right(inputs))
     assert mode != "races" or not tpu_interpreter.races_found()
@@ -307,12 +306,16 @@ def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
         ("prefill-int8", mosaic_tpu.Config(block=128, sequences=2, heads=1)),
         ("prefill-head-dim-80", mosaic_tpu.Config(block=128, sequences=2, heads=1)),
         ("paged-48", mosaic_tpu.Config(block=4, sequences=2, heads=1)),
+        ("verify-int8", triton.Config(block_rows=1)),  # less than a token
+        ("verify-int8", triton.Config(block_rows=4)),  # parts of tokens
+        ("prefill-int8", triton.Config(block_rows=1024, num_warps=8)),  # more than there are
+        ("paged-prefill-float8", triton.Config(block_rows=64)),
     ],
     ids=str,
 )
-def test_explicit_blocks(name: str, config: mosaic_tpu.Config):
+def test_explicit_blocks(name: str, config: Any):
     inputs = cases.make_inputs(TESTS[name])
-    (row,) = KERNELS
+    (row,) = (row for row in KERNELS if config.__module__.endswith(row.name))
     assert_same(append(inputs, row, config=config), right(inputs))
 
 
@@ -390,8 +393,34 @@ def test_random_shapes(row: Implementation, tokens: int, pages: int, **sizes: An
 )
 def test_wrong_blocks(changes: dict[str, int], message: str):
     inputs = cases.make_inputs(TESTS["verify"])
+    assert KERNELS[0].name == "mosaic_tpu"
     with pytest.raises(ValueError, match=re.escape(message)):
         append(inputs, KERNELS[0], config=mosaic_tpu.Config(**{"block": 4, "sequences": 1, "heads": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_rows": 3}, "config.block_rows: got 3; accepted: a power of two"),
+        ({"block_rows": 4, "num_warps": 3}, "config.num_warps: got 3; accepted: 1, 2, 4, 8 or 16"),
+    ],
+)
+def test_wrong_blocks_of_the_gpu_kernel(changes: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        triton.Config(**changes)
+
+
+def test_one_byte_caches_that_pallas_would_write_elsewhere_are_refused():
+    refused = small(kv_dtype="int8", kv_heads=8, head_dim=128, max_len=2**20, batch=1, num_layers=3)
+    call = functools.partial(append_kv, backend="triton", interpret=True)
+    message = (
+        r"keys of a int8 cache must take up to 2 GiB, or more than 4, got 3221225472 bytes.*backend='xla' covers it"
+    )
+    with pytest.raises(Unsupported, match=message):
+        jax.eval_shape(lambda inputs: call(**inputs._asdict()), refused.shapes())
+    for layers in (2, 5):
+        fine = dataclasses.replace(refused, num_layers=layers)
+        jax.eval_shape(lambda inputs: call(**inputs._asdict()), fine.shapes())
 
 
 @pytest.mark.parametrize(

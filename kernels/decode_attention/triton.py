@@ -40,7 +40,7 @@ MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
 
 MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
-"""Of the sums in registers: a program of eight warps spills nothing yet, on any GPU. Queries are read again for more."""
+"""Of the sums in registers: a program of eight warps spills nothing yet, on any GPU."""
 
 MAX_BLOCK_KV: Final = 128
 MAX_HEAD_DIM: Final = 256
@@ -111,7 +111,7 @@ def heuristic(problem: Problem) -> Config:
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
         # One-byte values also lie in shared memory as bfloat16.
         block_kv = KV_BLOCK_BYTES // (width * 2)
-        num_warps = 4 if block_rows * width < MAX_ROWS_TIMES_WIDTH // 2 else 8
+        num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
     else:
         # Operands are held in registers, and large blocks would be spilled.
         block_rows, block_kv, num_warps = MIN_BLOCK, KV_BLOCK_BYTES // 2 // (width * 4), 8
