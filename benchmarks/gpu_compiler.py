@@ -184,6 +184,7 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
         source = Path(folder) / "kernel.ttir"
         source.write_text(kernel.source)
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        source.write_text(_simplified(source, GPUTarget("cuda", arch, 32), options))
         compiled = triton.compile(str(source), target=GPUTarget("cuda", arch, 32), options=options)
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -204,6 +205,19 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
         ptx=str(compiled.asm["ptx"]),
         code=code,
     )
+
+
+def _simplified(source: Path, target: Any, options: dict[str, Any]) -> str:
+    """The passes over Triton's own representation: `triton.compile` skips them for a file, XLA does not."""
+    from triton._C.libtriton import ir as triton_ir
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    backend, context = CUDABackend(target), triton_ir.context()
+    triton_ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = triton_ir.parse_mlir_module(str(source), context)
+    module.context = context
+    return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
 
 
 def _output(tool: Path, *arguments: Any) -> str:
