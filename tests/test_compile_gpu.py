@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
+from palladion.kernels.quantized_matmul import gpu_vector
+from palladion.kernels.quantized_matmul import triton as matmul_triton
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 
 pytestmark = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
@@ -136,7 +139,7 @@ def test_caches_beyond_4_gib():
 
 
 def test_half_precision_is_multiplied_by_tensor_cores():
-    for name in ("decode_attention-llama-3-8b-layers", "quantized_matmul-llama-3-8b-qkv-1-int8"):
+    for name in ("decode_attention-llama-3-8b-layers", "quantized_matmul-llama-3-8b-qkv-16-int4-g128-zeros"):
         function, arguments = OPERATIONS[name]()
         kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments)
         assert kernel.count("HMMA") + kernel.count("HGMMA") > 0
@@ -150,6 +153,74 @@ def test_offsets_fit_into_32_bits():
         function, arguments = matmul(dataclasses.replace(case, num_layers=num_layers))
         (kernel,) = gpu_compiler.lower_for_gpu(function, *arguments)
         assert (passed_on * 4096 * 28672, "i8") in kernel.operands
+
+
+QKV: dict[str, Any] = {"in_features": 4096, "out_features": 6144}
+
+HOT_LOOPS = {
+    # name: case, architecture, most instructions for each byte of codes, what multiplies
+    "vector-int8": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 90, 5.1, "FFMA"),
+    "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 8.2, "FFMA"),
+    "vector-float8": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 90, 5.5, "FFMA"),
+    "vector-float8-80": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 80, 5.5, "FFMA"),
+    "skinny-int8": (MatmulCase(name="", rows=16, scheme="int8", **QKV), 90, 4.8, "HGMMA"),
+    "skinny-int8-80": (MatmulCase(name="", rows=16, scheme="int8", **QKV), 80, 7.0, "HMMA"),
+    "skinny-int4-g32": (MatmulCase(name="", rows=16, scheme="int4-g32", **QKV), 90, 8.7, "HGMMA"),
+    "skinny-int4-g128": (MatmulCase(name="", rows=16, scheme="int4-g128", **QKV), 90, 7.0, "HGMMA"),
+    "skinny-float8": (MatmulCase(name="", rows=16, scheme="float8_e4m3fn", **QKV), 90, 5.5, "HGMMA"),
+    "skinny-mxfp4": (MatmulCase(name="", rows=16, scheme="mxfp4", **QKV), 90, 12.2, "HGMMA"),
+    "int8-activations": (MatmulCase(name="", rows=16, scheme="int8", quantize_x="int8", **QKV), 90, 2.0, "IGMMA"),
+    "prefill-int8": (MatmulCase(name="", rows=4096, scheme="int8", **QKV), 90, 8.1, "HGMMA"),
+    "prefill-int4": (MatmulCase(name="", rows=4096, scheme="int4-g128", **QKV), 90, 19.0, "HGMMA"),
+}
+"""A few percent above what was counted; README.md of the operation says how many a GPU has time for."""
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def hot_loop(kernel: gpu_compiler.CompiledKernel) -> list[str]:
+    """Instructions of the longest loop of a kernel, by name."""
+    listing: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in kernel.code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(listing)
+        listing += INSTRUCTION.findall(line)
+    loops = [range(0)]
+    for end, (name, operands) in enumerate(listing):
+        target = re.search(r"\.L_\w+", operands)
+        if name.startswith("BRA") and target is not None and labels.get(target[0], end) < end:
+            loops.append(range(labels[target[0]], end + 1))
+    return [listing[place][0] for place in max(loops, key=len)]
+
+
+@pytest.mark.parametrize("name", HOT_LOOPS)
+def test_codes_are_widened_in_few_instructions(name: str):
+    case, arch, most, multiplies = HOT_LOOPS[name]
+    problem = case.problem()
+    with gpu_compiler.tracing_for(arch):
+        config = matmul_triton.heuristic(problem)
+    if config.form == "vector":
+        lanes = gpu_vector.lanes(config.block_out, config.num_warps)
+        codes = gpu_vector.chunk_rows(problem) * lanes * config.block_out
+    else:
+        codes = config.tile * config.block_out // (2 if problem.scheme.packed else 1)
+    function, arguments = matmul(case)
+    (kernel,) = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
+    loop = hot_loop(kernel)
+    per_byte = len(loop) / (codes / (32 * config.num_warps))
+    print(
+        f"{kernel.kernel.name}: {per_byte:.2f} instructions a byte, {kernel.registers} registers, {kernel.shared} bytes"
+    )
+    assert kernel.spilled == 0
+    assert per_byte < most
+    assert any(instruction.startswith(multiplies) for instruction in loop)
+    # 128 bits of codes at a time: into registers, or past them into shared memory.
+    loads = [i for i in loop if i.startswith("LDG.E.128" if config.form == "vector" else "LDGSTS.E.BYPASS")]
+    assert len(loads) * 16 * 32 * config.num_warps >= codes, loads
+    if config.form == "tensor_core":
+        assert not any(instruction.startswith("LDS.U8") for instruction in loop), "codes are read byte by byte"
+    assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"
 
 
 def test_unknown_architectures():

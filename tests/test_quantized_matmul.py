@@ -22,7 +22,18 @@ from palladion import QuantizedArray, Unsupported, quantize, quantized_matmul, r
 from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, Reference
 from palladion.kernels.devices import tpu_chips
-from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases, mosaic_tpu, tpu_weights, triton
+from palladion.kernels.quantized_matmul import (
+    IMPLEMENTATIONS,
+    Inputs,
+    Problem,
+    cases,
+    gpu_codes,
+    gpu_matrix,
+    gpu_vector,
+    mosaic_tpu,
+    tpu_weights,
+    triton,
+)
 from palladion.kernels.quantized_matmul.cases import Case
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.reference import oracle
@@ -33,10 +44,7 @@ KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
-NOT_YET = {
-    name for name in TESTS if name.startswith(("float8", "mxfp4", "small-group")) or name.endswith("-activations")
-}
-REFUSED: dict[str, set[str]] = {"mosaic_tpu": set(), "triton": NOT_YET}
+REFUSED: dict[str, set[str]] = {"mosaic_tpu": set(), "triton": set()}
 
 IN_NUMPY = {
     None: lambda y: y,
@@ -192,17 +200,91 @@ def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: E
     [
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, widening="float32")),
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, widening="float32")),
-        ("triton", triton.Config(block_rows=16, block_out=16, tile=32, splits=1)),
-        ("triton", triton.Config(block_rows=32, block_out=128, tile=128, splits=3)),
+        ("triton", triton.Config("tensor_core", block_rows=16, block_out=16, tile=32, splits=1)),
+        ("triton", triton.Config("tensor_core", block_rows=32, block_out=128, tile=128, splits=3)),
+        ("triton", triton.Config("vector", block_rows=3, block_out=128, tile=32, splits=3, num_warps=1)),
     ],
 )
 @pytest.mark.parametrize("name", ["int4-group", "int8-minimums", "gated"])
 def test_every_config_gives_the_same(backend: str, config: Any, name: str):
+    if isinstance(config, triton.Config) and config.form == "vector" and TESTS[name].rows > gpu_vector.MAX_ROWS:
+        pytest.skip("the vector form is for few rows")
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     result = quantized_matmul(
         inputs.x, inputs.w, bias=inputs.bias, **case.options, backend=backend, config=config, interpret=True
     )
     assert_right(result, reference, exact, f"{config}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "form"),
+    [(1, "vector"), (2, "vector"), (4, "vector")] + [(rows, "tensor_core") for rows in (1, 2, 15, 16, 17, 64, 65, 300)],
+)
+def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
+    """Around the blocks of each form; channels and `in` divide no block, and shares of `in` are not equal."""
+    scheme = "int8" if rows % 2 else "int4-g32"
+    case = Case(name="rows", rows=rows, in_features=160, out_features=88, scheme=scheme)
+    if form == "vector":
+        config = triton.Config("vector", block_rows=rows, block_out=64, tile=32, splits=2, num_warps=1)
+    else:
+        block_rows = min(max(16, pl.next_power_of_2(rows)), 64)
+        config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
+    inputs = cases.make_inputs(case)
+    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True)
+    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{rows} {config}")
+
+
+@pytest.mark.parametrize("name", ["int4-zeros", "mxfp4", "float8-e5m2", "float16"])
+def test_the_vector_form_reads_every_format(name: str):
+    case, (inputs, reference, exact) = TESTS[name], expected(name)
+    config = triton.Config("vector", case.rows, 256, 32, 1, num_warps=1)
+    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
+    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
+    assert_right(result, reference, exact, f"{config}")
+
+
+@pytest.mark.parametrize("name", ["int4-large-group", "int4-zeros", "small-group", "float16"])
+def test_a_gpu_scales_weights_where_that_shows_nothing(name: str):
+    case, (inputs, reference, exact) = TESTS[name], expected(name)
+    config = triton.Config("tensor_core", 16, 128, 64, 1, scales_weights=True)
+    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
+    if name in ("int4-zeros", "float16"):  # a result in float32 would show it, minimums are no scale
+        with pytest.raises(ValueError, match=r"config\.scales_weights: got True; accepted: False"):
+            call(inputs.x, inputs.w)
+        return
+    assert gpu_matrix.can_scale_weights(case.problem(), config.tile)
+    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
+    assert_right(result, reference, exact, f"{config}")
+
+
+@pytest.mark.parametrize(("format", "operand"), gpu_codes.PAIRS)
+def test_codes_become_floats_by_their_bits(format: str, operand: str):
+    """Every code of a format, and every other one beside it in its word, on either platform."""
+    codes = np.stack([np.arange(256), np.roll(np.arange(256), 77), np.arange(256)[::-1], np.arange(256) ^ 85])
+    word = (codes << np.array([[0], [8], [16], [24]])).sum(axis=0).astype(np.uint32).view(np.int32)
+    scheme, pairs = Scheme.parse(format), gpu_codes.PAIRS[format, operand]
+    for shift in (0, 4, 8, 12) if scheme.packed else (0, 8):
+        stored = codes[[shift // 8, 2 + shift // 8]].astype(np.uint8)
+        stored = (stored >> (shift % 8)) & 15 if scheme.packed else stored.view(np.dtype(CODE_DTYPE[format]))
+        exact = np.asarray(decode_e2m1(stored) if format == "mxfp4" else stored).astype(np.float64)
+        finite = np.isfinite(exact)
+        found = np.stack(gpu_codes.floats(jnp.asarray(word), shift, format, operand, lambda constant: constant))
+        np.testing.assert_array_equal(found.astype(np.float64)[finite], exact[finite])
+        if pairs.times != 1:  # as a GPU does it, with subnormal numbers
+            bits = np.asarray(pairs.bits(jnp.asarray(word), shift, lambda constant: constant)).view(np.uint16)
+            halves = bits.view(np.dtype(operand)).reshape(256, 2).T
+            np.testing.assert_array_equal((halves.astype(np.float64) * pairs.times)[finite], exact[finite])
+
+
+def test_a_gpu_keeps_integer_products_exact():
+    case = dataclasses.replace(TESTS["int8-activations"], rows=1)
+    inputs = cases.make_inputs(case)
+    ones = dataclasses.replace(inputs.w, scales=jnp.ones_like(inputs.w.scales))
+    x = jnp.round(inputs.x.astype(jnp.float32) * 20).at[:, 0].set(127)  # its own codes
+    call = functools.partial(quantized_matmul, quantize_x="int8", backend="triton", interpret=True)
+    result = call(x, ones, config=triton.Config("tensor_core", 16, 128, 128, 1))
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(x, np.int64) @ np.asarray(ones.values, np.int64))
 
 
 WIDENINGS = [
@@ -470,6 +552,7 @@ def test_gated_needs_an_even_number_of_channels():
         quantized_matmul(jnp.ones((1, 32)), w, gated=True)
 
 
+TENSOR_CORE: dict[str, Any] = {"form": "tensor_core", "block_rows": 16, "block_out": 64, "tile": 32, "splits": 1}
 SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chunk": 32, "widening": "words"}
 
 
@@ -479,9 +562,14 @@ SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chu
         (mosaic_tpu.Config, SOUND | {"block_rows": 4}, "config.block_rows: got 4; .* of 8"),
         (mosaic_tpu.Config, SOUND | {"block_out": 100}, "config.block_out: got 100; .* of 128"),
         (mosaic_tpu.Config, SOUND | {"chunk": 48}, "config.block_in: got 64; accepted: a multiple of chunk, 48"),
-        (triton.Config, {"block_rows": 8, "block_out": 64, "tile": 32, "splits": 1}, "config.block_rows: got 8"),
-        (triton.Config, {"block_rows": 16, "block_out": 48, "tile": 32, "splits": 1}, "a power of two of at least 16"),
-        (triton.Config, {"block_rows": 16, "block_out": 64, "tile": 16, "splits": 1}, "config.tile: got 16"),
+        (triton.Config, TENSOR_CORE | {"block_rows": 8}, "config.block_rows: got 8"),
+        (triton.Config, TENSOR_CORE | {"block_out": 48}, "a power of two of at least 16"),
+        (triton.Config, TENSOR_CORE | {"tile": 16}, "config.tile: got 16"),
+        (
+            triton.Config,
+            TENSOR_CORE | {"form": "matrix"},
+            "config.form: got matrix; accepted: 'vector' or 'tensor_core'",
+        ),
     ],
 )
 def test_wrong_configs(config: Any, arguments: dict[str, Any], message: str):

@@ -1,19 +1,18 @@
-"""quantized_matmul on a GPU: a few rows of activations times a wide weight of 8- or 4-bit codes.
+"""quantized_matmul on a GPU: a few rows of activations, or many, times a wide weight of 8- or 4-bit codes.
 
     y = sum_g (x_g @ (code_g - zero_g)) * scale_g + sum(x_g) * minimum_g        result = finish(y + bias)
 
-A program takes a block of rows, a block of output channels and one of several equal shares of `in` (split-K). It goes
-along its share in tiles, and widens codes in registers on their way from memory to the tensor cores: [tile, block_out]
-of 8-bit codes, or [tile / 2, block_out] bytes, whose low and high nibbles each meet their own columns of x. Codes of a
-group lie below each other, so that a tile reads a scale once for each of its groups and channels.
+Three forms, by the rows of x. A single row needs no tensor cores: `gpu_vector.py` multiplies and adds it as it comes.
+A few rows are padded to the 16 or 32 of a tensor core's block, in registers, and their products are scaled; many rows
+take larger blocks, and scaled weights: both are `gpu_matrix.py`. All of them read codes once for every block of rows,
+128 bits at a time, and widen them by masks and shifts (`gpu_codes.py`).
 
-Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: the splits fill
-them, and XLA adds their float32 sums, bias, activation and gate. A single share does all of it itself. A gated call has
-two sums, gate and up, over two blocks of channels.
+Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: shares of `in`
+fill them, and XLA adds their float32 sums, bias, activation and gate, together with what follows. A single share does
+all of it itself. A gated call has two sums, gate and up, over two blocks of channels.
 
-Resident in registers: the sums; x and codes pass through shared memory, `num_stages` tiles in flight. Rows are padded
-to the 16 that tensor cores take, by masks, and so are channels and `in`. The layer of a stacked weight is an offset,
-but where Pallas miscounts it (`offsets_wrap`): there the layer is copied first.
+In device memory there is nothing but inputs, result and the sums of splits; quantized rows where `quantize_x` asks for
+them. The layer of a stacked weight is an offset, but where Pallas miscounts it (`offsets_wrap`): there it is copied.
 
 Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 """
@@ -21,7 +20,8 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +30,29 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
+from palladion.kernels.devices import Gpu, gpu_to_plan_for
+from palladion.kernels.quantized_matmul import gpu_matrix, gpu_vector
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
-from palladion.reference.quantization import PACK_BLOCK
+from palladion.reference.quantization import quantize_rows
 
 MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
 
-MAX_BLOCK_ROWS: Final = 64
+MIN_TILE: Final = 32
 
-MULTIPROCESSORS: Final = 132
-"""Of an H100 or H200; other GPUs have about as many."""
+SKINNY_ROWS: Final = 64
+"""Rows up to which memory is what a multiplication waits for; their products are scaled, not the weights."""
 
-MIN_TILES: Final = 4
-"""Of a share of `in`: a shorter loop costs more to start and add up than it saves."""
+TILED_TILE: Final = 64
+"""Weights along `in` of a trip where rows are many: with twice as many of x there would be room for one program."""
+
+VECTOR_BLOCK_OUT: Final = 128
+"""Channels of a program of the vector form: rows of a cache line, 16 of which its four warps read at a time."""
+
+PROGRAMS: Final = {"vector": 4, "tensor_core": 2}
+"""Programs of a multiprocessor that together keep enough bytes on their way: 64 KiB or more (README.md)."""
+
+MAX_STAGES: Final = 4
 
 
 def offsets_wrap(codes: int) -> bool:
@@ -55,57 +65,96 @@ def offsets_wrap(codes: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Block sizes.
+    """The form of the kernel, and its block sizes.
 
     Attributes:
-      block_rows: rows of x in a program, a power of two of at least 16.
+      form: "vector" for up to `gpu_vector.MAX_ROWS` rows, or "tensor_core".
+      block_rows: rows of x in a program: all of them in the vector form, otherwise a power of two of at least 16.
       block_out: output channels of a program, a power of two of at least 16.
-      tile: weights along `in` of a trip, a power of two of at least 32.
+      tile: weights along `in` of a trip, a power of two of at least 32; the vector form has tiles of its own.
       splits: shares that `in` is cut into.
       num_warps: warps of a program.
       num_stages: tiles that are loaded ahead.
+      scales_weights: whether weights are scaled, and not products; for the tensor-core form and results of 16 bits.
     """
 
+    form: Literal["vector", "tensor_core"]
     block_rows: int
     block_out: int
     tile: int
     splits: int
     num_warps: int = 4
     num_stages: int = 3
+    scales_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("block_rows", MIN_BLOCK), ("block_out", MIN_BLOCK), ("tile", PACK_BLOCK)):
-            value = getattr(self, name)
-            power = value >= least and value & (value - 1) == 0
-            check(power, f"config.{name}", value, f"a power of two of at least {least}")
+        check(self.form in ("vector", "tensor_core"), "config.form", self.form, "'vector' or 'tensor_core'")
+        least = {"block_rows": 1 if self.form == "vector" else MIN_BLOCK, "block_out": MIN_BLOCK, "tile": MIN_TILE}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            power = value >= least[name] and (value & (value - 1) == 0 or (self.form, name) == ("vector", "block_rows"))
+            check(power, f"config.{name}", value, f"a power of two of at least {least[name]}")
         for name in ("splits", "num_stages"):
             check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
         check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
 
 
 def heuristic(problem: Problem) -> Config:
-    """Blocks that fit into registers, and splits that give every multiprocessor two programs."""
+    """The form that suits the rows, blocks that keep the memory busy, splits that keep all multiprocessors busy."""
+    p, gpu = problem, gpu_to_plan_for()
+    if p.rows == 1 and p.quantize_x != "int8":
+        config = Config("vector", 1, VECTOR_BLOCK_OUT, MIN_TILE, splits=1)
+    elif p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
+        # float32 rows are three numbers to hold and to multiply by each.
+        narrow = p.x_dtype == "float32" and p.quantize_x is None
+        block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS // 2 if narrow else SKINNY_ROWS)
+        block_out = 64 if narrow or (p.gated and block_rows > 32) else 128
+        config = Config("tensor_core", block_rows, block_out, 64 if narrow else 128, splits=1)
+    else:
+        block_rows = 128 if p.rows > 128 or not p.gated else 64
+        scales_weights = gpu_matrix.can_scale_weights(p, TILED_TILE)
+        config = Config(
+            "tensor_core",
+            block_rows,
+            128 // p.parts,
+            TILED_TILE,
+            1,
+            num_warps=8 // p.parts,
+            scales_weights=scales_weights,
+        )
+    config = dataclasses.replace(config, num_stages=_stages(p, config, gpu))
+    return dataclasses.replace(config, splits=_splits(p, config, gpu))
+
+
+def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
+    """Tiles in flight: as many as `MAX_STAGES`, and as leave shared memory for a second program."""
     p = problem
-    block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), MAX_BLOCK_ROWS)
-    # float32 is not multiplied by tensor cores: operands are held in registers, and large blocks would be spilled.
-    block_out = (64 if p.dot_dtype != "float32" else 32) // p.parts
-    tile = 64 if p.dot_dtype != "float32" or block_rows == MIN_BLOCK else 32
-    programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, block_out)
-    splits = min(pl.cdiv(2 * MULTIPROCESSORS, programs), pl.cdiv(p.in_features, MIN_TILES * tile))
-    return Config(block_rows, block_out, tile, splits)
+    x = config.block_rows * jnp.dtype(gpu_matrix.operand(p) if p.x_dtype != "float32" else "float32").itemsize
+    codes = config.block_out * p.parts // (2 if p.scheme.packed else 1)
+    room = min(gpu.shared_bytes // 2, gpu.program_shared_bytes) * 3 // 4
+    return min(max(room // (config.tile * (x + codes)), 2), MAX_STAGES)
+
+
+def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
+    """Shares of `in`: the fewest that give every multiprocessor its programs, none of them empty.
+
+    Every split writes and reads a float32 for each result; that is little beside the codes of its share.
+    """
+    p = problem
+    if config.form == "vector":
+        rows = gpu_vector.chunk_rows(p) * gpu_vector.lanes(config.block_out, config.num_warps)
+        trips, row_blocks = pl.cdiv(p.in_features, rows * (2 if p.scheme.packed else 1)), 1
+    else:
+        trips, row_blocks = pl.cdiv(p.in_features, config.tile), pl.cdiv(p.rows, config.block_rows)
+    programs = row_blocks * pl.cdiv(p.result_features, config.block_out)
+    wanted = PROGRAMS[config.form] * gpu.multiprocessors
+    splits = min(max(wanted // programs, 1), trips)
+    return pl.cdiv(trips, pl.cdiv(trips, splits))
 
 
 def unsupported(problem: Problem) -> str | None:
     """What of a problem this kernel does not cover, or None."""
     p = problem
-    if p.scheme.format not in ("int8", "int4"):
-        return f"weights must be int8 or int4, got {p.scheme.format}"
-    if p.quantize_x is not None:
-        return f"activations are multiplied as they are, got quantize_x={p.quantize_x!r}"
-    group = p.scheme.group_size
-    if group is not None and (group % PACK_BLOCK or group & (group - 1)):
-        return f"group_size must be a power of two of at least {PACK_BLOCK}, got {group}"
-    if p.scale_dtype not in ("float32", "bfloat16", "float16"):
+    if p.scale_dtype not in ("float32", "bfloat16", "float16", "float8_e8m0fnu"):
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
     if p.rows == 0:
         return "x must have rows, got none"
@@ -120,133 +169,63 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     p, splits = problem, config.splits
+    _check(p, config)
     w, layer = inputs.w, inputs.layer
     if layer is not None and offsets_wrap(w.values.size):
         index = layer
         w, layer = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, index, 0, keepdims=False), w), None
-    stacked = [part if layer is not None else part[None] for part in jax.tree.leaves(w)]
-    arrays = [jnp.zeros(1, jnp.int32) if layer is None else layer[None], inputs.x, *stacked]
-    if inputs.bias is not None and splits == 1:
-        arrays.append(inputs.bias)
-    row_blocks, out_blocks = pl.cdiv(p.rows, config.block_rows), pl.cdiv(p.result_features, config.block_out)
+    x, x_scale = inputs.x, None
+    if p.quantize_x is not None:
+        x, x_scale = quantize_rows(x, p.quantize_x)
+        x = x if p.quantize_x == "int8" else x.astype(jnp.float16)  # which has every float8
+    arrays = [jnp.zeros(1, jnp.int32) if layer is None else layer[None], x]
+    for part in (w.values, w.scales, w.zeros, w.minimums):
+        if part is not None:
+            part = jax.lax.bitcast_convert_type(part, jnp.uint8) if part.dtype == jnp.float8_e8m0fnu else part
+            arrays.append(part if layer is not None else part[None])
+    if splits == 1:
+        arrays += [array for array in (x_scale, inputs.bias) if array is not None]
+    out_blocks = pl.cdiv(p.result_features, config.block_out)
+    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
+    options["num_warps"] = config.num_warps
+    kernel: Callable[..., None] = gpu_vector.kernel
+    row_blocks = 1
+    if config.form == "tensor_core":
+        kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
+        options |= {name: getattr(config, name) for name in ("block_rows", "tile", "scales_weights")}
+        options["out_blocks"] = out_blocks
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(
-        fresh_kernel(_kernel, problem=p, config=config, out_blocks=out_blocks),
+        fresh_kernel(kernel, **options),
         grid=(row_blocks * out_blocks, splits),
         out_shape=whole if splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),
         interpret=interpret,
-        name=f"quantized_matmul_{p.scheme}_r{config.block_rows}_o{config.block_out}_t{config.tile}_s{splits}".replace(
-            "-", "_"
-        ),
+        name=_name(p, config),
     )(*arrays)
     if splits == 1:
         return out
     products = [jnp.sum(out[:, part], axis=0) for part in range(p.parts)]
+    if x_scale is not None:
+        products = [product * x_scale[:, None] for product in products]
     if inputs.bias is not None:
         biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
         products = [product + bias for product, bias in zip(products, biases, strict=True)]
     return p.finish(products).astype(p.out_dtype)
 
 
-def _kernel(
-    layer_ref: Any,  # [1]
-    x_ref: Any,  # [rows, in]
-    codes_ref: Any,  # [num_layers, in or in / 2, out]
-    scales_ref: Any,  # [num_layers, groups, out]
-    *refs: Any,  # zeros, minimums like scales, bias [out], as far as there are any; out [rows, result_features], or
-    # [splits, parts, rows, result_features] where there are several splits
-    problem: Problem,
-    config: Config,
-    out_blocks: int,
-) -> None:
-    p, scheme = problem, problem.scheme
-    *factor_refs, out_ref = refs
-    left = iter(factor_refs)
-    zeros_ref = next(left) if scheme.offset == "zeros" else None
-    minimums_ref = next(left) if scheme.offset == "minimums" else None
-    bias_ref = next(left, None)
-    block, split = pl.program_id(0), pl.program_id(1)
-    row_block, out_block = jax.lax.div(block, jnp.int32(out_blocks)), jax.lax.rem(block, jnp.int32(out_blocks))
-    layer = layer_ref[0]
-    row = row_block * config.block_rows + jnp.arange(config.block_rows, dtype=jnp.int32)
-    channel = out_block * config.block_out + jnp.arange(config.block_out, dtype=jnp.int32)
-    real_row, real_channel = row < p.rows, channel < p.result_features
-
-    per_byte = 2 if scheme.packed else 1
-    stored_rows = config.tile // per_byte  # rows of codes in a tile
-    group_rows = p.group_size // per_byte  # rows of codes in a group
-    groups = max(1, stored_rows // group_rows) if scheme.group_size is not None else 1  # in a tile
-    tiles = pl.cdiv(p.in_features, config.tile)
-    share = pl.cdiv(tiles, config.splits)
-
-    def factors(ref: Any, first_row: jax.Array, columns: jax.Array) -> jax.Array:
-        """A factor of every code of a tile, float32: `[stored_rows, block_out]`, or `[1, block_out]` of one group."""
-        group = jax.lax.div(first_row, jnp.int32(group_rows)) + jnp.arange(groups, dtype=jnp.int32)
-        mask = (group < p.groups)[:, None] & real_channel[None, :]
-        values = plgpu.load(ref.at[layer, group[:, None], columns[None, :]], mask=mask, other=0).astype(jnp.float32)
-        if groups == 1:
-            return values
-        spread = jnp.broadcast_to(values[:, None], (groups, stored_rows // groups, config.block_out))
-        return spread.reshape(stored_rows, config.block_out)
-
-    def multiply(tile: jax.Array, part: int, total: jax.Array) -> jax.Array:
-        columns = channel + part * p.result_features
-        first_row = tile * stored_rows
-        stored = first_row + jnp.arange(stored_rows, dtype=jnp.int32)
-        real = stored < p.in_features // per_byte
-        mask = real[:, None] & real_channel[None, :]
-        codes = plgpu.load(codes_ref.at[layer, stored[:, None], columns[None, :]], mask=mask, other=0).astype(jnp.int32)
-        zero = scheme.implied_zero if zeros_ref is None else factors(zeros_ref, first_row, columns)
-        scale = None if scheme.group_size is None else factors(scales_ref, first_row, columns)
-        minimum = None if minimums_ref is None else factors(minimums_ref, first_row, columns)
-        halves = (codes & 0xF, codes >> 4) if scheme.packed else (codes,)
-        for half, numbers in enumerate(halves):
-            weights = numbers.astype(jnp.float32) - zero
-            if scale is not None:
-                weights = weights * scale
-            elif minimum is not None:
-                weights = weights * factors(scales_ref, first_row, columns)
-            if minimum is not None:
-                weights = weights + minimum
-            # Row j of a packing block holds elements j and j + 16 of its 32.
-            element = stored
-            if scheme.packed:
-                below = jax.lax.rem(stored, jnp.int32(PACK_BLOCK // 2))
-                element = 2 * (stored - below) + below + half * (PACK_BLOCK // 2)
-            x_mask = real_row[:, None] & real[None, :]
-            x = plgpu.load(x_ref.at[row[:, None], element[None, :]], mask=x_mask, other=0).astype(p.dot_dtype)
-            total = total + _dot(x, weights.astype(x.dtype))
-        return total
-
-    def trip(tile: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(multiply(tile, part, total) for part, total in enumerate(totals))
-
-    nothing = jnp.zeros((config.block_rows, config.block_out), jnp.float32)
-    begin = split * share
-    end = jnp.minimum(begin + share, tiles)
-    totals = jax.lax.fori_loop(begin, end, trip, (nothing,) * p.parts)
-
-    products = []
-    for part, total in enumerate(totals):
-        columns = channel + part * p.result_features
-        if scheme.group_size is None and minimums_ref is None:
-            total = total * factors(scales_ref, jnp.int32(0), columns)
-        if bias_ref is not None:
-            bias = plgpu.load(bias_ref.at[columns], mask=real_channel, other=0)
-            total = total + bias.astype(jnp.float32)[None, :]
-        products.append(total)
-    place = (row[:, None], channel[None, :])
-    mask = real_row[:, None] & real_channel[None, :]
-    if config.splits == 1:
-        plgpu.store(out_ref.at[place], p.finish(products).astype(out_ref.dtype), mask=mask)
-    else:
-        for part, product in enumerate(products):
-            plgpu.store(out_ref.at[split, part, *place], product, mask=mask)
+def _check(problem: Problem, config: Config) -> None:
+    """Raises ValueError where a config does not go with a problem."""
+    p = problem
+    if config.form == "vector":
+        most = gpu_vector.MAX_ROWS
+        check(p.rows <= most and p.quantize_x != "int8", "config.form", "vector", f"up to {most} rows that are floats")
+    right = not config.scales_weights or gpu_matrix.can_scale_weights(p, config.tile)
+    check(right, "config.scales_weights", True, f"False for {p}")
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+def _name(problem: Problem, config: Config) -> str:
+    blocks = f"r{config.block_rows}_o{config.block_out}_t{config.tile}_s{config.splits}"
+    return f"quantized_matmul_{config.form}_{problem.scheme}_{blocks}".replace("-", "_")

@@ -1,0 +1,122 @@
+"""What quantized_matmul's forms on a GPU share: their arrays, how factors are read, what follows the product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from palladion.kernels.quantized_matmul.problem import Problem
+
+
+class Refs(NamedTuple):
+    """Arrays in device memory, as far as there are any.
+
+    Attributes:
+      layer: `[1]`.
+      x: `[rows, in]`; int8 or float16 where it was quantized.
+      codes: `[num_layers, in or in / 2, out]`.
+      scales: `[num_layers, groups, out]`; uint8 bits for mxfp4.
+      out: `[rows, result_features]`, or float32 sums `[splits, parts, rows, result_features]`.
+      zeros: like scales.
+      minimums: like scales.
+      x_scale: `[rows]` float32.
+      bias: `[out]`.
+    """
+
+    layer: Any
+    x: Any
+    codes: Any
+    scales: Any
+    out: Any
+    zeros: Any = None
+    minimums: Any = None
+    x_scale: Any = None
+    bias: Any = None
+
+
+def named(refs: tuple[Any, ...], problem: Problem, splits: int) -> Refs:
+    """The refs of a kernel by name: inputs in the order of `Refs`, the output last."""
+    *inputs, out = refs
+    left = iter(inputs)
+    layer, x, codes, scales = (next(left) for _ in range(4))
+    p = problem
+    return Refs(
+        layer,
+        x,
+        codes,
+        scales,
+        out,
+        zeros=next(left) if p.scheme.offset == "zeros" else None,
+        minimums=next(left) if p.scheme.offset == "minimums" else None,
+        x_scale=next(left) if p.quantize_x is not None and splits == 1 else None,
+        bias=next(left) if p.has_bias and splits == 1 else None,
+    )
+
+
+def read(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+    """Numbers of any dtype in float32; zeros where masked."""
+    values = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        values = values.astype(jnp.int32)
+    return values.astype(jnp.float32)
+
+
+def read_scales(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+    """Scales in float32; e8m0 ones are there as their bits."""
+    if ref.dtype != jnp.uint8:
+        return read(ref, place, mask)
+    exponent = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32)
+    # 0 stands for 2^-127, which is a subnormal float32; 255 for NaN.
+    bits = jnp.where(exponent == 0, 0x00400000, jnp.where(exponent == 255, 0x7FC00000, exponent << 23))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def both(*masks: jax.Array | None) -> jax.Array | None:
+    """Where all masks hold; None stands for everywhere."""
+    there = [mask for mask in masks if mask is not None]
+    if not there:
+        return None
+    result = there[0]
+    for mask in there[1:]:
+        result = result & mask
+    return result
+
+
+def finish(
+    refs: Refs,
+    problem: Problem,
+    products: Sequence[jax.Array],
+    channel: jax.Array,
+    real: jax.Array | None,
+    x_scale: jax.Array | None,
+) -> list[jax.Array]:
+    """Scales that all of `in` shares, and where one program has the whole sum, all that follows it.
+
+    Args:
+      refs: the kernel's.
+      problem: what is computed.
+      products: float32 `[..., channels]`, of every part.
+      channel: `[channels]`.
+      real: `[channels]`, which of them exist; None for all.
+      x_scale: of the rows, to be multiplied by `[..., 1]`, or None.
+
+    Returns:
+      What is stored: the result alone, or all parts where there are several splits.
+    """
+    p = problem
+    found = []
+    for part, product in enumerate(products):
+        columns = channel + part * p.result_features
+        if p.scheme.group_size is None and p.scheme.offset != "minimums":
+            product = product * read_scales(refs.scales, (refs.layer[0], 0, columns), real)
+        if x_scale is not None:
+            product = product * x_scale
+        if refs.bias is not None:
+            product = product + read(refs.bias, (columns,), real)
+        found.append(product)
+    # A kernel whose output has an axis for splits leaves the rest to whoever adds them up.
+    return found if len(refs.out.shape) == 4 else [p.finish(found)]
