@@ -19,7 +19,8 @@ from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import QuantizedArray, Scheme, quantize
+from palladion.reference.quantization import QuantizedArray, Scheme
+from palladion.reference.quantizers import quantize
 
 __all__ = ["Checkpoint", "CheckpointError", "find_model", "load_checkpoint"]
 

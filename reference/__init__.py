@@ -7,8 +7,9 @@ reference shows, and `compare` holds the one rule by which a result counts as ri
 from palladion.reference.append_kv import append_kv
 from palladion.reference.caches import KVCache, quantize_kv
 from palladion.reference.decode_attention import decode_attention, merge_partials
-from palladion.reference.quantization import QuantizedArray, Scheme, dequantize, quantize
+from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
 from palladion.reference.quantized_matmul import matmul, quantized_matmul
+from palladion.reference.quantizers import quantize
 
 __all__ = [
     "KVCache",

@@ -1,4 +1,4 @@
-"""Quantized weights: the schemes, the array that holds them, and the way in and out.
+"""Quantized weights: the schemes, the array that holds them, and the way out; the way in is in `quantizers.py`.
 
 One formula serves every scheme. A weight is stored as a small *code*; along `in`, codes share a scale per group:
 
@@ -147,6 +147,7 @@ class QuantizedArray:
 
     Attributes:
       values: the codes, `[..., in, out]` in the scheme's dtype, or `[..., in / 2, out]` uint8 for packed 4-bit codes.
+        Codes that are NaN or infinite, which float8 has, have no meaning: a group that is NaN has a scale that is.
       scales: `[..., groups, out]`, a float dtype (float8_e8m0fnu for mxfp4); groups = 1 for per-channel schemes.
       zeros: `[..., groups, out]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
       minimums: `[..., groups, out]` floats added to every weight of a group, or None.
@@ -240,72 +241,6 @@ def decode_codes(codes: jax.Array, scheme: Scheme, zeros: jax.Array | None = Non
     return decoded - scheme.implied_zero if scheme.implied_zero else decoded
 
 
-def quantize(weight: jax.Array, scheme: str | Scheme, *, scale_dtype: Any = jnp.float32) -> QuantizedArray:
-    """Quantizes a weight matrix by the extremes of each group (absmax, or minimum and maximum where asymmetric).
-
-    Args:
-      weight: `[..., in, out]`, float. NaN and infinities have no meaning here.
-      scheme: a `Scheme` or its name, for example "int8", "int4-g32", "int4-g128-zeros", "float8_e4m3fn", "mxfp4".
-      scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed against the rounded scale.
-
-    Returns:
-      A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros gets scale 0 and comes back as zeros.
-
-    Raises:
-      ValueError: `weight` has fewer than two dimensions, or `in` is not a multiple of the scheme's group or packing.
-
-    Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0.
-    """
-    scheme = Scheme.parse(scheme)
-    if weight.ndim < 2:
-        raise ValueError(f"quantize: weight must be [..., in, out], got shape {weight.shape}")
-    in_features = weight.shape[-2]
-    check_in_features(in_features, scheme)
-    groups = scheme.groups(in_features)
-    *lead, _, out_features = weight.shape
-    grouped = weight.astype(jnp.float32).reshape(*lead, groups, in_features // groups, out_features)
-    zeros = minimums = None
-    if scheme.format == "mxfp4":
-        absmax = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
-        # frexp's exponent is one above floor(log2): exact, where a logarithm may round up at a power of two.
-        exponent = jnp.frexp(absmax)[1] - 1 - 2  # 2 is the exponent of the largest e2m1 number, 6 = 1.5 * 2**2
-        exponent = jnp.clip(jnp.where(absmax > 0, exponent, -126), -126, 127)
-        # e8m0 holds the biased exponent in its eight bits.
-        scales = jax.lax.bitcast_convert_type((exponent + 127).astype(jnp.uint8), jnp.float8_e8m0fnu)
-        codes = encode_e2m1(jnp.ldexp(grouped, -exponent))
-    elif scheme.format in INTEGER_RANGE and scheme.offset != "none":
-        lowest, highest = (0, 15) if scheme.format == "int4" else (-128, 127)
-        # The range always spans 0, so that a zero point is itself a code.
-        low = jnp.minimum(jnp.min(grouped, axis=-2, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(grouped, axis=-2, keepdims=True), 0.0)
-        scales = ((high - low) / (highest - lowest)).astype(scale_dtype)
-        inverse = reciprocal_or_zero(scales.astype(jnp.float32))
-        if scheme.offset == "zeros":
-            zero = jnp.clip(jnp.round(lowest - low * inverse), lowest, highest)
-            zeros = zero.astype(CODE_DTYPE[scheme.format])
-            codes = jnp.clip(jnp.round(grouped * inverse) + zero, lowest, highest)
-        else:
-            minimums = (low - lowest * scales.astype(jnp.float32)).astype(scale_dtype)
-            codes = jnp.clip(jnp.round((grouped - minimums.astype(jnp.float32)) * inverse), lowest, highest)
-    else:
-        largest = largest_code(scheme)
-        absmax = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
-        scales = (absmax / largest).astype(scale_dtype)
-        scaled = grouped * reciprocal_or_zero(scales.astype(jnp.float32))
-        scaled = jnp.clip(scaled, -largest, largest)
-        codes = jnp.round(scaled) + scheme.implied_zero if scheme.format in INTEGER_RANGE else scaled
-    codes = codes.astype(CODE_DTYPE[scheme.format]).reshape(weight.shape)
-    values = pack_nibbles(codes) if scheme.packed else codes
-    squeeze = functools.partial(jnp.squeeze, axis=-2)
-    return QuantizedArray(
-        values,
-        squeeze(scales),
-        None if zeros is None else squeeze(zeros),
-        None if minimums is None else squeeze(minimums),
-        scheme,
-    )
-
-
 def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     """The weights that a `QuantizedArray` stands for.
 
@@ -341,14 +276,23 @@ def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
       dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
-      codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`; a row of zeros has scale 0.
+      codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`; a row of zeros has scale 0, one
+      with a NaN or an infinity has scale NaN and codes of 0. Subnormal numbers and scales count as 0.
     """
     scheme = Scheme(jnp.dtype(dtype).name)  # Scheme rejects other dtypes
     x = x.astype(jnp.float32)
     largest = largest_code(scheme)
-    scales = jnp.max(jnp.abs(x), axis=-1) / largest
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    x = jnp.where(finite[..., None], flush_subnormals(x), 0.0)
+    scales = flush_subnormals(jnp.max(jnp.abs(x), axis=-1) / largest)
     scaled = jnp.clip(x * reciprocal_or_zero(scales)[..., None], -largest, largest)
-    return (jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled).astype(dtype), scales
+    codes = (jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled).astype(dtype)
+    return codes, jnp.where(finite, scales, jnp.nan)
+
+
+def flush_subnormals(x: jax.Array) -> jax.Array:
+    """0 where a number is below the smallest normal one: some platforms compute so anyway, and this way all do."""
+    return jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, 0.0, x)
 
 
 def reciprocal_or_zero(x: jax.Array) -> jax.Array:

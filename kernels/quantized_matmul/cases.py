@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
-from palladion.reference.quantization import quantize
+from palladion.reference.quantizers import quantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -168,8 +168,10 @@ def bits_dtype(dtype: str) -> str:
 def _factor(ref: Any, dtype: str) -> jax.Array:
     """Scales, zeros or minimums, which are of that dtype, in float32: `[groups, out]`."""
     values: jax.Array = ref[0]
-    if dtype == "float8_e8m0fnu":  # an exponent
-        return jax.lax.bitcast_convert_type(values.astype(jnp.int32) << 23, jnp.float32)
+    if dtype == "float8_e8m0fnu":  # an exponent; the last one is NaN, where float32 has infinity without a mantissa
+        exponents = values.astype(jnp.int32)
+        bits = jnp.where(exponents == 255, jnp.int32(0x7FC00000), exponents << 23)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
     if dtype == "float16":
         return narrow_float(5, values.astype(jnp.int32) << 16)
     return (values.astype(jnp.int32) if dtype in ("int8", "uint8") else values).astype(jnp.float32)

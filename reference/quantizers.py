@@ -1,0 +1,293 @@
+"""From weights to codes: `quantize`, and the ways in which it finds the scales.
+
+A scheme says what codes mean; which scale a group gets is free, and decides what is lost:
+
+    absmax   the extremes of a group are the extremes of the codes: nothing is clipped, one outlier makes the steps of
+             all others coarse
+    mse      the extremes are shrunk by a factor, of `SHRINKS`, at which the group's squared error is least; weights
+             beyond them are clipped. Weighed by `importance`, the error is that of the product with typical activations
+    hqq      half-quadratic (Badri & Shaji, mobiusml.github.io/hqq_blog, 2023): steps are those of absmax, and the
+             minimum moves to where sum |error|**0.7 is least, a norm that lets few weights be far off
+
+Bad input has one meaning everywhere, whatever the platform does with such numbers:
+
+    NaN, infinity   the whole group is NaN: its scale is NaN, its codes stand for 0. No product hides that
+    out of range    so is a group whose scale or minimum `scale_dtype` cannot hold
+    subnormal       weights and scales below the smallest normal float32 count as 0
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palladion.reference.quantization import (
+    CODE_DTYPE,
+    INTEGER_RANGE,
+    QuantizedArray,
+    Scheme,
+    check_in_features,
+    decode_codes,
+    encode_e2m1,
+    flush_subnormals,
+    largest_code,
+    pack_nibbles,
+    reciprocal_or_zero,
+)
+
+Method = Literal["absmax", "mse", "hqq"]
+
+SHRINKS: Final = np.linspace(1.0, 0.4, 16, dtype=np.float32)
+"""Factors of the extremes that "mse" tries. The first is absmax, so that no group comes out worse."""
+
+MXFP4_STEPS: Final = np.array([0, 1, -1], np.int32)
+"""The same for mxfp4, whose scales are powers of two: added to the exponent of absmax."""
+
+MXFP4_LARGEST_EXPONENT: Final = 2
+"""Of the largest e2m1 number, 6 = 1.5 * 2**2."""
+
+HQQ_NORM: Final = 0.7
+HQQ_BETA: Final = 10.0
+"""The weight of the quadratic half at the beginning; residuals are in units of a code."""
+HQQ_KAPPA: Final = 1.01
+HQQ_ROUNDS: Final = 20
+
+
+class _Factors(NamedTuple):
+    """What turns codes into weights, each `[..., groups, 1, out]` float32, rounded as it will be stored."""
+
+    scales: jax.Array
+    zeros: jax.Array | None
+    minimums: jax.Array | None
+
+
+class _Extremes(NamedTuple):
+    """Of each group, `[..., groups, 1, out]`."""
+
+    low: jax.Array
+    high: jax.Array
+    absmax: jax.Array
+
+
+def quantize(
+    weight: jax.Array,
+    scheme: str | Scheme,
+    *,
+    method: Method = "absmax",
+    importance: jax.Array | None = None,
+    scale_dtype: Any = jnp.float32,
+) -> QuantizedArray:
+    """Quantizes a weight matrix.
+
+    Args:
+      weight: `[..., in, out]`, float. A group with a NaN or an infinity becomes NaN altogether; subnormals count as 0.
+      scheme: a `Scheme` or its name, for example "int8", "int4-g32", "int4-g128-zeros", "float8_e4m3fn", "mxfp4".
+      method: how scales are found. "absmax": by the extremes of each group. "mse": the clipping with the least squared
+        error, some fifteen times the work. "hqq": moves the minimums, of schemes that have them, by half-quadratic
+        splitting.
+      importance: `[in]` or `[..., in]`, float, at least 0: how much an error in a weight counts, for "mse" and "hqq".
+        The mean square of the activation that a weight meets makes "mse" minimize the error of the product. None means
+        1 for all.
+      scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed against the rounded scale. A
+        group whose scale it cannot hold becomes NaN; one whose scale it rounds to 0, zeros.
+
+    Returns:
+      A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros gets scale 0 and comes back as zeros.
+
+    Raises:
+      ValueError: `weight` has fewer than two dimensions, `in` is not a multiple of the scheme's group or packing, or
+        `method` or `importance` does not go with the rest.
+
+    Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0;
+      weighed clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
+    """
+    scheme = Scheme.parse(scheme)
+    _check(weight, scheme, method, importance)
+    return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "method", "scale_dtype"))
+def _quantize(
+    weight: jax.Array, importance: jax.Array | None, scheme: Scheme, method: Method, scale_dtype: Any
+) -> QuantizedArray:
+    """`quantize`, of valid arguments; one program, so that few copies of a weight are made in float32."""
+    *lead, in_features, out_features = weight.shape
+    groups = scheme.groups(in_features)
+    size = in_features // groups
+    grouped = weight.astype(jnp.float32).reshape(*lead, groups, size, out_features)
+    finite = jnp.all(jnp.isfinite(grouped), axis=-2, keepdims=True)
+    grouped = jnp.where(finite, flush_subnormals(grouped), 0.0)
+    weighing: jax.Array | float = 1.0
+    if importance is not None:
+        weighing = importance.astype(jnp.float32).reshape(*importance.shape[:-1], groups, size, 1)
+    if method == "absmax":
+        factors = _fit(_extremes(grouped), scheme, scale_dtype)
+    elif method == "mse":
+        factors = _least_squared_error(grouped, scheme, scale_dtype, weighing)
+    else:
+        factors = _half_quadratic(grouped, scheme, scale_dtype, weighing)
+
+    bad = ~finite | ~jnp.isfinite(factors.scales)
+    if factors.minimums is not None:
+        bad |= ~jnp.isfinite(factors.minimums)
+    # Codes of a bad group are those of zeros, so that converting them is defined; then its scale says what it is.
+    factors = jax.tree.map(lambda factor: jnp.where(bad, 0.0, factor), factors)
+    codes = _encode(jnp.where(bad, 0.0, grouped), factors, scheme) + scheme.implied_zero
+    if scheme.format == "mxfp4":
+        # e8m0 holds the biased exponent in its eight bits, and 255 is its NaN.
+        exponent = jnp.frexp(factors.scales)[1] - 1
+        bits = jnp.where(bad, 255, jnp.clip(exponent, -126, 127) + 127).astype(jnp.uint8)
+        scales, codes = jax.lax.bitcast_convert_type(bits, jnp.float8_e8m0fnu), encode_e2m1(codes)
+    else:
+        scales = jnp.where(bad, jnp.nan, factors.scales).astype(scale_dtype)
+    codes = codes.astype(CODE_DTYPE[scheme.format]).reshape(weight.shape)
+    squeeze = functools.partial(jnp.squeeze, axis=-2)
+    return QuantizedArray(
+        pack_nibbles(codes) if scheme.packed else codes,
+        squeeze(scales),
+        None if factors.zeros is None else squeeze(factors.zeros).astype(CODE_DTYPE[scheme.format]),
+        None if factors.minimums is None else squeeze(factors.minimums).astype(scale_dtype),
+        scheme,
+    )
+
+
+def _check(weight: jax.Array, scheme: Scheme, method: str, importance: jax.Array | None) -> None:
+    if weight.ndim < 2:
+        raise ValueError(f"quantize: weight must be [..., in, out], got shape {weight.shape}")
+    check_in_features(weight.shape[-2], scheme)
+    if method not in get_args(Method):
+        raise ValueError(f"quantize: method: got {method!r}; accepted: {', '.join(get_args(Method))}")
+    if method == "hqq" and scheme.offset != "minimums":
+        raise ValueError(f"quantize: method 'hqq' moves minimums, {scheme} has none; take {scheme.format}-…-minimums")
+    if importance is None:
+        return
+    if method == "absmax":
+        raise ValueError("quantize: importance: method 'absmax' weighs nothing; take 'mse' or 'hqq'")
+    shapes = (weight.shape[-2:-1], weight.shape[:-1])
+    if importance.shape not in shapes:
+        raise ValueError(f"quantize: importance: got shape {importance.shape}; accepted: {shapes[0]} or {shapes[1]}")
+
+
+def _extremes(grouped: jax.Array) -> _Extremes:
+    """Of groups `[..., groups, size, out]`; low and high span 0, so that a zero point is itself a code."""
+    low = jnp.minimum(jnp.min(grouped, axis=-2, keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(grouped, axis=-2, keepdims=True), 0.0)
+    return _Extremes(low, high, jnp.max(jnp.abs(grouped), axis=-2, keepdims=True))
+
+
+def _code_range(scheme: Scheme) -> tuple[int, int]:
+    """The lowest and the highest code of an asymmetric scheme."""
+    return (0, 15) if scheme.format == "int4" else (-128, 127)
+
+
+def _fit(extremes: _Extremes, scheme: Scheme, scale_dtype: Any, shrink: Any = None) -> _Factors:
+    """The factors that map the extremes, shrunk, onto the extremes of the codes.
+
+    Args:
+      extremes: of the groups.
+      scheme: what codes mean.
+      scale_dtype: in what scales and minimums will be stored.
+      shrink: one of `SHRINKS`, or of `MXFP4_STEPS` for mxfp4; None for absmax.
+    """
+    low, high, absmax = extremes
+    if scheme.format == "mxfp4":
+        # frexp's exponent is one above floor(log2): exact, where a logarithm may round up at a power of two.
+        exponent = jnp.frexp(absmax)[1] - 1 - MXFP4_LARGEST_EXPONENT + (0 if shrink is None else shrink)
+        exponent = jnp.clip(jnp.where(absmax > 0, exponent, -126), -126, 127)
+        return _Factors(jnp.ldexp(jnp.ones_like(absmax), exponent), None, None)
+    if shrink is not None:
+        low, high, absmax = low * shrink, high * shrink, absmax * shrink
+
+    def stored(factor: jax.Array) -> jax.Array:
+        return factor.astype(scale_dtype).astype(jnp.float32)
+
+    if scheme.offset == "none":
+        return _Factors(flush_subnormals(stored(absmax / largest_code(scheme))), None, None)
+    lowest, highest = _code_range(scheme)
+    scales = flush_subnormals(stored((high - low) / (highest - lowest)))
+    if scheme.offset == "zeros":
+        zeros = jnp.clip(jnp.round(lowest - low * reciprocal_or_zero(scales)), lowest, highest)
+        return _Factors(scales, zeros, None)
+    return _Factors(scales, None, stored(low - lowest * scales))
+
+
+def _encode(grouped: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
+    """Codes of weights in float32, the implied zero not yet added; of floats what is still to be rounded."""
+    inverse = reciprocal_or_zero(factors.scales)
+    if scheme.format == "mxfp4":
+        return grouped * inverse
+    if scheme.offset == "none":
+        largest = largest_code(scheme)
+        scaled = jnp.clip(grouped * inverse, -largest, largest)
+        return jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled
+    lowest, highest = _code_range(scheme)
+    if factors.zeros is not None:
+        return jnp.clip(jnp.round(grouped * inverse) + factors.zeros, lowest, highest)
+    return jnp.clip(jnp.round((grouped - factors.minimums) * inverse), lowest, highest)
+
+
+def _decode(codes: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
+    """The weights that codes of `_encode` will stand for."""
+    if scheme.format == "mxfp4":
+        numbers = decode_codes(encode_e2m1(codes), scheme)
+    elif scheme.format in INTEGER_RANGE:
+        numbers = codes if factors.zeros is None else codes - factors.zeros
+    else:
+        numbers = codes.astype(CODE_DTYPE[scheme.format]).astype(jnp.float32)
+    weights = numbers * factors.scales
+    return weights if factors.minimums is None else weights + factors.minimums
+
+
+def _least_squared_error(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighing: jax.Array | float) -> _Factors:
+    """Of the factors for all shrunk extremes those with the least weighed squared error, group by group."""
+    extremes = _extremes(grouped)
+    row = jnp.broadcast_to(weighing, (*grouped.shape[:-1], 1)).swapaxes(-1, -2)  # [..., groups, 1, size]
+    candidates = jnp.asarray(MXFP4_STEPS if scheme.format == "mxfp4" else SHRINKS)
+
+    def attempt(index: Any) -> tuple[jax.Array, _Factors]:
+        factors = _fit(extremes, scheme, scale_dtype, candidates[index])
+        error = _decode(_encode(grouped, factors, scheme), factors, scheme) - grouped
+        # A product, because XLA on a CPU would fuse a sum into all of this, which is then not vectorized.
+        return jnp.matmul(row, error * error, precision=jax.lax.Precision.HIGHEST), factors
+
+    def improve(index: Any, best: tuple[jax.Array, _Factors]) -> tuple[jax.Array, _Factors]:
+        new = attempt(index)
+        return jax.tree.map(functools.partial(jnp.where, new[0] < best[0]), new, best)
+
+    return jax.lax.fori_loop(1, len(candidates), improve, attempt(0))[1]
+
+
+def _half_quadratic(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighing: jax.Array | float) -> _Factors:
+    """Alternates between what of the residual counts as outlying, and the minimum that is best for the rest."""
+    start = _fit(_extremes(grouped), scheme, scale_dtype)
+    inverse = reciprocal_or_zero(start.scales)
+    total = jnp.sum(jnp.broadcast_to(weighing, grouped.shape), axis=-2, keepdims=True)
+
+    def residual(factors: _Factors) -> tuple[jax.Array, jax.Array]:
+        """In units of a code; and how bad it is."""
+        error = (grouped - _decode(_encode(grouped, factors, scheme), factors, scheme)) * inverse
+        return error, jnp.sum(weighing * jnp.abs(error) ** HQQ_NORM, axis=-2, keepdims=True)
+
+    def improve(round_number: Any, carry: tuple[_Factors, _Factors, jax.Array]) -> tuple[Any, ...]:
+        factors, best, least = carry
+        error, _ = residual(factors)
+        beta = HQQ_BETA * HQQ_KAPPA**round_number
+        magnitude = jnp.abs(error)
+        # The proximal operator of the norm: small residuals are left to the quadratic half, large ones are let go.
+        outlying = jnp.sign(error) * jnp.maximum(
+            magnitude - jnp.where(magnitude > 0, magnitude, 1.0) ** (HQQ_NORM - 1) / beta, 0.0
+        )
+        rest = weighing * (error - outlying)
+        shift = jnp.sum(rest, axis=-2, keepdims=True) * reciprocal_or_zero(total) * factors.scales
+        minimums = (factors.minimums + shift).astype(scale_dtype).astype(jnp.float32)
+        factors = factors._replace(minimums=minimums)
+        _, badness = residual(factors)
+        best = jax.tree.map(functools.partial(jnp.where, badness < least), factors, best)
+        return factors, best, jnp.minimum(badness, least)
+
+    _, best, _ = jax.lax.fori_loop(0, HQQ_ROUNDS, improve, (start, start, residual(start)[1]))
+    return best
