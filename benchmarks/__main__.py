@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, str]] = {
     "report": "palladion.benchmarks.report",
     "tune": "palladion.benchmarks.tune",
 }
+COMMANDS: Final[dict[str, str]] = {"numerics": "palladion.benchmarks.numerics.command"}
 """Which module runs a command; it is imported when it is asked for."""
 
 USER_ERROR: Final = 2

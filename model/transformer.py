@@ -29,6 +29,9 @@ FEW_TOKENS: Final = 4
 Cache = KVCache | tuple[KVCache, ...]
 """The caches of all layers: one stacked `KVCache`, or one for each layer, as the layers of `Parameters` are."""
 
+Adapt = Callable[[jax.Array, Weight], jax.Array]
+"""A function of activations `[..., in]` and the weight that they meet, stacked where the layers are."""
+
 
 def empty_cache(parameters: Parameters, config: ModelConfig, batch: int, max_len: int, dtype: Any) -> Cache:
     """A cache without tokens, stacked where the layers are.
@@ -60,6 +63,7 @@ def forward(
     dtype: Any = jnp.float32,
     backend: str | None = None,
     interpret: Any = None,
+    adapt: Adapt | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs the newest tokens of every sequence through the model.
 
@@ -74,6 +78,8 @@ def forward(
       dtype: of the activations.
       backend: of the operations; see `palladion.BACKENDS`.
       interpret: whether kernels are interpreted, as for the operations.
+      adapt: takes what a linear layer is about to multiply, and its weight; what it returns is multiplied instead. To
+        record activations, or to see what rounding them costs.
 
     Returns:
       Logits float32 `[batch, vocab]`, or `[batch, q_len, vocab]` with `every_position`; and the cache.
@@ -82,7 +88,7 @@ def forward(
       ValueError: the cache is stacked and the layers are not, or the other way round.
       Unsupported: the chosen backend does not cover an operation of this model.
     """
-    decoder = _Decoder(config, lengths, parameters.inverse_frequencies, tokens.shape[1], backend, interpret)
+    decoder = _Decoder(config, lengths, parameters.inverse_frequencies, tokens.shape[1], backend, interpret, adapt)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
     if isinstance(parameters.layers, Layer) and isinstance(cache, KVCache):
         layers, original = parameters.layers, cache
@@ -121,8 +127,10 @@ class _Decoder:
         q_len: int,
         backend: str | None,
         interpret: Any,
+        adapt: Adapt | None,
     ) -> None:
         self.config = config
+        self.adapt = adapt
         self.lengths = lengths
         self.backend = backend
         self.interpret = interpret
@@ -187,6 +195,7 @@ class _Decoder:
         if isinstance(weight, tuple):
             parts = jnp.concatenate([self.linear(x, part, index, out_dtype=out_dtype) for part in weight], axis=-1)
             return parts if bias is None else parts + bias.astype(parts.dtype)
+        x = x if self.adapt is None else self.adapt(x, weight)
         fused: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "out_dtype": out_dtype}
         if isinstance(weight, QuantizedArray):
             run = {"backend": self.backend, "interpret": self.interpret}

@@ -1,0 +1,124 @@
+"""The results as pictures: small PNG files for docs/numerics.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from palladion.benchmarks.numerics.tables import Record, method_name, run_length
+
+DOTS_PER_INCH: Final = 90
+
+SHOWN: Final = {
+    "float32 + float32, one after the other": ("black", "-"),
+    "bfloat16 + float32, one after the other": ("tab:blue", "-"),
+    "bfloat16 + bfloat16, one after the other": ("tab:red", "-"),
+    "bfloat16 + bfloat16, pairwise": ("tab:red", "--"),
+    "bfloat16 + bfloat16, blocks of 128, then float32": ("tab:orange", "--"),
+    "int8, one scale": ("tab:green", "-"),
+    "int8, scale per 128": ("tab:green", "--"),
+    "float8_e4m3fn, one scale": ("tab:purple", "-"),
+    "float8_e5m2, one scale": ("tab:pink", "-"),
+}
+"""Methods that the picture of dot products has, and how they are drawn."""
+
+
+def _plotting() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'palladion[bench]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_sums(study: dict[str, Any], folder: Path) -> None:
+    """numerics-sums.png: how far orders are apart. numerics-dots.png: errors by length."""
+    pyplot = _plotting()
+    _draw_orders(pyplot, study["sums"], folder / "numerics-sums.png")
+    pairs = list(dict.fromkeys(record["pair"] for record in study["dots"]))
+    figure, axes = pyplot.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 4.2), sharey=True, squeeze=False)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        for name, (color, style) in SHOWN.items():
+            chosen = [r for r in study["dots"] if r["pair"] == pair and method_name(r) == name]
+            lengths, errors = [r["length"] for r in chosen], [r["rms_error"] for r in chosen]
+            axis.plot(lengths, errors, style, color=color, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(title=pair, xlabel="length", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("rms error / (|x| |w|)")
+    axes[0][-1].legend(fontsize=7)
+    _save(pyplot, figure, folder / "numerics-dots.png")
+
+
+def _draw_orders(pyplot: Any, records: Sequence[Record], path: Path) -> None:
+    chosen = [record for record in records if record["vector"] == "sin, in order"]
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for row, record in enumerate(chosen):
+        axis.plot(
+            np.array(record["shuffled"]) - record["exact"], [row] * len(record["shuffled"]), "|", color="tab:blue"
+        )
+        axis.plot(record["sum"] - record["exact"], row, "o", color="tab:red", markersize=4)
+    axis.set_yticks(range(len(chosen)), [method_name(record) for record in chosen], fontsize=7)
+    axis.set_xscale("symlog", linthresh=1e-5)
+    axis.invert_yaxis()
+    axis.axvline(0, color="gray", linewidth=0.5)
+    axis.set_xlabel("error of the sum of sin(0) … sin(9999): in order (dot), in 32 random orders (strokes)")
+    axis.grid(axis="x", alpha=0.3)
+    _save(pyplot, figure, path)
+
+
+def draw_model(runs: dict[str, Record], folder: Path) -> None:
+    """numerics-model.png: quality against bytes. numerics-cache.png: what caches cost along the context."""
+    pyplot = _plotting()
+    figure, axis = pyplot.subplots(figsize=(8.5, 5.5))
+    weights = [run for run in runs.values() if run["kind"] == "weights"]
+    best = pareto(weights)
+    for run in weights:
+        on_front = run["name"] in best
+        axis.plot(run["weight_bytes"] / 1e6, run["kl"], "o", color="tab:red" if on_front else "tab:blue", markersize=4)
+        axis.annotate(
+            run["name"], (run["weight_bytes"] / 1e6, run["kl"]), fontsize=6, xytext=(4, 2), textcoords="offset points"
+        )
+    front = sorted((run["weight_bytes"] / 1e6, run["kl"]) for run in weights if run["name"] in best)
+    axis.step(*zip(*front, strict=True), where="post", color="tab:red", linewidth=0.7, alpha=0.6)
+    axis.set(
+        xscale="log", yscale="log", xlabel="MB of weights that a step reads", ylabel="KL from float32, nats a token"
+    )
+    axis.set_xticks([70, 80, 100, 140, 200, 280], ["70", "80", "100", "140", "200", "280"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    _save(pyplot, figure, folder / "numerics-model.png")
+
+    figure, axis = pyplot.subplots(figsize=(6.5, 3.8))
+    for run in runs.values():
+        if run["kind"] == "cache":
+            positions = (np.arange(len(run["kl_by_position"])) + 0.5) * run_length(run)
+            axis.semilogy(positions, run["kl_by_position"], "o-", label=run["name"].removeprefix("cache "))
+    axis.set(xlabel="tokens before", ylabel="KL from float32, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, title="cache")
+    _save(pyplot, figure, folder / "numerics-cache.png")
+
+
+def pareto(runs: Sequence[Record]) -> set[str]:
+    """Names of the runs that no other one beats in both bytes and divergence."""
+
+    def beaten(run: Record) -> bool:
+        beats: Callable[[Record], bool] = lambda other: (  # noqa: E731
+            other["weight_bytes"] <= run["weight_bytes"] and other["kl"] < run["kl"]
+        )
+        return any(map(beats, runs))
+
+    return {run["name"] for run in runs if not beaten(run)}
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    pyplot.close(figure)
