@@ -27,8 +27,8 @@ COMMANDS: Final[dict[str, str]] = {
     "compare": "palladion.benchmarks.compare",
     "report": "palladion.benchmarks.report",
     "tune": "palladion.benchmarks.tune",
+    "numerics": "palladion.benchmarks.numerics.command",
 }
-COMMANDS: Final[dict[str, str]] = {"numerics": "palladion.benchmarks.numerics.command"}
 """Which module runs a command; it is imported when it is asked for."""
 
 USER_ERROR: Final = 2
