@@ -143,7 +143,7 @@ def _kernel(
     row = jnp.clip(length - p.q_len + token, 0, p.max_len - 1)
     slab: Any = jnp.broadcast_to(b, row.shape)
     mask = jnp.broadcast_to(written, row.shape)
-    if page_table_ref is not None and p.page_size is not None:
+    if p.page_size is not None and page_table_ref is not None:
         page = jax.lax.div(row, jnp.full_like(row, p.page_size))
         row = jax.lax.rem(row, jnp.full_like(row, p.page_size))
         slab = plgpu.load(page_table_ref.at[b, page], mask=mask, other=0)

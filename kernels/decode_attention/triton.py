@@ -118,18 +118,16 @@ def heuristic(problem: Problem) -> Config:
     block_kv = min(max(1 << (block_kv.bit_length() - 1), MIN_BLOCK), MAX_BLOCK_KV)
     programs = p.batch * p.kv_heads * pl.cdiv(rows, block_rows)
     splits = splits_of(p, programs, block_kv, gpu)
-    # Where few programs share a multiprocessor, each loads one more block ahead.
+    # Where few programs share a multiprocessor, each loads two blocks ahead; of a paged cache, one and the next page.
     resident = pl.cdiv(programs * splits, gpu.multiprocessors)
     stage_bytes = 2 * block_kv * width * jnp.dtype(p.kv_dtype).itemsize
     deep = uses_tensor_cores(p) and resident * (2 * stage_bytes + 2 * KV_BLOCK_BYTES) <= gpu.shared_bytes
-    # Tokens of a block on several pages wait for the page table: it is loaded one more trip ahead.
-    looked_up = p.page_size is not None and p.page_size % block_kv != 0
     return Config(
         block_kv,
         block_rows,
         splits,
         num_warps=num_warps,
-        num_stages=2 + deep + looked_up,
+        num_stages=3 if deep or p.page_size is not None else 2,
         integers=gpu.compute_capability < FLOATS_FROM,
     )
 
