@@ -219,7 +219,9 @@ def test_codes_are_widened_in_few_instructions(name: str):
     loads = [i for i in loop if i.startswith("LDG.E.128" if config.form == "vector" else "LDGSTS.E.BYPASS")]
     assert len(loads) * 16 * 32 * config.num_warps >= codes, loads
     if config.form == "tensor_core":
-        assert not any(instruction.startswith("LDS.U8") for instruction in loop), "codes are read byte by byte"
+        # Scales and zeros of one byte are read so; codes would be as many as there are.
+        bytewise = sum(instruction.startswith("LDS.U8") for instruction in loop)
+        assert 4 * bytewise <= codes // (32 * config.num_warps), "codes are read byte by byte"
     assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"
 
 
