@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, str]] = {
     "check": "palladion.benchmarks.check",
     "run": "palladion.benchmarks.run",
     "model": "palladion.benchmarks.model",
+    "decode_peers": "palladion.benchmarks.decode_peers",
     "plan": "palladion.benchmarks.plan",
     "compare": "palladion.benchmarks.compare",
     "report": "palladion.benchmarks.report",
@@ -83,7 +84,7 @@ def overview() -> str:
             line = _load(name).HELP
         except ImportError as error:
             line = f"cannot be run here: {error}"
-        listed.append(f"  {name:10s} {line}")
+        listed.append(f"  {name:13s} {line}")
     return "\n".join(
         (
             f"usage: {PROGRAM} [--debug] COMMAND [OPTIONS]\n",

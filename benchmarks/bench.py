@@ -176,7 +176,7 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
 
 def _ours(
     operation: Operation, case: Any, inputs: Any, backend: str, config: Any, interpret: Any, *, timed: bool
-) -> tuple[Contender, dict[str, str]]:
+) -> tuple[Contender, dict[str, Any]]:
     """A contender of the operation's own table, and which block sizes it has taken."""
     donated, rest = operation.split(inputs)
     # What is only judged is called once.

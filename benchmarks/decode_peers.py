@@ -1,6 +1,6 @@
 r"""Decodes one sequence with Palladion, llama.cpp and transformers in turns, and compares their tokens per second.
 
-  python -m palladion.benchmarks.decode_peers --rounds=8 --tokens=96
+  python -m palladion.benchmarks decode_peers --rounds=8 --tokens=96
 
 All read the same GGUF file; transformers, which has no 4-bit weights on a CPU, decodes it to float32 and to bfloat16.
 Turns are short and repeated: a machine that is slow for a minute is slow for all. The ratio of each round counts, not
@@ -9,33 +9,27 @@ the best of each. A peer that is not installed is left out.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
-import platform
+import shlex
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import jax
-from absl import app, flags
-
+from palladion.benchmarks import machine
+from palladion.benchmarks.bench import progress
+from palladion.kernels.checks import check
 from palladion.kernels.devices import measured_bandwidth
 from palladion.model.checkpoint import find_model
 from palladion.model.generator import Generator
 
-MODEL = flags.DEFINE_string("model", "smollm2", "A .gguf file, or the packaged model 'smollm2'.")
-PROMPT = flags.DEFINE_string("prompt", "The capital of France is", "What every decoder continues.")
-TOKENS = flags.DEFINE_integer("tokens", 96, "Tokens of a turn, after the first.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 8, "Turns of each decoder.", lower_bound=1)
-QUANTIZE = flags.DEFINE_string(
-    "quantize", None, "Quantize Palladion's weights to this scheme instead of the file's own."
-)
-RESULTS = flags.DEFINE_string("results", None, "Also write every sample to this JSON file.")
+HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and compares tokens/s"
 
 Turn = Callable[[], float]
 """Decodes once; returns tokens per second."""
@@ -56,15 +50,15 @@ class Decoder:
     rates: list[float] = dataclasses.field(default_factory=list)
 
 
-def palladion(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
-    """Ours, on whatever JAX finds."""
-    generator = Generator.load(path, quantize=QUANTIZE.value)
+def palladion(path: Path, prompt: str, tokens: int, quantize: str | None = None) -> Iterator[Decoder]:
+    """Ours, on whatever JAX finds; weights quantized anew, or as the file has them."""
+    generator = Generator.load(path, quantize=quantize)
 
     def turn() -> float:
         _, run = generator.generate([prompt], max_new_tokens=tokens + 1, ignore_stop_tokens=True)
         return run.decode_rate
 
-    yield Decoder(f"palladion {QUANTIZE.value or 'gguf'}", turn)
+    yield Decoder(f"palladion {quantize or 'gguf'}", turn)
 
 
 def llama_cpp(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
@@ -111,51 +105,72 @@ def transformers(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
         yield Decoder(f"transformers {str(dtype).removeprefix('torch.')}", decoder(dtype))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the turns and prints the comparison."""
-    del arguments
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--model", default="smollm2", help="a .gguf file, or the packaged model 'smollm2'")
+    parser.add_argument("--prompt", default="The capital of France is", help="what every decoder continues")
+    parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of a turn, after the first (96)")
+    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="turns of each decoder (8)")
+    parser.add_argument("--quantize", metavar="SCHEME", help="our weights, instead of as the file has them")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="also write every sample to this JSON file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the turns and prints the comparison; a decoder that fails is left out from there on."""
+    for name in ("tokens", "rounds"):
+        check(getattr(arguments, name) >= 1, f"--{name}", getattr(arguments, name), "at least 1")
     warnings.simplefilter("ignore")
-    path = find_model(MODEL.value)
-    decoders: list[Decoder] = []
-    for make in (palladion, llama_cpp, transformers):
+    if warning := machine.warn_if_busy():
+        progress(f"warning: {warning}")
+    path = find_model(arguments.model)
+    given = (path, arguments.prompt, arguments.tokens)
+    decoders = list(palladion(*given, arguments.quantize))
+    decoders[0].turn()  # compiles, allocates, warms up
+    for make in (llama_cpp, transformers):
         try:
-            decoders += make(path, PROMPT.value, TOKENS.value)
+            found = list(make(*given))
+            for decoder in found:
+                decoder.turn()
+            decoders += found
         except ImportError as error:
-            print(f"{make.__name__}: left out ({error})")
-    for decoder in decoders:
-        decoder.turn()  # compiles, allocates, warms up
-    for _ in range(ROUNDS.value):
-        for decoder in decoders:
-            decoder.rates.append(decoder.turn())
+            progress(f"{make.__name__}: left out ({error})")
+        except Exception as error:  # whatever a peer raises costs that peer alone
+            progress(f"{make.__name__}: left out, it failed ({type(error).__name__}: {error})")
+    try:
+        for _ in range(arguments.rounds):
+            turns = [decoder.turn() for decoder in decoders]
+            for decoder, rate in zip(decoders, turns, strict=True):
+                decoder.rates.append(rate)
+    except KeyboardInterrupt:
+        progress(f"interrupted after {len(decoders[0].rates)} of {arguments.rounds} rounds")
     ours = decoders[0].rates
+    if not ours:
+        return 1
     print(f"{'':24s} {'tokens/s':>10s} {'best':>8s} {'worst':>8s}   palladion is faster by")
     for decoder in decoders:
         ratio = statistics.median(mine / theirs for mine, theirs in zip(ours, decoder.rates, strict=True))
         rates = (statistics.median(decoder.rates), max(decoder.rates), min(decoder.rates))
         print(f"{decoder.name:24s} {rates[0]:10.1f} {rates[1]:8.1f} {rates[2]:8.1f}   {ratio:.2f} x")
     print(f"memory bandwidth of this machine: {measured_bandwidth() / 1e9:.1f} GB/s")
-    if RESULTS.value:
-        Path(RESULTS.value).write_text(json.dumps(_record(path, decoders), indent=1) + "\n")
+    if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(_record(path, decoders, arguments), indent=1) + "\n")
+    return 0
 
 
-def _record(path: Path, decoders: list[Decoder]) -> dict[str, Any]:
-    versions = {}
-    for package in ("jax", "llama-cpp-python", "torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+def _record(path: Path, decoders: list[Decoder], arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "decode_peers",
         "model": path.name,
-        "prompt": PROMPT.value,
-        "tokens": TOKENS.value,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "prompt": arguments.prompt,
+        "tokens": arguments.tokens,
         "memory_bandwidth": measured_bandwidth(),
-        "versions": versions,
+        "provenance": machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}"),
         "tokens_per_second": {decoder.name: decoder.rates for decoder in decoders},
     }
 
 
 if __name__ == "__main__":
-    app.run(main)
+    from palladion.benchmarks.__main__ import main
+
+    sys.exit(main(["decode_peers", *sys.argv[1:]]))

@@ -267,7 +267,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _points(record: dict[str, Any]) -> list[Point]:
-    given = [{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()} for entry in record["points"]]
+    given: list[dict[str, Any]] = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()} for entry in record["points"]
+    ]
     return [Point(**entry) for entry in given]
 
 
@@ -287,7 +289,7 @@ def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...
     """Headings and lines of the table."""
     measured, rate = _points(record), record["limits"]["matrix_rate"]
     one = measured[0].step.median if measured else 1.0
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for point in measured:
         achieved = point.step_bytes / point.step.median
         prefill = sorted(point.prefill_seconds)[len(point.prefill_seconds) // 2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, ClassVar, Final
 
 import jax
@@ -76,8 +75,8 @@ class Operation(abc.ABC):
     """An operation: its cases, its calls, its judge."""
 
     name: ClassVar[str]
-    cases: ClassVar[ModuleType]
-    package: ClassVar[ModuleType]
+    cases: ClassVar[Any]
+    package: ClassVar[Any]
 
     @property
     def table(self) -> Sequence[Implementation]:
@@ -123,8 +122,8 @@ class DecodeAttention(Operation):
     """decode_attention; a result is `out` alone, as most peers have no more."""
 
     name = "decode_attention"
-    cases = attention_cases
-    package = attention_package
+    cases: ClassVar[Any] = attention_cases
+    package: ClassVar[Any] = attention_package
 
     def bytes_moved(self, case: Any) -> int:
         """Bytes that a call must move, as full as its caches are."""
@@ -179,8 +178,8 @@ class QuantizedMatmul(Operation):
     """quantized_matmul."""
 
     name = "quantized_matmul"
-    cases = matmul_cases
-    package = matmul_package
+    cases: ClassVar[Any] = matmul_cases
+    package: ClassVar[Any] = matmul_package
 
     def function(self, case: Any, **how: Any) -> Callable[..., Any]:
         """As `Operation` has it."""
@@ -216,8 +215,8 @@ class AppendKV(Operation):
     """
 
     name = "append_kv"
-    cases = append_cases
-    package = append_package
+    cases: ClassVar[Any] = append_cases
+    package: ClassVar[Any] = append_package
 
     def function(self, case: Any, **how: Any) -> Callable[..., Any]:
         """As `Operation` has it."""

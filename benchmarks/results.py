@@ -124,6 +124,10 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
 

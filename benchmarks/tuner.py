@@ -258,7 +258,7 @@ def encoded(case: Any) -> dict[str, Any]:
 
 def decoded(chosen: Operation, fields: dict[str, Any]) -> Any:
     """The inverse of `encoded`."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if given.get("activation") is not None:
         given["activation"] = ACTIVATIONS[given["activation"]]
     return chosen.cases.Case(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any, Final
 
@@ -24,14 +25,13 @@ def _needs(package: str) -> Any:
 
 
 def _flash_attention(name: str, case: Any, inputs: Any) -> Contender:
-    from flash_attn import flash_attn_with_kvcache
-
+    library: Any = importlib.import_module("flash_attn")
     # [batch, heads, tokens, head_dim] -> [batch, tokens, heads, head_dim]
     k, v = (as_tensor(jnp.swapaxes(part, 1, 2)) for part in (inputs.k, inputs.v))
     scale = case.problem().scale
 
     def attend(q: Any, k: Any, v: Any, lengths: Any) -> Any:
-        return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale)
+        return library.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale)
 
     runner = TorchRunner(name, attend, (as_tensor(inputs.q), k, v, as_tensor(inputs.lengths)))
     return Contender(runner, as_array(runner.result, case.dtype))
@@ -42,7 +42,6 @@ def _pages(case: Any) -> str | None:
 
 
 def _flashinfer(name: str, case: Any, inputs: Any) -> Contender:
-    import flashinfer
     import torch
 
     lengths, page = np.asarray(case.filled), case.page_size
@@ -53,9 +52,8 @@ def _flashinfer(name: str, case: Any, inputs: Any) -> Contender:
     begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     last = ((lengths - 1) % page + 1).astype(np.int32)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    plan = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "HND", use_tensor_cores=case.q_heads > case.kv_heads
-    )
+    library: Any = importlib.import_module("flashinfer")
+    plan = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=case.q_heads > case.kv_heads)
     dtype = getattr(torch, case.dtype)
     plan.plan(
         as_tensor(begins),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def _ragged(case: Any, inputs: Any) -> jax.Array | None:
     return None if min(case.filled) == case.max_len else inputs.lengths
 
 
-def _jax_nn(implementation: str) -> Callable[[str, Any, Any], Contender]:
+def _jax_nn(implementation: Literal["xla", "cudnn"]) -> Callable[[str, Any, Any], Contender]:
     def make(name: str, case: Any, inputs: Any) -> Contender:
         # [batch, heads, tokens, head_dim] -> [batch, tokens, heads, head_dim]
         k, v = (jnp.swapaxes(seen(part, inputs.lengths), 1, 2) for part in (inputs.k, inputs.v))
