@@ -215,7 +215,11 @@ class JaxRunner:
 
     def _several(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def several(*arguments: Any) -> Any:
-            return tuple(function(*each) for each in zip(*arguments, strict=True))
+            results: list[Any] = []
+            for *donated, inputs in zip(*arguments, strict=True):
+                # One after the other, as they come in a model: XLA would fuse what does not depend on each other.
+                results.append(function(*donated, _after(results[-1], inputs) if results else inputs))
+            return tuple(results)
 
         return several
 
@@ -293,6 +297,13 @@ def probe_bytes() -> int:
 def _endlessly(values: Sequence[Any]) -> Iterator[Any]:
     while True:
         yield from values
+
+
+def _after(result: Any, inputs: Any) -> Any:
+    """Inputs that are not there before a result is: the first of their arrays waits for it."""
+    (first, *others), structure = jax.tree.flatten(inputs)
+    first, _ = jax.lax.optimization_barrier((first, result))
+    return jax.tree.unflatten(structure, [first, *others])
 
 
 def _copied(tree: Any) -> Any:

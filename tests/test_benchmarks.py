@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -303,6 +304,30 @@ def test_what_is_donated_is_updated_in_place_call_after_call():
     np.testing.assert_array_equal(runner.result, 1)
     runner.seconds(3)
     np.testing.assert_array_equal(runner._donated[0][0], 4)
+
+
+def test_on_an_accelerator_several_calls_are_one_program_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "target_platform", lambda: "gpu")
+    calls: list[float] = []
+
+    def seen(x: np.ndarray) -> np.ndarray:
+        calls.append(time.perf_counter())
+        time.sleep(0.01)
+        return x
+
+    def slow(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(seen, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    runner = JaxRunner("a", slow, jnp.ones(4), copies=4)
+    calls.clear()
+    took = runner.seconds(6)  # two programs of four
+    assert len(calls) == 8
+    assert took >= 0.01
+    assert np.diff(calls).min() >= 0.009
+    # What is donated goes with its own inputs.
+    runner = JaxRunner("b", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=2)
+    runner.seconds(4)
+    np.testing.assert_array_equal(np.asarray(runner._donated[0]), 3)
 
 
 def test_the_memory_probe_reads_what_it_says():
@@ -743,6 +768,34 @@ def test_a_profile_adds_up_what_the_device_ran():
     tpu = plane("/device:TPU:0", XLA_Ops=[event("fusion", 3)])
     found = list(profile._events(SimpleNamespace(planes=[gpu, host, tpu])))
     assert found == [("dot", 5e-9), ("dot", 7e-9), ("fusion", 3e-9)]
+
+
+def test_a_checkout_with_jax_alone_is_enough():
+    """What else there is makes pictures and peers: nothing that a command begins with."""
+    absent = (
+        "torch",
+        "transformers",
+        "matplotlib",
+        "rich",
+        "libtpu",
+        "triton",
+        "scipy",
+        "tokenizers",
+        "gguf",
+        "jinja2",
+    )
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+from palladion.benchmarks.__main__ import COMMANDS, overview
+page = overview()
+assert "cannot be run here" not in page, page
+from palladion.benchmarks.peers import peers
+assert "torch is not installed" in {{peer.missing() for peer in peers().values()}}
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_checks_take_turns():
