@@ -83,10 +83,14 @@ class Space:
                 values = self.values(name)
                 place = values.index(getattr(config, name))
                 for other in (place + steps, place - steps):
-                    if 0 <= other < len(values):
+                    if not 0 <= other < len(values):
+                        continue
+                    try:
                         changed = dataclasses.replace(config, **{name: values[other]})
-                        if self.fits(changed):
-                            yield changed
+                    except ValueError:
+                        continue  # two values that do not go together
+                    if self.fits(changed):
+                        yield changed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
