@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import palladion
 from palladion.benchmarks import bench, machine
 from palladion.kernels import tuning
 from palladion.kernels.checks import check
@@ -46,7 +47,7 @@ class Phase:
     Attributes:
       name: of its files.
       weight: of the time that is left, in parts of the weights that are left.
-      command: its arguments; "{out}" stands for the folder, "{minutes}" for what it has.
+      command: its arguments, run in the folder of results; "{name}" is its name, "{minutes}" what it has of them.
     """
 
     name: str
@@ -68,38 +69,42 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
         "--prompt=1024",
         "--steps=64",
         "--minutes={minutes}",
-        "--profile={out}/{name}",
+        "--profile={name}",
     )
     tune = ("tune", "--trials=30", "--minutes={minutes}")
     return [
-        Phase("check", 4, ("check", "--minutes={minutes}", "--json={out}/{name}.jsonl")),
-        Phase("attention", 3, (*attention, "--batch=1,8,64", "--kv-len=8192", "--json={out}/{name}.jsonl")),
-        Phase("products", 3, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={out}/{name}.jsonl")),
+        Phase("check", 4, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("attention", 3, (*attention, "--batch=1,8,64", "--kv-len=8192", "--json={name}.jsonl")),
+        Phase("products", 3, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
         Phase("tune-attention", 2, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
         Phase(
             "tune-products",
             2,
             (*tune, "quantized_matmul", "--scheme=int8,int4-g128", "--rows=1,16", "--layers=qkv,down"),
         ),
-        Phase("model-bfloat16", 2, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={out}/{name}.json")),
-        Phase("model-int8", 3, (*model, "--scheme=int8", "--batch=1,8", "--json={out}/{name}.json")),
-        Phase("caches", 2, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={out}/{name}.jsonl")),
-        Phase("pages", 1, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={out}/{name}.jsonl")),
-        Phase("append", 1, ("run", "append_kv", "--model=llama3-8b", "--batch=1,64", "--json={out}/{name}.jsonl")),
+        Phase("model-bfloat16", 2, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
+        Phase("model-int8", 3, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
+        Phase("caches", 2, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
+        Phase("pages", 1, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
+        Phase("append", 1, ("run", "append_kv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
     ]
 
 
 def _on_cpu() -> list[Phase]:
     """The reference and its peers on a CPU; float32 is what its arithmetic is."""
-    small = ("--model=smollm2-135m", "--dtype=float32", "--rounds=5", "--json={out}/{name}.jsonl")
+    small = ("--model=smollm2-135m", "--dtype=float32", "--rounds=5", "--json={name}.jsonl")
     return [
         Phase("attention", 2, ("run", "decode_attention", *small, "--batch=1,8", "--kv-len=2048")),
-        Phase("products", 3, ("run", "quantized_matmul", *small, "--scheme=int8,int4-g32", "--rows=1,16")),
+        Phase(
+            "products",
+            3,
+            ("run", "quantized_matmul", *small, "--scheme=int8,int4-g32", "--rows=1,16", "--layers=qkv,down,head"),
+        ),
         Phase("append", 1, ("run", "append_kv", *small, "--batch=8", "--kv-len=2048")),
         Phase(
             "model-int8",
             4,
-            ("model", "--scheme=int8", "--prompt=64", "--steps=32", "--minutes={minutes}", "--json={out}/{name}.json"),
+            ("model", "--scheme=int8", "--prompt=16", "--steps=32", "--minutes={minutes}", "--json={name}.json"),
         ),
     ]
 
@@ -108,13 +113,13 @@ def _tiny() -> list[Phase]:
     """Every phase, with interpreted kernels and shapes that take a second."""
     heads = ("--q-heads=4", "--kv-heads=2", "--head-dim=64", "--dtype=float32", "--kv-len=128", "--batch=2")
     layer = ("--in=128", "--out=128", "--rows=2", "--dtype=float32", "--scheme=int8")
-    quick = ("--interpret", "--rounds=2", "--sample-ms=1", "--json={out}/{name}.jsonl", "--peers=jax-nn-xla,dense-dot")
+    quick = ("--interpret", "--rounds=2", "--sample-ms=1", "--json={name}.jsonl", "--peers=jax-nn-xla,dense-dot")
     tune = ("tune", "--interpret", "--trials=2", "--minutes={minutes}")
     return [
         Phase(
             "check",
             1,
-            ("check", "--interpret", "--cases=gqa,int8,float32", "--minutes={minutes}", "--json={out}/{name}.jsonl"),
+            ("check", "--interpret", "--cases=gqa,int8,float32", "--minutes={minutes}", "--json={name}.jsonl"),
         ),
         Phase("attention", 1, ("run", "decode_attention", *heads, *quick)),
         Phase("products", 1, ("run", "quantized_matmul", *layer, *quick)),
@@ -125,7 +130,7 @@ def _tiny() -> list[Phase]:
             1,
             (
                 *("model", "--model=tiny", "--batch=1,2", "--prompt=8", "--steps=16", "--backend=mosaic_tpu"),
-                *("--interpret", "--minutes={minutes}", "--json={out}/{name}.json", "--profile={out}/{name}"),
+                *("--interpret", "--minutes={minutes}", "--json={name}.json", "--profile={name}"),
             ),
         ),
     ]
@@ -200,9 +205,14 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
 def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | str:
     """Runs a command; its words go to the terminal and to a log. Returns its exit status, or what went wrong."""
     minutes = f"{max(seconds - GRACE_SECONDS, seconds / 2) / 60:.2f}"
-    given = [part.format(out=out, minutes=minutes, name=phase.name) for part in phase.command]
+    given = [part.format(minutes=minutes, name=phase.name) for part in phase.command]
     bench.progress(f"\n=== {phase.name}, {seconds:.0f} s: {shlex.join(given)}")
-    environment = os.environ | {tuning.CACHE: os.environ.get(tuning.CACHE, str(out))}
+    # Found from another folder, too, where PYTHONPATH is relative.
+    here = [str(Path(palladion.__file__).absolute().parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        tuning.CACHE: os.environ.get(tuning.CACHE, str(out)),
+        "PYTHONPATH": os.pathsep.join(filter(None, here)),
+    }
     if tiny:
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-m", "palladion.benchmarks", *given]

@@ -673,7 +673,7 @@ def parsed(command: tuple[str, ...]) -> argparse.Namespace:
     module = importlib.import_module(COMMANDS[command[0]])
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    given = [part.format(out="/out", minutes="1", name="x") for part in command[1:]]
+    given = [part.format(minutes="1", name="x") for part in command[1:]]
     return parser.parse_args(given)
 
 
@@ -699,7 +699,6 @@ def test_the_suite_keeps_to_its_time_and_says_what_became_of_each_phase(
         suite.Phase("late", 0.001, ("plan",)),
         suite.Phase("plan", 99, ("plan", "--model=qwen3-4b")),
     ]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     assert suite.run_phases(phases, tmp_path, minutes=3, tiny=False) == 1
     said = json.loads((tmp_path / "suite.json").read_text())["phases"]
     assert [(one["phase"], one["status"]) for one in said] == [("late", "interrupted: its time was over"), ("plan", 0)]
