@@ -55,12 +55,19 @@ def run(arguments: argparse.Namespace) -> int:
             if bench.seconds_left(deadline) <= 0:
                 break
             kernels = [row.name for row in one.table if row.platform is not None]
+            turn: list[str | None] = []
             plan = bench.Plan(
                 backends=tuple(name for name in arguments.backends or kernels if name in kernels),
                 interpret=arguments.interpret,
                 rounds=0,
+                before=turn.append,
             )
-            for row in bench.run_workload(one, case, plan):
+            try:
+                rows = bench.run_workload(one, case, plan)
+            except bench.DeviceLostError as error:
+                print(f"{one.name} {case.name}: {turn[-1]}: {error}\nNothing can be checked after it in this process")
+                return 1
+            for row in rows:
                 writer.write(row)
                 right = row.status in ("ok", "untimed")
                 counts["right" if right else row.status] += 1

@@ -73,18 +73,19 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
     )
     tune = ("tune", "--trials=30", "--minutes={minutes}")
     return [
-        Phase("check", 4, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
-        Phase("attention", 3, (*attention, "--batch=1,8,64", "--kv-len=8192", "--json={name}.jsonl")),
-        Phase("products", 3, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
+        Phase("check", 3, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("attention", 2, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
+        Phase("products", 2, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
+        # Layers are compiled one by one on a GPU: that takes most of their time.
+        Phase("model-int8", 5, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
+        Phase("model-bfloat16", 4, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
         Phase("tune-attention", 2, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
         Phase(
             "tune-products",
             2,
             (*tune, "quantized_matmul", "--scheme=int8,int4-g128", "--rows=1,16", "--layers=qkv,down"),
         ),
-        Phase("model-bfloat16", 2, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
-        Phase("model-int8", 3, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
-        Phase("caches", 2, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
+        Phase("caches", 1, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
         Phase("pages", 1, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
         Phase("append", 1, ("run", "append_kv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
     ]
