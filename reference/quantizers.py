@@ -58,11 +58,11 @@ HQQ_ROUNDS: Final = 20
 
 
 class _Factors(NamedTuple):
-    """What turns codes into weights, each `[..., groups, 1, out]` float32, rounded as it will be stored."""
+    """What turns codes into weights, each `[..., groups, 1, out]` float32 as it will be stored; None where there is none."""
 
-    scales: jax.Array
-    zeros: jax.Array | None
-    minimums: jax.Array | None
+    scales: Any
+    zeros: Any
+    minimums: Any
 
 
 class _Extremes(NamedTuple):
@@ -225,9 +225,9 @@ def _encode(grouped: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
         scaled = jnp.clip(grouped * inverse, -largest, largest)
         return jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled
     lowest, highest = _code_range(scheme)
-    if factors.zeros is not None:
-        return jnp.clip(jnp.round(grouped * inverse) + factors.zeros, lowest, highest)
-    return jnp.clip(jnp.round((grouped - factors.minimums) * inverse), lowest, highest)
+    if factors.minimums is not None:
+        return jnp.clip(jnp.round((grouped - factors.minimums) * inverse), lowest, highest)
+    return jnp.clip(jnp.round(grouped * inverse) + factors.zeros, lowest, highest)
 
 
 def _decode(codes: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:

@@ -17,6 +17,10 @@ from palladion import KVCache, append_kv, decode_attention, dequantize, merge_pa
 from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
+from palladion.kernels.decode_attention import mosaic_tpu as attention_tpu
+from palladion.kernels.decode_attention import triton as attention_gpu
+from palladion.kernels.quantized_matmul import mosaic_tpu as matmul_tpu
+from palladion.kernels.quantized_matmul import triton as matmul_gpu
 from palladion.reference import oracle
 from palladion.reference.quantization import Scheme, quantize_rows
 
@@ -49,13 +53,13 @@ ATTENTION = implementations(decode_attention_operation)
 
 @pytest.mark.parametrize(("scheme", "method"), METHODS)
 def test_a_group_with_a_bad_weight_is_nan_and_the_others_are_as_before(scheme: str, method: Any):
-    weight = normal(128, 6)
+    weight = normal(128, 2)
     clean = np.asarray(dequantize(quantize(weight, scheme, method=method)))
     size = Scheme.parse(scheme).group_size or 128
     for bad in BAD:
-        back = np.array(dequantize(quantize(weight.at[size // 2, 2].set(bad), scheme, method=method)))
-        assert np.isnan(back[:size, 2]).all()
-        back[:size, 2] = clean[:size, 2]
+        back = np.array(dequantize(quantize(weight.at[size // 2, 1].set(bad), scheme, method=method)))
+        assert np.isnan(back[:size, 1]).all()
+        back[:size, 1] = clean[:size, 1]
         np.testing.assert_array_equal(back, clean)
 
 
@@ -102,7 +106,7 @@ def test_a_row_with_a_bad_number_has_scale_nan_and_codes_of_zero(dtype: str):
         assert scales[row] == clean_scales[row]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_append_kv_stores_the_same_of_bad_tokens_everywhere(dtype: str):
     """Codes, scales and NaN alike, whichever implementation writes them."""
     k = normal(2, 3, 2, 64).at[0, 0, 0, 1].set(jnp.nan).at[0, 1, 1, 2].set(jnp.inf).at[1, 2].set(1e-40)
@@ -128,8 +132,7 @@ def test_quantized_matmul_keeps_bad_numbers_in_their_row_and_their_channel(backe
         pytest.skip("no such kernel yet")
     dtype = jnp.float32 if scheme == "int4-g32" else jnp.bfloat16
     x, weight = normal(rows, 128, seed=1, dtype=dtype), normal(128, 256)
-    call = functools.partial(quantized_matmul, backend=backend, interpret=backend != "xla")
-    multiply = jax.jit(call, compiler_options=QUICKLY)
+    multiply = _multiplication(backend)
     clean = np.asarray(multiply(x, quantize(weight, scheme)), np.float32)
     w = quantize(weight.at[70, 7].set(jnp.nan), scheme)
     found = np.array(multiply(x.at[1, 3].set(jnp.nan).at[2, 127].set(jnp.inf), w), np.float32)
@@ -140,18 +143,24 @@ def test_quantized_matmul_keeps_bad_numbers_in_their_row_and_their_channel(backe
     np.testing.assert_array_equal(found, clean)
 
 
-def _attention(backend: str, **options: Any) -> Any:
-    call = functools.partial(
-        decode_attention, return_lse=True, backend=backend, interpret=None if backend == "xla" else True, **options
-    )
+@functools.cache
+def _attention(backend: str, config: Any = None) -> Any:
+    interpret = None if backend == "xla" else True
+    call = functools.partial(decode_attention, return_lse=True, backend=backend, config=config, interpret=interpret)
     return jax.jit(call, compiler_options=QUICKLY)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("backend", ATTENTION)
+@functools.cache
+def _multiplication(backend: str, config: Any = None) -> Any:
+    interpret = None if backend == "xla" else True
+    call = functools.partial(quantized_matmul, backend=backend, config=config, interpret=interpret)
+    return jax.jit(call, compiler_options=QUICKLY)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*((name, "float32") for name in ATTENTION), ("xla", "int8"), ("mosaic_tpu", "int8")]
+)
 def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtype: str):
-    if backend == "triton" and dtype == "int8":
-        pytest.skip("no such kernel yet")
     q_dtype = "bfloat16" if dtype == "int8" else dtype
     q, k, v = normal(3, 4, 64, dtype=q_dtype), normal(3, 2, 256, 64, seed=1), normal(3, 2, 256, 64, seed=2)
     lengths = jnp.array([200, 70, 129], jnp.int32)
@@ -193,9 +202,7 @@ def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtyp
 # --------------------------------------------------------------------------------------------------------- quantizers
 
 
-@pytest.mark.parametrize(
-    "scheme", ["int8", "int4-g32", "int4", "int4-g64-zeros", "int4-minimums", "float8_e5m2", "mxfp4"]
-)
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g64-zeros", "mxfp4"])
 def test_mse_is_never_worse_than_absmax(scheme: str):
     weight = outlying(0)
     groups = Scheme.parse(scheme).groups(256)
@@ -270,26 +277,30 @@ def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
     return arithmetic + 0.5 * float(jnp.finfo(out_dtype).eps) * (np.abs(exact) + arithmetic)
 
 
-@hypothesis.settings(max_examples=24, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 @hypothesis.given(
-    scheme=st.sampled_from(["int8", "int4-g32", "int4-g64-minimums", "int8-g32-zeros", "mxfp4"]),
-    rows=st.sampled_from([2, 8]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    case=st.sampled_from(
+        [
+            ("int8", 2, "bfloat16"),
+            ("int4-g32", 8, "float32"),
+            ("int4-g64-minimums", 2, "float32"),
+            ("int8-g32-zeros", 8, "bfloat16"),
+            ("mxfp4", 8, "float32"),
+        ]
+    ),
     spread=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 2**16),
 )
-def test_quantized_matmul_is_within_its_bound(scheme: str, rows: int, dtype: str, spread: float, seed: int):
+def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread: float, seed: int):
     """Of the reference, whatever the magnitudes; kernels are held to twice its error by their own tests."""
+    scheme, rows, dtype = case
     generator = np.random.default_rng(seed)
     weight = generator.standard_normal((256, 24)) * np.exp(spread * generator.standard_normal((256, 24)))
     x = generator.standard_normal((rows, 256)) * np.exp(spread * generator.standard_normal((rows, 256)))
     x, w = jnp.asarray(x, dtype), quantize(jnp.asarray(weight, jnp.float32), scheme)
     wide = oracle.widen(x)
-    error = np.abs(oracle.widen(_multiplied(x, w)) - wide @ oracle.dequantize(w))
+    error = np.abs(oracle.widen(_multiplication("xla")(x, w)) - wide @ oracle.dequantize(w))
     assert (error <= bound_of_matmul(wide, w, dtype)).all()
-
-
-_multiplied = jax.jit(functools.partial(quantized_matmul, backend="xla"), compiler_options=QUICKLY)
 
 
 def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int) -> tuple[float, np.ndarray]:
@@ -322,12 +333,12 @@ def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magn
     if split:
         first = jnp.array([min(length, 150)], jnp.int32)
         parts = [
-            _attend_xla(q, k[:, :, part], v[:, :, part], lengths)
+            _attention("xla")(q, k[:, :, part], v[:, :, part], lengths)
             for part, lengths in ((slice(150), first), (slice(150, None), jnp.array([length], jnp.int32) - first))
         ]
         out, lse = merge_partials(*(jnp.stack(both) for both in zip(*parts, strict=True)))
     else:
-        out, lse = _attend_xla(q, k, v, jnp.array([length], jnp.int32))
+        out, lse = _attention("xla")(q, k, v, jnp.array([length], jnp.int32))
     exact_out, exact_lse = oracle.decode_attention(q, k, v, [length])
     for head in range(2):
         of_lse, of_out = bound_of_attention(*(oracle.widen(part) for part in (q[0, head], k[0, 0], v[0, 0])), length)
@@ -338,17 +349,14 @@ def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magn
         assert of_out.max() < 2.0**-9 * np.abs(exact_out).max() or magnitude > 1  # tighter than bfloat16
 
 
-_attend_xla = _attention("xla")
-
-
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_sequences_of_no_length_are_exactly_nothing(backend: str):
-    q, k = normal(2, 4, 64), jnp.full((2, 2, 128, 64), jnp.nan)
-    out, lse = _attention(backend)(q, k, k, jnp.zeros(2, jnp.int32))
+    q, k = normal(3, 4, 64), jnp.full((3, 2, 256, 64), jnp.nan)
+    out, lse = _attention(backend)(q, k, k, jnp.zeros(3, jnp.int32))
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
     # Merged with anything, they leave it as it is, to the last bit.
-    other = normal(2, 4, seed=1)
+    other = normal(3, 4, seed=1)
     merged, merged_lse = merge_partials(jnp.stack([out, q]), jnp.stack([lse, other]))
     np.testing.assert_array_equal(merged, q)
     np.testing.assert_array_equal(merged_lse, other)
@@ -377,3 +385,70 @@ def test_rows_come_back_within_half_a_code(dtype: str, spread: float, seed: int)
 
 
 _rows = jax.jit(quantize_rows, static_argnums=1)
+
+
+# ----------------------------------------------------------------------- determinism, and what else is in the batch
+
+# What makes an implementation batch invariant: blocks, splits and their order that do not follow the batch. XLA chooses
+# the form of a product by its shape, so that the reference is invariant at each batch size only.
+FIXED_ATTENTION: dict[str, Any] = {
+    "mosaic_tpu": attention_tpu.Config(block_kv=128, block_q=1),
+    "triton": attention_gpu.Config(block_kv=64, block_rows=16, splits=2),
+}
+FIXED_MATMUL: dict[str, Any] = {
+    "mosaic_tpu": matmul_tpu.Config(8, 256, 128, 128, "bfloat16"),
+    "triton": matmul_gpu.Config(block_rows=16, block_out=64, tile=32, splits=2),
+}
+
+
+def _equal(found: Any, expected: Any) -> None:
+    """To the last bit."""
+    for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_attention_is_the_same_run_after_run_and_whatever_the_neighbours_are(backend: str):
+    q, k, v = normal(3, 4, 64), normal(3, 2, 256, 64, seed=1), normal(3, 2, 256, 64, seed=2)
+    attend = _attention(backend)
+    first = attend(q, k, v, jnp.array([200, 70, 129], jnp.int32))
+    _equal(attend(q, k, v, jnp.array([200, 70, 129], jnp.int32)), first)
+    for lengths in ([200, 256, 0], [200, 1, 256]):  # blocks that only others have, and none that others need
+        found = attend(q, k, v, jnp.array(lengths, jnp.int32))
+        _equal([part[0] for part in found], [part[0] for part in first])
+    order = jnp.array([2, 0, 1])
+    found = attend(q[order], k[order], v[order], jnp.array([200, 70, 129], jnp.int32)[order])
+    _equal(found, [part[order] for part in first])
+
+
+@pytest.mark.parametrize("backend", FIXED_ATTENTION)
+def test_attention_of_fixed_blocks_is_the_same_in_any_batch(backend: str):
+    q, k, v = normal(3, 4, 64), normal(3, 2, 256, 64, seed=1), normal(3, 2, 256, 64, seed=2)
+    lengths = jnp.array([200, 70, 129], jnp.int32)
+    attend = _attention(backend, FIXED_ATTENTION[backend])
+    together = attend(q, k, v, lengths)
+    for one in (slice(0, 1), slice(2, 3)):
+        _equal(attend(q[one], k[one], v[one], lengths[one]), [part[one] for part in together])
+
+
+@pytest.mark.parametrize("backend", MATMUL)
+def test_products_are_the_same_run_after_run_and_whatever_the_other_rows_are(backend: str):
+    x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32")
+    multiply = _multiplication(backend)
+    first = multiply(x, w)
+    _equal(multiply(x, w), first)
+    _equal(multiply(x[::-1], w), first[::-1])
+    _equal(multiply(x.at[1:].set(3 * x[:-1]), w)[0], first[0])
+
+
+@pytest.mark.parametrize("backend", FIXED_MATMUL)
+def test_products_of_fixed_blocks_are_the_same_in_any_batch(backend: str):
+    x, w = normal(40, 128, seed=1, dtype=jnp.bfloat16), quantize(normal(128, 256), "int8")
+    multiply = _multiplication(backend, FIXED_MATMUL[backend])
+    _equal(multiply(x[6:7], w), multiply(x, w)[6:7])
+
+
+def test_compiling_anew_gives_the_same_bits():
+    x, w = normal(3, 128), quantize(normal(128, 48), "int4-g64-minimums")
+    once, again = (jax.jit(functools.partial(quantized_matmul, backend="xla")) for _ in range(2))
+    _equal(once(x, w), again(x, w))

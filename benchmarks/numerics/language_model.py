@@ -199,7 +199,7 @@ class LanguageModel:
         program = _program(self.checkpoint.config, run.activations)
         cache = self._cache(run.cache)
         bytes_per_token = cache.bytes_per_token
-        likelihoods, divergences, agreements = [], [], []
+        columns: tuple[list[np.ndarray], ...] = ([], [], [])
         for first in range(0, run.tokens, CHUNK):
             inputs = jnp.asarray(self.tokens[None, first : first + CHUNK])
             targets = jnp.asarray(self.tokens[first + 1 : first + CHUNK + 1])
@@ -207,9 +207,9 @@ class LanguageModel:
             if run.kind == "baseline":
                 self._baseline.append(predicted)
             found = _compare(self._baseline[first // CHUNK], predicted, targets)
-            for values, part in zip((likelihoods, divergences, agreements), found, strict=True):
+            for values, part in zip(columns, found, strict=True):
                 values.append(np.asarray(part, np.float64))
-        likelihood, divergence, agreement = map(np.concatenate, (likelihoods, divergences, agreements))
+        likelihood, divergence, agreement = map(np.concatenate, columns)
 
         def by_chunk(values: np.ndarray) -> list[np.ndarray]:
             return np.split(values, len(values) // CHUNK)
