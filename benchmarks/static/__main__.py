@@ -31,7 +31,7 @@ import jax
 from absl import app, flags
 
 from palladion.benchmarks import gpu_compiler, tpu_compiler
-from palladion.benchmarks.static import gpu_report, report, runner, workloads
+from palladion.benchmarks.static import figures, gpu_report, report, runner, workloads
 from palladion.benchmarks.static.table import Table, require_matplotlib
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
@@ -42,7 +42,7 @@ FILE = flags.DEFINE_string("file", None, "A function of your own instead of case
 CHIPS = flags.DEFINE_list("chips", list(tpu_chips()), "Generations of TPUs to compile for.")
 ARCHS = flags.DEFINE_list("archs", list(runner.architectures()), "Architectures of GPUs to compile for.")
 JSON = flags.DEFINE_string("json", None, "Also write everything that is known to this file.")
-FIGURES = flags.DEFINE_string("figures", None, "Also write the figures in short to this file, a line for each kernel.")
+FIGURES = flags.DEFINE_string("figures", None, "Also put the figures in short into this file, a line for each kernel.")
 PLOT = flags.DEFINE_string("plot", None, "Also draw a roofline of each chip: roofline.png.")
 
 SIMULATE = flags.DEFINE_bool("simulate", False, "TPUs: also ask libtpu's own simulator, which takes longer.")
@@ -110,8 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     if FIGURES.value and rows:
         compiler = instrument.compiler
         versions = {"jax": jax.__version__, compiler: importlib.metadata.version(compiler)}
-        lines = [json.dumps(entry) for entry in (versions, *table.figures(rows))]
-        Path(FIGURES.value).write_text("\n".join(lines) + "\n")
+        figures.write(Path(FIGURES.value), versions, table.figures(rows))
     if PLOT.value and rows:
         for file in table.plot(rows, Path(PLOT.value)):
             print(f"wrote {file}", file=sys.stderr)

@@ -25,7 +25,7 @@ from palladion.benchmarks.static.simulator import Simulation, SimulatorFailed, s
 from palladion.kernels.backend import Unsupported
 
 MOST_SECONDS: Final = 600.0
-"""What a workload may take."""
+"""What a workload may take where nothing else is said."""
 
 LOG: Final = "log.txt"
 MOST_LINES: Final = 12
@@ -93,9 +93,13 @@ class Examiner:
     Example:
       with Examiner() as examiner:
           row = examiner.examine(Reference("decode_attention", "llama-3-8b"), "v6e")
+
+    Attributes:
+      most_seconds: what a workload may take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_seconds: float = MOST_SECONDS) -> None:
+        self.most_seconds = most_seconds
         self._worker: _Worker | None = None
 
     def __enter__(self) -> Examiner:
@@ -107,9 +111,9 @@ class Examiner:
     def examine(self, workload: workloads.Reference, chip: str) -> Row:
         """Examines a workload."""
         self._worker = self._worker or _Worker()
-        row = self._worker.examine(workload, chip)
+        row = self._worker.examine(workload, chip, self.most_seconds)
         if row is None:
-            row = Row(workload, chip, (), self._worker.last_words())
+            row = Row(workload, chip, (), self._worker.last_words(self.most_seconds))
             self.stop()
         return row
 
@@ -134,24 +138,24 @@ class _Worker:
             start_new_session=True,  # an interrupt is for the process that started this one
         )
 
-    def examine(self, workload: workloads.Reference, chip: str) -> Row | None:
-        """The result; None where the process did not survive it."""
+    def examine(self, workload: workloads.Reference, chip: str, most_seconds: float) -> Row | None:
+        """The result; None where the process did not survive it, or was too slow."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             pickle.dump((workload, chip), self._process.stdin)
             self._process.stdin.flush()
-            if select.select([self._process.stdout], [], [], MOST_SECONDS)[0]:
+            if select.select([self._process.stdout], [], [], most_seconds)[0]:
                 row: Row = pickle.load(self._process.stdout)
                 return row
         except (EOFError, BrokenPipeError):
             self._process.wait()
         return None
 
-    def last_words(self) -> str:
+    def last_words(self, most_seconds: float) -> str:
         """What a process that ended has written, as far as it says why."""
         if self._process.poll() is None:
-            return f"took longer than {MOST_SECONDS:.0f} s"
+            return f"took longer than {most_seconds:.0f} s"
         log = Path(self._folder.name) / LOG
         words = log.read_text(errors="replace") if log.exists() else ""
         return f"the compiler ended its process: {why_it_ended(self._process.returncode, words)}"

@@ -1,0 +1,64 @@
+"""The figures that are worth keeping: a file with a line for each kernel, workload and chip, and the versions first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palladion.kernels.devices import tpu_chips
+
+Place = tuple[str, str]
+"""A workload and a chip."""
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[Place, list[dict[str, Any]]]]:
+    """The versions with which figures were taken, and the figures of each workload and chip."""
+    versions, *entries = map(json.loads, path.read_text().splitlines())
+    found: dict[Place, list[dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault((entry["workload"], entry["chip"]), []).append(entry)
+    return versions, found
+
+
+def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]]) -> None:
+    """Writes figures, as `Table.figures` has them.
+
+    What a file that is there says of other workloads and chips stays, where its versions are the same.
+    """
+    found: dict[Place, list[dict[str, Any]]] = {}
+    if path.exists():
+        before, kept = read(path)
+        found = kept if before == versions else {}
+    now = {(entry["workload"], entry["chip"]) for entry in entries}
+    found = {place: kept for place, kept in found.items() if place not in now}
+    for entry in entries:
+        found.setdefault((entry["workload"], entry["chip"]), []).append(entry)
+    ordered = [entry for place in sorted(found) for entry in found[place]]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in (versions, *ordered)))
+
+
+def markdown(path: Path, operation: str, names: Sequence[str]) -> str:
+    """A table of cases of an operation: on each chip the estimated time, and the share of the HBM's bandwidth."""
+    _, found = read(path)
+    wanted = [f"{operation}/{name}" for name in names]
+    places = [place for place in found if place[0] in wanted]
+    chips = [chip for chip in tpu_chips() if chip in {chip for _, chip in places}]
+    lines = [f"| µs, roofline | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
+    for workload in wanted:
+        cells = [_cell(found.get((workload, chip), [])) for chip in chips]
+        lines.append(f"| `{workload.removeprefix(f'{operation}/')}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(entries: Sequence[dict[str, Any]]) -> str:
+    """What is known of the kernels of a workload, taken together."""
+    if not entries or any("failure" in entry for entry in entries):
+        return "-"
+    if any(entry["microseconds"] is None for entry in entries):
+        return "UNKNOWN"
+    microseconds = sum(entry["microseconds"] for entry in entries)
+    if len(entries) > 1:
+        return f"{microseconds:.3g}"
+    return f"{microseconds:.3g}, {entries[0]['roofline']:.0%}"

@@ -1,0 +1,98 @@
+"""What the compiler made of the kernels when the figures in benchmarks/results were taken, it still makes of them.
+
+After a change that is meant, take them anew:
+
+    python -m palladion.benchmarks.static tpu --figures=benchmarks/results/static_tpu.jsonl
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import palladion.kernels
+from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static import Examiner, Reference, figures, workloads
+from palladion.benchmarks.static.report import TABLE
+from palladion.kernels.devices import tpu_chips
+
+RESULTS: Final = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu.jsonl"
+
+SLACK: Final = 1.05
+"""By how much a kernel may become slower before it is a regression."""
+
+HELD: Final = (
+    ("decode_attention", "llama-3-8b"),
+    ("decode_attention", "llama-3-8b-int8"),
+    ("decode_attention", "llama-3-8b-paged"),
+    ("append_kv", "llama-3-8b"),
+    ("quantized_matmul", "llama-3-8b-qkv-1-int8"),
+    ("quantized_matmul", "llama-3-8b-output-1-int4-g32"),
+)
+"""What is compiled again, for every generation; all figures would take a quarter of an hour."""
+
+examiner = Examiner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_for_all() -> Iterator[None]:
+    with examiner:
+        yield
+
+
+@functools.cache
+def kept() -> tuple[dict[str, str], dict[figures.Place, list[dict[str, Any]]]]:
+    return figures.read(RESULTS)
+
+
+def test_there_are_figures_of_every_case_and_chip():
+    _, found = kept()
+    assert set(found) >= {(str(case), chip) for case in workloads.select(None, None) for chip in tpu_chips()}
+
+
+@pytest.mark.parametrize("operation", workloads.operations())
+def test_the_readme_has_these_figures(operation: str):
+    readme = Path(palladion.kernels.__path__[0]) / operation / "README.md"
+    names = [case.name for case in workloads.select(None, operation)]
+    table = figures.markdown(RESULTS, operation, names)
+    assert table in readme.read_text(), table
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", tpu_chips())
+@pytest.mark.parametrize(("operation", "name"), HELD)
+def test_nothing_has_become_slower(operation: str, name: str, chip: str):
+    versions, found = kept()
+    if importlib.metadata.version("libtpu") != versions["libtpu"]:
+        pytest.skip(f"figures are of libtpu {versions['libtpu']}")
+    row = examiner.examine(Reference(operation, name), chip)
+    before = found[str(row.workload), chip]
+    now = TABLE.figures([row])
+    assert len(now) == len(before)
+    for one, old in zip(now, before, strict=True):
+        assert "failure" not in one, one
+        assert one["bytes_moved"] <= old["bytes_moved"], (one, old)
+        assert one["microseconds"] <= SLACK * old["microseconds"], (one, old)
+
+
+def test_figures_of_other_workloads_stay(tmp_path: Path):
+    path = tmp_path / "figures.jsonl"
+    one, again, other = (
+        {"workload": f"append_kv/{name}", "chip": "v6e", "kernel": name, "microseconds": time, "roofline": 0.5}
+        for name, time in (("a", 1.0), ("a", 2.0), ("b", 3.0))
+    )
+    figures.write(path, {"libtpu": "1"}, [one])
+    figures.write(path, {"libtpu": "1"}, [other])
+    figures.write(path, {"libtpu": "1"}, [again])
+    assert figures.read(path) == (
+        {"libtpu": "1"},
+        {("append_kv/a", "v6e"): [again], ("append_kv/b", "v6e"): [other]},
+    )
+    assert figures.markdown(path, "append_kv", ["b", "a"]).splitlines()[2:] == ["| `b` | 3, 50% |", "| `a` | 2, 50% |"]
+    figures.write(path, {"libtpu": "2"}, [other])
+    assert set(figures.read(path)[1]) == {("append_kv/b", "v6e")}
