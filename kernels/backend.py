@@ -51,6 +51,9 @@ class Implementation:
 class Problem(Protocol):
     """What an operation was asked for, validated and free of arrays."""
 
+    def planned(self) -> Any:
+        """The problem by which block sizes are chosen: this one, or one that is the same for every batch."""
+
     def tuning_key(self) -> TuningKey:
         """What block sizes depend on."""
 

@@ -139,8 +139,9 @@ def resolve(operation: str, row: Any, problem: Any, config: Any) -> tuple[Any, s
         return config, ""
     if config is not None:
         return config, "explicit"
-    found = tuned(operation, row, problem)
-    return found if found is not None else (row.heuristic(problem), "heuristic")
+    planned = problem.planned()
+    found = tuned(operation, row, planned)
+    return found if found is not None else (row.heuristic(planned), "heuristic")
 
 
 def tuned(operation: str, row: Any, problem: Any) -> tuple[Any, str] | None:

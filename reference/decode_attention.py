@@ -14,7 +14,7 @@ the cache has room for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends; see `palladion.decode_attention` for the contract (inputs are valid and defaults resolved here).
 
@@ -63,10 +64,24 @@ def decode_attention(
       k_scale: the shape of k without head_dim, or None.
       v_scale: the shape of v without head_dim, or None.
       layer: int32 scalar, which entry of caches with a leading `[num_layers]` is meant, or None where they have none.
+      batch_invariant: whether each sequence is attended to by itself, as if there were no other; its part of a dense
+        cache is copied for that.
 
     Returns:
       out `[batch, q_len, q_heads, head_dim]` in q's dtype, and lse `[batch, q_len, q_heads]` in float32.
     """
+    if batch_invariant:
+        return _one_by_one(
+            q,
+            {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale},
+            lengths,
+            page_table,
+            layer,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+        )
     batch, q_len, q_heads, head_dim = q.shape
     kv_heads, page_size = k.shape[-3:-1]
     group = q_heads // kv_heads
@@ -144,6 +159,34 @@ def decode_attention(
     out = jnp.moveaxis(out.reshape(batch, kv_heads, q_len, group, head_dim), 2, 1)
     lse = jnp.moveaxis(lse.reshape(batch, kv_heads, q_len, group), 2, 1)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, q_len, q_heads)
+
+
+def _one_by_one(
+    q: jax.Array,
+    cache: dict[str, jax.Array | None],
+    lengths: jax.Array,
+    page_table: jax.Array | None,
+    layer: jax.Array | None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends to one sequence after the other: arguments and results are those of `decode_attention`."""
+
+    def attend(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def of_sequence(array: jax.Array, axis: int = 0) -> jax.Array:
+            return from_bits(jax.lax.dynamic_slice_in_dim(to_bits(array), b, 1, axis), array)
+
+        axis = 0 if layer is None else 1
+        own = {
+            name: array if array is None or page_table is not None else of_sequence(array, axis)
+            for name, array in cache.items()
+        }
+        table = None if page_table is None else of_sequence(page_table)
+        arrays = {"lengths": of_sequence(lengths), "page_table": table, "layer": layer}
+        out, lse = decode_attention(of_sequence(q), **own, **arrays, **options)  # type: ignore[arg-type]
+        return out[0], lse[0]
+
+    out, lse = jax.lax.map(attend, jnp.arange(len(q), dtype=jnp.int32))
+    return out, lse
 
 
 def merge_partials(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -54,6 +54,7 @@ def quantized_matmul(
     quantize_x: str | None = None,
     layer: jax.Array | None = None,
     out_dtype: Any = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies by a quantized weight; see `palladion.quantized_matmul` for the contract (inputs are valid here).
 
@@ -66,10 +67,18 @@ def quantized_matmul(
       quantize_x: the dtype to which x is quantized first, with one scale per row, or None.
       layer: int32 scalar, which matrix of a w with a leading `[num_layers]` is meant, or None where it has none.
       out_dtype: dtype of the result; None means x's.
+      batch_invariant: whether each row is multiplied by itself, as if there were no other.
 
     Returns:
       `[..., out]`, or `[..., out / 2]` where gated.
     """
+    if batch_invariant:
+        options = {"bias": bias, "activation": activation, "gated": gated, "quantize_x": quantize_x, "layer": layer}
+        by_row = jax.lax.map(
+            lambda row: quantized_matmul(row[None], w, **options, out_dtype=out_dtype)[0],
+            x.reshape(-1, w.in_features),
+        )
+        return by_row.reshape(*x.shape[:-1], by_row.shape[-1])
     wide, x_scale = x.astype(jnp.float32), None
     if quantize_x is not None:
         codes, x_scale = quantize_rows(x, quantize_x)

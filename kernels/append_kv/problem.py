@@ -113,6 +113,10 @@ class Problem:
         """None: numbers are moved, and scaled at most."""
         return 0
 
+    def planned(self) -> Problem:
+        """The problem by which block sizes are chosen: what is moved does not depend on them."""
+        return self
+
     def tuning_key(self) -> TuningKey:
         """What block sizes depend on."""
         cache = "dense" if self.page_size is None else f"pages of {self.page_size}"

@@ -20,6 +20,7 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
         scale=problem.scale,
         sliding_window=problem.sliding_window,
         logits_soft_cap=problem.logits_soft_cap,
+        batch_invariant=problem.batch_invariant,
     )
 
 
@@ -62,6 +63,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    batch_invariant: bool = False,
     return_lse: Literal[False] = False,
     backend: str | None = None,
     config: Any = None,
@@ -82,6 +84,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    batch_invariant: bool = False,
     return_lse: Literal[True],
     backend: str | None = None,
     config: Any = None,
@@ -101,6 +104,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
     config: Any = None,
@@ -128,6 +132,9 @@ def decode_attention(
       k_scale: float32, the shape of k without head_dim: what the codes of a key are multiplied by.
       v_scale: the same for values.
       layer: where k, v and the scales have a leading `[num_layers]`, which of them to read, an int32 scalar.
+      batch_invariant: gives a sequence the same bits whatever else is in the batch, however large that is, and wherever
+        the sequence stands: block sizes, splits and their order are those for a batch of one. It costs what they fall
+        short of those for this batch; the reference goes through it one by one. A `config` must not follow the batch.
       return_lse: also returns the logarithm of each softmax's denominator, with which partial results over parts of a
         cache are merged exactly (`merge_partials`).
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
@@ -163,7 +170,13 @@ def decode_attention(
         v_scale=optional("v_scale", v_scale),
         layer=optional("layer", layer, "int32"),
     )
-    problem = Problem.of(inputs, scale=scale, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap)
+    problem = Problem.of(
+        inputs,
+        scale=scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        batch_invariant=batch_invariant,
+    )
     out, lse = dispatch(
         "decode_attention", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
     )

@@ -61,6 +61,7 @@ class Problem:
       sliding_window: tokens that a query sees, or None.
       logits_soft_cap: bound of the logits, or None.
       has_sinks: whether each head has an attention sink.
+      batch_invariant: whether a sequence's result must not depend on the batch that it is in.
     """
 
     batch: int
@@ -78,6 +79,7 @@ class Problem:
     sliding_window: int | None
     logits_soft_cap: float | None
     has_sinks: bool
+    batch_invariant: bool = False
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Problem:
         scale: float | None,
         sliding_window: int | None,
         logits_soft_cap: float | None,
+        batch_invariant: bool = False,
     ) -> Problem:
         """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
         q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer = inputs
@@ -150,6 +153,7 @@ class Problem:
             sliding_window=sliding_window,
             logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
             has_sinks=sinks is not None,
+            batch_invariant=batch_invariant,
         )
 
     @property
@@ -189,6 +193,10 @@ class Problem:
             seen = np.minimum(seen, self.sliding_window)
         return int(seen.sum()) * self.q_heads * self.head_dim * 4
 
+    def planned(self) -> Problem:
+        """The problem by which block sizes are chosen: where the batch must not matter, that of one sequence."""
+        return dataclasses.replace(self, batch=1, batch_invariant=False) if self.batch_invariant else self
+
     def tuning_key(self) -> TuningKey:
         """What block sizes depend on."""
         seen = self.max_len
@@ -207,6 +215,7 @@ class Problem:
             f"sliding_window={self.sliding_window}" if self.sliding_window is not None else "",
             f"logits_soft_cap={self.logits_soft_cap:g}" if self.logits_soft_cap is not None else "",
             "sinks" if self.has_sinks else "",
+            "batch_invariant" if self.batch_invariant else "",
         ]
         return ", ".join(
             part

@@ -26,6 +26,7 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
         quantize_x=problem.quantize_x,
         layer=inputs.layer,
         out_dtype=problem.out_dtype,
+        batch_invariant=problem.batch_invariant,
     )
 
 
@@ -63,6 +64,7 @@ def quantized_matmul(
     quantize_x: str | None = None,
     layer: jax.Array | int | None = None,
     out_dtype: Any = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
     config: Any = None,
     interpret: Any = None,
@@ -84,6 +86,9 @@ def quantized_matmul(
       layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: a loop over
         layers then copies none of them where the implementation can avoid it.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
+      batch_invariant: gives a row the same bits whatever other rows there are, however many, and wherever it stands:
+        block sizes, splits and their order are the same for all. It costs what they fall short of those for this
+        number of rows; the reference goes through x row by row. A `config` must not follow the number of rows.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
       config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
       interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
@@ -106,7 +111,14 @@ def quantized_matmul(
         None if bias is None else as_array("bias", bias),
         None if layer is None else as_array("layer", layer, "int32"),
     )
-    problem = Problem.of(inputs, activation=activation, gated=gated, quantize_x=quantize_x, out_dtype=out_dtype)
+    problem = Problem.of(
+        inputs,
+        activation=activation,
+        gated=gated,
+        quantize_x=quantize_x,
+        out_dtype=out_dtype,
+        batch_invariant=batch_invariant,
+    )
     out = dispatch(
         "quantized_matmul", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
     )

@@ -20,6 +20,10 @@ ACTIVATION_FORMATS: Final = {
 }
 """To what activations can be quantized on the fly, and the weight formats that go with it."""
 
+INVARIANT_ROWS: Final = 64
+"""For which block sizes are chosen where they must suit any number of rows: blocks of so many are multiplied in about
+the time of one row while memory is what they wait for, and still share what they read where rows are many."""
+
 
 class Inputs(NamedTuple):
     """The arrays of a call, in the shapes that every implementation takes.
@@ -54,6 +58,7 @@ class Problem:
       activation: applied to the result, or None.
       gated: whether the first half of the channels gates the second.
       quantize_x: what x is quantized to, one scale per row, or None.
+      batch_invariant: whether the result of a row must not depend on how many others there are.
     """
 
     rows: int
@@ -68,6 +73,7 @@ class Problem:
     activation: Callable[[jax.Array], jax.Array] | None
     gated: bool
     quantize_x: str | None
+    batch_invariant: bool = False
 
     @classmethod
     def of(
@@ -78,6 +84,7 @@ class Problem:
         gated: bool,
         quantize_x: str | None,
         out_dtype: Any,
+        batch_invariant: bool = False,
     ) -> Problem:
         """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
         x, w, bias, layer = inputs
@@ -112,6 +119,7 @@ class Problem:
             activation=activation,
             gated=gated,
             quantize_x=quantize_x,
+            batch_invariant=batch_invariant,
         )
 
     @property
@@ -156,6 +164,10 @@ class Problem:
         """Floating-point operations of the product, 2 for each multiply-add."""
         return 2 * self.rows * self.in_features * self.out_features
 
+    def planned(self) -> Problem:
+        """The problem by which block sizes are chosen: where other rows must not matter, one of `INVARIANT_ROWS`."""
+        return dataclasses.replace(self, rows=INVARIANT_ROWS, batch_invariant=False) if self.batch_invariant else self
+
     def tuning_key(self) -> TuningKey:
         """What block sizes depend on."""
         x = self.x_dtype if self.quantize_x is None else f"{self.x_dtype} as {self.quantize_x}"
@@ -171,6 +183,7 @@ class Problem:
             getattr(self.activation, "__name__", "activation") if self.activation else "",
             "gated" if self.gated else "",
             f"quantize_x={self.quantize_x}" if self.quantize_x else "",
+            "batch_invariant" if self.batch_invariant else "",
         ]
         shape = f"{self.rows}x{self.in_features}x{self.out_features}"
         described = [
