@@ -629,7 +629,7 @@ def test_one_page_of_help(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]):
     module = importlib.import_module(COMMANDS[name])
-    assert len(module.HELP) < 100
+    assert len(module.HELP) < 110  # a line of the page
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
@@ -708,11 +708,12 @@ def test_the_suite_keeps_to_its_time_and_says_what_became_of_each_phase(
 def test_checking_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    command = ["check", "quantized_matmul", "--cases=one-row", "--interpret", f"--json={tmp_path / 'a.jsonl'}"]
+    command = ["check", "quantized_matmul", "--cases=one-row", "--backends=triton", "--interpret"]
+    command.append(f"--json={tmp_path / 'a.jsonl'}")
     assert main(command) == 0
-    assert "1 of 1 cases checked: 2 right" in capsys.readouterr().out
+    assert "1 of 1 cases checked: 1 right" in capsys.readouterr().out
     found = results.read(tmp_path / "a.jsonl")[2]
-    assert {(one.contender, one.status) for one in found} == {("mosaic_tpu", "untimed"), ("triton", "untimed")}
+    assert [(one.contender, one.status) for one in found] == [("triton", "untimed")]
     (broken,) = (one for one in OPERATIONS["quantized_matmul"].table if one.name == "triton")
     monkeypatch.setattr(
         OPERATIONS["quantized_matmul"].package.api,
