@@ -130,9 +130,9 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
             row = dataclasses.replace(row, **chosen)
             row = judged(row, contender, lambda verdict: verdict.right)
         except Unsupported as error:
-            row = dataclasses.replace(row, status="skipped", reason=_said(error))
+            row = dataclasses.replace(row, status="skipped", reason=in_a_line(error))
         except Exception as error:  # a kernel that does not compile costs its own row
-            row = dataclasses.replace(row, reason=_said(error))
+            row = dataclasses.replace(row, reason=in_a_line(error))
         if row.status == "ok" and interpreted:
             row = dataclasses.replace(row, status="untimed", reason="interpreted, which says nothing of its speed")
         elif row.status == "ok":
@@ -155,11 +155,11 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
                 if row.status == "ok":
                     runners[peer.name] = contender.runner
         except Exception as error:  # whatever a peer raises costs its own row
-            row = dataclasses.replace(row, status="failed", reason=_said(error))
+            row = dataclasses.replace(row, status="failed", reason=in_a_line(error))
         rows[peer.name] = row
 
     def failed(runner: Runner, error: Exception) -> None:
-        rows[runner.name] = dataclasses.replace(rows[runner.name], status="failed", reason=_said(error))
+        rows[runner.name] = dataclasses.replace(rows[runner.name], status="failed", reason=in_a_line(error))
 
     if runners and plan.rounds:
         plan.before("measuring")
@@ -206,8 +206,8 @@ def _not_here(row: Implementation, problem: Any, plan: Plan) -> tuple[str | None
     return row.unsupported(problem), elsewhere or None
 
 
-def _said(error: Exception) -> str:
-    """An error in one line.
+def in_a_line(error: Exception) -> str:
+    """An error in one line, not too long.
 
     Raises:
       DeviceLostError: it is one after which nothing works any more.

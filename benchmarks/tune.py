@@ -92,6 +92,9 @@ def _tune(cases: list[tuple[Operation, Any]], arguments: argparse.Namespace, chi
                     deadline=time.perf_counter() + share,
                     most_trials=arguments.trials,
                 )
+            except bench.DeviceLostError as error:
+                bench.progress(f"{error}\nthe device does nothing any more: start again, it goes on after that")
+                return 1
             finally:
                 if isinstance(judge, Estimated):
                     judge.close()

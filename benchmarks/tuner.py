@@ -12,12 +12,13 @@ import dataclasses
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import jax
 
+from palladion.benchmarks.bench import DeviceLostError, in_a_line
 from palladion.benchmarks.models import ACTIVATIONS
 from palladion.benchmarks.operations import Operation, operation
 from palladion.benchmarks.static import Examiner, Reference
@@ -32,6 +33,10 @@ LEAST_GAIN: Final = 1.03
 """Times as fast as the heuristic's that tuned block sizes are at least."""
 
 DUEL_ROUNDS: Final = 15
+"""Samples of each in a duel."""
+
+SAMPLE_SECONDS: Final = 0.01
+"""How long a sample takes: many configs are tried."""
 
 
 class RejectedError(Exception):
@@ -80,6 +85,9 @@ def search(
       goes_on: asked before each trial; False ends the search with the best so far.
       tried: told of each new trial.
 
+    Raises:
+      DeviceLostError: a config has left the device useless for this process; `tried` was told of it.
+
     Returns:
       The best trial, or None where none was accepted; and all trials, those of `known` that were met among them.
     """
@@ -98,6 +106,10 @@ def search(
                 trials[config] = Trial(config, judge.seconds(config))
             except RejectedError as error:
                 trials[config] = Trial(config, None, str(error))
+            except DeviceLostError as error:
+                # Remembered, so that the next search passes it over.
+                tried(Trial(config, None, str(error)))
+                raise
             tried(trials[config])
         return trials[config]
 
@@ -153,7 +165,7 @@ class Measured:
         try:
             runner = JaxRunner(name, self._operation.function(self._case, **how), rest, donated=donated)
         except Exception as error:  # compilers raise what they like
-            raise RejectedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            raise RejectedError(in_a_line(error)) from error
         verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)
         if not verdict.right:
             raise RejectedError(f"wrong: {verdict.said}")
@@ -161,12 +173,18 @@ class Measured:
 
     def seconds(self, config: Any) -> float:
         """The median of a few samples."""
-        return measure([self._runner(config, "config")], rounds=5, sample_seconds=0.01)["config"].median
+        return self._measured([self._runner(config, "config")], rounds=5)["config"].median
 
     def gain(self, better: Any, start: Any) -> float:
         """In turns, more often; what lies within the noise of both is no gain."""
         runners = [self._runner(better, "better"), self._runner(start, "start")]
-        return certain_gain(**measure(runners, rounds=DUEL_ROUNDS, sample_seconds=0.01))
+        return certain_gain(**self._measured(runners, rounds=DUEL_ROUNDS))
+
+    def _measured(self, runners: Sequence[JaxRunner], rounds: int) -> dict[str, Samples]:
+        try:
+            return measure(runners, rounds=rounds, sample_seconds=SAMPLE_SECONDS)
+        except Exception as error:  # it compiles, and does not run
+            raise RejectedError(in_a_line(error)) from error
 
 
 def certain_gain(better: Samples, start: Samples) -> float:

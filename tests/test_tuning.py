@@ -16,6 +16,7 @@ import pytest
 from palladion import decode_attention, record_choices
 from palladion.benchmarks import tune, tuner
 from palladion.benchmarks.__main__ import main
+from palladion.benchmarks.bench import DeviceLostError
 from palladion.benchmarks.operations import OPERATIONS, Operation, Verdict
 from palladion.benchmarks.timing import Samples
 from palladion.benchmarks.tuner import Measured, RejectedError, Trial, certain_gain, search, winner
@@ -272,6 +273,21 @@ def test_a_search_ends_when_told_and_goes_on_where_it_was():
     assert best is not None
     assert best.config == Config(512, 8)
     assert not set(again.asked) & {trial.config for trial in seen}
+
+
+def test_a_config_that_takes_the_device_down_is_remembered():
+    def cost(config: Config) -> float:
+        if config.block == 128:
+            raise DeviceLostError("an illegal memory access was encountered")
+        return valley(config)
+
+    seen: list[Trial] = []
+    with pytest.raises(DeviceLostError):
+        search(space(Problem(4096)), Costs(cost), tried=seen.append)
+    assert seen[-1] == Trial(Config(128), None, "an illegal memory access was encountered")
+    best, _ = search(space(Problem(4096)), Costs(valley), known={trial.config: trial for trial in seen})
+    assert best is not None
+    assert best.config != Config(128)
 
 
 def test_a_lucky_sample_does_not_win():
