@@ -8,9 +8,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
+
+LINES: Final = {"/device:GPU": "Stream", "/device:TPU": "XLA Ops"}
+"""How the lines of a trace begin that hold what a device ran, by how the device's name begins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,9 @@ def device_times(function: Callable[[], Any], folder: Path | None = None) -> lis
 def _events(data: Any) -> Iterator[tuple[str, float]]:
     """What the device ran: in the streams of a GPU, or the operations of a TPU; of a CPU the trace shows too little."""
     for plane in data.planes:
-        if not plane.name.startswith(("/device:GPU", "/device:TPU")):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream") or line.name == "XLA Ops":
+        # Other lines say the same again, by program or by step.
+        wanted = next((lines for device, lines in LINES.items() if plane.name.startswith(device)), None)
+        for line in plane.lines if wanted else ():
+            if line.name.startswith(wanted):
                 for event in line.events:
                     yield re.sub(r"(\.\d+)+$", "", event.name), event.duration_ns / 1e9

@@ -763,7 +763,12 @@ def test_a_profile_adds_up_what_the_device_ran():
         named = [SimpleNamespace(name=line.replace("_", " "), events=events) for line, events in lines.items()]
         return SimpleNamespace(name=name, lines=named)
 
-    gpu = plane("/device:GPU:0", Stream_7=[event("dot.1", 5), event("dot.2.1", 7)], XLA_Modules=[event("jit", 99)])
+    gpu = plane(
+        "/device:GPU:0",
+        Stream_7=[event("dot.1", 5), event("dot.2.1", 7)],
+        XLA_Modules=[event("jit", 99)],
+        XLA_Ops=[event("dot", 99)],
+    )
     host = plane("/host:CPU", Stream_7=[event("python", 99)])
     tpu = plane("/device:TPU:0", XLA_Ops=[event("fusion", 3)])
     found = list(profile._events(SimpleNamespace(planes=[gpu, host, tpu])))
