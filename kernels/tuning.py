@@ -4,7 +4,7 @@ Tuned block sizes are data: `kernels/<operation>/tuned/<device kind>.json`, and 
 for what users have tuned themselves, which comes first. An entry was found for one problem. Others of its kind, of
 similar sizes, take it too, where their kernel can; what lies too far off is left to the heuristic.
 
-`python -m palladion.benchmarks tune` writes them.
+The benchmarks' command `tune` writes them.
 """
 
 from __future__ import annotations
