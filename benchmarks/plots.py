@@ -98,7 +98,6 @@ def scaling(points: Mapping[int, Mapping[str, float]], device: str, title: str, 
     """
     require_matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     first, second = figure.subplots(1, 2)
@@ -112,7 +111,7 @@ def scaling(points: Mapping[int, Mapping[str, float]], device: str, title: str, 
     second.set(xlabel="sequences", ylabel="tokens/s, all sequences", ylim=(0, None))
     for axes in (first, second):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xticks(batches, [str(batch) for batch in batches])
     _save(figure, path)
 
 
