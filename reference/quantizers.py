@@ -58,7 +58,7 @@ HQQ_ROUNDS: Final = 20
 
 
 class _Factors(NamedTuple):
-    """What turns codes into weights, each `[..., groups, 1, out]` float32 as it will be stored; None where there is none."""
+    """What turns codes into weights, each `[..., groups, 1, out]` float32 as it will be stored; None where missing."""
 
     scales: Any
     zeros: Any

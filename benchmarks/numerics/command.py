@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     of_sums, of_model = arguments.results / "numerics_sums.json", arguments.results / "numerics_language_model.json"
     if arguments.study in ("sums", "all"):
         study = study_sums(None if arguments.synthetic else arguments.model)
-        of_sums.write_text(json.dumps(study, indent=1) + "\n")
+        of_sums.write_text(_by_lines(study))
         print(tables.of_sums(study))
     if arguments.study in ("model", "all"):
         print(tables.MODEL_HEADING)
@@ -57,6 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
         if not (of_sums.exists() or of_model.exists()):
             raise ValueError(f"--results: {arguments.results} has no results; run 'numerics sums' or 'numerics model'")
     return 0
+
+
+def _by_lines(study: dict[str, list[Any]]) -> str:
+    """JSON with a line for each record."""
+    parts = []
+    for name, records in study.items():
+        lines = ",\n".join(map(json.dumps, records))
+        parts.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def study_sums(model: str | None) -> dict[str, Any]:

@@ -258,7 +258,7 @@ def _program(config: Any, activations: str) -> Callable[..., Any]:
     whole = activations in ("float32", "bfloat16")
 
     def run(parameters: Parameters, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> Any:
-        logits, cache = forward(
+        logits, updated = forward(
             parameters,
             config,
             tokens,
@@ -269,7 +269,7 @@ def _program(config: Any, activations: str) -> Callable[..., Any]:
             backend="xla",
             adapt=None if whole else quantized,
         )
-        return jax.nn.log_softmax(logits[0]), cache
+        return jax.nn.log_softmax(logits[0]), updated
 
     return jax.jit(run, donate_argnums=3)
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -123,7 +124,7 @@ class Quantized:
         """Quantizes by the absolute maximum of each vector, or of each block."""
         x = x if block is None else padded(x, block)
         blocks = x.reshape(len(x), 1 if block is None else -1, x.shape[1] if block is None else block)
-        codes, scales = quantize_rows(jnp.asarray(blocks), dtype)
+        codes, scales = _quantize_rows(jnp.asarray(blocks), dtype)
         return cls(np.asarray(codes).astype(np.float32), np.asarray(scales))
 
     def sum(self) -> Array:
@@ -135,6 +136,9 @@ class Quantized:
         """Products of codes are added up exactly; scaled sums of blocks in float32."""
         sums = (self.codes.astype(np.float64) * other.codes).sum(axis=2).astype(np.float32)
         return sequential(sums * (self.scales * other.scales), "float32")
+
+
+_quantize_rows = jax.jit(quantize_rows, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
