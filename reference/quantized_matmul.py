@@ -73,7 +73,7 @@ def quantized_matmul(
       `[..., out]`, or `[..., out / 2]` where gated.
     """
     if batch_invariant:
-        options = {"bias": bias, "activation": activation, "gated": gated, "quantize_x": quantize_x, "layer": layer}
+        options: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "quantize_x": quantize_x, "layer": layer}
         by_row = jax.lax.map(
             lambda row: quantized_matmul(row[None], w, **options, out_dtype=out_dtype)[0],
             x.reshape(-1, w.in_features),

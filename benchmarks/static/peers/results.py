@@ -10,8 +10,7 @@ from typing import Any, Final, Protocol
 
 from palladion.benchmarks.static.peers.by_name import reference
 from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
-from palladion.benchmarks.static.roofline import KernelReport
-from palladion.benchmarks.static.runner import Row
+from palladion.benchmarks.static.runner import Report, Row
 from palladion.benchmarks.static.workloads import Reference
 from palladion.kernels.devices import tpu_chips
 
@@ -111,7 +110,7 @@ def result_of(row: Row, contest: Contest, contender: Contender, setting: str) ->
     )
 
 
-def _total(reports: Sequence[KernelReport], name: str) -> Any:
+def _total(reports: Sequence[Report], name: str) -> Any:
     values = [getattr(one, name) for one in reports]
     if any(value is None for value in values):
         return None
