@@ -73,11 +73,20 @@ def quantized_matmul(
       `[..., out]`, or `[..., out / 2]` where gated.
     """
     if batch_invariant:
-        options: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "quantize_x": quantize_x, "layer": layer}
-        by_row = jax.lax.map(
-            lambda row: quantized_matmul(row[None], w, **options, out_dtype=out_dtype)[0],
-            x.reshape(-1, w.in_features),
-        )
+
+        def multiply(row: jax.Array) -> jax.Array:
+            return quantized_matmul(
+                row[None],
+                w,
+                bias=bias,
+                activation=activation,
+                gated=gated,
+                quantize_x=quantize_x,
+                layer=layer,
+                out_dtype=out_dtype,
+            )[0]
+
+        by_row = jax.lax.map(multiply, x.reshape(-1, w.in_features))
         return by_row.reshape(*x.shape[:-1], by_row.shape[-1])
     wide, x_scale = x.astype(jnp.float32), None
     if quantize_x is not None:
