@@ -397,7 +397,7 @@ FIXED_ATTENTION: dict[str, Any] = {
 }
 FIXED_MATMUL: dict[str, Any] = {
     "mosaic_tpu": matmul_tpu.Config(8, 256, 128, 128, "bfloat16"),
-    "triton": matmul_gpu.Config(block_rows=16, block_out=64, tile=32, splits=2),
+    "triton": matmul_gpu.Config("tensor_core", block_rows=16, block_out=64, tile=32, splits=2),
 }
 
 
