@@ -3,8 +3,9 @@ r"""Compares two files of results: what got faster or slower beyond noise.
   python -m palladion.benchmarks compare old.jsonl new.jsonl
 
 A contender counts as slower where its median is, by more than --threshold, and even its fast samples (p20) are slower
-than the old slow ones (p80). Between files the machine may have changed: times are divided by those of memory, of the
-same minutes, unless --absolute. Exit status: 0, or 1 where one of ours is slower, wrong, or gone.
+than the slow ones (p80) were. On a machine whose memory is not always as fast, --by-memory divides times by what
+reading memory took in the same minutes: that suits what is bound by memory. Exit status: 0, or 1 where one of ours is
+slower, wrong, or gone from a workload that was measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from palladion.kernels.checks import check
 
 HELP: Final = "says what got faster or slower between two files of results"
 
-Change = Literal["faster", "slower", "same", "wrong now", "gone", "new"]
+Change = Literal["faster", "slower", "same", "wrong now", "gone", "not measured", "new"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Difference:
 
 
 def compare(
-    old: Sequence[Row], new: Sequence[Row], *, threshold: float = 0.05, absolute: bool = False
+    old: Sequence[Row], new: Sequence[Row], *, threshold: float = 0.05, by_memory: bool = False
 ) -> list[Difference]:
     """Compares rows of the same operation, workload and contender.
 
@@ -62,9 +63,10 @@ def compare(
       old: rows before.
       new: rows now.
       threshold: changes of the median by less than this share are none.
-      absolute: compares times as they are; otherwise in parts of what memory took meanwhile.
+      by_memory: compares times in parts of what reading memory took meanwhile, where both rows know it.
     """
     before, now = {row.key: row for row in old}, {row.key: row for row in new}
+    measured = {key[:2] for key in now}
     found = []
     for key in [*before, *(key for key in now if key not in before)]:
         was, is_ = before.get(key), now.get(key)
@@ -72,21 +74,22 @@ def compare(
             continue  # never was measured
         if is_ is None or (was is not None and is_.samples is None):
             wrong = is_ is not None and is_.status in ("wrong", "failed")
-            found.append(Difference(was, is_, "wrong now" if wrong else "gone"))
+            gone: Change = "gone" if key[:2] in measured else "not measured"
+            found.append(Difference(was, is_, "wrong now" if wrong else gone))
         elif was is None or was.samples is None:
             if is_.samples is not None:
                 found.append(Difference(was, is_, "new"))
         else:
-            found.append(_of_times(was, is_, threshold, absolute))
+            found.append(_of_times(was, is_, threshold, by_memory))
     return found
 
 
-def _of_times(old: Row, new: Row, threshold: float, absolute: bool) -> Difference:
+def _of_times(old: Row, new: Row, threshold: float, by_memory: bool) -> Difference:
     before, now = old.samples, new.samples
     assert before is not None
     assert now is not None
     # Time in which memory would have moved a byte.
-    units = (1.0, 1.0) if absolute or not (old.bandwidth and new.bandwidth) else (old.bandwidth, new.bandwidth)
+    units = (old.bandwidth, new.bandwidth) if by_memory and old.bandwidth and new.bandwidth else (1.0, 1.0)
     factor = before.median * units[0] / (now.median * units[1])
     if factor < 1 - threshold and now.p20 * units[1] > before.p80 * units[0]:
         return Difference(old, new, "slower", factor)
@@ -100,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", type=Path, help="a file that `run --json` has written")
     parser.add_argument("new", type=Path, help="another")
     parser.add_argument("--threshold", type=float, default=0.05, metavar="SHARE", help="changes below are none (0.05)")
-    parser.add_argument("--absolute", action="store_true", help="times as they are, not in parts of the memory's")
+    parser.add_argument("--by-memory", action="store_true", help="times in parts of what reading memory took")
     parser.add_argument("--all", action="store_true", help="also what stayed the same")
 
 
@@ -110,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     (was, _, old), (is_, _, new) = results.read(arguments.old), results.read(arguments.new)
     if was["device"] != is_["device"]:
         print(f"note: measured on {was['device']} before, on {is_['device']} now")
-    differences = compare(old, new, threshold=arguments.threshold, absolute=arguments.absolute)
+    differences = compare(old, new, threshold=arguments.threshold, by_memory=arguments.by_memory)
     shown = [one for one in differences if arguments.all or one.change != "same"]
     if shown:
         print(results.table(("workload", "contender", "change", "times as fast", "before", "now"), _lines(shown)))
