@@ -12,6 +12,12 @@ from palladion.benchmarks.numerics.tables import Record, method_name, run_length
 
 DOTS_PER_INCH: Final = 90
 
+FRONT: Final = "tab:red"
+"""The colour of what nothing beats."""
+
+MANY_BITS: Final = 1.5
+"""Times the bytes of the smallest: what has more than 4 bits."""
+
 SHOWN: Final = {
     "float32 + float32, one after the other": ("black", "-"),
     "bfloat16 + float32, one after the other": ("tab:blue", "-"),
@@ -52,7 +58,7 @@ def draw_sums(study: dict[str, Any], folder: Path) -> None:
         axis.set(title=pair, xlabel="length", yscale="log")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("rms error / (|x| |w|)")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=6.5, loc=(0.02, 0.1))
     _save(pyplot, figure, folder / "numerics-dots.png")
 
 
@@ -66,9 +72,10 @@ def _draw_orders(pyplot: Any, records: Sequence[Record], path: Path) -> None:
         axis.plot(record["sum"] - record["exact"], row, "o", color="tab:red", markersize=4)
     axis.set_yticks(range(len(chosen)), [method_name(record) for record in chosen], fontsize=7)
     axis.set_xscale("symlog", linthresh=1e-5)
+    axis.set_xticks([-10, -1e-1, -1e-3, 0, 1e-3, 1e-1, 10])
     axis.invert_yaxis()
     axis.axvline(0, color="gray", linewidth=0.5)
-    axis.set_xlabel("error of the sum of sin(0) … sin(9999): in order (dot), in 32 random orders (strokes)")
+    axis.set_xlabel("error of the sum of sines in order (dot), in random orders (strokes)")
     axis.grid(axis="x", alpha=0.3)
     _save(pyplot, figure, path)
 
@@ -76,23 +83,31 @@ def _draw_orders(pyplot: Any, records: Sequence[Record], path: Path) -> None:
 def draw_model(runs: dict[str, Record], folder: Path) -> None:
     """numerics-model.png: quality against bytes. numerics-cache.png: what caches cost along the context."""
     pyplot = _plotting()
-    figure, axis = pyplot.subplots(figsize=(8.5, 5.5))
+    figure, (axis, narrow) = pyplot.subplots(1, 2, figsize=(10.5, 5))
     weights = [run for run in runs.values() if run["kind"] == "weights"]
     best = pareto(weights)
+    front = sorted((run for run in weights if run["name"] in best), key=lambda run: run["weight_bytes"])
     for run in weights:
-        on_front = run["name"] in best
-        axis.plot(run["weight_bytes"] / 1e6, run["kl"], "o", color="tab:red" if on_front else "tab:blue", markersize=4)
-        axis.annotate(
-            run["name"], (run["weight_bytes"] / 1e6, run["kl"]), fontsize=6, xytext=(4, 2), textcoords="offset points"
-        )
-    front = sorted((run["weight_bytes"] / 1e6, run["kl"]) for run in weights if run["name"] in best)
-    axis.step(*zip(*front, strict=True), where="post", color="tab:red", linewidth=0.7, alpha=0.6)
-    axis.set(
-        xscale="log", yscale="log", xlabel="MB of weights that a step reads", ylabel="KL from float32, nats a token"
+        axis.plot(run["weight_bytes"] / 1e6, run["kl"], "o", color=_color(run, best), markersize=4)
+    axis.step(
+        [run["weight_bytes"] / 1e6 for run in front], [run["kl"] for run in front], where="post", color=FRONT, lw=0.7
     )
-    axis.set_xticks([70, 80, 100, 140, 200, 280], ["70", "80", "100", "140", "200", "280"])
-    axis.minorticks_off()
+    for run in weights:
+        if run["weight_bytes"] > MANY_BITS * min(run["weight_bytes"] for run in weights):
+            place = (run["weight_bytes"] / 1e6, run["kl"])
+            axis.annotate(run["name"], place, fontsize=7, xytext=(-4, 3), textcoords="offset points", ha="right")
+    axis.set(yscale="log", xlabel="MB of weights that a step reads", ylabel="KL from float32, nats a token")
     axis.grid(alpha=0.3)
+
+    few = [run for run in weights if run["weight_bytes"] <= MANY_BITS * min(run["weight_bytes"] for run in weights)]
+    few.sort(key=lambda run: run["kl"])
+    for row, run in enumerate(few):
+        narrow.plot(run["kl"], row, "o", color=_color(run, best), markersize=5)
+    names = [f"{run['name']}  {run['weight_bytes'] / 1e6:.1f} MB" for run in few]
+    narrow.set_yticks(range(len(few)), names, fontsize=7)
+    narrow.invert_yaxis()
+    narrow.set(xscale="log", xlabel="KL; red: no other is both smaller and better")
+    narrow.grid(alpha=0.3)
     _save(pyplot, figure, folder / "numerics-model.png")
 
     figure, axis = pyplot.subplots(figsize=(6.5, 3.8))
@@ -104,6 +119,10 @@ def draw_model(runs: dict[str, Record], folder: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, title="cache")
     _save(pyplot, figure, folder / "numerics-cache.png")
+
+
+def _color(run: Record, best: set[str]) -> str:
+    return FRONT if run["name"] in best else "tab:blue"
 
 
 def pareto(runs: Sequence[Record]) -> set[str]:
