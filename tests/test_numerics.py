@@ -214,7 +214,9 @@ def test_mse_is_never_worse_than_absmax(scheme: str):
 
     absmax, least = error("absmax"), error("mse")
     assert (least <= absmax * (1 + 1e-5)).all()
-    assert least.sum() < absmax.sum() * (0.9 if scheme == "int4" else 1)  # the larger a group, the more outliers cost
+    # 8-bit codes are fine enough for outliers; of 4 bits there is something to gain, and more the larger a group is.
+    if scheme != "int8":
+        assert least.sum() < absmax.sum() * (0.9 if scheme == "int4" else 1)
 
 
 def test_importance_lowers_the_error_of_the_product():
