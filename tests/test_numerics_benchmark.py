@@ -7,12 +7,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from palladion import Scheme
 from palladion.benchmarks.numerics import command, figures, language_model, rounding, sums, tables
 from palladion.benchmarks.numerics.rounding import Method
+from palladion.model.config import ModelConfig
+from palladion.model.parameters import Layer, Parameters
+from palladion.model.transformer import empty_cache, forward
 
 
 @pytest.mark.parametrize(
@@ -174,3 +179,43 @@ def test_the_command_says_what_is_missing(tmp_path: Path):
     given = parser.parse_args(["figures", "--results", str(tmp_path), "--figures", str(tmp_path / "drawn")])
     with pytest.raises(ValueError, match="has no results; run 'numerics sums'"):
         command.run(given)
+
+
+def test_adapt_sees_and_replaces_what_every_weight_is_multiplied_by():
+    config = ModelConfig(64, 32, 64, num_layers=2, q_heads=2, kv_heads=1, head_dim=16, max_positions=32)
+    generator = np.random.default_rng(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return jnp.asarray(generator.standard_normal(shape), jnp.float32)
+
+    layers = tuple(
+        Layer(
+            attention_norm=jnp.ones(32),
+            qkv=weight(32, 64),
+            qkv_bias=None,
+            output=weight(32, 32),
+            mlp_norm=jnp.ones(32),
+            gate_up=weight(32, 128),
+            down=weight(64, 32),
+        )
+        for _ in range(2)
+    )
+    parameters = Parameters(
+        embedding=None, layers=layers, final_norm=jnp.ones(32), head=weight(32, 64), inverse_frequencies=jnp.ones(8)
+    )
+    seen: list[tuple[int, int]] = []
+
+    def run(factor: float) -> jax.Array:
+        def adapt(x: jax.Array, w: Any) -> jax.Array:
+            seen.append((id(w), x.shape[-1]))
+            return x * factor if w is parameters.head else x
+
+        cache = empty_cache(parameters, config, 1, 8, jnp.float32)
+        tokens, lengths = jnp.array([[3, 1, 2]], jnp.int32), jnp.array([3], jnp.int32)
+        return forward(parameters, config, tokens, lengths, cache, adapt=adapt)[0]
+
+    once = run(1.0)
+    expected = [id(part) for layer in layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    assert [number for number, _ in seen] == [*expected, id(parameters.head)]
+    assert [width for _, width in seen] == [32, 32, 32, 64] * 2 + [32]
+    np.testing.assert_array_equal(run(2.0), 2 * once)
