@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.checks import check
-from palladion.kernels.compat import fresh_kernel
+from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.quantized_matmul import gpu_matrix, gpu_vector
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
@@ -53,14 +53,6 @@ PROGRAMS: Final = {"vector": 4, "tensor_core": 2}
 """Programs of a multiprocessor that together keep enough bytes on their way: 64 KiB or more (README.md)."""
 
 MAX_STAGES: Final = 4
-
-
-def offsets_wrap(codes: int) -> bool:
-    """Whether Pallas reaches some of that many one-byte codes by a wrong address.
-
-    It counts in 32 bits up to 4 GiB, and Triton takes those as signed: from 2 GiB on they point before the array.
-    """
-    return 2**31 < codes <= 2**32
 
 
 @dataclasses.dataclass(frozen=True)
