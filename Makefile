@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Both set up everything they need under .venv.
 PYTHON ?= python3
 VENV ?= .venv
+# Of the tests, each with files of its own; one takes up to 6 GB of memory.
+WORKERS ?= 2
 FOLDERS := kernels reference model benchmarks tests
 
 .PHONY: demo test
@@ -13,7 +15,7 @@ test: $(VENV)/dev
 	$(VENV)/bin/ruff check $(FOLDERS)
 	$(VENV)/bin/ruff format --check $(FOLDERS)
 	$(VENV)/bin/mypy
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Where Python comes without ensurepip, the pip that is there installs one.
 $(VENV)/bin/pip:

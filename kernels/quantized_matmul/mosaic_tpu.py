@@ -134,8 +134,8 @@ def _scale_weights(problem: Problem, depth: int) -> bool:
     group = problem.scheme.group_size
     if group is None or group % PACK_BLOCK:
         return False
-    if not is_narrow(problem):
-        return problem.rows > group  # float32 weights are multiplied in six passes
+    if not is_narrow(problem) or "bfloat16" not in widenings(problem.scheme):
+        return problem.rows > group  # weights in float32 are multiplied in six passes
     return problem.rows * max(1, depth // group) >= MANY_STACKED_ROWS
 
 
