@@ -39,10 +39,17 @@ def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in (versions, *ordered)))
 
 
-def markdown(path: Path, operation: str, names: Sequence[str]) -> str:
+def names(path: Path, operation: str) -> list[str]:
+    """The cases of an operation of which a file has figures."""
+    _, found = read(path)
+    kept = dict.fromkeys(workload for workload, _ in found)
+    return [workload.removeprefix(f"{operation}/") for workload in kept if workload.startswith(f"{operation}/")]
+
+
+def markdown(path: Path, operation: str, cases: Sequence[str]) -> str:
     """A table of cases of an operation: on each chip the estimated time, and the share of the HBM's bandwidth."""
     _, found = read(path)
-    wanted = [f"{operation}/{name}" for name in names]
+    wanted = [f"{operation}/{name}" for name in cases]
     places = [place for place in found if place[0] in wanted]
     chips = [chip for chip in tpu_chips() if chip in {chip for _, chip in places}]
     lines = [f"| µs, roofline | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
@@ -59,6 +66,5 @@ def _cell(entries: Sequence[dict[str, Any]]) -> str:
     if any(entry["microseconds"] is None for entry in entries):
         return "UNKNOWN"
     microseconds = sum(entry["microseconds"] for entry in entries)
-    if len(entries) > 1:
-        return f"{microseconds:.3g}"
-    return f"{microseconds:.3g}, {entries[0]['roofline']:.0%}"
+    time = f"{microseconds:.3g}" if microseconds < 1000 else f"{microseconds:,.0f}"
+    return time if len(entries) > 1 else f"{time}, {entries[0]['roofline']:.0%}"
