@@ -29,6 +29,8 @@ SLACK: Final = 1.05
 HELD: Final = (
     ("decode_attention", "llama-3-8b"),
     ("decode_attention", "llama-3-8b-int8"),
+    ("decode_attention", "32x8x64-int8-8x4096"),
+    ("decode_attention", "32x8x256-int8-8x4096"),
     ("decode_attention", "llama-3-8b-paged"),
     ("append_kv", "llama-3-8b"),
     ("quantized_matmul", "llama-3-8b-qkv-1-int8"),

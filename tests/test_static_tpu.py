@@ -405,6 +405,7 @@ class TestWorkloads:
         assert Reference("decode_attention", "llama-3-8b") in everything
         assert {one.operation for one in everything} == set(workloads.operations())
         assert {one.operation for one in workloads.select(None, "quantized_matmul")} == {"quantized_matmul"}
+        assert workloads.select(["gqa", "gqa*"], None) == workloads.select(["gqa*"], None)
 
     def test_scalars_of_a_case_are_known(self):
         made = workloads.load(Reference("decode_attention", "paged-layers"))

@@ -89,7 +89,7 @@ def select(names: Sequence[str] | None, operation: str | None) -> list[Reference
         listed = "\n".join(f"  {one}: {', '.join(named_cases(one))}" for one in chosen)
         check(bool(meant), "--cases", pattern, f"patterns, or names of\n{listed}")
         found += meant
-    return found
+    return list(dict.fromkeys(found))
 
 
 def load(reference: Reference, platform: str = "tpu") -> Workload:

@@ -303,7 +303,7 @@ def decode_attention(
     pieces = QUERY_PIECES if config.operands == "integers" else 1
     if config.operands == "words":
         at_once = config.pack if config.one_by_one else members * heads
-        rings.append(pltpu.VMEM((at_once, slab[0] // 2, slab[1]), jnp.int32))
+        rings.append(pltpu.VMEM((slab[1] // LANES, at_once, slab[0] // 2, LANES), jnp.int32))
     out, lse = pl.pallas_call(
         fresh_kernel(kernel, problem=p, sight=sight, view=view),
         grid_spec=pltpu.PrefetchScalarGridSpec(

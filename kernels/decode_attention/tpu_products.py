@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.devices import Chip
+from palladion.kernels.tpu_layout import LANES
 
 REBIASED: Final = "float8_e4m3b11fnuz"
 
@@ -96,18 +97,22 @@ def from_words(x: jax.Array, room: Any) -> jax.Array:
 
     Args:
       x: the numbers; four of them along n are a word.
-      room: int32 memory `[heads, n / 2, m]`: of one word in two made of each, the first ones belong to the even rows.
+      room: int32 memory `[m / 128, heads, n / 2, 128]`, for rows with strides in between need 128 lanes: of one word in
+        two made of each, the first ones belong to the even rows.
     """
-    words = pltpu.bitcast(x, jnp.int32)
     highest = jnp.int32(-(2**24))
-    taken = (words << 24, (words << 16) & highest, (words << 8) & highest, words & highest)
-    first, second, third, fourth = (
-        jax.lax.bitcast_convert_type(number.astype(jnp.float32), jnp.int32) for number in taken
-    )
-    rows = words.shape[1]
-    room[:, pl.ds(0, rows, stride=2)] = jax.lax.shift_right_logical(first, 16) | second
-    room[:, pl.ds(1, rows, stride=2)] = jax.lax.shift_right_logical(third, 16) | fourth
-    return pltpu.bitcast(room[...], jnp.bfloat16)
+    found = []
+    for column in range(room.shape[0]):
+        words = pltpu.bitcast(x[..., column * LANES : (column + 1) * LANES], jnp.int32)
+        taken = (words << 24, (words << 16) & highest, (words << 8) & highest, words & highest)
+        first, second, third, fourth = (
+            jax.lax.bitcast_convert_type(number.astype(jnp.float32), jnp.int32) for number in taken
+        )
+        rows, of_column = words.shape[1], room.at[column]
+        of_column[:, pl.ds(0, rows, stride=2)] = jax.lax.shift_right_logical(first, 16) | second
+        of_column[:, pl.ds(1, rows, stride=2)] = jax.lax.shift_right_logical(third, 16) | fourth
+        found.append(pltpu.bitcast(of_column[...], jnp.bfloat16))
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=2)
 
 
 def split(x: jax.Array, bound: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
