@@ -248,7 +248,7 @@ def candidate():
 
 def candidate_workload(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
     """What `Estimated` has written down, as `palladion.benchmarks.static` takes a function from a file."""
-    from palladion.benchmarks.static.workloads import _with_scalars
+    from palladion.benchmarks.static.workloads import with_scalars
 
     given = json.loads(path.read_text())
     chosen = operation(given["operation"])
@@ -260,7 +260,7 @@ def candidate_workload(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...],
     def function(inputs: Any) -> Any:
         return row.run(problem, inputs, config=config, interpret=False)
 
-    workload = Workload(function, (_with_scalars(case.shapes(), case),), chosen.bytes_moved(case))
+    workload = Workload(function, (with_scalars(case.shapes(), case),), chosen.bytes_moved(case))
     return workload.function, workload.arguments, workload.bytes_needed or 0
 
 

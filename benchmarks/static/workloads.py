@@ -138,10 +138,10 @@ def _from_case(reference: Reference, platform: str) -> Workload:
     lengths = getattr(case, "filled", None)
     counted = inspect.signature(problem.bytes_moved).parameters
     needed = problem.bytes_moved(lengths) if "lengths" in counted and lengths is not None else problem.bytes_moved()
-    return Workload(function, (_with_scalars(case.shapes(), case),), needed)
+    return Workload(function, (with_scalars(case.shapes(), case),), needed)
 
 
-def _with_scalars(shapes: Any, case: Any) -> Any:
+def with_scalars(shapes: Any, case: Any) -> Any:
     """The arrays of a case; with values where these decide what a kernel does."""
 
     def value(path: tuple[Any, ...], array: Any) -> Any:
