@@ -291,13 +291,14 @@ def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float]
     config = loader.reader.config
     steps = config.num_layers + 2
     frequencies = jnp.array(loader.reader.inverse_frequencies())
-    embedding = None if config.tied_embedding else loader.table("embedding")
+    # Each part is waited for before it is reported: what was read for it is let go only then.
+    embedding = None if config.tied_embedding else jax.block_until_ready(loader.table("embedding"))
     report("embedding", 1 / steps)
     layers = LayerStack(config.num_layers, stack)
     for index in range(config.num_layers):
-        layers.append(loader.layer(index))
+        layers.append(jax.block_until_ready(loader.layer(index)))
         report(f"layer {index + 1} of {config.num_layers}", (index + 2) / steps)
-    head = loader.weight("embedding" if config.tied_embedding else "head")
+    head = jax.block_until_ready(loader.weight("embedding" if config.tied_embedding else "head"))
     final_norm = loader.vector("final_norm", None)
     report("output head", 1.0)
     return Parameters(

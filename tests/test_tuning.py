@@ -39,6 +39,9 @@ class Problem:
     length: int
     batch: int = 1
 
+    def planned(self) -> Problem:
+        return self
+
     def tuning_key(self) -> TuningKey:
         return TuningKey("bfloat16", {"length": self.length, "batch": self.batch})
 

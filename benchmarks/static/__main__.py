@@ -98,8 +98,8 @@ def main(arguments: Sequence[str]) -> None:
     interrupted = False
     try:
         for row in runner.run(tasks, simulated=SIMULATE.value):
-            _print(table, row, rows)
-            rows.append(row)
+            rows.append(row)  # first: whoever interrupts because of what is printed finds it there
+            _print(table, row, rows[:-1])
     except KeyboardInterrupt:
         interrupted = True
         print(f"\ninterrupted after {len(rows)} of {len(tasks)}", file=sys.stderr)

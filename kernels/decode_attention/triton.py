@@ -121,14 +121,23 @@ def heuristic(problem: Problem) -> Config:
     # Where few programs share a multiprocessor, each loads two blocks ahead; of a paged cache, one and the next page.
     resident = pl.cdiv(programs * splits, gpu.multiprocessors)
     stage_bytes = 2 * block_kv * width * jnp.dtype(p.kv_dtype).itemsize
-    deep = uses_tensor_cores(p) and resident * (2 * stage_bytes + 2 * KV_BLOCK_BYTES) <= gpu.shared_bytes
+    operands = 2 * (block_kv * width + block_rows * (width + block_kv))  # of products, on their way to tensor cores
+    deep = (
+        uses_tensor_cores(p)
+        and resident * (2 * stage_bytes + 2 * KV_BLOCK_BYTES) <= gpu.shared_bytes
+        and 2 * stage_bytes + operands <= gpu.program_shared_bytes
+    )
+    integers = gpu.compute_capability < FLOATS_FROM
+    # Pages are looked up a trip ahead; where codes of both keys and values become floats, no register is left for it.
+    paged = p.page_size is not None
+    ahead = (deep or paged) and (integers or not (paged and p.has_scales))
     return Config(
         block_kv,
         block_rows,
         splits,
         num_warps=num_warps,
-        num_stages=3 if deep or p.page_size is not None else 2,
-        integers=gpu.compute_capability < FLOATS_FROM,
+        num_stages=3 if ahead else 2,
+        integers=integers,
     )
 
 
