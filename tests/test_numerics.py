@@ -138,16 +138,16 @@ def test_quantized_matmul_keeps_bad_numbers_in_their_row_and_their_channel(backe
 
 
 @functools.cache
-def _attention(backend: str, config: Any = None) -> Any:
+def _attention(backend: str) -> Any:
     interpret = None if backend == "xla" else True
-    call = functools.partial(decode_attention, return_lse=True, backend=backend, config=config, interpret=interpret)
+    call = functools.partial(decode_attention, return_lse=True, backend=backend, interpret=interpret)
     return jax.jit(call, compiler_options=QUICKLY)
 
 
 @functools.cache
-def _multiplication(backend: str, config: Any = None) -> Any:
+def _multiplication(backend: str) -> Any:
     interpret = None if backend == "xla" else True
-    call = functools.partial(quantized_matmul, backend=backend, config=config, interpret=interpret)
+    call = functools.partial(quantized_matmul, backend=backend, interpret=interpret)
     return jax.jit(call, compiler_options=QUICKLY)
 
 
