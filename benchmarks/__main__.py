@@ -6,7 +6,7 @@ r"""Benchmarks: what a step takes, beside the bytes that it must move, the refer
 A command is a module with `HELP`, one line; `add_arguments(parser)`; and `run(arguments)`, which returns the exit
 status, and finds in `arguments.command_line` how it was called. It raises ValueError, ImportError or OSError, with a
 message that says the way out, for what the user can mend.
-Beside these, `python -m palladion.benchmarks.static tpu` says what the TPU compiler makes of the kernels.
+Beside these, `python -m palladion.benchmarks.static tpu` and `… gpu` say what the compilers make of the kernels.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def overview() -> str:
             "What a step takes, beside the bytes that it must move, the reference and the peers.\n",
             *listed,
             f"\n{PROGRAM} COMMAND --help says what a command takes.",
-            f"{PROGRAM}.static tpu says what the TPU compiler makes of the kernels.",
+            f"{PROGRAM}.static tpu, and gpu, say what the compilers make of the kernels, without a chip.",
         )
     )
 

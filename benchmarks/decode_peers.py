@@ -1,6 +1,6 @@
 r"""Decodes one sequence with Palladion, llama.cpp and transformers in turns, and compares their tokens per second.
 
-  python -m palladion.benchmarks decode_peers --rounds=8 --tokens=96
+  python -m palladion.benchmarks decode_peers --rounds=8 --tokens=96 --json=decode.json
 
 All read the same GGUF file; transformers, which has no 4-bit weights on a CPU, decodes it to float32 and to bfloat16.
 Turns are short and repeated: a machine that is slow for a minute is slow for all. The ratio of each round counts, not
@@ -18,18 +18,19 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import machine
+from palladion.benchmarks import bench, machine, results
 from palladion.benchmarks.bench import progress
 from palladion.kernels.checks import check
-from palladion.kernels.devices import measured_bandwidth
 from palladion.model.checkpoint import find_model
 from palladion.model.generator import Generator
 
 HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and compares tokens/s"
+
+HEADINGS: Final = ("decoder", "tokens/s", "worst to best", "palladion is faster by")
 
 Turn = Callable[[], float]
 """Decodes once; returns tokens per second."""
@@ -105,6 +106,9 @@ def transformers(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
         yield Decoder(f"transformers {str(dtype).removeprefix('torch.')}", decoder(dtype))
 
 
+PEERS: Final = (llama_cpp, transformers)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--model", default="smollm2", help="a .gguf file, or the packaged model 'smollm2'")
@@ -112,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of a turn, after the first (96)")
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="turns of each decoder (8)")
     parser.add_argument("--quantize", metavar="SCHEME", help="our weights, instead of as the file has them")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="also write every sample to this JSON file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = (path, arguments.prompt, arguments.tokens)
     decoders = list(palladion(*given, arguments.quantize))
     decoders[0].turn()  # compiles, allocates, warms up
-    for make in (llama_cpp, transformers):
+    for make in PEERS:
         try:
             found = list(make(*given))
             for decoder in found:
@@ -143,31 +147,37 @@ def run(arguments: argparse.Namespace) -> int:
                 decoder.rates.append(rate)
     except KeyboardInterrupt:
         progress(f"interrupted after {len(decoders[0].rates)} of {arguments.rounds} rounds")
-    ours = decoders[0].rates
-    if not ours:
+    if not decoders[0].rates:
         return 1
-    print(f"{'':24s} {'tokens/s':>10s} {'best':>8s} {'worst':>8s}   palladion is faster by")
-    for decoder in decoders:
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(ours, decoder.rates, strict=True))
-        rates = (statistics.median(decoder.rates), max(decoder.rates), min(decoder.rates))
-        print(f"{decoder.name:24s} {rates[0]:10.1f} {rates[1]:8.1f} {rates[2]:8.1f}   {ratio:.2f} x")
-    print(f"memory bandwidth of this machine: {measured_bandwidth() / 1e9:.1f} GB/s")
-    if arguments.results:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(json.dumps(_record(path, decoders, arguments), indent=1) + "\n")
-    return 0
-
-
-def _record(path: Path, decoders: list[Decoder], arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "benchmark": "decode_peers",
+    record = {
         "model": path.name,
         "prompt": arguments.prompt,
         "tokens": arguments.tokens,
-        "memory_bandwidth": measured_bandwidth(),
         "provenance": machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}"),
+        "limits": dataclasses.asdict(bench.limits()),
         "tokens_per_second": {decoder.name: decoder.rates for decoder in decoders},
     }
+    headings, lines = table_of(record)
+    print(results.table(headings, lines))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Headings and lines of the table of a record that this command has written; ours is its first decoder."""
+    rates: dict[str, list[float]] = record["tokens_per_second"]
+    ours = next(iter(rates.values()))
+    return HEADINGS, [
+        (
+            name,
+            f"{statistics.median(of):.1f}",
+            f"{min(of):.1f} to {max(of):.1f}",
+            f"{statistics.median(mine / theirs for mine, theirs in zip(ours, of, strict=True)):.2f} x",
+        )
+        for name, of in rates.items()
+    ]
 
 
 if __name__ == "__main__":

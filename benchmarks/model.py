@@ -250,22 +250,6 @@ def measure_point(
     )
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file was written by this command."""
-    with path.open() as file:
-        start = file.readline()
-    try:
-        return "points" in json.loads(start)
-    except ValueError:
-        return False
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What this command has written."""
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
-
-
 def _points(record: dict[str, Any]) -> list[Point]:
     given: list[dict[str, Any]] = [
         {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()} for entry in record["points"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -112,6 +113,37 @@ def scaling(points: Mapping[int, Mapping[str, float]], device: str, title: str, 
     for axes in (first, second):
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
+    _save(figure, path)
+
+
+def decoders(rates: Mapping[str, Sequence[float]], device: str, title: str, path: Path) -> None:
+    """Draws the median tokens a second of each decoder; thin lines: its worst and its best turn.
+
+    Args:
+      rates: by decoder, of every turn; ours is the first.
+      device: where that was measured.
+      title: what was decoded.
+      path: of the picture.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rates)), layout="constrained")
+    axes = figure.subplots()
+    medians = [statistics.median(of) for of in rates.values()]
+    errors = (
+        [median - min(of) for median, of in zip(medians, rates.values(), strict=True)],
+        [max(of) - median for median, of in zip(medians, rates.values(), strict=True)],
+    )
+    colors = [COLORS["reference"], *[COLORS["peer"]] * (len(rates) - 1)]
+    axes.barh(range(len(rates)), medians, xerr=errors, color=colors, height=0.6, ecolor="#555555")
+    axes.set_yticks(range(len(rates)), list(rates), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s")
+    axes.set_title(f"{title}, {device}", fontsize=9)
     _save(figure, path)
 
 

@@ -2,18 +2,17 @@ r"""Makes a page of results: tables, pictures, and where they come from.
 
   python -m palladion.benchmarks report benchmarks/results/cpu/*.jsonl --out=benchmarks/results/cpu/README.md
 
-Takes files that `run --json` and `model --json` have written; pictures stand beside the page.
+Takes files that `run --json`, `model --json` and `decode_peers --json` have written; pictures stand beside the page.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import model as model_command
-from palladion.benchmarks import plots, results
+from palladion.benchmarks import decode_peers, model, plots, results
 from palladion.benchmarks.results import Limits, Row
 from palladion.kernels.checks import check
 
@@ -22,7 +21,7 @@ HELP: Final = "makes a Markdown page with tables and pictures of files of result
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("files", type=Path, nargs="+", help="that `run --json` and `model --json` have written")
+    parser.add_argument("files", type=Path, nargs="+", help="that run, model and decode_peers have written")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="the page; pictures go beside it")
     parser.add_argument("--title", default="Measurements", help="of the page")
     parser.add_argument("--without-pictures", action="store_true", help="tables only: needs no matplotlib")
@@ -42,8 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _section(path: Path, arguments: argparse.Namespace) -> str:
-    if model_command.is_record(path):
-        return _model_section(path, arguments)
+    record = results.record(path)
+    for key, section in _RECORDS.items():
+        if record is not None and key in record:
+            return section(path, record, arguments)
     provenance, limits, rows = results.read(path)
     operations = list(dict.fromkeys(row.operation for row in rows))
     parts = [f"## {', '.join(operations)} ({path.name})", _origin(provenance, limits)]
@@ -59,15 +60,30 @@ def _section(path: Path, arguments: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
-def _model_section(path: Path, arguments: argparse.Namespace) -> str:
-    record = model_command.read(path)
+def _model_section(path: Path, record: dict[str, Any], arguments: argparse.Namespace) -> str:
     parts = [f"## {record['model']} ({path.name})", _origin(record["provenance"], Limits(**record["limits"]))]
     if not arguments.without_pictures:
         picture = arguments.out.parent / f"{path.stem}-scaling.png"
-        plots.scaling(model_command.points(record), record["provenance"]["device"], record["title"], picture)
+        plots.scaling(model.points(record), record["provenance"]["device"], record["title"], picture)
         parts.append(f"![scaling]({picture.name})")
-    headings, lines = model_command.table_of(record)
-    return "\n\n".join([*parts, markdown(headings, lines)])
+    return "\n\n".join([*parts, markdown(*model.table_of(record))])
+
+
+def _decoders_section(path: Path, record: dict[str, Any], arguments: argparse.Namespace) -> str:
+    title = f"{record['model']}, {record['tokens']} tokens of one sequence"
+    parts = [f"## {title} ({path.name})", _origin(record["provenance"], Limits(**record["limits"]))]
+    if not arguments.without_pictures:
+        picture = arguments.out.parent / f"{path.stem}-decoders.png"
+        plots.decoders(record["tokens_per_second"], record["provenance"]["device"], title, picture)
+        parts.append(f"![decoders]({picture.name})")
+    return "\n\n".join([*parts, markdown(*decode_peers.table_of(record))])
+
+
+_RECORDS: Final[dict[str, Callable[[Path, dict[str, Any], argparse.Namespace], str]]] = {
+    "points": _model_section,
+    "tokens_per_second": _decoders_section,
+}
+"""What makes a section of a record that has this key."""
 
 
 def _origin(provenance: dict[str, Any], limits: Limits) -> str:

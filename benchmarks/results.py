@@ -169,6 +169,15 @@ def read(path: Path) -> tuple[dict[str, Any], Limits, list[Row]]:
         raise ValueError(f"{path}: not a file of results, as `run --json` writes them ({error!r})") from error
 
 
+def record(path: Path) -> dict[str, Any] | None:
+    """The one JSON object that a file is, as `model` and `decode_peers` write it; None where it is something else."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # rows, for example
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _parsed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else math.inf if value == "infinity" else value
 

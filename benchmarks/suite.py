@@ -107,6 +107,7 @@ def _on_cpu() -> list[Phase]:
             4,
             ("model", "--scheme=int8", "--prompt=16", "--steps=32", "--minutes={minutes}", "--json={name}.json"),
         ),
+        Phase("decode", 3, ("decode_peers", "--rounds=3", "--tokens=64", "--json={name}.json")),
     ]
 
 

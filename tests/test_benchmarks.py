@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from palladion.benchmarks import (
     bench,
     check,
     compare,
+    decode_peers,
     model,
     peers,
     plan,
@@ -731,7 +732,8 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
     pages = tmp_path / "page.md"
     command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=16", f"--json={record}", "--profile"]
     assert main([*command, str(tmp_path / "profile")]) == 0
-    found = model.read(record)
+    found = results.record(record)
+    assert found is not None
     (point,) = (model.Point(**one) for one in found["points"])
     assert (point.batch, len(point.step_seconds)) == (2, 1)
     assert point.tokens_per_second == 2 / point.step_seconds[0]
@@ -752,6 +754,45 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert main(["report", str(record), str(rows), f"--out={pages}"]) == 0
         pictures = {path.name for path in tmp_path.glob("*.png")}
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
+
+
+def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rates = {"palladion gguf": iter((1.0, 6, 9, 8)), "quick": iter((1.0, 12, 3, 4))}  # the first turn warms up
+
+    def decoder(name: str) -> decode_peers.Decoder:
+        return decode_peers.Decoder(name, lambda: next(rates[name]))
+
+    def broken(*_: Any) -> Iterator[decode_peers.Decoder]:
+        yield decode_peers.Decoder("broken", lambda: 1 / 0)
+
+    def absent(*_: Any) -> Iterator[decode_peers.Decoder]:
+        raise ImportError("no module named absent")
+
+    monkeypatch.setattr(decode_peers, "find_model", lambda name: Path(name))
+    monkeypatch.setattr(decode_peers, "palladion", lambda *_: iter([decoder("palladion gguf")]))
+    monkeypatch.setattr(decode_peers, "PEERS", (broken, absent, lambda *_: iter([decoder("quick")])))
+    file = tmp_path / "decode.json"
+    assert main(["decode_peers", "--model=some.gguf", "--rounds=3", f"--json={file}"]) == 0
+    output = capsys.readouterr()
+    assert "broken: left out, it failed (ZeroDivisionError" in output.err
+    assert "absent: left out (no module named absent)" in output.err
+    record = results.record(file)
+    assert record is not None
+    assert record["tokens_per_second"] == {"palladion gguf": [6, 9, 8], "quick": [12, 3, 4]}
+    # The ratios of the rounds are 0.5, 3 and 2.
+    lines = {line[0]: line[1:] for line in decode_peers.table_of(record)[1]}
+    assert lines == {
+        "palladion gguf": ("8.0", "6.0 to 9.0", "1.00 x"),
+        "quick": ("4.0", "3.0 to 12.0", "2.00 x"),
+    }
+    page = tmp_path / "page.md"
+    assert main(["report", str(file), f"--out={page}", "--without-pictures"]) == 0
+    assert "| quick | 4.0 | 3.0 to 12.0 | 2.00 x |" in page.read_text()
+    if importlib.util.find_spec("matplotlib"):
+        assert main(["report", str(file), f"--out={page}"]) == 0
+        assert (tmp_path / "decode-decoders.png").is_file()
 
 
 def test_a_profile_adds_up_what_the_device_ran():
