@@ -2,10 +2,10 @@
 
     y = x @ dequantize(w) + bias        result = activation(y), or activation(gate) * up with y = [gate, up]
 
-The product has two forms, chosen by the number of rows of x. Many rows widen the weights and multiply, which XLA does
-well. For few rows XLA on a CPU would spend most of the time in writing wide weights to memory. So few rows stream: 32
-weights along `in` are a chain of multiply-adds over whole rows of codes, which XLA fuses with their conversion into one
-pass over the stored bytes,
+The product has two forms, chosen by the number of rows of x. Many rows widen the weights and multiply. On a CPU that
+goes by blocks of channels: a whole wide weight would be written to memory and read again, a block stays in the cache.
+For one row, or a few, even that is more work than the product. So few rows stream: 32 weights along `in` are a chain of
+multiply-adds over whole rows of codes, which XLA fuses with their conversion into one pass over the stored bytes,
 
     partial[c, o] = sum_j x[32 c + j] * code[32 c + j, o]
 
@@ -35,7 +35,11 @@ PLACE_VALUE: Final = np.repeat(np.array([1, 16], np.float32), CHUNK // 2)
 """What the codes of a chunk are worth as they lie in their bytes: low nibbles first, then the high ones."""
 
 FEW_ROWS: Final = 4
-"""Up to here streaming the weights once for each row is faster than widening them."""
+"""Up to here streaming a small weight once for each row is faster than widening it."""
+
+BLOCK_BYTES: Final = 2 * 2**20
+BLOCK_CHANNELS: Final = 128
+"""Of a block of widened weights on a CPU: what its cache holds, in multiples of so many channels, one at least."""
 
 MANY_CHUNKS: Final = 128
 """From here on XLA on a CPU breaks up a chain to which minimums are added: they are multiplied apart."""
@@ -93,14 +97,13 @@ def quantized_matmul(
         codes, x_scale = quantize_rows(x, quantize_x)
         wide = codes.astype(jnp.float32)
     rows = wide.reshape(-1, w.in_features)
-    if w.in_features % CHUNK or (w.scheme.group_size or CHUNK) % CHUNK:
-        y = _dot(rows, dequantize(_one(w, layer)))
-    elif 1 <= len(rows) <= FEW_ROWS:
+    in_chunks = w.in_features % CHUNK == 0 and (w.scheme.group_size or CHUNK) % CHUNK == 0
+    if in_chunks and 1 <= len(rows) <= _few_rows(w):
         y = jnp.stack([_stream_quantized(row, w, layer) for row in rows])
-    elif w.scheme.packed:
-        y = _multiply_packed(rows, _one(w, layer))
+    elif in_chunks and w.scheme.packed:
+        y = _by_blocks(lambda part: _multiply_packed(rows, part), w, layer)
     else:
-        y = _dot(rows, dequantize(_one(w, layer)))
+        y = _by_blocks(lambda part: _dot(rows, dequantize(part)), w, layer)
     y = y.reshape(*x.shape[:-1], w.out_features)
     if x_scale is not None:
         y = y * x_scale[..., None]
@@ -122,22 +125,58 @@ def matmul(
     rows = x.astype(jnp.float32).reshape(-1, in_features)
     if target_platform() != "cpu" and x.dtype == w.dtype != jnp.float32:
         # Products of two narrow floats are exact in float32, and matrix units add in float32: nothing need be widened.
-        y = jnp.matmul(x.reshape(-1, in_features), _one(w, layer), preferred_element_type=jnp.float32)
-    elif in_features % CHUNK == 0 and 1 <= len(rows) <= FEW_ROWS:
+        y = jnp.matmul(x.reshape(-1, in_features), _part(w, layer), preferred_element_type=jnp.float32)
+    elif w.dtype == jnp.float32:
+        y = _dot(rows, _part(w, layer))
+    elif in_features % CHUNK == 0 and 1 <= len(rows) <= _few_rows(w):
         y = jnp.stack([_stream_dense(row, w, layer) for row in rows])
     else:
-        y = _dot(rows, _one(w, layer).astype(jnp.float32))
+        y = _by_blocks(lambda part: _dot(rows, part.astype(jnp.float32)), w, layer)
     y = y.reshape(*x.shape[:-1], out_features)
     return _finish(y, bias, activation, gated, x.dtype if out_dtype is None else out_dtype)
 
 
-def _one(w: Weight, layer: jax.Array | None) -> Weight:
-    """The weight of one layer, sliced off where there are several."""
-    if layer is None:
+def _block_channels(in_features: int, out_features: int) -> int:
+    """Channels that are widened at a time: all of them, but on a CPU."""
+    if target_platform() != "cpu":
+        return out_features
+    fitting = BLOCK_BYTES // (4 * max(in_features, 1)) // BLOCK_CHANNELS * BLOCK_CHANNELS
+    return min(max(fitting, BLOCK_CHANNELS), out_features)
+
+
+def _few_rows(w: Weight) -> int:
+    """Rows up to which each of them streams the weight: fewer for a large one, which comes from memory every time."""
+    in_features, out_features = w.shape[-2:]
+    if target_platform() != "cpu" or 4 * in_features * out_features <= 4 * BLOCK_BYTES:
+        return FEW_ROWS
+    return FEW_ROWS // 2 if isinstance(w, QuantizedArray) and w.scheme.packed else 1
+
+
+def _by_blocks(multiply: Callable[[Weight], jax.Array], w: Weight, layer: jax.Array | None) -> jax.Array:
+    """What `multiply` makes of blocks of channels, `[rows, channels]` each, side by side: `[rows, out]`."""
+    out_features = w.shape[-1]
+    block = _block_channels(w.shape[-2], out_features)
+    if block == out_features:
+        return multiply(_part(w, layer))
+    whole = out_features // block * block
+    products = jax.lax.map(lambda start: multiply(_part(w, layer, start, block)), jnp.arange(0, whole, block))
+    y = jnp.moveaxis(products, 0, 1).reshape(products.shape[1], whole)  # of [blocks, rows, channels]
+    if whole == out_features:
+        return y
+    return jnp.concatenate([y, multiply(_part(w, layer, jnp.int32(whole), out_features - whole))], axis=1)
+
+
+def _part(w: Weight, layer: jax.Array | None, start: jax.Array | None = None, channels: int | None = None) -> Weight:
+    """The weight of one layer, where there are several, and of it so many channels, or all."""
+    if layer is None and start is None:
         return w
 
     def slice_off(part: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(to_bits(part), layer, 0, keepdims=False)
+        # One slice of both axes: that of a layer alone would be copied before channels are sliced off it.
+        stack = to_bits(part if layer is not None else part[None])
+        starts = (0 if layer is None else layer, 0, 0 if start is None else start)
+        sizes = (1, stack.shape[1], stack.shape[2] if channels is None else channels)
+        return jax.lax.dynamic_slice(stack, [jnp.asarray(at, jnp.int32) for at in starts], sizes)[0]
 
     return from_bits(jax.tree.map(slice_off, w), w)
 
@@ -204,7 +243,7 @@ def _multiply_packed(x: jax.Array, w: QuantizedArray) -> jax.Array:
 def _stream_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
     """x `[in]` @ w in one pass over the stored codes: `[out]`."""
     x = x.reshape(-1, CHUNK)  # [chunks, CHUNK]
-    scale, zero, minimum = _factors(_one(dataclasses.replace(w, values=w.scales), layer))
+    scale, zero, minimum = _factors(_part(dataclasses.replace(w, values=w.scales), layer))
     rows = _packed_rows(w.values, layer, w.scheme.format) if w.scheme.packed else _rows(w.values, layer)
     partial = _chain(x / PLACE_VALUE[None] if w.scheme.format == "int4" else x, rows)
     total = jnp.sum(x, axis=1, keepdims=True)  # [chunks, 1]

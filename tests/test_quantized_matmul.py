@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from scipy import special
 
-from palladion import QuantizedArray, Unsupported, quantize, quantized_matmul, record_choices
+from palladion import QuantizedArray, Unsupported, dequantize, quantize, quantized_matmul, record_choices
 from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, Reference
 from palladion.kernels.devices import tpu_chips
@@ -40,6 +41,8 @@ from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import CODE_DTYPE, Scheme, codes_of, decode_e2m1
 
+# The package's `quantized_matmul` is the function.
+reference_form = importlib.import_module("palladion.reference.quantized_matmul")
 KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
@@ -469,6 +472,41 @@ def test_the_reference_streams_narrow_weights():
         wide = 4096 * 1024 * 4
         # float8 arguments are viewed as bits first, which takes a copy as narrow as they are.
         assert temporary < wide / 3, f"{scheme}: {temporary} of {wide}"
+
+
+WIDE: dict[str, Any] = {"in_features": 2048, "out_features": 5 * 256 + 44, "dtype": "float32"}
+"""Five blocks of channels for a CPU, and a rest."""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "num_layers", "rows"),
+    [("int8", None, 2), ("int8-g32", 2, 7), ("int4-g32-minimums", 2, 3), ("float8_e4m3fn", 2, 5), ("mxfp4", None, 40)],
+)
+def test_the_reference_widens_a_wide_weight_by_blocks(scheme: str, num_layers: int | None, rows: int):
+    case = Case(name="wide", rows=rows, scheme=scheme, num_layers=num_layers, bias=True, **WIDE)
+    assert reference_form._block_channels(2048, WIDE["out_features"]) == 256
+    inputs = cases.make_inputs(case)
+    call = jax.jit(lambda given: quantized_matmul(given.x, given.w, bias=given.bias, layer=given.layer, backend="xla"))
+    exact = judge(case, inputs)
+    # A product in float32 of all of the weight, widened: what a block is must not be off by more.
+    w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
+    whole = inputs.x @ dequantize(w) + inputs.bias
+    assert_right(call(inputs), whole, exact, scheme)
+    temporary = call.lower(case.shapes()).compile().memory_analysis().temp_size_in_bytes
+    viewed = inputs.w.values.size if scheme.startswith("float8") else 0  # float8 arguments are copied as bits
+    assert temporary < 1.5 * reference_form.BLOCK_BYTES + viewed
+
+
+@pytest.mark.parametrize(("num_layers", "rows"), [(None, 2), (3, 6)])
+def test_the_reference_widens_a_wide_dense_weight_by_blocks(num_layers: int | None, rows: int):
+    key_x, key_w = jax.random.split(jax.random.key(0))
+    shape = (2048, WIDE["out_features"])
+    x = jax.random.normal(key_x, (rows, 2048))
+    w = jax.random.normal(key_w, shape if num_layers is None else (num_layers, *shape), jnp.bfloat16)
+    layer = None if num_layers is None else jnp.int32(1)
+    one = (w if layer is None else w[1]).astype(jnp.float32)
+    result = jax.jit(reference_form.matmul)(x, w, layer=layer)
+    assert_right(result, x @ one, np.asarray(x, np.float64) @ np.asarray(one, np.float64))
 
 
 def test_a_layer_that_triton_cannot_reach_is_copied(monkeypatch: pytest.MonkeyPatch):
