@@ -200,7 +200,7 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
         (out / "suite.json").write_text(
             json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
         )
-    _report(out)
+    _report(out, [phase.name for phase in chosen])
     return 0 if all(entry["status"] == 0 for entry in summary) else 1
 
 
@@ -247,12 +247,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def _report(out: Path) -> None:
-    """The page of everything that was written, where there is anything."""
+def _report(out: Path, names: Sequence[str]) -> None:
+    """The page of everything that phases have written, in their order, where there is anything."""
     from palladion.benchmarks import report
 
     # A check has no times.
-    files = [path for path in sorted(out.glob("*.json*")) if path.name not in ("suite.json", "check.jsonl")]
+    files = [path for name in names if name != "check" for path in sorted(out.glob(f"{name}.json*"))]
     if not files:
         return
     parser = argparse.ArgumentParser()

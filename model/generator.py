@@ -250,15 +250,23 @@ class _Run:
         first = np.asarray(state.tokens)
         self._seconds["prefill"] = time.perf_counter() - start
         yield from self._take(first[None])
-        remaining = self._max_new_tokens - 1
-        while remaining > 0 and not self._all_finished():
-            start = time.perf_counter()
-            out, state = engine.decode(state, remaining, keys, self._sampling)
-            tokens = np.asarray(out)
-            self._seconds["decode"] += time.perf_counter() - start
-            self._steps += int((tokens >= 0).any(axis=1).sum())
-            remaining -= STEPS_PER_DISPATCH
-            yield from self._take(tokens)
+        remaining, arriving = self._max_new_tokens - 1, None
+        start = time.perf_counter()
+        while True:
+            # The next dispatch is on its way before the tokens of the last are looked at: no device waits for its host.
+            # Where they turn out to end all sequences, the next finds that itself, and does nothing.
+            ahead = None
+            if remaining > 0 and not self._all_finished():
+                ahead, state = engine.decode(state, remaining, keys, self._sampling)
+                remaining -= STEPS_PER_DISPATCH
+            if arriving is not None:
+                tokens = np.asarray(arriving)
+                self._seconds["decode"] = time.perf_counter() - start
+                self._steps += int((tokens >= 0).any(axis=1).sum())
+                yield from self._take(tokens)
+            if ahead is None:
+                break
+            arriving = ahead
         engine.release(state)
         for index, stream in enumerate(self._streams):
             if text := stream.flush():
