@@ -59,6 +59,13 @@ class KernelCall:
         return names or ("arbitrary",) * len(self.grid)
 
 
+def what_bounds(memory_seconds: float | None, compute_seconds: float | None) -> str:
+    """Whether "memory" or "compute" takes a kernel longer; "UNKNOWN" where that is not known."""
+    if memory_seconds is None or compute_seconds is None:
+        return "UNKNOWN"
+    return "memory" if memory_seconds >= compute_seconds else "compute"
+
+
 def size_in_bytes(array: Any) -> int:
     """Bytes of an array, those of narrow numbers packed."""
     return math.prod(array.shape) * item_bits(array.dtype) // 8

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from palladion.benchmarks import gpu_compiler
 from palladion.benchmarks.static import ptx
-from palladion.benchmarks.static.calls import KernelCall, kernel_calls
+from palladion.benchmarks.static.calls import KernelCall, kernel_calls, what_bounds
 from palladion.benchmarks.static.flow import Loop
 from palladion.benchmarks.static.occupancy import Occupancy, occupancy
 from palladion.benchmarks.static.opaque import Undecided
@@ -209,10 +209,8 @@ class GpuReport:
 
     @property
     def bound(self) -> str:
-        """Whether "memory" or "compute" takes longer; "UNKNOWN" where that is not known."""
-        if self.memory_seconds is None or self.compute_seconds is None:
-            return "UNKNOWN"
-        return "memory" if self.memory_seconds >= self.compute_seconds else "compute"
+        """See `what_bounds`."""
+        return what_bounds(self.memory_seconds, self.compute_seconds)
 
     @property
     def roofline(self) -> float | None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static.calls import KernelCall, kernel_calls
+from palladion.benchmarks.static.calls import KernelCall, kernel_calls, what_bounds
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.schedule import Loop, Schedule, parse_schedule, parse_vmem_report
@@ -132,10 +132,8 @@ class KernelReport:
 
     @property
     def bound(self) -> str:
-        """Whether "memory" or "compute" takes longer; "UNKNOWN" where that is not known."""
-        if self.memory_seconds is None or self.compute_seconds is None:
-            return "UNKNOWN"
-        return "memory" if self.memory_seconds >= self.compute_seconds else "compute"
+        """See `what_bounds`."""
+        return what_bounds(self.memory_seconds, self.compute_seconds)
 
     @property
     def roofline(self) -> float | None:
