@@ -16,24 +16,30 @@ from palladion.benchmarks.gpu_compiler import CompiledKernel
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention import spaces as attention_spaces
+from palladion.kernels.decode_attention import triton as attention_triton
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
+from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul import gpu_vector
+from palladion.kernels.quantized_matmul import spaces as matmul_spaces
 from palladion.kernels.quantized_matmul import triton as matmul_triton
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 
 pytestmark = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
 
+QKV: dict[str, Any] = {"in_features": 4096, "out_features": 6144}
+
 Compilable = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def attention(case: AttentionCase) -> Compilable:
-    options = case.options | {"backend": "pallas", "return_lse": True}
+def attention(case: AttentionCase, **options: Any) -> Compilable:
+    options = case.options | {"backend": "pallas", "return_lse": True} | options
     return lambda inputs: decode_attention(**inputs._asdict(), **options), (case.shapes(),)
 
 
-def matmul(case: MatmulCase) -> Compilable:
-    options = case.options | {"backend": "pallas"}
+def matmul(case: MatmulCase, **options: Any) -> Compilable:
+    options = case.options | {"backend": "pallas"} | options
 
     def call(inputs: Any) -> Any:
         return quantized_matmul(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer, **options)
@@ -138,6 +144,37 @@ def test_caches_beyond_4_gib():
     assert_streams(kernel)
 
 
+def test_what_a_tuner_leaves_out_has_no_room():
+    """The shared memory that block sizes are known to take is what the compiler gives them, but for a little."""
+    case = {case.name: case for case in attention_cases.MODELS}["llama-3-8b-layers"]
+    with gpu_compiler.tracing_for(90):
+        space, most = attention_spaces.triton(case.problem()), gpu_to_plan_for().program_shared_bytes
+    assert space.start in space
+    for block_kv, num_stages, there in ((128, 4, True), (128, 5, False), (256, 3, False)):
+        config = dataclasses.replace(space.start, block_kv=block_kv, num_stages=num_stages)
+        known = (num_stages - 1) * attention_triton.block_bytes(case.problem(), block_kv)
+        assert (config in space) == there == (known <= most)
+        function, arguments = attention(case, config=config)
+        kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)
+        assert known <= kernel.shared <= known + 16 * 1024
+    product = MatmulCase(name="", rows=16, scheme="int8", **QKV)
+    with gpu_compiler.tracing_for(90):
+        space = matmul_spaces.triton(product.problem())
+        vector = matmul_spaces.triton(dataclasses.replace(product, rows=1).problem())
+    assert space.start in space
+    for num_stages, there in ((4, True), (5, False)):
+        config = dataclasses.replace(space.start, block_out=256, tile=256, num_stages=num_stages)
+        known = (num_stages - 1) * matmul_triton.tile_bytes(product.problem(), config)
+        assert (config in space) == there == (known <= most)
+        function, arguments = matmul(product, config=config)
+        kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)
+        assert known <= kernel.shared <= known + 16 * 1024
+    # What the vector form does not read is not varied.
+    assert {(config.tile, config.num_stages) for config in vector.neighbours(vector.start)} == {
+        (vector.start.tile, vector.start.num_stages)
+    }
+
+
 def test_half_precision_is_multiplied_by_tensor_cores():
     for name in ("decode_attention-llama-3-8b-layers", "quantized_matmul-llama-3-8b-qkv-16-int4-g128-zeros"):
         function, arguments = OPERATIONS[name]()
@@ -154,8 +191,6 @@ def test_offsets_fit_into_32_bits():
         (kernel,) = gpu_compiler.lower_for_gpu(function, *arguments)
         assert (passed_on * 4096 * 28672, "i8") in kernel.operands
 
-
-QKV: dict[str, Any] = {"in_features": 4096, "out_features": 6144}
 
 HOT_LOOPS = {
     # name: case, architecture, most instructions for each byte of codes, what multiplies

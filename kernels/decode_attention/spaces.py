@@ -7,6 +7,7 @@ from typing import Final
 from palladion.kernels.decode_attention import mosaic_tpu as tpu_kernel
 from palladion.kernels.decode_attention import triton as gpu_kernel
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.tpu_layout import LANES
 from palladion.kernels.tuning import Space
 
@@ -33,9 +34,13 @@ def mosaic_tpu(problem: Problem) -> Space:
 
 
 def triton(problem: Problem) -> Space:
-    """Blocks of tokens, splits of the cache, and how a program is run."""
-    start = gpu_kernel.heuristic(problem)
+    """Blocks of tokens, splits of the cache, how much is loaded ahead, and how a program is run."""
+    start, most = gpu_kernel.heuristic(problem), gpu_to_plan_for().program_shared_bytes
     blocks = -(-problem.max_len // start.block_kv)
+
+    def fits(config: gpu_kernel.Config) -> bool:
+        return (config.num_stages - 1) * gpu_kernel.block_bytes(problem, config.block_kv) <= most
+
     return Space(
         start,
         {
@@ -44,4 +49,5 @@ def triton(problem: Problem) -> Space:
             "num_warps": (2, 4, 8),
             "num_stages": (1, 2, 3, 4, 5),
         },
+        fits,
     )

@@ -101,6 +101,12 @@ class Config:
         check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
 
 
+def block_bytes(problem: Problem, block_kv: int) -> int:
+    """Shared memory that a block of keys and its values take on their way."""
+    width = sum(part.width for part in parts_of(problem.head_dim))
+    return 2 * block_kv * width * jnp.dtype(problem.kv_dtype).itemsize
+
+
 def heuristic(problem: Problem) -> Config:
     """Blocks that fit into registers and shared memory, and splits that keep every multiprocessor busy to the end."""
     p, gpu = problem, gpu_to_plan_for()
@@ -120,7 +126,7 @@ def heuristic(problem: Problem) -> Config:
     splits = splits_of(p, programs, block_kv, gpu)
     # Where few programs share a multiprocessor, each loads two blocks ahead; of a paged cache, one and the next page.
     resident = pl.cdiv(programs * splits, gpu.multiprocessors)
-    stage_bytes = 2 * block_kv * width * jnp.dtype(p.kv_dtype).itemsize
+    stage_bytes = block_bytes(p, block_kv)
     operands = 2 * (block_kv * width + block_rows * (width + block_kv))  # of products, on their way to tensor cores
     deep = (
         uses_tensor_cores(p)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.quantized_matmul import mosaic_tpu as tpu_kernel
 from palladion.kernels.quantized_matmul import triton as gpu_kernel
 from palladion.kernels.quantized_matmul.problem import Problem
@@ -19,16 +22,18 @@ def mosaic_tpu(problem: Problem) -> Space:
 
 
 def triton(problem: Problem) -> Space:
-    """Channels and depth of a block, splits along `in`, and how a program is run."""
-    start = gpu_kernel.heuristic(problem)
+    """Channels of a block and splits along `in`; its depth, how much is loaded ahead, and how a program is run."""
+    start, most = gpu_kernel.heuristic(problem), gpu_to_plan_for().program_shared_bytes
     tiles = -(-problem.in_features // start.tile)
-    return Space(
-        start,
-        {
-            "splits": [1 << n for n in range(7) if 1 << n <= tiles],
-            "block_out": (16, 32, 64, 128, 256),
-            "tile": (32, 64, 128, 256),
-            "num_warps": (2, 4, 8),
-            "num_stages": (1, 2, 3, 4, 5),
-        },
-    )
+    axes: dict[str, Sequence[int]] = {
+        "splits": [1 << n for n in range(7) if 1 << n <= tiles],
+        "block_out": (16, 32, 64, 128, 256),
+        "num_warps": (2, 4, 8),
+    }
+    if start.form == "vector":  # which has tiles of its own, in registers
+        return Space(start, axes)
+
+    def fits(config: gpu_kernel.Config) -> bool:
+        return (config.num_stages - 1) * gpu_kernel.tile_bytes(problem, config) <= most
+
+    return Space(start, axes | {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}, fits)

@@ -119,11 +119,16 @@ def heuristic(problem: Problem) -> Config:
 
 def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
     """Tiles in flight: as many as `MAX_STAGES`, and as leave shared memory for a second program."""
+    room = min(gpu.shared_bytes // 2, gpu.program_shared_bytes) * 3 // 4
+    return min(max(room // tile_bytes(problem, config), 2), MAX_STAGES)
+
+
+def tile_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory that a tile of the tensor-core form takes on its way: codes, and the rows of x that they meet."""
     p = problem
     x = config.block_rows * jnp.dtype(gpu_matrix.operand(p) if p.x_dtype != "float32" else "float32").itemsize
     codes = config.block_out * p.parts // (2 if p.scheme.packed else 1)
-    room = min(gpu.shared_bytes // 2, gpu.program_shared_bytes) * 3 // 4
-    return min(max(room // (config.tile * (x + codes)), 2), MAX_STAGES)
+    return config.tile * (x + codes)
 
 
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
