@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
+from palladion.benchmarks import machine
+
 COMMANDS: Final[dict[str, str]] = {
     "suite": "palladion.benchmarks.suite",
     "check": "palladion.benchmarks.check",
@@ -101,4 +103,5 @@ def _load(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
+    machine.end_as_interrupted()
     sys.exit(main())

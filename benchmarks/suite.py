@@ -238,7 +238,7 @@ def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupts a command, which keeps what it has, and ends it if it does not."""
-    for number, wait in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+    for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         if process.poll() is None:
             os.killpg(process.pid, number)
             try:

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -525,7 +524,7 @@ class TestCommand:
             assert process.stdout is not None
             for text in process.stdout:
                 if text.lstrip().startswith("v6e"):
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()  # a process in the background may have been told to ignore SIGINT
                     break
             _, said = process.communicate(timeout=60)
         assert process.returncode == 130

@@ -30,7 +30,7 @@ from typing import Final
 import jax
 from absl import app, flags
 
-from palladion.benchmarks import gpu_compiler, tpu_compiler
+from palladion.benchmarks import gpu_compiler, machine, tpu_compiler
 from palladion.benchmarks.static import figures, gpu_report, report, runner, workloads
 from palladion.benchmarks.static.table import Table, require_matplotlib
 from palladion.kernels.checks import check
@@ -160,4 +160,5 @@ def _fail(message: str) -> None:
 
 
 if __name__ == "__main__":
+    machine.end_as_interrupted()
     app.run(main)
