@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_interpreter
+from compiling import QUICKLY, options_for
 
 from palladion import KVCache, Unsupported, append_kv, quantize_kv
 from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases, mosaic_tpu, triton
@@ -30,9 +31,6 @@ REFUSED = {"mosaic_tpu": {"float16", "odd-cache"}, "triton": set()}
 
 every_row = pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
 
-# What is compiled runs once or twice.
-QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
-
 
 def eager(row: Implementation, **options: Any) -> Any:
     """append_kv by one implementation, on any platform."""
@@ -42,7 +40,7 @@ def eager(row: Implementation, **options: Any) -> Any:
 @functools.cache
 def compiled(row: Implementation, **options: Any) -> Any:
     """The same, compiled once for every shape."""
-    return jax.jit(eager(row, **options), compiler_options=QUICKLY)
+    return jax.jit(eager(row, **options), compiler_options=options_for(row.name))
 
 
 def filled(rng: np.random.Generator, cache: KVCache) -> KVCache:
@@ -120,20 +118,34 @@ def case(
         pytest.param([1, 13, 9], [3, 1, 4], id="new-tokens-left-padded"),
     ],
 )
-@pytest.mark.parametrize("how", [eager, compiled], ids=["eager", "jit"])
 @every_row
 def test_writes_what_is_new_and_nothing_else(
-    row: Implementation, how: Any, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
+    row: Implementation, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
 ):
     cache, k, v = case(paged=paged, layers=None if layer is None else 3)
     lengths, new_tokens = (None if x is None else jnp.array(x, jnp.int32) for x in (lengths, new_tokens))
     parts = expected(cache, k, v, lengths, new_tokens, layer)
-    assert_same(how(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
+    assert_same(compiled(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", [None, 1], ids=["one-layer", "stacked"])
+@every_row
+def test_outside_of_jit(row: Implementation, paged: bool, layer: int | None):
+    cache, k, v = case(paged=paged, layers=None if layer is None else 3)
+    lengths, new_tokens = jnp.array([1, 13, 9], jnp.int32), jnp.array([3, 1, 4], jnp.int32)
+    parts = expected(cache, k, v, lengths, new_tokens, layer)
+    assert_same(eager(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+@pytest.mark.parametrize(
+    ("dtype", "x"),
+    [
+        *((dtype, "float32") for dtype in ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2")),
+        *((dtype, "bfloat16") for dtype in ("float32", "bfloat16", "int8")),
+    ],
+)
 @every_row
 def test_quantizes_on_the_way_in(row: Implementation, paged: bool, dtype: str, x: str):
     if (row.name, dtype) == ("mosaic_tpu", "float16"):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_interpreter
+from compiling import options_for
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -42,8 +43,7 @@ SMALL_BLOCKS = mosaic_tpu.Config(block_kv=128, block_q=16, buffers=2)
 @functools.cache
 def compiled(backend: str, interpret: Any, **options: Any) -> Any:
     call = functools.partial(decode_attention, return_lse=True, backend=backend, interpret=interpret, **options)
-    # What is compiled runs once or twice.
-    return jax.jit(lambda inputs: call(**inputs._asdict()), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(lambda inputs: call(**inputs._asdict()), compiler_options=options_for(backend))
 
 
 def attend(inputs: Inputs, backend: str, interpret: Any = None, **options: Any) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import options_for
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from palladion import Unsupported, decode_attention
@@ -38,7 +39,7 @@ def small(**changes: Any) -> Case:
 @functools.cache
 def compiled(backend: str, **options: Any) -> Any:
     call = functools.partial(decode_attention, return_lse=True, backend=backend, interpret=backend != "xla", **options)
-    return jax.jit(lambda inputs: call(**inputs._asdict()), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(lambda inputs: call(**inputs._asdict()), compiler_options=options_for(backend))
 
 
 def assert_kernel_right(case: Case, inputs: Inputs | None = None, **options: Any) -> None:

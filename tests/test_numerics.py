@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import QUICKLY
 
 from palladion import KVCache, append_kv, decode_attention, dequantize, merge_partials, quantize, quantized_matmul
 from palladion.kernels import append_kv as append_kv_operation
@@ -24,8 +25,6 @@ SCHEMES = ["int8", "int8-g32-zeros", "int4-g32", "int4-g32-zeros", "int4-g64-min
 METHODS = [*((scheme, "absmax") for scheme in SCHEMES), ("int4-g32", "mse"), ("mxfp4", "mse"), ("int4-minimums", "hqq")]
 BAD = [np.nan, np.inf, -np.inf]
 UNIT_ROUNDOFF = 2.0**-24
-
-QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
