@@ -118,34 +118,20 @@ def case(
         pytest.param([1, 13, 9], [3, 1, 4], id="new-tokens-left-padded"),
     ],
 )
+@pytest.mark.parametrize("how", [eager, compiled], ids=["eager", "jit"])
 @every_row
 def test_writes_what_is_new_and_nothing_else(
-    row: Implementation, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
+    row: Implementation, how: Any, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
 ):
     cache, k, v = case(paged=paged, layers=None if layer is None else 3)
     lengths, new_tokens = (None if x is None else jnp.array(x, jnp.int32) for x in (lengths, new_tokens))
     parts = expected(cache, k, v, lengths, new_tokens, layer)
-    assert_same(compiled(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
+    assert_same(how(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("layer", [None, 1], ids=["one-layer", "stacked"])
-@every_row
-def test_outside_of_jit(row: Implementation, paged: bool, layer: int | None):
-    cache, k, v = case(paged=paged, layers=None if layer is None else 3)
-    lengths, new_tokens = jnp.array([1, 13, 9], jnp.int32), jnp.array([3, 1, 4], jnp.int32)
-    parts = expected(cache, k, v, lengths, new_tokens, layer)
-    assert_same(eager(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
-
-
-@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize(
-    ("dtype", "x"),
-    [
-        *((dtype, "float32") for dtype in ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2")),
-        *((dtype, "bfloat16") for dtype in ("float32", "bfloat16", "int8")),
-    ],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("x", ["float32", "bfloat16"])
 @every_row
 def test_quantizes_on_the_way_in(row: Implementation, paged: bool, dtype: str, x: str):
     if (row.name, dtype) == ("mosaic_tpu", "float16"):
