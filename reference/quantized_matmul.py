@@ -147,7 +147,8 @@ def _block_channels(in_features: int, out_features: int) -> int:
 def _few_rows(w: Weight) -> int:
     """Rows up to which each of them streams the weight: fewer for a large one, which comes from memory every time."""
     in_features, out_features = w.shape[-2:]
-    if target_platform() != "cpu" or 4 * in_features * out_features <= 4 * BLOCK_BYTES:
+    widened_bytes = 4 * in_features * out_features
+    if target_platform() != "cpu" or widened_bytes <= 4 * BLOCK_BYTES:
         return FEW_ROWS
     return FEW_ROWS // 2 if isinstance(w, QuantizedArray) and w.scheme.packed else 1
 

@@ -152,7 +152,7 @@ def test_what_a_tuner_leaves_out_has_no_room():
     assert space.start in space
     for block_kv, num_stages, there in ((128, 4, True), (128, 5, False), (256, 3, False)):
         config = dataclasses.replace(space.start, block_kv=block_kv, num_stages=num_stages)
-        known = (num_stages - 1) * attention_triton.block_bytes(case.problem(), block_kv)
+        known = attention_triton.loaded_bytes(case.problem(), config)
         assert (config in space) == there == (known <= most)
         function, arguments = attention(case, config=config)
         kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)
@@ -164,7 +164,7 @@ def test_what_a_tuner_leaves_out_has_no_room():
     assert space.start in space
     for num_stages, there in ((4, True), (5, False)):
         config = dataclasses.replace(space.start, block_out=256, tile=256, num_stages=num_stages)
-        known = (num_stages - 1) * matmul_triton.tile_bytes(product.problem(), config)
+        known = matmul_triton.loaded_bytes(product.problem(), config)
         assert (config in space) == there == (known <= most)
         function, arguments = matmul(product, config=config)
         kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)

@@ -37,10 +37,6 @@ def triton(problem: Problem) -> Space:
     """Blocks of tokens, splits of the cache, how much is loaded ahead, and how a program is run."""
     start, most = gpu_kernel.heuristic(problem), gpu_to_plan_for().program_shared_bytes
     blocks = -(-problem.max_len // start.block_kv)
-
-    def fits(config: gpu_kernel.Config) -> bool:
-        return (config.num_stages - 1) * gpu_kernel.block_bytes(problem, config.block_kv) <= most
-
     return Space(
         start,
         {
@@ -49,5 +45,5 @@ def triton(problem: Problem) -> Space:
             "num_warps": (2, 4, 8),
             "num_stages": (1, 2, 3, 4, 5),
         },
-        fits,
+        lambda config: gpu_kernel.loaded_bytes(problem, config) <= most,
     )

@@ -107,6 +107,11 @@ def block_bytes(problem: Problem, block_kv: int) -> int:
     return 2 * block_kv * width * jnp.dtype(problem.kv_dtype).itemsize
 
 
+def loaded_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory that what is loaded ahead takes, at least: a block for each stage but the one at work."""
+    return (config.num_stages - 1) * block_bytes(problem, config.block_kv)
+
+
 def heuristic(problem: Problem) -> Config:
     """Blocks that fit into registers and shared memory, and splits that keep every multiprocessor busy to the end."""
     p, gpu = problem, gpu_to_plan_for()

@@ -32,8 +32,5 @@ def triton(problem: Problem) -> Space:
     }
     if start.form == "vector":  # which has tiles of its own, in registers
         return Space(start, axes)
-
-    def fits(config: gpu_kernel.Config) -> bool:
-        return (config.num_stages - 1) * gpu_kernel.tile_bytes(problem, config) <= most
-
-    return Space(start, axes | {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}, fits)
+    axes |= {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}
+    return Space(start, axes, lambda config: gpu_kernel.loaded_bytes(problem, config) <= most)

@@ -131,6 +131,11 @@ def tile_bytes(problem: Problem, config: Config) -> int:
     return config.tile * (x + codes)
 
 
+def loaded_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory that what is loaded ahead takes, at least: a tile for each stage but the one at work."""
+    return (config.num_stages - 1) * tile_bytes(problem, config)
+
+
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     """Shares of `in`: the fewest that give every multiprocessor its programs, none of them empty.
 
