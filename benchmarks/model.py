@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     # One after the other would hold all caches at a time.
     parameters = random_parameters(shape, arguments.scheme, dtype=dtype)
     options = EngineOptions(
-        max_len=arguments.prompt + round_up(arguments.steps, STEPS_PER_DISPATCH) + 3 * STEPS_PER_DISPATCH,
+        max_len=arguments.prompt + round_up(arguments.steps, STEPS_PER_DISPATCH) + 2 * STEPS_PER_DISPATCH,
         dtype=dtype,
         kv_dtype=arguments.kv_dtype or dtype,
         backend=arguments.backend,
@@ -199,7 +199,7 @@ def measure_point(
     Args:
       parameters: of the model.
       shape: of the model.
-      options: of the engine; its max_len holds the prompt, the steps and three dispatches more.
+      options: of the engine; its max_len holds the prompt, the steps and two dispatches more.
       batch: sequences.
       prompt: tokens of each.
       steps: decode steps that are timed, in whole dispatches.
@@ -222,19 +222,14 @@ def measure_point(
     _, state = jax.block_until_ready(engine.decode(state, STEPS_PER_DISPATCH, keys, sampling))
     seconds, contexts = [], []
     measured_bandwidth.cache_clear()
-    first = int(state.lengths[0])
+    context = int(state.lengths[0]) + (STEPS_PER_DISPATCH + 1) / 2
     start = time.perf_counter()
-    ahead, state = engine.decode(state, STEPS_PER_DISPATCH, keys, sampling)
-    for number in range(-(-steps // STEPS_PER_DISPATCH)):
-        # As generation does it: the next dispatch is on its way before this one has ended.
-        arriving = ahead
-        ahead, state = engine.decode(state, STEPS_PER_DISPATCH, keys, sampling)
-        jax.block_until_ready(arriving)
+    for tokens, newest in engine.decode_ahead(state, round_up(steps, STEPS_PER_DISPATCH), keys, sampling):
+        jax.block_until_ready(tokens)
         arrived = time.perf_counter()
         seconds.append((arrived - start) / STEPS_PER_DISPATCH)
-        start = arrived
-        contexts.append(first + (number + 0.5) * STEPS_PER_DISPATCH + 0.5)
-    jax.block_until_ready(state)
+        contexts.append(context)
+        state, start, context = newest, arrived, context + STEPS_PER_DISPATCH
     bandwidth = measured_bandwidth()
     kernels: tuple[tuple[str, int, float], ...] = ()
     if profile_folder is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
@@ -151,6 +151,39 @@ class Engine:
         arguments = (jnp.int32(min(steps, STEPS_PER_DISPATCH)), keys, _as_arrays(sampling))
         tokens, state = self._decode_program()(self._parameters, state, *arguments)
         return tokens, state
+
+    def decode_ahead(
+        self,
+        state: State,
+        steps: int,
+        keys: jax.Array,
+        sampling: Sampling,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[jax.Array, State]]:
+        """Generates dispatch by dispatch, each on its way before the last one's tokens are there: no device waits.
+
+        Args:
+          state: is donated.
+          steps: for each sequence, of all dispatches together.
+          keys: of the sequences.
+          sampling: how tokens are chosen.
+          ended: whether the tokens that were looked at so far end all sequences. Where those that were not do, the
+            dispatch ahead finds that itself, and does nothing.
+
+        Yields:
+          The tokens of a dispatch, as `decode` returns them; and the newest state, which is that of the next dispatch.
+        """
+        arriving: jax.Array | None = None
+        while True:
+            ahead = None
+            if steps > 0 and not ended():
+                ahead, state = self.decode(state, steps, keys, sampling)
+                steps -= STEPS_PER_DISPATCH
+            if arriving is not None:
+                yield arriving, state
+            if ahead is None:
+                return
+            arriving = ahead
 
     def release(self, state: State) -> None:
         """Gives the cache back for the next run: what is in it lies past every length and is never read."""

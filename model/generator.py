@@ -14,7 +14,7 @@ import numpy as np
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.devices import measured_bandwidth
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
-from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions, plan_chunks
+from palladion.model.engine import Engine, EngineOptions, plan_chunks
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics, peak_memory
@@ -250,23 +250,12 @@ class _Run:
         first = np.asarray(state.tokens)
         self._seconds["prefill"] = time.perf_counter() - start
         yield from self._take(first[None])
-        remaining, arriving = self._max_new_tokens - 1, None
-        start = time.perf_counter()
-        while True:
-            # The next dispatch is on its way before the tokens of the last are looked at: no device waits for its host.
-            # Where they turn out to end all sequences, the next finds that itself, and does nothing.
-            ahead = None
-            if remaining > 0 and not self._all_finished():
-                ahead, state = engine.decode(state, remaining, keys, self._sampling)
-                remaining -= STEPS_PER_DISPATCH
-            if arriving is not None:
-                tokens = np.asarray(arriving)
-                self._seconds["decode"] = time.perf_counter() - start
-                self._steps += int((tokens >= 0).any(axis=1).sum())
-                yield from self._take(tokens)
-            if ahead is None:
-                break
-            arriving = ahead
+        start, steps = time.perf_counter(), self._max_new_tokens - 1
+        for out, newest in engine.decode_ahead(state, steps, keys, self._sampling, self._all_finished):
+            state, tokens = newest, np.asarray(out)
+            self._seconds["decode"] = time.perf_counter() - start
+            self._steps += int((tokens >= 0).any(axis=1).sum())
+            yield from self._take(tokens)
         engine.release(state)
         for index, stream in enumerate(self._streams):
             if text := stream.flush():
