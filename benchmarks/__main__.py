@@ -27,6 +27,7 @@ COMMANDS: Final[dict[str, str]] = {
     "model": "palladion.benchmarks.model",
     "decode_peers": "palladion.benchmarks.decode_peers",
     "plan": "palladion.benchmarks.plan",
+    "launches": "palladion.benchmarks.launches",
     "compare": "palladion.benchmarks.compare",
     "report": "palladion.benchmarks.report",
     "tune": "palladion.benchmarks.tune",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from palladion.kernels.devices import tpu_chips
@@ -155,7 +156,9 @@ def list_kernels(
 
 def described(aval: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, the latter as jit takes it: NumPy's 64 bits become 32."""
-    return jax.ShapeDtypeStruct(aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype), sharding=sharding)
+    is_extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)  # PRNG keys, whose dtype is nobody else's
+    dtype = aval.dtype if is_extended else jax.dtypes.canonicalize_dtype(aval.dtype)
+    return jax.ShapeDtypeStruct(aval.shape, dtype, sharding=sharding)
 
 
 def kernel_names(compiled: jax.stages.Compiled) -> list[str]:

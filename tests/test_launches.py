@@ -1,0 +1,103 @@
+"""Whole programs by XLA's compiler for GPUs, with no GPU: what a step of decoding launches, and what it copies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from palladion import append_kv, quantize, quantized_matmul
+from palladion.benchmarks import gpu_program, launches, models
+from palladion.benchmarks.__main__ import main
+from palladion.reference import KVCache
+
+needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
+
+LISTING = """001: kCopy         [source       | next=003 (2)] kCopy
+002: kCustomKernel [source       | next=003 (1)] fusion grid: [2, 1, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
+003: kWhile        [prev=002 (1) | sink        ]
+condition:
+    004: kCustomKernel [source | sink] loop_and_fusion grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
+  body:
+    005: kMemzero      [source       | next=010 (5) ] zeros
+    006: kCustomKernel [prev=005 (1) | sink] matmul_s8 grid: [48, 8, 1] threads: [128, 1, 1]  shared_memory: 512 bytes
+"""
+
+
+def test_a_listing_is_read():
+    copy, before, condition, zeros, kernel = gpu_program.launches_in(LISTING)
+    assert (copy.name, copy.kind, copy.loops, copy.grid) == ("kCopy", "Copy", 0, None)
+    assert (before.name, before.loops) == ("fusion", 0)
+    assert (condition.name, condition.loops) == ("loop_and_fusion", 1)
+    assert (zeros.name, zeros.kind, zeros.loops) == ("zeros", "Memzero", 1)
+    assert kernel == gpu_program.Launch("matmul_s8", "CustomKernel", 1, (48, 8, 1), (128, 1, 1), 512)
+
+
+@needs_plugin
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
+    w = jax.eval_shape(lambda: quantize(jnp.ones((512, 256)), "int8"))
+    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+
+    def function(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sort(quantized_matmul(x, w, activation=jax.nn.silu, backend="pallas"))
+
+    program = gpu_program.compile_program(function, x, w, arch=arch)
+    names = [launch.name for launch in program.launches]
+    assert any(name.startswith("quantized_matmul_tensor_core_int8") for name in names), names
+    assert len(names) > 1, names
+
+
+@needs_plugin
+def test_a_donated_cache_stays_where_it_is():
+    cache = jax.eval_shape(lambda: KVCache.dense(1, 8, 4096, 128, jnp.bfloat16))
+    new = jax.ShapeDtypeStruct((1, 8, 128), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    append = jax.jit(lambda cache, *new: append_kv(cache, *new, backend="pallas"), donate_argnums=0)
+    program = gpu_program.compile_program(append, cache, new, new, lengths)
+    assert program.aliased_bytes == 2 * 8 * 4096 * 128 * 2
+    assert program.temporary_bytes < 2**16
+    assert [launch.name for launch in program.launches] == ["append_kv_r8"]
+
+
+@needs_plugin
+def test_the_command_lists_a_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    small = dataclasses.replace(models.model("llama3-8b"), num_layers=2)
+    monkeypatch.setattr(models, "model", lambda _: small)
+    file = tmp_path / "step.json"
+    assert main(["launches", "--scheme=int4-g32", "--context=1024", f"--json={file}"]) == 0
+    printed = capsys.readouterr().out
+    (record,) = json.loads(file.read_text())
+    count = len(record["launches"])
+    assert f"{count} launches a step, {count / 2:.1f} for each of 2 layers" in printed
+    assert f"{record['bound']:.0%} of the bandwidth at most" in printed
+    reads = record["step_bytes"] / record["bandwidth"]
+    assert record["bound"] == pytest.approx(reads / (reads + launches.LAUNCH_SECONDS * count))
+    assert sum("decode_attention_r" in launch["name"] for launch in record["launches"]) == 2
+    assert {launch["loops"] for launch in record["launches"]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--archs=sm_75", "--archs: got sm_75; accepted: sm_80"),
+        ("--batch=0", "--batch: got 0"),
+        ("--backend=cuda", "--backend: got cuda"),
+        ("--model=gpt-5", "gpt-5"),
+    ],
+)
+def test_wrong_options_are_named(option: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["launches", option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_plugin_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_program, "installed", lambda: False)
+    assert main(["launches"]) == 2
+    assert "pip install jax-cuda12-plugin" in capsys.readouterr().err
