@@ -185,8 +185,7 @@ class QuantizedMatmul(Operation):
         """As `Operation` has it."""
 
         def multiply(inputs: Any) -> jax.Array:
-            options = {"bias": inputs.bias, "layer": inputs.layer, **case.options, **how}
-            return matmul_package.quantized_matmul(inputs.x, inputs.w, **options)
+            return matmul_package.quantized_matmul(**inputs._asdict(), **(case.options | how))
 
         return multiply
 
@@ -196,15 +195,17 @@ class QuantizedMatmul(Operation):
         channels = np.array(_spread(case.problem().result_features, SAMPLED_CHANNELS))
         rows = np.array(_spread(case.rows, SAMPLED_ROWS))
         taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+        place = np.ix_(rows, channels)
         exact = oracle.quantized_matmul(
             np.asarray(inputs.x)[rows],
             jax.tree.map(lambda part: part[:, taken], w),
             bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
             activation=IN_NUMPY[case.activation],
             gated=case.gated,
+            norm=inputs.norm,
+            residual=None if inputs.residual is None else np.asarray(inputs.residual)[place],
             quantize_x=case.quantize_x,
         )
-        place = np.ix_(rows, channels)
         return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
 
 

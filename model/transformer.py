@@ -19,7 +19,7 @@ from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters, Weight
-from palladion.reference import KVCache, QuantizedArray, dequantize, matmul
+from palladion.reference import KVCache, QuantizedArray, dequantize, matmul, rms_norm
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.platforms import target_platform
 
@@ -111,8 +111,7 @@ def forward(
     else:
         raise ValueError("cache: must be stacked as the layers of the parameters are; take one of empty_cache")
     last = hidden if every_position else hidden[:, -1]
-    normed = rms_norm(last, parameters.final_norm, config.rms_norm_eps)
-    logits = decoder.linear(normed, parameters.head, out_dtype=jnp.float32)
+    logits = decoder.linear(last, parameters.head, norm=parameters.final_norm, out_dtype=jnp.float32)
     return logits, cache
 
 
@@ -146,14 +145,9 @@ class _Decoder:
         self, layer: Layer, hidden: jax.Array, cache: KVCache, index: jax.Array | None
     ) -> tuple[jax.Array, KVCache]:
         """One layer over hidden `[batch, q_len, hidden]`: that at `index` where weights and cache are stacked."""
-        normed = self.norm(hidden, layer.attention_norm, index)
-        attended, cache = self.attention(layer, normed, cache, index)
-        hidden = hidden + self.linear(attended, layer.output, index)
-        normed = self.norm(hidden, layer.mlp_norm, index)
-        return hidden + self.linear(self.gated(normed, layer.gate_up, index), layer.down, index), cache
-
-    def norm(self, x: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
-        return rms_norm(x, _at(weight, index), self.config.rms_norm_eps)
+        attended, cache = self.attention(layer, hidden, cache, index)
+        hidden = self.linear(attended, layer.output, index, residual=hidden)
+        return self.linear(self.gated(layer, hidden, index), layer.down, index, residual=hidden), cache
 
     def attention(
         self, layer: Layer, x: jax.Array, cache: KVCache, index: jax.Array | None
@@ -161,7 +155,7 @@ class _Decoder:
         config = self.config
         heads = (config.q_heads, config.kv_heads, config.kv_heads)
         bias = None if layer.qkv_bias is None else _at(layer.qkv_bias, index)
-        qkv = self.linear(x, layer.qkv, index, bias=bias)
+        qkv = self.linear(x, layer.qkv, index, norm=layer.attention_norm, bias=bias)
         qkv = qkv.reshape(*x.shape[:2], sum(heads), config.head_dim)
         rotated = rotate(qkv[:, :, : config.q_heads + config.kv_heads], *self.rotation)
         q, k, v = rotated[:, :, : config.q_heads], rotated[:, :, config.q_heads :], qkv[:, :, -config.kv_heads :]
@@ -186,28 +180,46 @@ class _Decoder:
         weight: Weight | tuple[Weight, ...],
         index: jax.Array | None = None,
         *,
+        norm: jax.Array | None = None,
         bias: jax.Array | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         gated: bool = False,
+        residual: jax.Array | None = None,
         out_dtype: Any = None,
     ) -> jax.Array:
-        """x @ weight with what can be fused into it; the parts of a tuple side by side."""
+        """norm(x) @ weight with what can be fused into it; the parts of a tuple side by side."""
         if isinstance(weight, tuple):
-            parts = jnp.concatenate([self.linear(x, part, index, out_dtype=out_dtype) for part in weight], axis=-1)
+            found = [self.linear(x, part, index, norm=norm, out_dtype=out_dtype) for part in weight]
+            parts = jnp.concatenate(found, axis=-1)
             return parts if bias is None else parts + bias.astype(parts.dtype)
-        x = x if self.adapt is None else self.adapt(x, weight)
-        fused: dict[str, Any] = {"bias": bias, "activation": activation, "gated": gated, "out_dtype": out_dtype}
+        norm, eps = None if norm is None else _at(norm, index), self.config.rms_norm_eps
+        if self.adapt is not None:
+            # It is to see what is multiplied.
+            x, norm = x if norm is None else rms_norm(x, norm, eps), None
+            x = self.adapt(x, weight)
+        fused: dict[str, Any] = {
+            "norm": norm,
+            "norm_eps": eps,
+            "bias": bias,
+            "activation": activation,
+            "gated": gated,
+            "residual": residual,
+            "out_dtype": out_dtype,
+        }
         if isinstance(weight, QuantizedArray):
             run = {"backend": self.backend, "interpret": self.interpret}
             return quantized_matmul(x, weight, layer=index, **fused, **run)
         return matmul(x, weight, layer=index, **fused)
 
-    def gated(self, x: jax.Array, weight: Weight | tuple[Weight, ...], index: jax.Array | None) -> jax.Array:
-        """silu(x @ gate) * (x @ up)."""
-        if isinstance(weight, tuple):
-            gate, up = weight
-            return self.linear(x, gate, index, activation=jax.nn.silu) * self.linear(x, up, index)
-        return self.linear(x, weight, index, activation=jax.nn.silu, gated=True)
+    def gated(self, layer: Layer, x: jax.Array, index: jax.Array | None) -> jax.Array:
+        """silu(x @ gate) * (x @ up), of normalized x."""
+        if isinstance(layer.gate_up, tuple):
+            gate, up = (
+                self.linear(x, weight, index, norm=layer.mlp_norm, activation=activation)
+                for weight, activation in zip(layer.gate_up, (jax.nn.silu, None), strict=True)
+            )
+            return gate * up
+        return self.linear(x, layer.gate_up, index, norm=layer.mlp_norm, activation=jax.nn.silu, gated=True)
 
 
 def _at(x: jax.Array, index: jax.Array | None) -> jax.Array:
@@ -230,13 +242,6 @@ def _take(table: jax.Array, indices: jax.Array, by_columns: bool) -> jax.Array:
     if len(indices) > FEW_TOKENS:
         return jnp.take(table, indices, axis=axis, mode="clip")
     return jnp.concatenate([jax.lax.dynamic_slice_in_dim(table, index, 1, axis) for index in indices], axis)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, in float32; arXiv 1910.07467."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)
 
 
 def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:

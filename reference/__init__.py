@@ -10,6 +10,7 @@ from palladion.reference.decode_attention import decode_attention, merge_partial
 from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
 from palladion.reference.quantized_matmul import matmul, quantized_matmul
 from palladion.reference.quantizers import quantize
+from palladion.reference.rms_norm import rms_norm
 
 __all__ = [
     "KVCache",
@@ -23,4 +24,5 @@ __all__ = [
     "quantize",
     "quantize_kv",
     "quantized_matmul",
+    "rms_norm",
 ]

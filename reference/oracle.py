@@ -113,10 +113,15 @@ def quantized_matmul(
     bias: Any = None,
     activation: Any = None,
     gated: bool = False,
+    norm: Any = None,
+    norm_eps: float = 1e-5,
+    residual: Any = None,
     quantize_x: str | None = None,
 ) -> Array:
     """`palladion.quantized_matmul` in float64; `activation` is a NumPy function."""
     x = widen(x)
+    if norm is not None:
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm_eps) * widen(norm)
     if quantize_x is not None:
         # Codes are found in float32, as the definition has it: a tie may round either way in another precision.
         codes, scales = quantize_rows(jnp.asarray(x, jnp.float32), quantize_x)
@@ -124,7 +129,6 @@ def quantized_matmul(
     y = x @ dequantize(w)
     if bias is not None:
         y = y + widen(bias)
-    if gated:
-        gate, up = np.split(y, 2, axis=-1)
-        return (gate if activation is None else activation(gate)) * up
-    return y if activation is None else activation(y)
+    gate, up = np.split(y, 2, axis=-1) if gated else (y, 1.0)
+    result = (gate if activation is None else activation(gate)) * up
+    return result if residual is None else widen(residual) + result

@@ -1,6 +1,7 @@
 """x @ w, for a quantized and for a dense w: the definition, in plain XLA.
 
-    y = x @ dequantize(w) + bias        result = activation(y), or activation(gate) * up with y = [gate, up]
+    y = rms_norm(x) @ dequantize(w) + bias        result = activation(y), or activation(gate) * up with y = [gate, up]
+                                                  and the residual is added to that
 
 The product has two forms, chosen by the number of rows of x. Many rows widen the weights and multiply. On a CPU that
 goes by blocks of channels: a whole wide weight would be written to memory and read again, a block stays in the cache.
@@ -25,6 +26,7 @@ import numpy as np
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import QuantizedArray, decode_e2m1, dequantize, quantize_rows
+from palladion.reference.rms_norm import rms_norm
 
 Weight = TypeVar("Weight", jax.Array, QuantizedArray)
 
@@ -44,6 +46,9 @@ BLOCK_CHANNELS: Final = 128
 MANY_CHUNKS: Final = 128
 """From here on XLA on a CPU breaks up a chain to which minimums are added: they are multiplied apart."""
 
+NORM_EPS: Final = 1e-5
+"""What is added to the mean square where nobody says otherwise."""
+
 ACCUMULATORS: Final = 4
 """Independent sums in a chain, so that one multiply-add need not wait for the one before."""
 
@@ -55,6 +60,9 @@ def quantized_matmul(
     bias: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
+    norm: jax.Array | None = None,
+    norm_eps: float = NORM_EPS,
+    residual: jax.Array | None = None,
     quantize_x: str | None = None,
     layer: jax.Array | None = None,
     out_dtype: Any = None,
@@ -68,6 +76,9 @@ def quantized_matmul(
       bias: `[out]` or None.
       activation: an elementwise function of float32, or None.
       gated: whether the first half of the channels, activated, multiplies the second.
+      norm: `[in]`, with which x is normalized first, or None.
+      norm_eps: for that, added to the mean square.
+      residual: `[..., out]`, or `[..., out / 2]` where gated, added to the result, or None.
       quantize_x: the dtype to which x is quantized first, with one scale per row, or None.
       layer: int32 scalar, which matrix of a w with a leading `[num_layers]` is meant, or None where it has none.
       out_dtype: dtype of the result; None means x's.
@@ -78,20 +89,26 @@ def quantized_matmul(
     """
     if batch_invariant:
 
-        def multiply(row: jax.Array) -> jax.Array:
+        def multiply(row: tuple[jax.Array, jax.Array | None]) -> jax.Array:
             return quantized_matmul(
-                row[None],
+                row[0][None],
                 w,
                 bias=bias,
                 activation=activation,
                 gated=gated,
+                norm=norm,
+                norm_eps=norm_eps,
+                residual=None if row[1] is None else row[1][None],
                 quantize_x=quantize_x,
                 layer=layer,
                 out_dtype=out_dtype,
             )[0]
 
-        by_row = jax.lax.map(multiply, x.reshape(-1, w.in_features))
+        residuals = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        by_row = jax.lax.map(multiply, (x.reshape(-1, w.in_features), residuals))
         return by_row.reshape(*x.shape[:-1], by_row.shape[-1])
+    if norm is not None:
+        x = rms_norm(x, norm, norm_eps)
     wide, x_scale = x.astype(jnp.float32), None
     if quantize_x is not None:
         codes, x_scale = quantize_rows(x, quantize_x)
@@ -107,7 +124,7 @@ def quantized_matmul(
     y = y.reshape(*x.shape[:-1], w.out_features)
     if x_scale is not None:
         y = y * x_scale[..., None]
-    return _finish(y, bias, activation, gated, x.dtype if out_dtype is None else out_dtype)
+    return _finish(y, bias, activation, gated, residual, x.dtype if out_dtype is None else out_dtype)
 
 
 def matmul(
@@ -117,11 +134,16 @@ def matmul(
     bias: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
+    norm: jax.Array | None = None,
+    norm_eps: float = NORM_EPS,
+    residual: jax.Array | None = None,
     layer: jax.Array | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
     """Multiplies by a dense weight `[in, out]` of any float dtype; the rest is as for `quantized_matmul`."""
     in_features, out_features = w.shape[-2:]
+    if norm is not None:
+        x = rms_norm(x, norm, norm_eps)
     rows = x.astype(jnp.float32).reshape(-1, in_features)
     if target_platform() != "cpu" and x.dtype == w.dtype != jnp.float32:
         # Products of two narrow floats are exact in float32, and matrix units add in float32: nothing need be widened.
@@ -133,7 +155,7 @@ def matmul(
     else:
         y = _by_blocks(lambda part: _dot(rows, part.astype(jnp.float32)), w, layer)
     y = y.reshape(*x.shape[:-1], out_features)
-    return _finish(y, bias, activation, gated, x.dtype if out_dtype is None else out_dtype)
+    return _finish(y, bias, activation, gated, residual, x.dtype if out_dtype is None else out_dtype)
 
 
 def _block_channels(in_features: int, out_features: int) -> int:
@@ -192,15 +214,17 @@ def _finish(
     bias: jax.Array | None,
     activation: Callable[[jax.Array], jax.Array] | None,
     gated: bool,
+    residual: jax.Array | None,
     out_dtype: Any,
 ) -> jax.Array:
-    """Bias, activation and gate, on the float32 product."""
+    """Bias, activation, gate and residual, on the float32 product."""
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     gate, up = jnp.split(y, 2, axis=-1) if gated else (y, None)
     if activation is not None:
         gate = activation(gate)
-    return (gate if up is None else gate * up).astype(out_dtype)
+    result = gate if up is None else gate * up
+    return (result if residual is None else residual.astype(jnp.float32) + result).astype(out_dtype)
 
 
 class _Factors(NamedTuple):

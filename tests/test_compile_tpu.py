@@ -38,7 +38,7 @@ def matmul(case: MatmulCase) -> Compilable:
     shapes = case.shapes()
 
     def call(inputs: Any) -> Any:
-        return quantized_matmul(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer, **options)
+        return quantized_matmul(**inputs._asdict(), **options)
 
     return call, (shapes,), shapes.w.values.size
 

@@ -68,7 +68,7 @@ def multiply(case: Case, inputs: Inputs, backend: str, interpret: Any = None) ->
 def _compiled(case: Case, backend: str, interpret: Any) -> Any:
     call = functools.partial(quantized_matmul, **case.options, backend=backend, interpret=interpret)
     return jax.jit(
-        lambda inputs: call(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer),
+        lambda inputs: call(**inputs._asdict()),
         compiler_options=options_for(backend),
     )
 
@@ -79,6 +79,8 @@ def judge(case: Case, inputs: Inputs) -> np.ndarray:
         inputs.x,
         w,
         bias=inputs.bias,
+        norm=inputs.norm,
+        residual=inputs.residual,
         activation=IN_NUMPY[case.activation],
         gated=case.gated,
         quantize_x=case.quantize_x,
@@ -128,7 +130,7 @@ def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
     interpret = tpu_interpreter.MODES[mode]
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=interpret, **case.options)
     call = jax.jit(call, compiler_options=QUICKLY)
-    assert_right(call(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer), reference, exact, f"{name} {mode}")
+    assert_right(call(**inputs._asdict()), reference, exact, f"{name} {mode}")
     assert mode != "races" or not tpu_interpreter.races_found()
 
 
@@ -142,7 +144,7 @@ def test_what_is_chosen_for_a_chip_is_right(name: str, chip: str, monkeypatch: p
     config = dataclasses.replace(config, block_out=256 if name == "odd-in" else 128 * (1 + (chip == "v5p")))
     case = dataclasses.replace(TESTS[name], name=f"{name} on {chip}")  # compiled anew
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
-    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w, bias=inputs.bias)
+    result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
     assert_right(result, reference, exact, f"{config}")
 
 
@@ -162,7 +164,7 @@ def test_scaled_weights_give_the_same(name: str, widening: str, chunk: int):
     config = mosaic_tpu.Config(8, 256, 384, chunk, widening, scales_weights=True)
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
     call = jax.jit(call, compiler_options=QUICKLY)
-    assert_right(call(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer), reference, exact, f"{config}")
+    assert_right(call(**inputs._asdict()), reference, exact, f"{config}")
 
 
 STATIC = [
@@ -212,9 +214,7 @@ def test_every_config_gives_the_same(backend: str, config: Any, name: str):
     if isinstance(config, triton.Config) and config.form == "vector" and TESTS[name].rows > gpu_vector.MAX_ROWS:
         pytest.skip("the vector form is for few rows")
     case, (inputs, reference, exact) = TESTS[name], expected(name)
-    result = quantized_matmul(
-        inputs.x, inputs.w, bias=inputs.bias, **case.options, backend=backend, config=config, interpret=True
-    )
+    result = quantized_matmul(**inputs._asdict(), **case.options, backend=backend, config=config, interpret=True)
     assert_right(result, reference, exact, f"{config}")
 
 
@@ -316,7 +316,7 @@ def test_every_widening_gives_the_same(name: str, widening: str, block_in: int, 
     config = mosaic_tpu.Config(8 if case.rows < 8 else 24, 128, block_in, chunk, widening)
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
     call = jax.jit(call, compiler_options=QUICKLY)
-    result = call(inputs.x, inputs.w, bias=inputs.bias, layer=inputs.layer)
+    result = call(**inputs._asdict())
     assert_right(result, reference, exact, f"{config}")
 
 
@@ -347,9 +347,7 @@ def test_outliers_in_x_do_not_drown_the_rest(widening: str):
     inputs = inputs._replace(x=inputs.x.at[:, 5].mul(1e4).at[1].add(100))
     case = TESTS["int4-group"]
     config = mosaic_tpu.Config(8, 512, 384, 128, widening)
-    result = quantized_matmul(
-        inputs.x, inputs.w, bias=inputs.bias, backend="mosaic_tpu", config=config, interpret=True, **case.options
-    )
+    result = quantized_matmul(**inputs._asdict(), backend="mosaic_tpu", config=config, interpret=True, **case.options)
     assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), widening)
 
 

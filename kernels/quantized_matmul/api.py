@@ -13,6 +13,7 @@ from palladion.kernels.quantized_matmul import mosaic_tpu, spaces, triton
 from palladion.kernels.quantized_matmul.problem import Inputs, Problem
 from palladion.reference import quantized_matmul as reference
 from palladion.reference.quantization import QuantizedArray
+from palladion.reference.quantized_matmul import NORM_EPS
 
 
 def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
@@ -23,6 +24,9 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
         bias=inputs.bias,
         activation=problem.activation,
         gated=problem.gated,
+        norm=inputs.norm,
+        norm_eps=problem.norm_eps or 0.0,
+        residual=inputs.residual,
         quantize_x=problem.quantize_x,
         layer=inputs.layer,
         out_dtype=problem.out_dtype,
@@ -61,6 +65,9 @@ def quantized_matmul(
     bias: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     gated: bool = False,
+    norm: jax.Array | None = None,
+    norm_eps: float = NORM_EPS,
+    residual: jax.Array | None = None,
     quantize_x: str | None = None,
     layer: jax.Array | int | None = None,
     out_dtype: Any = None,
@@ -69,7 +76,7 @@ def quantized_matmul(
     config: Any = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """x @ w for a quantized w, with bias, activation and gating fused.
+    """x @ w for a quantized w, with bias, activation and gating fused, and what stands before and behind it in a model.
 
     Weights are read in the few bits that they are stored in and scaled inside; products are accumulated in float32 (or
     int32, exactly, between int8 activations and integer weights).
@@ -81,6 +88,9 @@ def quantized_matmul(
       activation: any elementwise JAX function of a float32 array, for example `jax.nn.silu`.
       gated: the first out / 2 channels are gates and the others ups: returns activation(gate) * up, `[..., out / 2]`
         (SwiGLU with `jax.nn.silu`, GeGLU with `jax.nn.gelu`).
+      norm: float `[in]`: x is normalized first, x / sqrt(mean(x ** 2) + norm_eps) * norm over its last axis (RMS norm).
+      norm_eps: what is added to the mean square.
+      residual: `[..., out]`, or `[..., out / 2]` where gated; float32, bfloat16 or float16; added to the result.
       quantize_x: "int8" (with int8 and int4 weights) or "float8_e4m3fn" (with float8 weights) quantizes x on the fly,
         one scale per token; None multiplies x as it is.
       layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: a loop over
@@ -100,16 +110,23 @@ def quantized_matmul(
       ValueError: shapes, dtypes or options do not go together; the message says which.
       Unsupported: the chosen backend does not cover this call.
 
-    Source: LLM.int8() (arXiv 2208.07339) for int8 activations; GLU Variants Improve Transformer (arXiv 2002.05202).
+    Source: LLM.int8() (arXiv 2208.07339) for int8 activations; GLU Variants Improve Transformer (arXiv 2002.05202);
+      Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
     x = as_array("x", x)
     check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
     leading = x.shape[:-1]
+    if residual is not None:
+        residual = as_array("residual", residual)
+        check(residual.shape[:-1] == leading, "residual", f"shape {residual.shape}", f"{(*leading, '...')}, as of x")
+        residual = residual.reshape(-1, residual.shape[-1])
     inputs = Inputs(
         x.reshape(-1, x.shape[-1]),
         w,
         None if bias is None else as_array("bias", bias),
         None if layer is None else as_array("layer", layer, "int32"),
+        norm=None if norm is None else as_array("norm", norm),
+        residual=residual,
     )
     problem = Problem.of(
         inputs,
@@ -118,6 +135,7 @@ def quantized_matmul(
         quantize_x=quantize_x,
         out_dtype=out_dtype,
         batch_invariant=batch_invariant,
+        norm_eps=norm_eps,
     )
     out = dispatch(
         "quantized_matmul", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret

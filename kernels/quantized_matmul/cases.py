@@ -31,6 +31,8 @@ class Case:
       bias: whether there is one.
       activation: applied to the result, or None.
       gated: whether the first half of the channels gates the second.
+      norm: whether x is normalized first.
+      residual: whether something is added to the result.
       quantize_x: what x is quantized to, or None.
       num_layers: matrices stacked in w, of which the last is taken; None for one.
     """
@@ -46,6 +48,8 @@ class Case:
     bias: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
     gated: bool = False
+    norm: bool = False
+    residual: bool = False
     quantize_x: str | None = None
     num_layers: int | None = None
 
@@ -76,7 +80,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def _inputs(case: Case, key: jax.Array) -> Inputs:
-    of_x, of_w, of_bias = jax.random.split(key, 3)
+    of_x, of_w, of_bias, of_norm, of_residual = jax.random.split(key, 5)
+    features = case.out_features // 2 if case.gated else case.out_features
     stacked = () if case.num_layers is None else (case.num_layers,)
     weights = jax.random.normal(of_w, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
     return Inputs(
@@ -84,6 +89,8 @@ def _inputs(case: Case, key: jax.Array) -> Inputs:
         w=quantize(weights, case.scheme, scale_dtype=jnp.dtype(case.scale_dtype)),
         bias=jax.random.normal(of_bias, (case.out_features,)) if case.bias else None,
         layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
+        norm=1 + 0.1 * jax.random.normal(of_norm, (case.in_features,)) if case.norm else None,
+        residual=jax.random.normal(of_residual, (case.rows, features)).astype(case.dtype) if case.residual else None,
     )
 
 
@@ -164,6 +171,17 @@ _SMALL: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "float8-activations": ("float8_e4m3fn", {"quantize_x": "float8_e4m3fn"}),
     "mxfp4": ("mxfp4", {"dtype": "float32"}),
     "mxfp4-many-rows": ("mxfp4", {"rows": 100, "bias": True}),
+    "norm-residual": ("int4-g32", {"norm": True, "residual": True, "bias": True, "dtype": "float32"}),
+    "norm-residual-one-row": ("int4-g64-zeros", {"norm": True, "residual": True, "rows": 1, "bias": True}),
+    "norm-gated-one-row": ("int8", {"norm": True, "rows": 1, "gated": True, "activation": jax.nn.silu}),
+    "norm-residual-layer": (
+        "int4-g32-minimums",
+        {"norm": True, "residual": True, "rows": 1, "dtype": "float32", "num_layers": 3},
+    ),
+    "norm-residual-float8": (
+        "float8_e4m3fn",
+        {"norm": True, "residual": True, "quantize_x": "float8_e4m3fn", "rows": 1},
+    ),
     "int8-activations": ("int8", {"quantize_x": "int8"}),
     "int4-int8-activations": ("int4-g32", {"quantize_x": "int8", "dtype": "float32"}),
 }

@@ -25,6 +25,8 @@ class Refs(NamedTuple):
       minimums: like scales.
       x_scale: `[rows]` float32.
       bias: `[out]`.
+      norm: `[in]`.
+      residual: `[rows, result_features]`.
     """
 
     layer: Any
@@ -36,6 +38,8 @@ class Refs(NamedTuple):
     minimums: Any = None
     x_scale: Any = None
     bias: Any = None
+    norm: Any = None
+    residual: Any = None
 
 
 def named(refs: tuple[Any, ...], problem: Problem, splits: int) -> Refs:
@@ -54,6 +58,8 @@ def named(refs: tuple[Any, ...], problem: Problem, splits: int) -> Refs:
         minimums=next(left) if p.scheme.offset == "minimums" else None,
         x_scale=next(left) if p.quantize_x is not None and splits == 1 else None,
         bias=next(left) if p.has_bias and splits == 1 else None,
+        norm=next(left) if p.norm_eps is not None else None,
+        residual=next(left) if p.has_residual else None,
     )
 
 
@@ -94,7 +100,7 @@ def finish(
     real: jax.Array | None,
     x_scale: jax.Array | None,
 ) -> list[jax.Array]:
-    """Scales that all of `in` shares, and where one program has the whole sum, all that follows it.
+    """Scales that all of `in` shares, and where one program has the whole sum, what follows it but for a residual.
 
     Args:
       refs: the kernel's.

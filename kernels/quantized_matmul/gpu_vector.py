@@ -16,7 +16,9 @@ for each row: a row more costs a multiply-add a weight and nothing else. A chunk
 its sum. Zero points and minimums meet the sum of x over the chunk; so does what stays in int4 codes of the power of two
 by which they were widened, where the result has 16 bits and shows nothing of it.
 
-Sums stay in registers until the end; then lanes are added up through shared memory, once.
+Sums stay in registers until the end; then lanes are added up through shared memory, once. Where x is to be normalized,
+its squares are summed beside the products, and the root of their mean divides the result: a program that goes through
+all of `in` has met all of x by then, and nobody has to wait for it before.
 
 Bound by memory while a byte of codes takes fewer instructions than the GPU has time for (README.md).
 """
@@ -26,7 +28,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +50,27 @@ CHUNK: Final = 16
 """Rows of codes of a chunk: those of a packing block, and of the smallest group."""
 
 
+class Sums(NamedTuple):
+    """What a part of the result, gate or up, is added up in.
+
+    Attributes:
+      totals: of products, `[lanes, block_out]` for each row of x.
+      squares: of x, `[lanes]` for each row; nothing where it is not normalized, or another part has them.
+    """
+
+    totals: tuple[jax.Array, ...]
+    squares: tuple[jax.Array, ...]
+
+
 def chunk_rows(problem: Problem) -> int:
     """Rows of codes in a chunk, a power of two that divides them; half as many where they are read for two products."""
     longest = CHUNK // problem.parts
     return longest if problem.scheme.packed else math.gcd(problem.in_features, longest)
+
+
+def chunks(problem: Problem) -> int:
+    """Chunks along `in`."""
+    return problem.in_features // (2 if problem.scheme.packed else 1) // chunk_rows(problem)
 
 
 def lanes(block_out: int, num_warps: int) -> int:
@@ -65,9 +84,8 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
     ref = named(refs, p, splits)
     per_byte = 2 if scheme.packed else 1
     rows = chunk_rows(p)
-    chunks = p.in_features // per_byte // rows
     at_a_time = lanes(block_out, num_warps)
-    share = pl.cdiv(pl.cdiv(chunks, at_a_time), splits)
+    share = pl.cdiv(pl.cdiv(chunks(p), at_a_time), splits)
     layer = ref.layer[0]
     hidden = hide(layer)
     channel = pl.program_id(0) * block_out + jnp.arange(block_out, dtype=jnp.int32)
@@ -79,8 +97,9 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
     left_in = 0 if exact else magic(scheme.format, "float16") + scheme.implied_zero
     grouped = scheme.group_size is not None or scheme.offset == "minimums"
 
-    def multiply(chunk: jax.Array, there: jax.Array | None, part: int, totals: list[jax.Array]) -> list[jax.Array]:
-        """Adds chunks [lanes] of one part to totals, [lanes, block_out] for each row of x."""
+    def multiply(chunk: jax.Array, there: jax.Array | None, part: int, sums: Sums) -> Sums:
+        """Adds chunks [lanes] of one part to its sums."""
+        totals, squares = list(sums.totals), list(sums.squares)
         columns = channel + part * p.result_features
         mask = both(None if there is None else there[:, None], None if real is None else real[None, :])
         words = []
@@ -92,15 +111,19 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
         first_row = chunk * rows
         first_weight = first_row if per_byte == 1 else first_row + jax.lax.div(first_row, jnp.int32(CHUNK)) * CHUNK
         for m in range(p.rows):
-            sums, products = [], []
+            x_sums, products = [], []
             for half in range(per_byte):
                 first = first_weight + half * CHUNK
                 x = [read(ref.x, (m, first + row), there) for row in range(rows)]
+                if ref.norm is not None:
+                    if squares:
+                        squares[m] = squares[m] + _add_up([number * number for number in x])
+                    x = [number * read(ref.norm, (first + row,), there) for row, number in enumerate(x)]
                 products.append(_add_up([x[row][:, None] * weights for row, weights in enumerate(halves[half])]))
-                sums.append(_add_up(x)[:, None])
+                x_sums.append(_add_up(x)[:, None])
             if not scheme.packed or p.group_size % PACK_BLOCK == 0:  # both halves lie in one group
-                products, sums = [_add_up(products)], [_add_up(sums)]
-            for half, (product, total_x) in enumerate(zip(products, sums, strict=True)):
+                products, x_sums = [_add_up(products)], [_add_up(x_sums)]
+            for half, (product, total_x) in enumerate(zip(products, x_sums, strict=True)):
                 group = jax.lax.div(first_weight + half * CHUNK, jnp.int32(p.group_size))[:, None]
                 place = (layer, group, columns[None, :])
                 if ref.zeros is not None:
@@ -112,27 +135,31 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
                 if ref.minimums is not None:
                     product = product + total_x * read(ref.minimums, place, mask)
                 totals[m] = totals[m] + product
-        return totals
+        return Sums(tuple(totals), tuple(squares))
 
-    def trip(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def trip(index: jax.Array, sums: tuple[Sums, ...]) -> tuple[Sums, ...]:
         chunk = index * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
-        there = None if chunks % at_a_time == 0 else chunk < chunks
-        found = []
-        for part in range(p.parts):
-            found += multiply(chunk, there, part, list(totals[part * p.rows : (part + 1) * p.rows]))
-        return tuple(found)
+        there = None if chunks(p) % at_a_time == 0 else chunk < chunks(p)
+        return tuple(multiply(chunk, there, part, of_part) for part, of_part in enumerate(sums))
 
     begin = pl.program_id(1) * share
-    end = jnp.minimum(begin + share, pl.cdiv(chunks, at_a_time))
-    nothing = jnp.zeros((at_a_time, block_out), jnp.float32)
-    totals = jax.lax.fori_loop(begin, end, trip, (nothing,) * (p.parts * p.rows))
+    end = jnp.minimum(begin + share, pl.cdiv(chunks(p), at_a_time))
+    totals = (jnp.zeros((at_a_time, block_out), jnp.float32),) * p.rows
+    squares = (jnp.zeros(at_a_time, jnp.float32),) * (p.rows if ref.norm is not None else 0)
+    # Both parts meet the same x.
+    start = (Sums(totals, squares), Sums(totals, ()))[: p.parts]
+    sums = jax.lax.fori_loop(begin, end, trip, start)
 
     times = PAIRS[scheme.format, "float16"].times
     for m in range(p.rows):
-        products = [jnp.sum(totals[part * p.rows + m], axis=0) * times for part in range(p.parts)]
-        x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[m])
+        products = [jnp.sum(of_part.totals[m], axis=0) * times for of_part in sums]
+        x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[jnp.int32(m)])
+        if p.norm_eps is not None:
+            x_scale = jax.lax.rsqrt(jnp.sum(sums[0].squares[m]) / p.in_features + p.norm_eps)
         results = finish(ref, p, products, channel, real, x_scale)
         for part, result in enumerate(results):
+            if ref.residual is not None:
+                result = result + read(ref.residual, (m, channel), real)
             place = (m, channel) if splits == 1 else (pl.program_id(1), part, m, channel)
             plgpu.store(ref.out.at[place], result.astype(ref.out.dtype), mask=real)
 

@@ -251,6 +251,10 @@ def _plan(problem: Problem, config: Config) -> Plan:
 def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> jax.Array:
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_tpu.Config or None")
+    if problem.norm_eps is not None or problem.has_residual:
+        plain, plain_inputs = problem.plain(inputs)
+        out = quantized_matmul(plain, plain_inputs, config=config, interpret=interpret)
+        return problem.add(inputs.residual, out)
     p = problem
     if p.gated and p.result_features % LANES:
         # The up begins within a tile: the product as a whole, and the gate after it.

@@ -13,6 +13,8 @@ from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
 from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES as FLOAT_DTYPES
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
+from palladion.reference.quantized_matmul import NORM_EPS
+from palladion.reference.rms_norm import rms_norm
 
 ACTIVATION_FORMATS: Final = {
     "int8": ("int8", "int4"),
@@ -33,12 +35,16 @@ class Inputs(NamedTuple):
       w: a QuantizedArray `[in, out]`; with a leading `[num_layers]` where there is a layer.
       bias: `[out]` or None.
       layer: int32 scalar or None.
+      norm: `[in]` or None.
+      residual: `[rows, result_features]` or None.
     """
 
     x: jax.Array
     w: QuantizedArray
     bias: jax.Array | None
     layer: jax.Array | None
+    norm: jax.Array | None = None
+    residual: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Problem:
       gated: whether the first half of the channels gates the second.
       quantize_x: what x is quantized to, one scale per row, or None.
       batch_invariant: whether the result of a row must not depend on how many others there are.
+      norm_eps: what is added to the mean square of a row that is normalized first; None where none is.
+      has_residual: whether something is added to the result.
     """
 
     rows: int
@@ -74,6 +82,8 @@ class Problem:
     gated: bool
     quantize_x: str | None
     batch_invariant: bool = False
+    norm_eps: float | None = None
+    has_residual: bool = False
 
     @classmethod
     def of(
@@ -85,15 +95,20 @@ class Problem:
         quantize_x: str | None,
         out_dtype: Any,
         batch_invariant: bool = False,
+        norm_eps: float = NORM_EPS,
     ) -> Problem:
         """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
-        x, w, bias, layer = inputs
+        x, w, bias, layer, norm, residual = inputs
         in_features, out_features = _check_weight(w, layer)
         check(dtype_name(x) in FLOAT_DTYPES, "x", x.dtype, ", ".join(FLOAT_DTYPES))
         check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
         if bias is not None:
             check_shape("bias", bias, (out_features,), "[out]")
             check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
+        if norm is not None:
+            check_shape("norm", norm, (in_features,), "[in]")
+            check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
+            check(norm_eps >= 0, "norm_eps", norm_eps, "0 or more")
         check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
         check(
             not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups"
@@ -106,6 +121,10 @@ class Problem:
             )
         result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
         check(result.name in FLOAT_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_DTYPES)}")
+        if residual is not None:
+            features = out_features // 2 if gated else out_features
+            check_shape("residual", residual, (x.shape[0], features), "that of the result")
+            check(dtype_name(residual) in FLOAT_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_DTYPES))
         return cls(
             rows=x.shape[0],
             in_features=in_features,
@@ -120,6 +139,8 @@ class Problem:
             gated=gated,
             quantize_x=quantize_x,
             batch_invariant=batch_invariant,
+            norm_eps=None if norm is None else norm_eps,
+            has_residual=residual is not None,
         )
 
     @property
@@ -153,12 +174,26 @@ class Problem:
         first = parts[0] if self.activation is None else self.activation(parts[0])
         return first * parts[1] if self.gated else first
 
+    def plain(self, inputs: Inputs) -> tuple[Problem, Inputs]:
+        """The call without norm and residual: for a kernel that leaves both to XLA, which normalizes x here."""
+        x = inputs.x
+        if self.norm_eps is not None and inputs.norm is not None:
+            x = rms_norm(x, inputs.norm, self.norm_eps)
+        problem = dataclasses.replace(self, norm_eps=None, has_residual=False)
+        return problem, inputs._replace(x=x, norm=None, residual=None)
+
+    def add(self, residual: jax.Array | None, result: jax.Array) -> jax.Array:
+        """The residual, where there is one, added to what `finish` has returned, in the dtype of the result."""
+        whole = result if residual is None else residual.astype(jnp.float32) + result.astype(jnp.float32)
+        return whole.astype(self.out_dtype)
+
     def bytes_moved(self) -> int:
-        """Bytes that must move between memory and chip: x, the weight with its scales, the bias and the result once."""
+        """Bytes that must move between memory and chip: all inputs, scales among them, and the result, once each."""
         weight = self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype)
         x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
         result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
-        return weight + x + result + (self.out_features * 4 if self.has_bias else 0)
+        bias, norm = self.has_bias * self.out_features * 4, (self.norm_eps is not None) * self.in_features * 4
+        return weight + x + result * (2 if self.has_residual else 1) + bias + norm
 
     def flops(self) -> int:
         """Floating-point operations of the product, 2 for each multiply-add."""
@@ -182,6 +217,8 @@ class Problem:
             "bias" if self.has_bias else "",
             getattr(self.activation, "__name__", "activation") if self.activation else "",
             "gated" if self.gated else "",
+            "norm" if self.norm_eps is not None else "",
+            "residual" if self.has_residual else "",
             f"quantize_x={self.quantize_x}" if self.quantize_x else "",
             "batch_invariant" if self.batch_invariant else "",
         ]

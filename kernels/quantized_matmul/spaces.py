@@ -28,7 +28,7 @@ def triton(problem: Problem) -> Space:
     axes: dict[str, Sequence[int]] = {
         "splits": [1 << n for n in range(7) if 1 << n <= tiles],
         "block_out": (16, 32, 64, 128, 256),
-        "num_warps": (2, 4, 8),
+        "num_warps": (2, 4, 8, 16),
     }
     if start.form == "vector":  # which has tiles of its own, in registers
         return Space(start, axes)

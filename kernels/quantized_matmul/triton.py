@@ -9,7 +9,9 @@ take larger blocks, and scaled weights: both are `gpu_matrix.py`. All of them re
 
 Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: shares of `in`
 fill them, and XLA adds their float32 sums, bias, activation and gate, together with what follows. A single share does
-all of it itself. A gated call has two sums, gate and up, over two blocks of channels.
+all of it itself; that of a single row also normalizes it and adds the residual, and takes narrow blocks rather than
+shares: a launch more would take as long as many bytes. A gated call has two sums, gate and up, over two blocks of
+channels.
 
 In device memory there is nothing but inputs, result and the sums of splits; quantized rows where `quantize_x` asks for
 them. The layer of a stacked weight is an offset, but where Pallas miscounts it (`offsets_wrap`): there it is copied.
@@ -46,8 +48,26 @@ SKINNY_ROWS: Final = 64
 TILED_TILE: Final = 64
 """Weights along `in` of a trip where rows are many: with twice as many of x there would be room for one program."""
 
-VECTOR_BLOCK_OUT: Final = 128
-"""Channels of a program of the vector form: rows of a cache line, 16 of which its four warps read at a time."""
+VECTOR_BLOCKS: Final = (128, 64, 32)
+"""Channels of a program of the vector form: rows of a cache line, or of one sector of it, the least that is read."""
+
+VECTOR_WARPS: Final = 12
+"""Of a multiprocessor: what its registers hold of the vector form, at up to 168 for each thread."""
+
+EVEN: Final = 1.1
+"""Times the channels of the busiest multiprocessor, beside the fewest that blocks allow, that are even enough."""
+
+BYTE_INSTRUCTIONS: Final = 5
+"""That the vector form takes for a byte of codes, about."""
+
+LAUNCH_SECONDS: Final = 2.5e-6
+"""What it takes to add splits up: a launch, and the start and end of its programs."""
+
+CORES: Final = 128
+"""Threads of which a multiprocessor issues an instruction in a cycle."""
+
+MIN_WARPS: Final = 2
+"""Of a program, where there is work for them, however many programs a multiprocessor has."""
 
 PROGRAMS: Final = {"vector": 4, "tensor_core": 2}
 """Programs of a multiprocessor that together keep enough bytes on their way: 64 KiB or more (README.md)."""
@@ -94,8 +114,8 @@ def heuristic(problem: Problem) -> Config:
     """The form that suits the rows, blocks that keep the memory busy, splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
     if p.rows == 1 and p.quantize_x != "int8":
-        config = Config("vector", 1, VECTOR_BLOCK_OUT, MIN_TILE, splits=1)
-    elif p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
+        return _vector(p, gpu)
+    if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
         # float32 rows are three numbers to hold and to multiply by each.
         narrow = p.x_dtype == "float32" and p.quantize_x is None
         block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS // 2 if narrow else SKINNY_ROWS)
@@ -115,6 +135,35 @@ def heuristic(problem: Problem) -> Config:
         )
     config = dataclasses.replace(config, num_stages=_stages(p, config, gpu))
     return dataclasses.replace(config, splits=_splits(p, config, gpu))
+
+
+def _vector(problem: Problem, gpu: Gpu) -> Config:
+    """The vector form without splits: who has all of a row's products adds them up, and leaves no launch for it.
+
+    Blocks are the widest that spread channels evenly; their warps are as many as have something to do and as let all
+    programs run at a time. Where so few channels are left that adding up is quicker, there are splits.
+    """
+    p = problem
+
+    def busiest(block_out: int) -> int:
+        """Channels of a multiprocessor that has the most."""
+        return block_out * pl.cdiv(pl.cdiv(p.result_features, block_out), gpu.multiprocessors)
+
+    fewest = min(map(busiest, VECTOR_BLOCKS))
+    block_out = next(size for size in VECTOR_BLOCKS if busiest(size) <= EVEN * fewest)
+    if gpu.clock_hertz and gpu.hbm_bytes_per_second:
+        channel = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of codes
+        alone = fewest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
+        if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS:
+            config = Config("vector", 1, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
+            return dataclasses.replace(config, splits=_splits(p, config, gpu))
+    most = VECTOR_WARPS * block_out // busiest(block_out)
+    num_warps = 1
+    while gpu_vector.lanes(block_out, num_warps) < gpu_vector.chunks(p) and (
+        num_warps < MIN_WARPS or 2 * num_warps <= most
+    ):
+        num_warps *= 2
+    return Config("vector", 1, block_out, MIN_TILE, splits=1, num_warps=num_warps)
 
 
 def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
@@ -143,8 +192,7 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     """
     p = problem
     if config.form == "vector":
-        rows = gpu_vector.chunk_rows(p) * gpu_vector.lanes(config.block_out, config.num_warps)
-        trips, row_blocks = pl.cdiv(p.in_features, rows * (2 if p.scheme.packed else 1)), 1
+        trips, row_blocks = pl.cdiv(gpu_vector.chunks(p), gpu_vector.lanes(config.block_out, config.num_warps)), 1
     else:
         trips, row_blocks = pl.cdiv(p.in_features, config.tile), pl.cdiv(p.rows, config.block_rows)
     programs = row_blocks * pl.cdiv(p.result_features, config.block_out)
@@ -170,6 +218,9 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
+    residual = inputs.residual
+    if not fuses(problem, config):
+        problem, inputs = problem.plain(inputs)
     p, splits = problem, config.splits
     _check(p, config)
     w, layer = inputs.w, inputs.layer
@@ -186,7 +237,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
             part = jax.lax.bitcast_convert_type(part, jnp.uint8) if part.dtype == jnp.float8_e8m0fnu else part
             arrays.append(part if layer is not None else part[None])
     if splits == 1:
-        arrays += [array for array in (x_scale, inputs.bias) if array is not None]
+        arrays += [array for array in (x_scale, inputs.bias, inputs.norm, inputs.residual) if array is not None]
     out_blocks = pl.cdiv(p.result_features, config.block_out)
     options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
     options["num_warps"] = config.num_warps
@@ -208,14 +259,22 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         name=_name(p, config),
     )(*arrays)
     if splits == 1:
-        return out
+        return out if p.has_residual else p.add(residual, out)
     products = [jnp.sum(out[:, part], axis=0) for part in range(p.parts)]
     if x_scale is not None:
         products = [product * x_scale[:, None] for product in products]
     if inputs.bias is not None:
         biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
         products = [product + bias for product, bias in zip(products, biases, strict=True)]
-    return p.finish(products).astype(p.out_dtype)
+    return p.add(residual, p.finish(products))
+
+
+def fuses(problem: Problem, config: Config) -> bool:
+    """Whether the kernel normalizes x and adds the residual itself: where a program goes through all of a row as it is.
+
+    Otherwise XLA does both, before and after.
+    """
+    return config.form == "vector" and config.splits == 1 and problem.quantize_x is None
 
 
 def _check(problem: Problem, config: Config) -> None:
