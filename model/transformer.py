@@ -13,8 +13,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from palladion.kernels.append_kv import api as append_kv_api
-from palladion.kernels.append_kv import append_kv
+from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.model.config import ModelConfig
@@ -133,10 +132,6 @@ class _Decoder:
         self.lengths = lengths
         self.backend = backend
         self.interpret = interpret
-        # Without a GPU kernel for it, XLA's scatter writes a few rows in place.
-        asks_for_gpu = backend == "triton" or (backend == "pallas" and target_platform() == "gpu")
-        xla = asks_for_gpu and not any(row.platform == "gpu" for row in append_kv_api.IMPLEMENTATIONS)
-        self.appending: dict[str, Any] = {"backend": "xla"} if xla else {"backend": backend, "interpret": interpret}
         position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
         angle = position[..., None].astype(jnp.float32) * inverse_frequencies
         self.rotation = (jnp.cos(angle), jnp.sin(angle))  # [batch, q_len, head_dim / 2] each
@@ -157,9 +152,9 @@ class _Decoder:
         bias = None if layer.qkv_bias is None else _at(layer.qkv_bias, index)
         qkv = self.linear(x, layer.qkv, index, norm=layer.attention_norm, bias=bias)
         qkv = qkv.reshape(*x.shape[:2], sum(heads), config.head_dim)
-        rotated = rotate(qkv[:, :, : config.q_heads + config.kv_heads], *self.rotation)
-        q, k, v = rotated[:, :, : config.q_heads], rotated[:, :, config.q_heads :], qkv[:, :, -config.kv_heads :]
-        cache = append_kv(cache, k, v, self.lengths, layer=index, **self.appending)
+        q, cache = append_qkv(
+            cache, qkv, self.lengths, *self.rotation, layer=index, backend=self.backend, interpret=self.interpret
+        )
         out = decode_attention(
             q,
             cache.k,
@@ -242,17 +237,3 @@ def _take(table: jax.Array, indices: jax.Array, by_columns: bool) -> jax.Array:
     if len(indices) > FEW_TOKENS:
         return jnp.take(table, indices, axis=axis, mode="clip")
     return jnp.concatenate([jax.lax.dynamic_slice_in_dim(table, index, 1, axis) for index in indices], axis)
-
-
-def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Rotary positions (arXiv 2104.09864), the halves of a head paired.
-
-    Args:
-      x: `[batch, q_len, heads, head_dim]`.
-      cosine: `[batch, q_len, head_dim / 2]`.
-      sine: like cosine.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = cosine[:, :, None], sine[:, :, None]
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)

@@ -5,18 +5,21 @@ reference shows, and `compare` holds the one rule by which a result counts as ri
 """
 
 from palladion.reference.append_kv import append_kv
+from palladion.reference.append_qkv import append_qkv
 from palladion.reference.caches import KVCache, quantize_kv
 from palladion.reference.decode_attention import decode_attention, merge_partials
 from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
 from palladion.reference.quantized_matmul import matmul, quantized_matmul
 from palladion.reference.quantizers import quantize
 from palladion.reference.rms_norm import rms_norm
+from palladion.reference.rotary import rotate
 
 __all__ = [
     "KVCache",
     "QuantizedArray",
     "Scheme",
     "append_kv",
+    "append_qkv",
     "decode_attention",
     "dequantize",
     "matmul",
@@ -25,4 +28,5 @@ __all__ = [
     "quantize_kv",
     "quantized_matmul",
     "rms_norm",
+    "rotate",
 ]

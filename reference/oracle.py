@@ -81,6 +81,18 @@ def decode_attention(
     return (out[:, 0], lse[:, 0]) if squeeze else (out, lse)
 
 
+def rotate(x: Any, cosine: Any, sine: Any) -> Array:
+    """Rotary positions in float64: x `[batch, q_len, heads, head_dim]` by angles `[batch, q_len, rotary_dim / 2]`."""
+    x, cosine, sine = widen(x), widen(cosine)[:, :, None], widen(sine)[:, :, None]
+    pairs = cosine.shape[-1]
+    rotated = x.copy()
+    for i in range(pairs):
+        one, other = x[..., i], x[..., i + pairs]
+        rotated[..., i] = one * cosine[..., i] - other * sine[..., i]
+        rotated[..., i + pairs] = other * cosine[..., i] + one * sine[..., i]
+    return rotated
+
+
 def dequantize(w: QuantizedArray) -> Array:
     """The weights `[in, out]` that a QuantizedArray without leading dimensions stands for."""
     stored = np.asarray(w.values)

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import pytest
 
-from palladion import append_kv, decode_attention, quantized_matmul
+from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion.benchmarks import gpu_compiler
 from palladion.benchmarks.gpu_compiler import CompiledKernel
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
+from palladion.kernels.append_qkv import cases as joined_cases
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention import spaces as attention_spaces
 from palladion.kernels.decode_attention import triton as attention_triton
@@ -52,11 +53,16 @@ def append(case: AppendCase) -> Compilable:
     return lambda inputs: append_kv(**inputs._asdict(), backend="pallas"), (case.shapes(),)
 
 
+def append_joined(case: AppendCase) -> Compilable:
+    return lambda inputs: append_qkv(**inputs._asdict(), backend="pallas"), (case.shapes(),)
+
+
 OPERATIONS: dict[str, Callable[[], Compilable]] = {
     f"{operation}-{case.name}": functools.partial(function, case)
     for operation, function, models in (
         ("decode_attention", attention, attention_cases.MODELS),
         ("append_kv", append, append_cases.MODELS),
+        ("append_qkv", append_joined, joined_cases.MODELS),
         ("quantized_matmul", matmul, matmul_cases.MODELS),
     )
     for case in models
@@ -67,6 +73,7 @@ ON_EVERY_GPU = (
     "decode_attention-llama-3-8b-layers",
     "decode_attention-llama-3-8b-paged-int8",
     "append_kv-llama-3-8b-int8",
+    "append_qkv-llama-3-8b",
     "quantized_matmul-llama-3-8b-qkv-1-int8",
     "quantized_matmul-llama-3-8b-gate-up-1-int4-g32",
 )
@@ -92,7 +99,7 @@ def test_compiles_without_spills(name: str, arch: int):
         assert kernel.count("EXIT") >= 1
     if name.startswith("decode_attention"):
         assert_streams(kernels[0])
-    if name.startswith("append_kv"):
+    if name.startswith("append"):
         assert kernels[0].count("STG.E.128") >= 2
 
 

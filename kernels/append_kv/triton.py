@@ -128,11 +128,7 @@ def _kernel(
     new_refs, cache_refs = refs[-3 * parts : -2 * parts], refs[-parts:]
     b = pl.program_id(0)
     length = lengths_ref[b]
-    # Tokens begin to end - 1 are written: those at positions 0 to max_len - 1, and of those the new ones.
-    begin = jnp.maximum(p.q_len - length, 0)
-    if p.has_new_tokens:
-        begin = jnp.maximum(begin, p.q_len - scalar_refs[0][b])
-    end = jnp.minimum(p.q_len - length + p.max_len, p.q_len)
+    begin, end = written_tokens(p, length, scalar_refs[0][b] if p.has_new_tokens else None)
 
     first = pl.program_id(1) * block_rows
     r = first + jnp.arange(block_rows, dtype=jnp.int32)  # [block_rows]
@@ -140,13 +136,8 @@ def _kernel(
     # A block with something to write stores the nearest of it once more in the place of what is not.
     written = (begin < end) & (first < end * p.kv_heads) & (first + block_rows > begin * p.kv_heads)
     token = jnp.clip(jnp.clip(token, begin, end - 1), 0, p.q_len - 1)
-    row = jnp.clip(length - p.q_len + token, 0, p.max_len - 1)
-    slab: Any = jnp.broadcast_to(b, row.shape)
-    mask = jnp.broadcast_to(written, row.shape)
-    if p.page_size is not None and page_table_ref is not None:
-        page = jax.lax.div(row, jnp.full_like(row, p.page_size))
-        row = jax.lax.rem(row, jnp.full_like(row, p.page_size))
-        slab = plgpu.load(page_table_ref.at[b, page], mask=mask, other=0)
+    mask = jnp.broadcast_to(written, token.shape)
+    slab, row = place_of(p, b, length, token, page_table_ref, mask)
 
     feature = jnp.arange(pl.next_power_of_2(p.head_dim), dtype=jnp.int32)
     wide = mask[:, None] & (feature < p.head_dim)[None, :]
@@ -158,3 +149,31 @@ def _kernel(
         source = new.at[b, token[:, None], head[:, None], feature[None, :]]
         target = cache.at[layer_ref[0], slab[:, None], head[:, None], row[:, None], feature[None, :]]
         plgpu.store(target, plgpu.load(source, mask=wide), mask=wide)
+
+
+def written_tokens(problem: Problem, length: jax.Array, new_tokens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The first of a sequence's new tokens that is written, and the one after the last.
+
+    Those at positions 0 to max_len - 1 are, and of those the new ones.
+
+    Args:
+      problem: what is written.
+      length: tokens in the sequence's cache.
+      new_tokens: of its q_len tokens the real ones; None for all.
+    """
+    begin = jnp.maximum(problem.q_len - length, 0)
+    if new_tokens is not None:
+        begin = jnp.maximum(begin, problem.q_len - new_tokens)
+    return begin, jnp.minimum(problem.q_len - length + problem.max_len, problem.q_len)
+
+
+def place_of(
+    problem: Problem, b: jax.Array, length: jax.Array, token: jax.Array, page_table_ref: Any, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The slab and the row in it of a sequence's tokens, where masked; elsewhere some that are there."""
+    p = problem
+    row = jnp.clip(length - p.q_len + token, 0, p.max_len - 1)
+    if p.page_size is None:
+        return jnp.broadcast_to(b, row.shape), row
+    page, row = (do(row, jnp.full_like(row, p.page_size)) for do in (jax.lax.div, jax.lax.rem))
+    return plgpu.load(page_table_ref.at[b, page], mask=mask, other=0), row

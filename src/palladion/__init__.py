@@ -3,6 +3,7 @@
 Operations, each with `backend=`:
   decode_attention    attention of the newest tokens over a dense or paged KV cache
   append_kv           writes new tokens into that cache, in place
+  append_qkv          the same out of a joined projection, with rotary positions
   quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside
 
 What they work on:
@@ -14,6 +15,7 @@ The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 
 from palladion.kernels.append_kv import append_kv
+from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.backend import BACKENDS, Choice, Unsupported, record_choices, using_backend
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.quantized_matmul import quantized_matmul
@@ -27,6 +29,7 @@ __all__ = [
     "Scheme",
     "Unsupported",
     "append_kv",
+    "append_qkv",
     "decode_attention",
     "dequantize",
     "merge_partials",

@@ -1,0 +1,110 @@
+"""What an append_qkv call asks for: shapes and dtypes, validated before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.append_kv import problem as append
+from palladion.kernels.checks import check, check_shape
+from palladion.kernels.tuning import TuningKey
+from palladion.reference.append_qkv import split_qkv
+from palladion.reference.caches import KVCache
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in the shapes that every implementation takes.
+
+    Attributes:
+      cache: dense or paged, of one layer or of all.
+      qkv: `[batch, q_len, q_heads + 2 * kv_heads, head_dim]`.
+      lengths: int32 `[batch]`.
+      cosine: float32 `[batch, q_len, rotary_dim / 2]`.
+      sine: like cosine.
+      new_tokens: int32 `[batch]` or None.
+      layer: int32 scalar or None.
+    """
+
+    cache: KVCache
+    qkv: jax.Array
+    lengths: jax.Array
+    cosine: jax.Array
+    sine: jax.Array
+    new_tokens: jax.Array | None
+    layer: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An append_qkv call without its arrays.
+
+    Attributes:
+      append: what is written, as `append_kv` has it.
+      q_heads: query heads.
+      rotary_dim: features of a head that are rotated, the first ones.
+    """
+
+    append: append.Problem
+    q_heads: int
+    rotary_dim: int
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Problem:
+        """Describes a call; raises ValueError, naming the argument, where its arrays do not go together."""
+        cache, qkv, _, cosine, sine, _, _ = inputs
+        shape = "[batch, (q_len,) q_heads + 2 * kv_heads, head_dim], each at least 1"
+        check(qkv.ndim == 4 and min(qkv.shape) >= 1, "qkv", f"shape {qkv.shape}", shape)
+        batch, q_len, heads, head_dim = qkv.shape
+        kv_heads = cache.k.shape[-3] if cache.k.ndim >= 3 else 1
+        q_heads = heads - 2 * kv_heads
+        grouped = q_heads >= 1 and q_heads % kv_heads == 0
+        given = f"{heads} heads for a cache of {kv_heads}"
+        check(grouped, "qkv", given, "a multiple of kv_heads for queries, and twice kv_heads for keys and values")
+        check(cosine.ndim == 3, "cosine", f"shape {cosine.shape}", "[batch, q_len, rotary_dim / 2]")
+        pairs = cosine.shape[-1]
+        check_shape("cosine", cosine, (batch, q_len, pairs), "[batch, q_len, rotary_dim / 2]")
+        check(1 <= pairs <= head_dim // 2, "cosine", f"{pairs} angles", f"1 to {head_dim // 2}, half of head_dim")
+        check_shape("sine", sine, cosine.shape, "the shape of cosine")
+        for name, angles in (("cosine", cosine), ("sine", sine)):
+            check(angles.dtype == jnp.float32, name, angles.dtype, "float32")
+        new = jax.ShapeDtypeStruct((batch, q_len, kv_heads, head_dim), qkv.dtype)
+        written = append.Inputs(cache, new, new, inputs.lengths, inputs.new_tokens, inputs.layer)  # type: ignore[arg-type]
+        return cls(append.Problem.of(written), q_heads, 2 * pairs)
+
+    @property
+    def heads(self) -> int:
+        """Of queries, keys and values together."""
+        return self.q_heads + 2 * self.append.kv_heads
+
+    def bytes_moved(self) -> int:
+        """Bytes that must move between memory and chip: all heads and angles read, queries and the cache written."""
+        p = self.append
+        item = jnp.dtype(p.x_dtype).itemsize
+        q = p.batch * p.q_len * self.q_heads * p.head_dim * item
+        return p.bytes_moved() + 2 * q + p.batch * p.q_len * self.rotary_dim * 4
+
+    def flops(self) -> int:
+        """Floating-point operations of the rotations: two multiplications and an addition for each number."""
+        p = self.append
+        return 3 * p.batch * p.q_len * (self.q_heads + p.kv_heads) * self.rotary_dim
+
+    def planned(self) -> Problem:
+        """The problem by which block sizes are chosen: what is moved does not depend on them."""
+        return self
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
+        key = self.append.tuning_key()
+        return dataclasses.replace(key, sizes={**key.sizes, "q_heads": self.q_heads})
+
+    def __str__(self) -> str:
+        return f"q_heads={self.q_heads}, rotary_dim={self.rotary_dim}, {self.append}"
+
+
+def apart(inputs: Inputs) -> tuple[jax.Array, append.Inputs]:
+    """Queries, and the rest as `append_kv` takes it: for a kernel that leaves the rotation to XLA."""
+    q, k, v = split_qkv(inputs.qkv, inputs.cosine, inputs.sine, inputs.cache.k.shape[-3])
+    return q, append.Inputs(inputs.cache, k, v, inputs.lengths, inputs.new_tokens, inputs.layer)

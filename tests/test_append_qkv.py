@@ -1,0 +1,229 @@
+"""append_qkv: rotations against float64, what is written to the last bit, and everything else left as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import options_for
+
+from palladion import KVCache, Unsupported, append_kv, append_qkv, decode_attention
+from palladion.kernels.append_kv.triton import Config
+from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
+from palladion.kernels.append_qkv.cases import Case
+from palladion.kernels.backend import Implementation
+from palladion.reference import oracle, rotate
+from palladion.reference.compare import assert_right
+
+TESTS = {case.name: case for case in cases.TESTS}
+KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
+
+every_row = pytest.mark.parametrize("row", IMPLEMENTATIONS, ids=lambda row: row.name)
+
+
+@functools.cache
+def compiled(row: Implementation, **options: Any) -> Any:
+    call = functools.partial(append_qkv, backend=row.name, interpret=row.platform is not None, **options)
+    return jax.jit(call, compiler_options=options_for(row.name))
+
+
+def run(row: Implementation, inputs: Inputs, **options: Any) -> tuple[np.ndarray, KVCache]:
+    q, cache = compiled(row, **options)(**inputs._asdict())
+    return np.asarray(q), cache
+
+
+def written(cache: KVCache, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of new tokens as a cache holds them, `[tokens, kv_heads, head_dim]`; they are taken out of it.
+
+    What is left of the cache is what was there before.
+    """
+    arrays = {name: np.array(getattr(cache, name)) for name in ("k", "v")}
+    old = {name: np.array(getattr(inputs.cache, name)) for name in ("k", "v")}
+    q_len = inputs.qkv.shape[1]
+    found: dict[str, list[np.ndarray]] = {"k": [], "v": []}
+    for b, i in places(inputs):
+        position = int(inputs.lengths[b]) - q_len + i
+        slab, row = b, position
+        if cache.page_table is not None:
+            page, row = divmod(position, cache.k.shape[-2])
+            slab = int(np.asarray(cache.page_table)[b, page])
+        for name in ("k", "v"):
+            new, before = arrays[name], old[name]
+            if inputs.layer is not None:
+                new, before = new[int(inputs.layer)], before[int(inputs.layer)]
+            found[name].append(new[slab, :, row].copy())
+            new[slab, :, row] = before[slab, :, row]
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(arrays[name].view(np.uint8), old[name].view(np.uint8), err_msg=name)
+    return np.stack(found["k"]), np.stack(found["v"])
+
+
+def places(inputs: Inputs) -> list[tuple[int, int]]:
+    """Sequence and token of all that is written."""
+    batch, q_len = inputs.qkv.shape[:2]
+    real = np.full(batch, q_len) if inputs.new_tokens is None else np.asarray(inputs.new_tokens)
+    return [
+        (b, i)
+        for b in range(batch)
+        for i in range(q_len - int(real[b]), q_len)
+        if 0 <= int(inputs.lengths[b]) - q_len + i < inputs.cache.max_len
+    ]
+
+
+def exact(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, and the keys and values that are written, in float64."""
+    kv_heads = inputs.cache.k.shape[-3]
+    rotated = oracle.rotate(inputs.qkv, inputs.cosine, inputs.sine)
+    q, k = rotated[:, :, : -2 * kv_heads], rotated[:, :, -2 * kv_heads : -kv_heads]
+    v = np.asarray(inputs.qkv)[:, :, -kv_heads:]
+    b, i = (list(index) for index in zip(*places(inputs), strict=True))
+    return q, k[b, i], v[b, i]
+
+
+def assert_as_defined(row: Implementation, inputs: Inputs, **options: Any) -> None:
+    (q, cache), (reference_q, reference) = run(row, inputs, **options), run(IMPLEMENTATIONS[-1], inputs)
+    exact_q, exact_k, exact_v = exact(inputs)
+    assert q.dtype == inputs.qkv.dtype
+    assert_right(q, reference_q, exact_q, f"{row.name} q")
+    if cache.k_scale is not None:
+        # Rotated and rounded to the tokens' dtype on the way: a code may be the next one.
+        for name in ("k", "v"):
+            codes, expected = (np.asarray(getattr(one, name), np.int32) for one in (cache, reference))
+            assert np.abs(codes - expected).max() <= 1
+            scales, expected = (np.asarray(getattr(one, f"{name}_scale")) for one in (cache, reference))
+            np.testing.assert_allclose(scales, expected, rtol=1e-6)
+        return
+    (k, v), (reference_k, _) = written(cache, inputs), written(reference, inputs)
+    assert_right(k, reference_k, exact_k, f"{row.name} k")
+    np.testing.assert_array_equal(v, exact_v.astype(v.dtype))
+
+
+@every_row
+@pytest.mark.parametrize("name", TESTS)
+def test_every_case(name: str, row: Implementation):
+    assert_as_defined(row, cases.make_inputs(TESTS[name]))
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_kernels_refuse_no_case(row: Implementation):
+    refused = [case.name for case in (*cases.TESTS, *cases.MODELS) if row.unsupported(case.problem()) is not None]
+    assert refused == []
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 256])
+@pytest.mark.parametrize("name", ["multi-query", "prefill", "paged"])
+def test_explicit_blocks(name: str, block_rows: int):
+    (row,) = (row for row in KERNELS if row.name == "triton")
+    assert_as_defined(row, cases.make_inputs(TESTS[name]), config=Config(block_rows))
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_shape(data: st.DataObject):
+    draw = data.draw
+    kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 20))
+    batch, q_len, max_len = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(5, 20))
+    case = Case(
+        name="any",
+        batch=batch,
+        q_heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
+        max_len=max_len,
+        q_len=q_len,
+        lengths=tuple(draw(st.lists(st.integers(1, max_len), min_size=batch, max_size=batch))),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        num_layers=draw(st.sampled_from([None, 2])),
+    )
+    (row,) = (row for row in KERNELS if row.name == "triton")
+    assert_as_defined(row, cases.make_inputs(case))
+
+
+@every_row
+def test_one_token_needs_no_q_len(row: Implementation):
+    inputs = cases.make_inputs(TESTS["float32"])
+    q, cache = run(row, inputs)
+    one = inputs._replace(qkv=inputs.qkv[:, 0], cosine=inputs.cosine[:, 0], sine=inputs.sine[:, 0])
+    one_q, one_cache = run(row, one)
+    np.testing.assert_array_equal(one_q, q[:, 0])
+    np.testing.assert_array_equal(np.asarray(one_cache.k), np.asarray(cache.k))
+
+
+def test_it_is_what_rotation_and_append_kv_are():
+    """And attention over the cache sees the new tokens."""
+    inputs = cases.make_inputs(TESTS["verify"])
+    kv_heads = inputs.cache.k.shape[1]
+    cache = dataclasses.replace(inputs.cache, k=jnp.nan_to_num(inputs.cache.k), v=jnp.nan_to_num(inputs.cache.v))
+    q, joined = append_qkv(*inputs._replace(cache=cache)[:5], backend="triton", interpret=True)
+    rotated = rotate(inputs.qkv[:, :, :-kv_heads], inputs.cosine, inputs.sine)
+    k, v = rotated[:, :, -kv_heads:], inputs.qkv[:, :, -kv_heads:]
+    apart = append_kv(cache, k, v, inputs.lengths)
+    attended = decode_attention(q, joined.k, joined.v, inputs.lengths, backend="xla")
+    expected = decode_attention(rotated[:, :, :-kv_heads], apart.k, apart.v, inputs.lengths, backend="xla")
+    np.testing.assert_allclose(np.asarray(attended, np.float32), np.asarray(expected, np.float32), atol=0.05)
+
+
+@every_row
+def test_batches_of_batches(row: Implementation):
+    inputs = cases.make_inputs(TESTS["rotary-dim-32"])
+    lengths = jnp.stack([inputs.lengths, inputs.lengths + 1])
+    mapped = jax.vmap(lambda lengths: compiled(row)(**inputs._replace(lengths=lengths)._asdict()))(lengths)
+    for n in range(2):
+        q, cache = run(row, inputs._replace(lengths=lengths[n]))
+        np.testing.assert_allclose(np.asarray(mapped[0][n]), q, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(mapped[1].k[n]), np.asarray(cache.k), rtol=1e-5, atol=1e-6)
+
+
+def test_a_donated_cache_is_updated_in_place():
+    inputs = cases.make_inputs(TESTS["bfloat16"])
+    places = [inputs.cache.k.unsafe_buffer_pointer(), inputs.cache.v.unsafe_buffer_pointer()]
+    append = jax.jit(append_qkv, donate_argnums=0)
+    _, new = append(*inputs[:5])
+    assert [new.k.unsafe_buffer_pointer(), new.v.unsafe_buffer_pointer()] == places
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": 3}, "cache: got int; accepted: a KVCache"),
+        ({"qkv": jnp.zeros((3, 128))}, "qkv: got shape (3, 128); accepted: [batch, (q_len,) q_heads + 2 * kv_heads"),
+        ({"qkv": jnp.zeros((3, 1, 7, 128))}, "qkv: got 7 heads for a cache of 2; accepted: a multiple of kv_heads"),
+        ({"qkv": jnp.zeros((3, 1, 4, 128))}, "qkv: got 4 heads for a cache of 2"),
+        ({"qkv": jnp.zeros((3, 1, 8, 64))}, "cosine: got 64 angles; accepted: 1 to 32, half of head_dim"),
+        ({"qkv": jnp.zeros((2, 1, 8, 128))}, "cosine: got shape (3, 1, 64); accepted: (2, 1, 64)"),
+        ({"qkv": jnp.zeros((3, 1, 8, 128), jnp.int8)}, "k: got int8; accepted: float32"),
+        ({"cosine": jnp.zeros((3, 64))}, "cosine: got shape (3, 64); accepted: [batch, (q_len,) rotary_dim / 2]"),
+        ({"cosine": jnp.zeros((3, 1, 65))}, "cosine: got 65 angles; accepted: 1 to 64, half of head_dim"),
+        ({"sine": jnp.zeros((3, 1, 63))}, "sine: got shape (3, 1, 63); accepted: (3, 1, 64), the shape of cosine"),
+        ({"sine": jnp.zeros((3, 1, 64), jnp.bfloat16)}, "sine: got bfloat16; accepted: float32"),
+        ({"lengths": jnp.array([4, 257, 9], jnp.int32)}, "lengths: got [257]; accepted: 0 to 256"),
+        ({"backend": "triton", "interpret": True, "config": 8}, "config: got 8; accepted: triton.Config"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else None,
+)
+def test_wrong_calls(changes: dict[str, Any], message: str):
+    given = cases.make_inputs(TESTS["float32"])._asdict() | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        append_qkv(**given)
+
+
+def test_what_a_kernel_does_not_cover_is_said():
+    case = dataclasses.replace(TESTS["float32"], dtype="float16")
+    with pytest.raises(Unsupported, match="mosaic_tpu: a float16 cache is not for TPUs"):
+        append_qkv(**cases.make_inputs(case)._asdict(), backend="mosaic_tpu", interpret=True)
+
+
+def test_bytes_and_flops():
+    problem = Case(name="", batch=2, q_heads=4, kv_heads=2, head_dim=16, max_len=8, dtype="bfloat16").problem()
+    # 8 heads of 16 are read; 4 as queries and 4 into the cache are written; 8 cosines and sines of each token.
+    assert problem.bytes_moved() == 2 * (2 * 8 * 16 * 2 + 2 * 8 * 4)
+    assert problem.flops() == 3 * 2 * 6 * 16
