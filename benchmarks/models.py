@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.append_kv.cases import Case as AppendCase
+from palladion.kernels.append_qkv.cases import Case as JoinedCase
 from palladion.kernels.checks import check
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
@@ -215,6 +216,13 @@ class ModelShape:
                 **changes,
             )
         ]
+
+    def append_qkv_cases(
+        self, batch: int, max_len: int, *, dtype: str = "bfloat16", kv_dtype: str | None = None, **changes: Any
+    ) -> list[JoinedCase]:
+        """What a decode step asks of append_qkv."""
+        (case,) = self.append_cases(batch, max_len, dtype=dtype, kv_dtype=kv_dtype, **changes)
+        return [JoinedCase(**dataclasses.asdict(case), q_heads=self.q_heads)]
 
     def matmul_cases(
         self, rows: int, scheme: str, *, dtype: str = "bfloat16", scale_dtype: str = "float32", head: bool = True

@@ -88,6 +88,7 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
         Phase("caches", 1, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
         Phase("pages", 1, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
         Phase("append", 1, ("run", "append_kv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
+        Phase("append-joined", 1, ("run", "append_qkv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
     ]
 
 

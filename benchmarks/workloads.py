@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--layers", type=names, metavar="NAMES", help="of qkv, output, gate-up, down, head: only these")
 
 
+CASES_OF: Final = {
+    "decode_attention": "attention_cases",
+    "append_kv": "append_cases",
+    "append_qkv": "append_qkv_cases",
+}
+"""By which a `ModelShape` says what it asks of an operation on a cache."""
+
+
 def selected(operation: Operation, arguments: argparse.Namespace) -> list[Any]:
     """The cases that are asked for, named apart.
 
@@ -73,7 +81,7 @@ def _named(operation: Operation, patterns: Sequence[str]) -> Iterator[Any]:
 
 
 def _caches(operation: Operation, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Of decode_attention and append_kv."""
+    """Of decode_attention, append_kv and append_qkv."""
     heads = {"q_heads": arguments.q_heads, "kv_heads": arguments.kv_heads, "head_dim": arguments.head_dim}
     if operation.name == "append_kv":
         del heads["q_heads"]
@@ -90,7 +98,7 @@ def _caches(operation: Operation, arguments: argparse.Namespace) -> Iterator[Any
                     cases = [operation.cases.Case(name="by-hand", **heads, **sizes, **more)]
                 else:
                     shapes = [models()[name] for name in arguments.model or (DEFAULT_MODEL,)]
-                    which = "attention_cases" if operation.name == "decode_attention" else "append_cases"
+                    which = CASES_OF[operation.name]
                     cases = [case for shape in shapes for case in getattr(shape, which)(**sizes, **more)]
                 for case in cases:
                     yield dataclasses.replace(case, name=_cache_name(case, ragged=arguments.ragged))

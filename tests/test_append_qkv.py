@@ -16,12 +16,12 @@ import pytest
 from compiling import options_for
 
 from palladion import KVCache, Unsupported, append_kv, append_qkv, decode_attention
+from palladion.benchmarks.operations import OPERATIONS
 from palladion.kernels.append_kv.triton import Config
 from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_qkv.cases import Case
 from palladion.kernels.backend import Implementation
-from palladion.reference import oracle, rotate
-from palladion.reference.compare import assert_right
+from palladion.reference import rotate
 
 TESTS = {case.name: case for case in cases.TESTS}
 KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
@@ -40,76 +40,18 @@ def run(row: Implementation, inputs: Inputs, **options: Any) -> tuple[np.ndarray
     return np.asarray(q), cache
 
 
-def written(cache: KVCache, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of new tokens as a cache holds them, `[tokens, kv_heads, head_dim]`; they are taken out of it.
-
-    What is left of the cache is what was there before.
-    """
-    arrays = {name: np.array(getattr(cache, name)) for name in ("k", "v")}
-    old = {name: np.array(getattr(inputs.cache, name)) for name in ("k", "v")}
-    q_len = inputs.qkv.shape[1]
-    found: dict[str, list[np.ndarray]] = {"k": [], "v": []}
-    for b, i in places(inputs):
-        position = int(inputs.lengths[b]) - q_len + i
-        slab, row = b, position
-        if cache.page_table is not None:
-            page, row = divmod(position, cache.k.shape[-2])
-            slab = int(np.asarray(cache.page_table)[b, page])
-        for name in ("k", "v"):
-            new, before = arrays[name], old[name]
-            if inputs.layer is not None:
-                new, before = new[int(inputs.layer)], before[int(inputs.layer)]
-            found[name].append(new[slab, :, row].copy())
-            new[slab, :, row] = before[slab, :, row]
-    for name in ("k", "v"):
-        np.testing.assert_array_equal(arrays[name].view(np.uint8), old[name].view(np.uint8), err_msg=name)
-    return np.stack(found["k"]), np.stack(found["v"])
-
-
-def places(inputs: Inputs) -> list[tuple[int, int]]:
-    """Sequence and token of all that is written."""
-    batch, q_len = inputs.qkv.shape[:2]
-    real = np.full(batch, q_len) if inputs.new_tokens is None else np.asarray(inputs.new_tokens)
-    return [
-        (b, i)
-        for b in range(batch)
-        for i in range(q_len - int(real[b]), q_len)
-        if 0 <= int(inputs.lengths[b]) - q_len + i < inputs.cache.max_len
-    ]
-
-
-def exact(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, and the keys and values that are written, in float64."""
-    kv_heads = inputs.cache.k.shape[-3]
-    rotated = oracle.rotate(inputs.qkv, inputs.cosine, inputs.sine)
-    q, k = rotated[:, :, : -2 * kv_heads], rotated[:, :, -2 * kv_heads : -kv_heads]
-    v = np.asarray(inputs.qkv)[:, :, -kv_heads:]
-    b, i = (list(index) for index in zip(*places(inputs), strict=True))
-    return q, k[b, i], v[b, i]
-
-
-def assert_as_defined(row: Implementation, inputs: Inputs, **options: Any) -> None:
-    (q, cache), (reference_q, reference) = run(row, inputs, **options), run(IMPLEMENTATIONS[-1], inputs)
-    exact_q, exact_k, exact_v = exact(inputs)
-    assert q.dtype == inputs.qkv.dtype
-    assert_right(q, reference_q, exact_q, f"{row.name} q")
-    if cache.k_scale is not None:
-        # Rotated and rounded to the tokens' dtype on the way: a code may be the next one.
-        for name in ("k", "v"):
-            codes, expected = (np.asarray(getattr(one, name), np.int32) for one in (cache, reference))
-            assert np.abs(codes - expected).max() <= 1
-            scales, expected = (np.asarray(getattr(one, f"{name}_scale")) for one in (cache, reference))
-            np.testing.assert_allclose(scales, expected, rtol=1e-6)
-        return
-    (k, v), (reference_k, _) = written(cache, inputs), written(reference, inputs)
-    assert_right(k, reference_k, exact_k, f"{row.name} k")
-    np.testing.assert_array_equal(v, exact_v.astype(v.dtype))
+def assert_as_defined(row: Implementation, case: Case, **options: Any) -> None:
+    inputs = cases.make_inputs(case)
+    result, reference = run(row, inputs, **options), run(IMPLEMENTATIONS[-1], inputs)
+    assert result[0].dtype == inputs.qkv.dtype
+    verdict = OPERATIONS["append_qkv"].judge(case, inputs, result, reference)
+    assert verdict.right, verdict
 
 
 @every_row
 @pytest.mark.parametrize("name", TESTS)
 def test_every_case(name: str, row: Implementation):
-    assert_as_defined(row, cases.make_inputs(TESTS[name]))
+    assert_as_defined(row, TESTS[name])
 
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
@@ -122,7 +64,7 @@ def test_kernels_refuse_no_case(row: Implementation):
 @pytest.mark.parametrize("name", ["multi-query", "prefill", "paged"])
 def test_explicit_blocks(name: str, block_rows: int):
     (row,) = (row for row in KERNELS if row.name == "triton")
-    assert_as_defined(row, cases.make_inputs(TESTS[name]), config=Config(block_rows))
+    assert_as_defined(row, TESTS[name], config=Config(block_rows))
 
 
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
@@ -145,7 +87,7 @@ def test_any_shape(data: st.DataObject):
         num_layers=draw(st.sampled_from([None, 2])),
     )
     (row,) = (row for row in KERNELS if row.name == "triton")
-    assert_as_defined(row, cases.make_inputs(case))
+    assert_as_defined(row, case)
 
 
 @every_row
@@ -227,3 +169,19 @@ def test_bytes_and_flops():
     # 8 heads of 16 are read; 4 as queries and 4 into the cache are written; 8 cosines and sines of each token.
     assert problem.bytes_moved() == 2 * (2 * 8 * 16 * 2 + 2 * 8 * 4)
     assert problem.flops() == 3 * 2 * 6 * 16
+
+
+@pytest.mark.parametrize("name", ["prefill", "int8", "paged"])
+def test_the_judge_finds_what_is_wrong(name: str):
+    case, operation = TESTS[name], OPERATIONS["append_qkv"]
+    inputs = cases.make_inputs(case)
+    q, cache = run(IMPLEMENTATIONS[-1], inputs)
+    assert operation.judge(case, inputs, (q, cache), (q, cache)).right
+    unrotated = np.asarray(inputs.qkv[:, :, : case.q_heads])
+    assert not operation.judge(case, inputs, (unrotated, cache), (q, cache)).right
+    swapped = dataclasses.replace(cache, k=cache.v, v=cache.k)
+    assert not operation.judge(case, inputs, (q, swapped), (q, cache)).right
+    # A number that nobody was to touch: the first one of the first layer, page or sequence.
+    touched = dataclasses.replace(cache, v=cache.v.at[(0,) * cache.v.ndim].set(7))
+    verdict = operation.judge(case, inputs, (q, touched), (q, cache))
+    assert verdict.said == "v differs where nothing was to be written"

@@ -307,7 +307,8 @@ def test_the_command_explains(tmp_path: Path, arguments: tuple[str, ...], messag
         arguments = (f"--model={hugging_face_folder(tmp_path / 'model')}", *arguments)
     run = command(*arguments)
     assert run.returncode == 2
-    assert run.stderr.startswith(message)
+    # A plugin of JAX for a chip that is not here says so before.
+    assert any(line.startswith(message) for line in run.stderr.splitlines()), run.stderr
     assert "Traceback" not in run.stderr
 
 
