@@ -19,6 +19,7 @@ from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.append_qkv.cases import Case as JoinedCase
 from palladion.kernels.checks import check
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
+from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.model.config import ModelConfig
 from palladion.reference.caches import bytes_per_token
@@ -242,6 +243,27 @@ class ModelShape:
             )
             for name, (inputs, outputs) in self.linears().items()
             if head or name != "head"
+        ]
+
+    def dense_cases(self, rows: int, *, dtype: str = "bfloat16") -> list[DenseCase]:
+        """What a decode step asks of matmul where weights are dense: the same layers, with what is fused into them."""
+        around: dict[str, Any] = {
+            "qkv": {"norm": True},
+            "output": {"residual": True},
+            "gate-up": {"norm": True, "gated": True, "activation": ACTIVATIONS[self.activation]},
+            "down": {"residual": True},
+            "head": {"norm": True},
+        }
+        return [
+            DenseCase(
+                name=f"{self.name}-{name}",
+                rows=rows,
+                in_features=inputs,
+                out_features=outputs,
+                dtype=dtype,
+                **around[name],
+            )
+            for name, (inputs, outputs) in self.linears().items()
         ]
 
 

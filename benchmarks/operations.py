@@ -18,12 +18,14 @@ import numpy as np
 from palladion.kernels import append_kv as append_package
 from palladion.kernels import append_qkv as joined_package
 from palladion.kernels import decode_attention as attention_package
+from palladion.kernels import matmul as dense_package
 from palladion.kernels import quantized_matmul as matmul_package
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_qkv import cases as joined_cases
 from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check
 from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.matmul import cases as dense_cases
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.reference import KVCache, oracle, quantize_kv
 from palladion.reference.compare import FACTOR, ULPS, Comparison, compare
@@ -194,21 +196,53 @@ class QuantizedMatmul(Operation):
     def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
         """As `Operation` has it."""
         w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
-        channels = np.array(_spread(case.problem().result_features, SAMPLED_CHANNELS))
-        rows = np.array(_spread(case.rows, SAMPLED_ROWS))
-        taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
-        place = np.ix_(rows, channels)
-        exact = oracle.quantized_matmul(
-            np.asarray(inputs.x)[rows],
-            jax.tree.map(lambda part: part[:, taken], w),
-            bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
-            activation=IN_NUMPY[case.activation],
-            gated=case.gated,
-            norm=inputs.norm,
-            residual=None if inputs.residual is None else np.asarray(inputs.residual)[place],
-            quantize_x=case.quantize_x,
-        )
-        return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
+
+        def weight(taken: np.ndarray) -> Any:
+            return jax.tree.map(lambda part: part[:, taken], w)
+
+        return _judge_product(case, inputs, weight, result, reference, quantize_x=case.quantize_x)
+
+
+class Matmul(Operation):
+    """matmul, of dense weights."""
+
+    name = "matmul"
+    cases: ClassVar[Any] = dense_cases
+    package: ClassVar[Any] = dense_package
+
+    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
+        """As `Operation` has it."""
+
+        def multiply(inputs: Any) -> jax.Array:
+            return dense_package.matmul(**inputs._asdict(), **(case.options | how))
+
+        return multiply
+
+    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
+        """As `Operation` has it."""
+        w = inputs.w if inputs.layer is None else inputs.w[int(inputs.layer)]
+        return _judge_product(case, inputs, lambda taken: np.asarray(w[:, taken]), result, reference)
+
+
+def _judge_product(
+    case: Any, inputs: Any, weight: Callable[[np.ndarray], Any], result: Any, reference: Any, **options: Any
+) -> Verdict:
+    """A sample of a product's rows and channels; `weight` takes channels out of it, `options` are the oracle's."""
+    channels = np.array(_spread(case.problem().result_features, SAMPLED_CHANNELS))
+    rows = np.array(_spread(case.rows, SAMPLED_ROWS))
+    taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+    place = np.ix_(rows, channels)
+    exact = oracle.quantized_matmul(
+        np.asarray(inputs.x)[rows],
+        weight(taken),
+        bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
+        activation=IN_NUMPY[case.activation],
+        gated=case.gated,
+        norm=inputs.norm,
+        residual=None if inputs.residual is None else np.asarray(inputs.residual)[place],
+        **options,
+    )
+    return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
 
 
 class AppendKV(Operation):
@@ -352,7 +386,7 @@ def _places(inputs: Any, q_len: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 OPERATIONS: Final[dict[str, Operation]] = {
-    one.name: one for one in (DecodeAttention(), QuantizedMatmul(), AppendKV(), AppendQKV())
+    one.name: one for one in (DecodeAttention(), QuantizedMatmul(), Matmul(), AppendKV(), AppendQKV())
 }
 
 IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {

@@ -76,6 +76,7 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
         Phase("check", 3, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
         Phase("attention", 2, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
         Phase("products", 2, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
+        Phase("dense", 1, ("run", "matmul", "--model=llama3-8b", "--peers=none", "--json={name}.jsonl")),
         # Layers are compiled one by one on a GPU: that takes most of their time.
         Phase("model-int8", 5, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
         Phase("model-bfloat16", 4, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),

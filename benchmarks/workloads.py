@@ -67,7 +67,7 @@ def selected(operation: Operation, arguments: argparse.Namespace) -> list[Any]:
         check(name in models(), "--model", name, ", ".join(models()))
     if arguments.cases:
         return list(_named(operation, arguments.cases))
-    if operation.name == "quantized_matmul":
+    if operation.name in ("quantized_matmul", "matmul"):
         return list(_products(operation, arguments))
     return list(_caches(operation, arguments))
 
@@ -122,22 +122,25 @@ def _cache_name(case: Any, *, ragged: bool) -> str:
 
 
 def _products(operation: Operation, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Of quantized_matmul."""
+    """Of quantized_matmul, and of matmul, which has no schemes."""
+    dense = operation.name == "matmul"
     by_hand = arguments.in_features, arguments.out_features
     check(by_hand.count(None) != 1, "sizes by hand", by_hand, "both of --in and --out")
     known = list(models()[DEFAULT_MODEL].linears())
     for name in arguments.layers or ():
         check(name in known, "--layers", name, ", ".join(known))
-    for scheme in arguments.scheme:
+    for scheme in ("",) if dense else arguments.scheme:
+        how = {"dtype": arguments.dtype} if dense else {"scheme": scheme, "dtype": arguments.dtype}
         for rows in arguments.rows or arguments.batch:
             if by_hand[0] is not None:
-                sizes = {"in_features": by_hand[0], "out_features": by_hand[1], "rows": rows, "scheme": scheme}
-                cases = [operation.cases.Case(name=f"{by_hand[0]}x{by_hand[1]}", dtype=arguments.dtype, **sizes)]
+                sizes = {"in_features": by_hand[0], "out_features": by_hand[1], "rows": rows, **how}
+                cases = [operation.cases.Case(name=f"{by_hand[0]}x{by_hand[1]}", **sizes)]
             else:
                 shapes = [models()[name] for name in arguments.model or (DEFAULT_MODEL,)]
-                cases = [case for shape in shapes for case in shape.matmul_cases(rows, scheme, dtype=arguments.dtype)]
+                which = "dense_cases" if dense else "matmul_cases"
+                cases = [case for shape in shapes for case in getattr(shape, which)(rows, **how)]
                 wanted = arguments.layers or known
                 cases = [case for case in cases if any(case.name.endswith(f"-{name}") for name in wanted)]
             for case in cases:
-                name = f"{case.name}-m{rows}-{scheme}-{SHORT.get(case.dtype, case.dtype)}"
-                yield dataclasses.replace(case, name=name)
+                parts = (case.name, f"m{rows}", scheme, SHORT.get(case.dtype, case.dtype))
+                yield dataclasses.replace(case, name="-".join(filter(None, parts)))

@@ -101,6 +101,11 @@ def using_backend(backend: str) -> contextlib.AbstractContextManager[None]:
     return _default_backend(_known(backend))
 
 
+def default_backend() -> str:
+    """What `backend=None` means here."""
+    return _default_backend.value
+
+
 @contextlib.contextmanager
 def record_choices() -> Iterator[list[Choice]]:
     """Collects the `Choice` of every operation traced inside a `with` block; a call that jit has cached traces nothing.

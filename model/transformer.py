@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.append_qkv import append_qkv
+from palladion.kernels.backend import default_backend
 from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters, Weight
-from palladion.reference import KVCache, QuantizedArray, dequantize, matmul, rms_norm
+from palladion.reference import KVCache, QuantizedArray, dequantize, rms_norm
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.platforms import target_platform
 
@@ -132,6 +134,8 @@ class _Decoder:
         self.lengths = lengths
         self.backend = backend
         self.interpret = interpret
+        # A kernel multiplies dense weights on GPUs, and there a few rows; elsewhere whoever asks for kernels gets XLA.
+        self.dense_backend = "auto" if (backend or default_backend()) in ("auto", "pallas", "triton") else "xla"
         position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
         angle = position[..., None].astype(jnp.float32) * inverse_frequencies
         self.rotation = (jnp.cos(angle), jnp.sin(angle))  # [batch, q_len, head_dim / 2] each
@@ -204,7 +208,7 @@ class _Decoder:
         if isinstance(weight, QuantizedArray):
             run = {"backend": self.backend, "interpret": self.interpret}
             return quantized_matmul(x, weight, layer=index, **fused, **run)
-        return matmul(x, weight, layer=index, **fused)
+        return matmul(x, weight, layer=index, **fused, backend=self.dense_backend, interpret=self.interpret)
 
     def gated(self, layer: Layer, x: jax.Array, index: jax.Array | None) -> jax.Array:
         """silu(x @ gate) * (x @ up), of normalized x."""

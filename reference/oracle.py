@@ -120,7 +120,7 @@ def dequantize(w: QuantizedArray) -> Array:
 
 def quantized_matmul(
     x: Any,
-    w: QuantizedArray,
+    w: Any,
     *,
     bias: Any = None,
     activation: Any = None,
@@ -130,7 +130,7 @@ def quantized_matmul(
     residual: Any = None,
     quantize_x: str | None = None,
 ) -> Array:
-    """`palladion.quantized_matmul` in float64; `activation` is a NumPy function."""
+    """`palladion.quantized_matmul`, and `matmul`, in float64; `activation` is a NumPy function."""
     x = widen(x)
     if norm is not None:
         x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm_eps) * widen(norm)
@@ -138,7 +138,7 @@ def quantized_matmul(
         # Codes are found in float32, as the definition has it: a tie may round either way in another precision.
         codes, scales = quantize_rows(jnp.asarray(x, jnp.float32), quantize_x)
         x = widen(codes) * widen(scales)[..., None]
-    y = x @ dequantize(w)
+    y = x @ (dequantize(w) if isinstance(w, QuantizedArray) else widen(w))
     if bias is not None:
         y = y + widen(bias)
     gate, up = np.split(y, 2, axis=-1) if gated else (y, 1.0)

@@ -30,7 +30,7 @@ from palladion.benchmarks.static.calls import KernelCall, kernel_calls, what_bou
 from palladion.benchmarks.static.flow import Loop
 from palladion.benchmarks.static.occupancy import Occupancy, occupancy
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.sass import ISSUE, LOAD_STORE, WARP, Code, Instruction, in_turn, parse
+from palladion.benchmarks.static.sass import ISSUE, LOAD_STORE, WARP, Code, Instruction, bytes_awaited, in_turn, parse
 from palladion.kernels.devices import Gpu, gpus
 
 SCHEDULERS: Final = 4
@@ -62,6 +62,7 @@ class Trip:
       instructions: of a warp.
       bytes_loaded: from global memory, by all warps, at most; None where the listing does not say.
       copies: whether it does so asynchronously, ahead of its use.
+      awaited: bytes that a thread waits for at a time, at most, where it does not.
       use: of each unit, the cycles of a multiprocessor that the program takes of it.
       total: trips of all programs together; None where that is not known.
       most: of the program that has most.
@@ -70,6 +71,7 @@ class Trip:
     instructions: int
     bytes_loaded: int | None
     copies: bool
+    awaited: int
     use: dict[str, float]
     total: int | None
     most: int | None
@@ -160,13 +162,15 @@ class GpuReport:
     def bytes_in_flight(self) -> int | None:
         """Bytes that a multiprocessor's programs wait for at a time, at most; None where they are not known.
 
-        A pipelined loop copies as many trips ahead as it has stages, less the one that it works on.
+        A pipelined loop copies as many trips ahead as it has stages, less the one that it works on; what is loaded into
+        registers is on its way until the first use of it.
         """
         if self.trip.bytes_loaded is None:
             return None
         at_once = min(self.occupancy.programs, math.ceil(self.programs / self.gpu.multiprocessors))
-        ahead = max(self.num_stages - 1, 1) if self.trip.copies else 1
-        return at_once * ahead * self.trip.bytes_loaded
+        if self.trip.copies:
+            return at_once * max(self.num_stages - 1, 1) * self.trip.bytes_loaded
+        return at_once * self.trip.awaited * WARP * self.num_warps
 
     @property
     def instructions_per_byte(self) -> float | None:
@@ -355,7 +359,7 @@ def _trip(
     total, most = (math.prod(kernel.grid), 1) if loop is None else (None, None) if trips is None else trips[loop]
     use = {unit: taken * kernel.num_warps for unit, taken in costs[chosen].items()}
     copies = any(one.asynchronous and one.thread_bytes != 0 for one in instructions)
-    return Trip(len(instructions), loaded, copies, use, total, most)
+    return Trip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
 
 
 def _trips(

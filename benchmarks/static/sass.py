@@ -112,6 +112,27 @@ class Instruction:
         return 2 * 16 * 8 * int(shape["k"]) / narrow if shape is not None else 0.0
 
 
+def bytes_awaited(instructions: Sequence[Instruction]) -> int:
+    """Bytes that a thread waits for at a time, at most: of loads into registers, before anything of them is used.
+
+    A load that stands right before its use is waited for alone, however many there are.
+    """
+    waiting: dict[int, tuple[range, int]] = {}  # by register: those of the load, and its bytes
+    most = 0
+    for one in instructions:
+        operands = one.operands.split(",")
+        stores = one.name.startswith(("ST", "RED", "ATOM"))
+        for register in map(int, re.findall(r"\bR(\d+)", ",".join(operands if stores else operands[1:]))):
+            waiting = {first: load for first, load in waiting.items() if register not in load[0]}
+        size = one.thread_bytes
+        target = re.match(r"\s*R(\d+)", operands[0])
+        if size and target is not None and not one.asynchronous:
+            first = int(target[1])
+            waiting[first] = (range(first, first + max(size // 4, 1)), size)
+            most = max(most, sum(size for _, size in waiting.values()))
+    return most
+
+
 @dataclasses.dataclass(frozen=True)
 class Code:
     """The code of a kernel.

@@ -1,6 +1,7 @@
 """x @ w with a quantized w, the scales applied inside."""
 
+from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS, quantized_matmul
-from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.kernels.quantized_matmul.problem import Problem
 
 __all__ = ["IMPLEMENTATIONS", "Inputs", "Problem", "quantized_matmul"]

@@ -8,9 +8,9 @@ from typing import Any, Final
 import jax
 
 from palladion.kernels.backend import Implementation, dispatch
-from palladion.kernels.checks import as_array, check
+from palladion.kernels.linear import Inputs, inputs_of
 from palladion.kernels.quantized_matmul import mosaic_tpu, spaces, triton
-from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.reference import quantized_matmul as reference
 from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul import NORM_EPS
@@ -113,21 +113,7 @@ def quantized_matmul(
     Source: LLM.int8() (arXiv 2208.07339) for int8 activations; GLU Variants Improve Transformer (arXiv 2002.05202);
       Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
-    x = as_array("x", x)
-    check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
-    leading = x.shape[:-1]
-    if residual is not None:
-        residual = as_array("residual", residual)
-        check(residual.shape[:-1] == leading, "residual", f"shape {residual.shape}", f"{(*leading, '...')}, as of x")
-        residual = residual.reshape(-1, residual.shape[-1])
-    inputs = Inputs(
-        x.reshape(-1, x.shape[-1]),
-        w,
-        None if bias is None else as_array("bias", bias),
-        None if layer is None else as_array("layer", layer, "int32"),
-        norm=None if norm is None else as_array("norm", norm),
-        residual=residual,
-    )
+    inputs, leading = inputs_of(x, w, bias=bias, layer=layer, norm=norm, residual=residual)
     problem = Problem.of(
         inputs,
         activation=activation,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.reference.quantizers import quantize
 
 

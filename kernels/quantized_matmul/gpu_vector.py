@@ -1,14 +1,7 @@
 """The vector form: up to a few rows times a quantized matrix, without tensor cores.
 
-    grid: (out blocks, splits)            in the block of a program:
-
-              out ->   16 channels to a thread, 128 bits of codes
-    in    ┌────────┬────────┬───┐
-     |    │ thread │ thread │ … │  chunk 0: the next up to 16 rows of codes below each other
-     v    ├────────┼────────┼───┤
-          │ thread │ thread │ … │  chunk 1
-          ├────────┼────────┼───┤
-             …  as many chunks side by side as there are threads: `lanes`
+Grid: (blocks of channels, splits). Blocks, chunks and lanes are those of `gpu_rows.py`; a thread has 16 channels, which
+are 128 bits of codes, and a program all of `in`, or a split of it.
 
 A thread takes a chunk of 16 channels at a time: its loads, of 16 bytes each, are independent of each other and on their
 way together. Codes become float16 in pairs (`gpu_codes.py`), float32 one by one, and are multiplied by one number of x
@@ -35,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels import gpu_rows
 from palladion.kernels.quantized_matmul.gpu_codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
 from palladion.kernels.quantized_matmul.gpu_refs import both, finish, named, read, read_scales
 from palladion.kernels.quantized_matmul.problem import Problem
@@ -43,11 +37,8 @@ from palladion.reference.quantization import PACK_BLOCK
 MAX_ROWS: Final = 4
 """Of x: with more, multiply-adds take longer than tensor cores do."""
 
-THREAD_CHANNELS: Final = 16
-"""Codes that 128 bits hold."""
-
-CHUNK: Final = 16
-"""Rows of codes of a chunk: those of a packing block, and of the smallest group."""
+HALF: Final = PACK_BLOCK // 2
+"""Rows between the two nibbles of a byte: a chunk of a packed weight lies in one half of a block, or is one."""
 
 
 class Sums(NamedTuple):
@@ -62,30 +53,41 @@ class Sums(NamedTuple):
     squares: tuple[jax.Array, ...]
 
 
-def chunk_rows(problem: Problem) -> int:
-    """Rows of codes in a chunk, a power of two that divides them; half as many where they are read for two products."""
-    longest = CHUNK // problem.parts
-    return longest if problem.scheme.packed else math.gcd(problem.in_features, longest)
+def chunk_rows(problem: Problem, num_warps: int) -> int:
+    """Rows of codes in a chunk, a power of two that divides them."""
+    p = problem
+    longest = gpu_rows.chunk_rows(num_warps, p.parts)
+    if p.scheme.packed:  # each row is two of weights; their minimums take the registers of some
+        return longest // 2 if p.scheme.offset == "minimums" else longest
+    return math.gcd(p.in_features, longest)
 
 
-def chunks(problem: Problem) -> int:
+def chunks(problem: Problem, num_warps: int) -> int:
     """Chunks along `in`."""
-    return problem.in_features // (2 if problem.scheme.packed else 1) // chunk_rows(problem)
+    return problem.in_features // (2 if problem.scheme.packed else 1) // chunk_rows(problem, num_warps)
 
 
-def lanes(block_out: int, num_warps: int) -> int:
-    """Chunks that a program works on at a time."""
-    return max(1, 32 * num_warps * THREAD_CHANNELS // block_out)
+def trips(problem: Problem, block_out: int, num_warps: int) -> int:
+    """Of all splits together."""
+    return pl.cdiv(chunks(problem, num_warps), gpu_rows.lanes(block_out, num_warps))
 
 
-def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps: int) -> None:
-    """See the head of the file; `refs` are those of `gpu_refs.Refs`."""
+class Factors(NamedTuple):
+    """What a group has for each channel, `[lanes, block_out]`, as far as there is any."""
+
+    scale: jax.Array | None
+    zero: jax.Array | None
+    minimum: jax.Array | None
+
+
+def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps: int, ahead: bool) -> None:
+    """See the head of the file; `refs` are those of `gpu_refs.Refs`, `ahead` is `gpu_rows.together`'s."""
     p, scheme = problem, problem.scheme
     ref = named(refs, p, splits)
     per_byte = 2 if scheme.packed else 1
-    rows = chunk_rows(p)
-    at_a_time = lanes(block_out, num_warps)
-    share = pl.cdiv(pl.cdiv(chunks(p), at_a_time), splits)
+    rows, all_chunks = chunk_rows(p, num_warps), chunks(p, num_warps)
+    at_a_time = gpu_rows.lanes(block_out, num_warps)
+    share = pl.cdiv(trips(p, block_out, num_warps), splits)
     layer = ref.layer[0]
     hidden = hide(layer)
     channel = pl.program_id(0) * block_out + jnp.arange(block_out, dtype=jnp.int32)
@@ -96,54 +98,76 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
     zero = scheme.implied_zero if exact else -magic(scheme.format, "float16")
     left_in = 0 if exact else magic(scheme.format, "float16") + scheme.implied_zero
     grouped = scheme.group_size is not None or scheme.offset == "minimums"
-
-    def multiply(chunk: jax.Array, there: jax.Array | None, part: int, sums: Sums) -> Sums:
-        """Adds chunks [lanes] of one part to its sums."""
-        totals, squares = list(sums.totals), list(sums.squares)
-        columns = channel + part * p.result_features
-        mask = both(None if there is None else there[:, None], None if real is None else real[None, :])
-        words = []
-        for row in range(rows):
-            place = (layer, (chunk * rows + row)[:, None], columns[None, :])
-            words.append(channel_words(_codes(ref.codes, place, mask)))
-        halves = [[wide_channels(w, 4 * half, scheme.format, hidden, zero) for w in words] for half in range(per_byte)]
-        # The weights of a row of codes: itself; or in packing blocks, of which a chunk may be a part, two 16 apart.
-        first_row = chunk * rows
-        first_weight = first_row if per_byte == 1 else first_row + jax.lax.div(first_row, jnp.int32(CHUNK)) * CHUNK
-        for m in range(p.rows):
-            x_sums, products = [], []
-            for half in range(per_byte):
-                first = first_weight + half * CHUNK
-                x = [read(ref.x, (m, first + row), there) for row in range(rows)]
-                if ref.norm is not None:
-                    if squares:
-                        squares[m] = squares[m] + _add_up([number * number for number in x])
-                    x = [number * read(ref.norm, (first + row,), there) for row, number in enumerate(x)]
-                products.append(_add_up([x[row][:, None] * weights for row, weights in enumerate(halves[half])]))
-                x_sums.append(_add_up(x)[:, None])
-            if not scheme.packed or p.group_size % PACK_BLOCK == 0:  # both halves lie in one group
-                products, x_sums = [_add_up(products)], [_add_up(x_sums)]
-            for half, (product, total_x) in enumerate(zip(products, x_sums, strict=True)):
-                group = jax.lax.div(first_weight + half * CHUNK, jnp.int32(p.group_size))[:, None]
-                place = (layer, group, columns[None, :])
-                if ref.zeros is not None:
-                    product = product - (read(ref.zeros, place, mask) + left_in) * total_x
-                elif left_in:
-                    product = product - left_in * total_x
-                if grouped:
-                    product = product * read_scales(ref.scales, place, mask)
-                if ref.minimums is not None:
-                    product = product + total_x * read(ref.minimums, place, mask)
-                totals[m] = totals[m] + product
-        return Sums(tuple(totals), tuple(squares))
+    apart = scheme.packed and p.group_size % PACK_BLOCK != 0  # the halves of a packing block lie in two groups
 
     def trip(index: jax.Array, sums: tuple[Sums, ...]) -> tuple[Sums, ...]:
-        chunk = index * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
-        there = None if chunks(p) % at_a_time == 0 else chunk < chunks(p)
-        return tuple(multiply(chunk, there, part, of_part) for part, of_part in enumerate(sums))
+        chunk = index * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)  # [lanes]
+        there = None if all_chunks % at_a_time == 0 else chunk < all_chunks
+        mask = both(None if there is None else there[:, None], None if real is None else real[None, :])
+        # The weights of a row of codes: itself; or in packing blocks, of which a chunk may be a part, two 16 apart.
+        first_row = chunk * rows
+        first = first_row if per_byte == 1 else first_row + jax.lax.div(first_row, jnp.int32(HALF)) * HALF
+        firsts = [first + half * HALF for half in range(per_byte)]
+
+        def of_x(source: Any, *m: int) -> list[list[jax.Array]]:
+            """Numbers along `in`, [lanes], for the rows of codes of each half."""
+            return [[read(source, (*m, start + row), there) for row in range(rows)] for start in firsts]
+
+        def factors(part: int, start: jax.Array) -> Factors:
+            group = jax.lax.div(start, jnp.int32(p.group_size))[:, None]
+            place = (layer, group, (channel + part * p.result_features)[None, :])
+            return Factors(
+                read_scales(ref.scales, place, mask) if grouped else None,
+                None if ref.zeros is None else read(ref.zeros, place, mask),
+                None if ref.minimums is None else read(ref.minimums, place, mask),
+            )
+
+        def words(part: int, row: int) -> jax.Array:
+            place = (layer, (first_row + row)[:, None], (channel + part * p.result_features)[None, :])
+            return channel_words(_codes(ref.codes, place, mask))
+
+        # All that a trip takes from memory is asked for before any of it is used; x is in a cache, and there sooner.
+        scaling = [[factors(part, start) for start in (firsts if apart else firsts[:1])] for part in range(p.parts)]
+        codes = [words(part, row) for part in range(p.parts) for row in range(rows)]
+        codes = gpu_rows.together(codes) if ahead else codes
+        xs = [of_x(ref.x, m) for m in range(p.rows)]
+        norms = None if ref.norm is None else of_x(ref.norm)
+
+        totals, squares = [list(of_part.totals) for of_part in sums], list(sums[0].squares)
+        for m in range(p.rows):
+            if norms is not None:
+                squares[m] = squares[m] + _add_up([number * number for half in xs[m] for number in half])
+                xs[m] = [
+                    [number * norm for number, norm in zip(*both_of, strict=True)]
+                    for both_of in zip(xs[m], norms, strict=True)
+                ]
+        for part in range(p.parts):
+            of_part = codes[part * rows : (part + 1) * rows]
+            weights = [
+                [wide_channels(w, 4 * half, scheme.format, hidden, zero) for w in of_part] for half in range(per_byte)
+            ]
+            for m in range(p.rows):
+                products = [
+                    _add_up([number[:, None] * weight for number, weight in zip(*half, strict=True)])
+                    for half in zip(xs[m], weights, strict=True)
+                ]
+                x_sums = [_add_up(half)[:, None] for half in xs[m]]
+                if not apart:
+                    products, x_sums = [_add_up(products)], [_add_up(x_sums)]
+                for product, total_x, factor in zip(products, x_sums, scaling[part], strict=True):
+                    if factor.zero is not None:
+                        product = product - (factor.zero + left_in) * total_x
+                    elif left_in:
+                        product = product - left_in * total_x
+                    if factor.scale is not None:
+                        product = product * factor.scale
+                    if factor.minimum is not None:
+                        product = product + total_x * factor.minimum
+                    totals[part][m] = totals[part][m] + product
+        return tuple(Sums(tuple(totals[part]), tuple(squares) if part == 0 else ()) for part in range(p.parts))
 
     begin = pl.program_id(1) * share
-    end = jnp.minimum(begin + share, pl.cdiv(chunks(p), at_a_time))
+    end = jnp.minimum(begin + share, trips(p, block_out, num_warps))
     totals = (jnp.zeros((at_a_time, block_out), jnp.float32),) * p.rows
     squares = (jnp.zeros(at_a_time, jnp.float32),) * (p.rows if ref.norm is not None else 0)
     # Both parts meet the same x.
@@ -155,7 +179,7 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
         products = [jnp.sum(of_part.totals[m], axis=0) * times for of_part in sums]
         x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[jnp.int32(m)])
         if p.norm_eps is not None:
-            x_scale = jax.lax.rsqrt(jnp.sum(sums[0].squares[m]) / p.in_features + p.norm_eps)
+            x_scale = gpu_rows.inverse_root(jnp.sum(sums[0].squares[m]), p.in_features, p.norm_eps)
         results = finish(ref, p, products, channel, real, x_scale)
         for part, result in enumerate(results):
             if ref.residual is not None:

@@ -31,7 +31,8 @@ from jax.experimental.pallas import tpu as pltpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.devices import Chip, target_chip
-from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.tpu_kernel import bits_dtype, kernel
 from palladion.kernels.quantized_matmul.tpu_plan import Plan
 from palladion.kernels.quantized_matmul.tpu_weights import NEWER, best, is_narrow, widenings

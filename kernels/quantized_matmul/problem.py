@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
+from palladion.kernels.linear import Inputs, LinearProblem, checked
 from palladion.kernels.tuning import TuningKey
-from palladion.reference.caches import FLOAT_CACHE_DTYPES as FLOAT_DTYPES
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 from palladion.reference.quantized_matmul import NORM_EPS
-from palladion.reference.rms_norm import rms_norm
 
 ACTIVATION_FORMATS: Final = {
     "int8": ("int8", "int4"),
@@ -27,63 +25,21 @@ INVARIANT_ROWS: Final = 64
 the time of one row while memory is what they wait for, and still share what they read where rows are many."""
 
 
-class Inputs(NamedTuple):
-    """The arrays of a call, in the shapes that every implementation takes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(LinearProblem):
+    """A quantized_matmul call without its arrays; what is not listed here is `LinearProblem`'s.
 
     Attributes:
-      x: `[rows, in]`.
-      w: a QuantizedArray `[in, out]`; with a leading `[num_layers]` where there is a layer.
-      bias: `[out]` or None.
-      layer: int32 scalar or None.
-      norm: `[in]` or None.
-      residual: `[rows, result_features]` or None.
-    """
-
-    x: jax.Array
-    w: QuantizedArray
-    bias: jax.Array | None
-    layer: jax.Array | None
-    norm: jax.Array | None = None
-    residual: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A quantized_matmul call without its arrays.
-
-    Attributes:
-      rows: rows of x, all of its leading dimensions together.
-      in_features: columns of x.
-      out_features: columns of w; a gated call returns half of them.
-      num_layers: matrices stacked in w; None where it is one.
       scheme: how w is quantized.
       scale_dtype: dtype of scales and minimums.
-      x_dtype: dtype of x.
-      out_dtype: dtype of the result.
-      has_bias: whether a bias is added.
-      activation: applied to the result, or None.
-      gated: whether the first half of the channels gates the second.
       quantize_x: what x is quantized to, one scale per row, or None.
       batch_invariant: whether the result of a row must not depend on how many others there are.
-      norm_eps: what is added to the mean square of a row that is normalized first; None where none is.
-      has_residual: whether something is added to the result.
     """
 
-    rows: int
-    in_features: int
-    out_features: int
-    num_layers: int | None
     scheme: Scheme
     scale_dtype: str
-    x_dtype: str
-    out_dtype: str
-    has_bias: bool
-    activation: Callable[[jax.Array], jax.Array] | None
-    gated: bool
     quantize_x: str | None
     batch_invariant: bool = False
-    norm_eps: float | None = None
-    has_residual: bool = False
 
     @classmethod
     def of(
@@ -98,55 +54,22 @@ class Problem:
         norm_eps: float = NORM_EPS,
     ) -> Problem:
         """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
-        x, w, bias, layer, norm, residual = inputs
-        in_features, out_features = _check_weight(w, layer)
-        check(dtype_name(x) in FLOAT_DTYPES, "x", x.dtype, ", ".join(FLOAT_DTYPES))
-        check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
-        if bias is not None:
-            check_shape("bias", bias, (out_features,), "[out]")
-            check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
-        if norm is not None:
-            check_shape("norm", norm, (in_features,), "[in]")
-            check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
-            check(norm_eps >= 0, "norm_eps", norm_eps, "0 or more")
-        check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
-        check(
-            not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups"
-        )
+        w = inputs.w
+        sizes = _check_weight(w, inputs.layer)
+        shared = checked(inputs, *sizes, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps)
         if quantize_x is not None:
             check(quantize_x in ACTIVATION_FORMATS, "quantize_x", quantize_x, f"None, {', '.join(ACTIVATION_FORMATS)}")
             formats = ACTIVATION_FORMATS[quantize_x]
             check(
                 w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats)
             )
-        result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-        check(result.name in FLOAT_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_DTYPES)}")
-        if residual is not None:
-            features = out_features // 2 if gated else out_features
-            check_shape("residual", residual, (x.shape[0], features), "that of the result")
-            check(dtype_name(residual) in FLOAT_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_DTYPES))
         return cls(
-            rows=x.shape[0],
-            in_features=in_features,
-            out_features=out_features,
-            num_layers=None if layer is None else w.shape[0],
+            **shared,
             scheme=w.scheme,
             scale_dtype=dtype_name(w.scales),
-            x_dtype=dtype_name(x),
-            out_dtype=result.name,
-            has_bias=bias is not None,
-            activation=activation,
-            gated=gated,
             quantize_x=quantize_x,
             batch_invariant=batch_invariant,
-            norm_eps=None if norm is None else norm_eps,
-            has_residual=residual is not None,
         )
-
-    @property
-    def result_features(self) -> int:
-        """Columns of the result."""
-        return self.out_features // 2 if self.gated else self.out_features
 
     @property
     def group_size(self) -> int:
@@ -164,40 +87,9 @@ class Problem:
         rounds = self.scheme.group_size is not None or self.scheme.offset == "minimums"
         return "float32" if rounds and self.out_dtype == "float32" else self.x_dtype
 
-    @property
-    def parts(self) -> int:
-        """Products that a result needs: the gate's and the up's where gated."""
-        return 2 if self.gated else 1
-
-    def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Activation and gate on the float32 products, biases added already."""
-        first = parts[0] if self.activation is None else self.activation(parts[0])
-        return first * parts[1] if self.gated else first
-
-    def plain(self, inputs: Inputs) -> tuple[Problem, Inputs]:
-        """The call without norm and residual: for a kernel that leaves both to XLA, which normalizes x here."""
-        x = inputs.x
-        if self.norm_eps is not None and inputs.norm is not None:
-            x = rms_norm(x, inputs.norm, self.norm_eps)
-        problem = dataclasses.replace(self, norm_eps=None, has_residual=False)
-        return problem, inputs._replace(x=x, norm=None, residual=None)
-
-    def add(self, residual: jax.Array | None, result: jax.Array) -> jax.Array:
-        """The residual, where there is one, added to what `finish` has returned, in the dtype of the result."""
-        whole = result if residual is None else residual.astype(jnp.float32) + result.astype(jnp.float32)
-        return whole.astype(self.out_dtype)
-
     def bytes_moved(self) -> int:
         """Bytes that must move between memory and chip: all inputs, scales among them, and the result, once each."""
-        weight = self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype)
-        x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
-        result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
-        bias, norm = self.has_bias * self.out_features * 4, (self.norm_eps is not None) * self.in_features * 4
-        return weight + x + result * (2 if self.has_residual else 1) + bias + norm
-
-    def flops(self) -> int:
-        """Floating-point operations of the product, 2 for each multiply-add."""
-        return 2 * self.rows * self.in_features * self.out_features
+        return self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype) + self.bytes_beside()
 
     def planned(self) -> Problem:
         """The problem by which block sizes are chosen: where other rows must not matter, one of `INVARIANT_ROWS`."""
@@ -214,23 +106,10 @@ class Problem:
 
     def __str__(self) -> str:
         options = [
-            "bias" if self.has_bias else "",
-            getattr(self.activation, "__name__", "activation") if self.activation else "",
-            "gated" if self.gated else "",
-            "norm" if self.norm_eps is not None else "",
-            "residual" if self.has_residual else "",
             f"quantize_x={self.quantize_x}" if self.quantize_x else "",
             "batch_invariant" if self.batch_invariant else "",
         ]
-        shape = f"{self.rows}x{self.in_features}x{self.out_features}"
-        described = [
-            shape,
-            f"x={self.x_dtype}",
-            f"w={self.scheme}",
-            f"scales={self.scale_dtype}",
-            f"out={self.out_dtype}",
-        ]
-        return ", ".join([*described, *filter(None, options)])
+        return self.described(f"w={self.scheme}, scales={self.scale_dtype}", options)
 
 
 def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:

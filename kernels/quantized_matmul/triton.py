@@ -30,11 +30,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels import gpu_rows
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import Gpu, gpu_to_plan_for
+from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul import gpu_matrix, gpu_vector
-from palladion.kernels.quantized_matmul.problem import Inputs, Problem
+from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.reference.quantization import quantize_rows
 
 MIN_BLOCK: Final = 16
@@ -51,11 +53,14 @@ TILED_TILE: Final = 64
 VECTOR_BLOCKS: Final = (128, 64, 32)
 """Channels of a program of the vector form: rows of a cache line, or of one sector of it, the least that is read."""
 
-VECTOR_WARPS: Final = 12
-"""Of a multiprocessor: what its registers hold of the vector form, at up to 168 for each thread."""
-
 EVEN: Final = 1.1
-"""Times the channels of the busiest multiprocessor, beside the fewest that blocks allow, that are even enough."""
+"""Times the channels that the busiest multiprocessor may have: widening codes takes about as long as memory does."""
+
+VECTOR_REGISTERS: Final = {True: 128, False: 255}
+"""Of a thread: of a product without norm, gate or groups, and of others."""
+
+MORE_REGISTERS_FROM: Final = 100
+"""Compute capability for which the compiler takes some registers more for the same."""
 
 BYTE_INSTRUCTIONS: Final = 5
 """That the vector form takes for a byte of codes, about."""
@@ -65,9 +70,6 @@ LAUNCH_SECONDS: Final = 2.5e-6
 
 CORES: Final = 128
 """Threads of which a multiprocessor issues an instruction in a cycle."""
-
-MIN_WARPS: Final = 2
-"""Of a program, where there is work for them, however many programs a multiprocessor has."""
 
 PROGRAMS: Final = {"vector": 4, "tensor_core": 2}
 """Programs of a multiprocessor that together keep enough bytes on their way: 64 KiB or more (README.md)."""
@@ -144,25 +146,21 @@ def _vector(problem: Problem, gpu: Gpu) -> Config:
     programs run at a time. Where so few channels are left that adding up is quicker, there are splits.
     """
     p = problem
-
-    def busiest(block_out: int) -> int:
-        """Channels of a multiprocessor that has the most."""
-        return block_out * pl.cdiv(pl.cdiv(p.result_features, block_out), gpu.multiprocessors)
-
-    fewest = min(map(busiest, VECTOR_BLOCKS))
-    block_out = next(size for size in VECTOR_BLOCKS if busiest(size) <= EVEN * fewest)
+    block_out = gpu_rows.even_block(p.result_features, VECTOR_BLOCKS, gpu.multiprocessors, EVEN)
+    busiest = gpu_rows.busiest(p.result_features, block_out, gpu.multiprocessors)
     if gpu.clock_hertz and gpu.hbm_bytes_per_second:
         channel = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of codes
-        alone = fewest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
+        alone = busiest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
         if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS:
             config = Config("vector", 1, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
             return dataclasses.replace(config, splits=_splits(p, config, gpu))
-    most = VECTOR_WARPS * block_out // busiest(block_out)
-    num_warps = 1
-    while gpu_vector.lanes(block_out, num_warps) < gpu_vector.chunks(p) and (
-        num_warps < MIN_WARPS or 2 * num_warps <= most
-    ):
-        num_warps *= 2
+    plain = p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
+    simple = plain and gpu.compute_capability < MORE_REGISTERS_FROM
+    num_warps = gpu_rows.warps_for(
+        lambda warps: gpu_vector.trips(p, block_out, warps),
+        busiest // block_out,
+        VECTOR_REGISTERS[simple],
+    )
     return Config("vector", 1, block_out, MIN_TILE, splits=1, num_warps=num_warps)
 
 
@@ -192,7 +190,7 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     """
     p = problem
     if config.form == "vector":
-        trips, row_blocks = pl.cdiv(gpu_vector.chunks(p), gpu_vector.lanes(config.block_out, config.num_warps)), 1
+        trips, row_blocks = gpu_vector.trips(p, config.block_out, config.num_warps), 1
     else:
         trips, row_blocks = pl.cdiv(p.in_features, config.tile), pl.cdiv(p.rows, config.block_rows)
     programs = row_blocks * pl.cdiv(p.result_features, config.block_out)
@@ -247,6 +245,8 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
         options |= {name: getattr(config, name) for name in ("block_rows", "tile", "scales_weights")}
         options["out_blocks"] = out_blocks
+    else:
+        options["ahead"] = gpu_rows.loads_ahead(interpret)
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(

@@ -5,6 +5,7 @@ Operations, each with `backend=`:
   append_kv           writes new tokens into that cache, in place
   append_qkv          the same out of a joined projection, with rotary positions
   quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside
+  matmul              x @ w with a dense w
 
 What they work on:
   KVCache             dense or paged, plain or quantized
@@ -18,6 +19,7 @@ from palladion.kernels.append_kv import append_kv
 from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.backend import BACKENDS, Choice, Unsupported, record_choices, using_backend
 from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv
 
@@ -32,6 +34,7 @@ __all__ = [
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "matmul",
     "merge_partials",
     "quantize",
     "quantize_kv",

@@ -1,0 +1,202 @@
+"""What products of activations and weights share, whatever weights are stored in: their arrays and their problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.checks import as_array, check, check_shape, dtype_name
+from palladion.reference.caches import FLOAT_CACHE_DTYPES
+from palladion.reference.rms_norm import rms_norm
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in the shapes that every implementation takes.
+
+    Attributes:
+      x: `[rows, in]`.
+      w: `[in, out]`, an array or a QuantizedArray; with a leading `[num_layers]` where there is a layer.
+      bias: `[out]` or None.
+      layer: int32 scalar or None.
+      norm: `[in]` or None.
+      residual: `[rows, result_features]` or None.
+    """
+
+    x: jax.Array
+    w: Any
+    bias: jax.Array | None
+    layer: jax.Array | None
+    norm: jax.Array | None = None
+    residual: jax.Array | None = None
+
+
+def inputs_of(
+    x: jax.Array,
+    w: Any,
+    *,
+    bias: jax.Array | None,
+    layer: jax.Array | int | None,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+) -> tuple[Inputs, tuple[int, ...]]:
+    """What a caller gives, with all leading dimensions of x in one; and these dimensions."""
+    x = as_array("x", x)
+    check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
+    leading = x.shape[:-1]
+    if residual is not None:
+        residual = as_array("residual", residual)
+        check(residual.shape[:-1] == leading, "residual", f"shape {residual.shape}", f"{(*leading, '...')}, as of x")
+        residual = residual.reshape(-1, residual.shape[-1])
+    inputs = Inputs(
+        x.reshape(-1, x.shape[-1]),
+        w,
+        None if bias is None else as_array("bias", bias),
+        None if layer is None else as_array("layer", layer, "int32"),
+        None if norm is None else as_array("norm", norm),
+        residual,
+    )
+    return inputs, leading
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearProblem:
+    """A product without its arrays.
+
+    Attributes:
+      rows: rows of x, all of its leading dimensions together.
+      in_features: columns of x.
+      out_features: columns of w; a gated call returns half of them.
+      num_layers: matrices stacked in w; None where it is one.
+      x_dtype: dtype of x.
+      out_dtype: dtype of the result.
+      has_bias: whether a bias is added.
+      activation: applied to the result, or None.
+      gated: whether the first half of the channels gates the second.
+      norm_eps: what is added to the mean square of a row that is normalized first; None where none is.
+      has_residual: whether something is added to the result.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    num_layers: int | None
+    x_dtype: str
+    out_dtype: str
+    has_bias: bool
+    activation: Callable[[jax.Array], jax.Array] | None
+    gated: bool
+    norm_eps: float | None = None
+    has_residual: bool = False
+
+    @property
+    def result_features(self) -> int:
+        """Columns of the result."""
+        return self.out_features // 2 if self.gated else self.out_features
+
+    @property
+    def parts(self) -> int:
+        """Products that a result needs: the gate's and the up's where gated."""
+        return 2 if self.gated else 1
+
+    def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Activation and gate on the float32 products, biases added already."""
+        first = parts[0] if self.activation is None else self.activation(parts[0])
+        return first * parts[1] if self.gated else first
+
+    def plain(self, inputs: Inputs) -> tuple[Self, Inputs]:
+        """The call without norm and residual: for a kernel that leaves both to XLA, which normalizes x here."""
+        x = inputs.x
+        if self.norm_eps is not None and inputs.norm is not None:
+            x = rms_norm(x, inputs.norm, self.norm_eps)
+        problem = dataclasses.replace(self, norm_eps=None, has_residual=False)
+        return problem, inputs._replace(x=x, norm=None, residual=None)
+
+    def add(self, residual: jax.Array | None, result: jax.Array) -> jax.Array:
+        """The residual, where there is one, added to what `finish` has returned, in the dtype of the result."""
+        whole = result if residual is None else residual.astype(jnp.float32) + result.astype(jnp.float32)
+        return whole.astype(self.out_dtype)
+
+    def bytes_beside(self) -> int:
+        """Bytes that must move beside the weight: all other inputs, and the result, once each."""
+        x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
+        result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
+        bias, norm = self.has_bias * self.out_features * 4, (self.norm_eps is not None) * self.in_features * 4
+        return x + result * (2 if self.has_residual else 1) + bias + norm
+
+    def flops(self) -> int:
+        """Floating-point operations of the product, 2 for each multiply-add."""
+        return 2 * self.rows * self.in_features * self.out_features
+
+    def described(self, weight: str, options: Sequence[str] = ()) -> str:
+        """On one line: shapes, dtypes, what the weight is, and what is fused."""
+        fused = [
+            "bias" if self.has_bias else "",
+            getattr(self.activation, "__name__", "activation") if self.activation else "",
+            "gated" if self.gated else "",
+            "norm" if self.norm_eps is not None else "",
+            "residual" if self.has_residual else "",
+            *options,
+        ]
+        shape = f"{self.rows}x{self.in_features}x{self.out_features}"
+        return ", ".join([shape, f"x={self.x_dtype}", weight, f"out={self.out_dtype}", *filter(None, fused)])
+
+
+def checked(
+    inputs: Inputs,
+    in_features: int,
+    out_features: int,
+    *,
+    activation: Callable[[jax.Array], jax.Array] | None,
+    gated: bool,
+    out_dtype: Any,
+    norm_eps: float,
+) -> dict[str, Any]:
+    """The attributes of a `LinearProblem`.
+
+    Args:
+      inputs: of the call; the weight has been checked.
+      in_features: of the weight.
+      out_features: of the weight.
+      activation: as the caller gives it.
+      gated: as the caller gives it.
+      out_dtype: as the caller gives it.
+      norm_eps: as the caller gives it.
+
+    Raises:
+      ValueError: arrays and options do not go together; the message names the argument.
+    """
+    x, w, bias, layer, norm, residual = inputs
+    check(dtype_name(x) in FLOAT_CACHE_DTYPES, "x", x.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+    check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
+    if bias is not None:
+        check_shape("bias", bias, (out_features,), "[out]")
+        check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
+    if norm is not None:
+        check_shape("norm", norm, (in_features,), "[in]")
+        check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
+        check(norm_eps >= 0, "norm_eps", norm_eps, "0 or more")
+    check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
+    check(not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups")
+    result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    check(result.name in FLOAT_CACHE_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_CACHE_DTYPES)}")
+    if residual is not None:
+        features = out_features // 2 if gated else out_features
+        check_shape("residual", residual, (x.shape[0], features), "that of the result")
+        check(dtype_name(residual) in FLOAT_CACHE_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+    return {
+        "rows": x.shape[0],
+        "in_features": in_features,
+        "out_features": out_features,
+        "num_layers": None if layer is None else w.shape[0],
+        "x_dtype": dtype_name(x),
+        "out_dtype": result.name,
+        "has_bias": bias is not None,
+        "activation": activation,
+        "gated": gated,
+        "norm_eps": None if norm is None else norm_eps,
+        "has_residual": residual is not None,
+    }

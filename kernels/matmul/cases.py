@@ -1,0 +1,119 @@
+"""Named matmul workloads, shared by tests, compile checks, the tuner and benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.linear import Inputs
+from palladion.kernels.matmul.problem import Problem
+from palladion.reference.quantized_matmul import NORM_EPS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A workload.
+
+    Attributes:
+      name: letters, digits, dashes.
+      rows: rows of x.
+      in_features: columns of x.
+      out_features: columns of w, gate and up together where gated.
+      dtype: of x.
+      w_dtype: of w; None means that of x.
+      out_dtype: of the result; None means that of x.
+      bias: whether there is one.
+      activation: applied to the result, or None.
+      gated: whether the first half of the channels gates the second.
+      norm: whether x is normalized first.
+      residual: whether something is added to the result.
+      num_layers: matrices stacked in w, of which the last is taken; None for one.
+    """
+
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    dtype: str = "bfloat16"
+    w_dtype: str | None = None
+    out_dtype: str | None = None
+    bias: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    gated: bool = False
+    norm: bool = False
+    residual: bool = False
+    num_layers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `matmul` that are no arrays."""
+        return {name: getattr(self, name) for name in ("activation", "gated", "out_dtype")}
+
+    def shapes(self) -> Inputs:
+        """The arrays that `matmul` takes, without their values: enough to compile."""
+        return jax.eval_shape(lambda: _inputs(self, jax.random.key(0)))
+
+    def problem(self) -> Problem:
+        """The `Problem` of a call with this case's inputs and options."""
+        found: list[Problem] = []
+        jax.eval_shape(
+            lambda inputs: found.append(Problem.of(inputs, **self.options, norm_eps=NORM_EPS)), self.shapes()
+        )
+        return found[0]
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Normal-distributed inputs; a weight's columns have unit norm, other layers are not finite."""
+    inputs = _inputs(case, jax.random.key(seed))
+    if case.num_layers is None:
+        return inputs
+    return inputs._replace(w=inputs.w.at[: case.num_layers - 1].set(jnp.nan))
+
+
+def _inputs(case: Case, key: jax.Array) -> Inputs:
+    of_x, of_w, of_bias, of_norm, of_residual = jax.random.split(key, 5)
+    stacked = () if case.num_layers is None else (case.num_layers,)
+    weights = jax.random.normal(of_w, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
+    features = case.out_features // 2 if case.gated else case.out_features
+    return Inputs(
+        x=jax.random.normal(of_x, (case.rows, case.in_features)).astype(case.dtype),
+        w=weights.astype(case.w_dtype or case.dtype),
+        bias=jax.random.normal(of_bias, (case.out_features,)) if case.bias else None,
+        layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
+        norm=1 + 0.1 * jax.random.normal(of_norm, (case.in_features,)) if case.norm else None,
+        residual=jax.random.normal(of_residual, (case.rows, features)).astype(case.dtype) if case.residual else None,
+    )
+
+
+_SILU: Final[dict[str, Any]] = {"gated": True, "activation": jax.nn.silu}
+
+MODELS: Final = (
+    Case(name="llama-3-8b-qkv", rows=1, in_features=4096, out_features=6144, norm=True),
+    Case(name="llama-3-8b-output", rows=1, in_features=4096, out_features=4096, residual=True),
+    Case(name="llama-3-8b-gate-up", rows=1, in_features=4096, out_features=28672, norm=True, **_SILU),
+    Case(name="llama-3-8b-down", rows=1, in_features=14336, out_features=4096, residual=True),
+    Case(name="llama-3-8b-head", rows=1, in_features=4096, out_features=128256, norm=True, out_dtype="float32"),
+    Case(name="llama-3-8b-qkv-4", rows=4, in_features=4096, out_features=6144, norm=True),
+    Case(name="smollm2-gate-up-float32", rows=1, in_features=576, out_features=3072, dtype="float32", **_SILU),
+)
+"""What models ask for: compiled, tuned and measured."""
+
+TESTS: Final = (
+    Case(name="bfloat16", rows=1, in_features=384, out_features=512),
+    Case(name="float32", rows=3, in_features=384, out_features=512, dtype="float32", bias=True),
+    Case(name="float16", rows=2, in_features=384, out_features=512, dtype="float16", activation=jax.nn.gelu),
+    Case(name="float32-by-bfloat16", rows=4, in_features=256, out_features=512, dtype="float32", w_dtype="bfloat16"),
+    Case(name="norm-gated", rows=1, in_features=384, out_features=512, norm=True, bias=True, **_SILU),
+    Case(name="norm-residual", rows=2, in_features=384, out_features=256, norm=True, residual=True, num_layers=3),
+    Case(name="wider-result", rows=1, in_features=384, out_features=512, norm=True, out_dtype="float32"),
+    Case(name="odd-in", rows=1, in_features=200, out_features=256, dtype="float32", norm=True),
+    Case(name="odd-both", rows=2, in_features=77, out_features=333, dtype="float32", residual=True),
+    Case(name="gated-odd", rows=3, in_features=160, out_features=400, norm=True, residual=True, **_SILU),
+    Case(name="few", rows=1, in_features=1, out_features=1, dtype="float32"),
+    Case(name="wide-out", rows=1, in_features=64, out_features=70_000, dtype="float32"),
+)
+"""Small workloads with every option that a test compares with the oracle."""

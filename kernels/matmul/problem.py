@@ -1,0 +1,69 @@
+"""What a matmul call asks for: shapes, dtypes and options, validated before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from palladion.kernels.checks import check, check_layer, dtype_name
+from palladion.kernels.linear import Inputs, LinearProblem, checked
+from palladion.kernels.tuning import TuningKey
+from palladion.reference.caches import FLOAT_CACHE_DTYPES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(LinearProblem):
+    """A matmul call without its arrays; what is not listed here is `LinearProblem`'s.
+
+    Attributes:
+      w_dtype: dtype of the weight.
+    """
+
+    w_dtype: str
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None,
+        gated: bool,
+        out_dtype: Any,
+        norm_eps: float,
+    ) -> Problem:
+        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        w, layer = inputs.w, inputs.layer
+        if layer is None:
+            check(w.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
+        else:
+            check(w.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
+            check_layer(layer, w.shape[0])
+        accepted = ", ".join(FLOAT_CACHE_DTYPES)
+        check(dtype_name(w) in FLOAT_CACHE_DTYPES, "w", w.dtype, f"{accepted}; quantized_matmul takes narrower ones")
+        shared = checked(
+            inputs, *w.shape[-2:], activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps
+        )
+        return cls(**shared, w_dtype=dtype_name(w))
+
+    def bytes_moved(self) -> int:
+        """Bytes that must move between memory and chip: all inputs and the result, once each."""
+        return self.in_features * self.out_features * jnp.dtype(self.w_dtype).itemsize + self.bytes_beside()
+
+    def planned(self) -> Problem:
+        """The problem by which block sizes are chosen."""
+        return self
+
+    def tuning_key(self) -> TuningKey:
+        """What block sizes depend on."""
+        gated = " gated" if self.gated else ""
+        return TuningKey(
+            kind=f"{self.x_dtype} x {self.w_dtype} to {self.out_dtype}{gated}",
+            sizes={"rows": self.rows, "in": self.in_features, "out": self.out_features},
+        )
+
+    def __str__(self) -> str:
+        return self.described(f"w={self.w_dtype}")

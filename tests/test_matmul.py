@@ -1,0 +1,172 @@
+"""matmul: every implementation on every case, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import options_for
+
+from palladion import Unsupported, matmul, quantized_matmul, record_choices
+from palladion.benchmarks.operations import IN_NUMPY
+from palladion.kernels.linear import Inputs
+from palladion.kernels.matmul import IMPLEMENTATIONS, cases, triton
+from palladion.kernels.matmul.cases import Case
+from palladion.reference import oracle
+from palladion.reference.compare import assert_right
+
+TESTS = {case.name: case for case in cases.TESTS}
+BACKENDS = [row.name for row in IMPLEMENTATIONS]
+
+
+def multiply(case: Case, inputs: Inputs, backend: str, **options: Any) -> jax.Array:
+    call = functools.partial(matmul, **case.options, backend=backend, interpret=backend != "xla", **options)
+    return jax.jit(call, compiler_options=options_for(backend))(**inputs._asdict())
+
+
+def judge(case: Case, inputs: Inputs) -> np.ndarray:
+    return oracle.quantized_matmul(
+        inputs.x,
+        inputs.w if inputs.layer is None else inputs.w[int(inputs.layer)],
+        bias=inputs.bias,
+        activation=IN_NUMPY[case.activation],
+        gated=case.gated,
+        norm=inputs.norm,
+        residual=inputs.residual,
+    )
+
+
+@functools.cache
+def expected(case: Case) -> tuple[Inputs, jax.Array, np.ndarray]:
+    inputs = cases.make_inputs(case)
+    return inputs, multiply(case, inputs, "xla"), judge(case, inputs)
+
+
+@pytest.mark.parametrize("name", TESTS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
+def test_kernels_are_right(backend: str, name: str):
+    inputs, reference, exact = expected(TESTS[name])
+    assert_right(multiply(TESTS[name], inputs, backend), reference, exact, f"{backend} {name}")
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_the_reference_is_right(name: str):
+    """Within what float32 sums and a rounding of x, weights' products and the result may be off."""
+    case, (_, result, exact) = TESTS[name], expected(TESTS[name])
+    # A normalized x is rounded to its own dtype, the result to its.
+    eps = float(jnp.finfo(result.dtype).eps) + (float(jnp.finfo(case.dtype).eps) if case.norm else 0)
+    error = np.abs(np.asarray(result, np.float64) - exact).max() / np.abs(exact).max()
+    assert error <= 4 * np.sqrt(case.in_features) * float(jnp.finfo(jnp.float32).eps) + eps
+
+
+@pytest.mark.parametrize("name", ["norm-gated", "odd-both", "norm-residual"])
+@pytest.mark.parametrize("config", [triton.Config(16, 1), triton.Config(256, 16), triton.Config(32, 2)], ids=str)
+def test_explicit_blocks(name: str, config: triton.Config):
+    inputs, reference, exact = expected(TESTS[name])
+    assert_right(multiply(TESTS[name], inputs, "triton", config=config), reference, exact, f"{name} {config}")
+
+
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_shape(data: st.DataObject):
+    draw = data.draw
+    gated = draw(st.booleans())
+    case = Case(
+        name="any",
+        rows=draw(st.integers(1, triton.MAX_ROWS)),
+        in_features=draw(st.integers(1, 150)),
+        out_features=draw(st.integers(1, 100)) * (2 if gated else 1),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        gated=gated,
+        norm=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
+    inputs = cases.make_inputs(case)
+    assert_right(multiply(case, inputs, "triton"), multiply(case, inputs, "xla"), judge(case, inputs), str(case))
+
+
+def test_a_row_of_zeros_is_zero():
+    case = dataclasses.replace(TESTS["wider-result"], rows=2)
+    inputs = cases.make_inputs(case)
+    inputs = inputs._replace(x=inputs.x.at[0].set(0))
+    for backend in BACKENDS:
+        result = np.asarray(multiply(case, inputs, backend))
+        assert (result[0] == 0).all()
+        assert np.isfinite(result).all()
+
+
+def test_leading_dimensions_and_batches():
+    inputs = cases.make_inputs(TESTS["norm-residual"])
+    given = inputs._asdict() | {"x": inputs.x[:, None], "residual": inputs.residual[:, None]}
+    flat, nested = (matmul(**one, backend="triton", interpret=True) for one in (inputs._asdict(), given))
+    np.testing.assert_array_equal(np.asarray(nested[:, 0]), np.asarray(flat))
+    one_by_one = functools.partial(matmul, w=inputs.w, layer=inputs.layer, norm=inputs.norm, backend="triton")
+    mapped = jax.vmap(lambda x, residual: one_by_one(x, residual=residual, interpret=True))(inputs.x, inputs.residual)
+    np.testing.assert_allclose(np.asarray(mapped, np.float32), np.asarray(flat, np.float32), rtol=0.02, atol=0.02)
+
+
+def test_many_rows_are_left_to_xla():
+    x, w = jnp.ones((5, 64)), jnp.ones((64, 32))
+    with pytest.raises(Unsupported, match=re.escape("triton: x must have 1 to 4 rows, got 5. backend='xla' covers it")):
+        matmul(x, w, backend="triton", interpret=True)
+    with record_choices() as choices:
+        matmul(x, w, interpret=True)
+        matmul(x[:1], w, interpret=True)
+    assert [choice.backend for choice in choices] == ["xla", "triton"]
+    assert choices[0].reasons == {"triton": "x must have 1 to 4 rows, got 5"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w": jnp.ones((3, 64, 32))}, "w: got shape (3, 64, 32); accepted: [in, out]; with a leading dimension"),
+        ({"w": jnp.ones((64, 32)), "layer": 0}, "w: got shape (64, 32); accepted: [num_layers, in, out] with layer="),
+        ({"w": jnp.ones((3, 64, 32)), "layer": 3}, "layer: got 3; accepted: 0 to 2"),
+        ({"w": jnp.ones((64, 32), jnp.int8)}, "w: got int8; accepted: float32, bfloat16, float16; quantized_matmul"),
+        ({"x": jnp.ones((2, 63))}, "x: got shape (2, 63); accepted: [..., in] with in = 64, that of w"),
+        ({"norm": jnp.ones(32)}, "norm: got shape (32,); accepted: (64,), [in]"),
+        ({"norm": jnp.ones(64, jnp.int32)}, "norm: got int32; accepted: a float dtype"),
+        ({"norm": jnp.ones(64), "norm_eps": -1.0}, "norm_eps: got -1.0; accepted: 0 or more"),
+        ({"residual": jnp.ones((2, 64))}, "residual: got shape (2, 64); accepted: (2, 32), that of the result"),
+        ({"residual": jnp.ones((1, 32))}, "residual: got shape (1, 32); accepted: (2, '...'), as of x"),
+        ({"residual": jnp.ones((2, 32), jnp.int32)}, "residual: got int32; accepted: float32"),
+        ({"bias": jnp.ones(31)}, "bias: got shape (31,); accepted: (32,), [out]"),
+        ({"w": jnp.ones((64, 31)), "gated": True}, "gated: got 31 channels; accepted: an even number"),
+        ({"out_dtype": "int8"}, "out_dtype: got int8; accepted: None, float32"),
+        ({"backend": "triton", "interpret": True, "config": 3}, "config: got 3; accepted: triton.Config"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else None,
+)
+def test_wrong_calls(changes: dict[str, Any], message: str):
+    given = {"x": jnp.ones((2, 64)), "w": jnp.ones((64, 32))} | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        matmul(**given)
+
+
+def test_quantized_weights_are_somebody_elses():
+    with pytest.raises(ValueError, match=re.escape("w: got Array")):
+        quantized_matmul(jnp.ones((1, 64)), jnp.ones((64, 32)))  # type: ignore[arg-type]
+
+
+def test_wrong_blocks():
+    with pytest.raises(
+        ValueError, match=re.escape("config.block_out: got 24; accepted: a power of two of at least 16")
+    ):
+        triton.Config(24)
+    with pytest.raises(ValueError, match=re.escape("config.num_warps: got 3")):
+        triton.Config(32, 3)
+
+
+def test_bytes_and_flops():
+    problem = Case(name="", rows=2, in_features=8, out_features=12, gated=True, norm=True, residual=True).problem()
+    assert problem.bytes_moved() == 8 * 12 * 2 + 2 * 8 * 2 + 8 * 4 + 2 * (2 * 6 * 2)
+    assert problem.flops() == 2 * 2 * 8 * 12
