@@ -115,10 +115,16 @@ def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> 
 
 def stablehlo_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> Any:
     """The module that XLA is given for a GPU, traced as by `tracing_for`; arguments are those of `lower_for_gpu`."""
+    return lowered_for_gpu(function, *avals, arch=arch).compiler_ir()
+
+
+def lowered_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> jax.stages.Lowered:
+    """What XLA is to compile; arguments are those of `lower_for_gpu`."""
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with tracing_for(arch), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return jitted.trace(*avals).lower(lowering_platforms=("cuda",)).compiler_ir()
+        lowered: jax.stages.Lowered = jitted.trace(*avals).lower(lowering_platforms=("cuda",))
+        return lowered
 
 
 def kernels_in(module: Any) -> list[TritonKernel]:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import jax
 from jax.experimental import topologies
 
-from palladion.benchmarks.gpu_compiler import ARCHITECTURES, tracing_for
+from palladion.benchmarks.gpu_compiler import ARCHITECTURES, lowered_for_gpu
 from palladion.benchmarks.tpu_compiler import described
 from palladion.kernels.devices import Gpu, gpus
 
@@ -101,16 +101,15 @@ def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -
       ValueError: there is no such architecture.
       jax.errors.JaxRuntimeError: XLA does not compile it.
     """
-    jitted = function if hasattr(function, "trace") else jax.jit(function)
     there = jax.sharding.SingleDeviceSharding(device(arch))
     arguments = jax.tree.map(lambda leaf: described(leaf, there), avals)
-    with tracing_for(arch), tempfile.TemporaryDirectory() as folder:
-        lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+    lowered = lowered_for_gpu(function, *arguments, arch=arch)
+    with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         (listing,) = Path(folder).glob("*thunk_sequence.txt")
         launches = launches_in(listing.read_text())
-    memory = compiled.memory_analysis()
-    return Program(launches, memory.temp_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    return Program(launches, memory.temp_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text() or "")
 
 
 STEP: Final = re.compile(

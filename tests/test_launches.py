@@ -81,6 +81,41 @@ def test_the_command_lists_a_step(capsys: pytest.CaptureFixture[str], monkeypatc
     assert {launch["loops"] for launch in record["launches"]} == {1}
 
 
+A_LAYER = ["matmul", "append_qkv", "decode_attention", "decode_attention_merge", "matmul", "matmul", "matmul"]
+"""What one sequence's decode step launches for a layer: no norm, no rotation, no sum and no addition by itself."""
+
+
+@needs_plugin
+@pytest.mark.parametrize(("scheme", "arch"), [("int8", 90), ("bfloat16", 90), ("int4-g32", 80)])
+def test_a_layer_is_seven_launches(scheme: str, arch: int):
+    shape = models.model("llama3-8b")
+    steps = [
+        launches.step_of(dataclasses.replace(shape, num_layers=count), scheme=scheme, batch=1, context=8192, arch=arch)
+        for count in (1, 2)
+    ]
+    assert len(steps[1].launches) - len(steps[0].launches) == len(A_LAYER)
+    assert steps[1].temporary_bytes < 2**20
+    names = [launch.name for launch in steps[1].launches]
+    first = next(number for number, name in enumerate(names) if "matmul" in name)
+    for number, name in enumerate(A_LAYER * 2):
+        assert name in names[first + number], names[first : first + 14]
+
+
+@needs_plugin
+def test_many_sequences_take_no_more_than_xla_needs():
+    """Tensor cores take over, XLA normalizes, rotates and adds up splits: 13 launches a layer, and no copy."""
+    shape = models.model("llama3-8b")
+    counts = [
+        len(
+            launches.step_of(
+                dataclasses.replace(shape, num_layers=count), scheme="int8", batch=16, context=1024, arch=90
+            ).launches
+        )
+        for count in (1, 2)
+    ]
+    assert counts[1] - counts[0] <= 13
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
