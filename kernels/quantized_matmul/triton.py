@@ -56,8 +56,12 @@ VECTOR_BLOCKS: Final = (128, 64, 32)
 EVEN: Final = 1.1
 """Times the channels that the busiest multiprocessor may have: widening codes takes about as long as memory does."""
 
+TWO_ROWS_FROM: Final = 90
+"""Compute capability for which the vector form is chosen for two rows, too, where weights are bytes with a scale for
+each channel: it has time for one more multiply-add of each. For older GPUs the compiler spills registers then."""
+
 VECTOR_REGISTERS: Final = {True: 128, False: 255}
-"""Of a thread: of a product without norm, gate or groups, and of others."""
+"""Of a thread: of a single row without norm, gate or groups, and of others."""
 
 MORE_REGISTERS_FROM: Final = 100
 """Compute capability for which the compiler takes some registers more for the same."""
@@ -115,7 +119,9 @@ class Config:
 def heuristic(problem: Problem) -> Config:
     """The form that suits the rows, blocks that keep the memory busy, splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
-    if p.rows == 1 and p.quantize_x != "int8":
+    per_channel = p.scheme.group_size is None and p.scheme.offset == "none" and not p.scheme.packed
+    two = per_channel and gpu.compute_capability >= TWO_ROWS_FROM
+    if p.rows <= (2 if two else 1) and p.quantize_x != "int8":
         return _vector(p, gpu)
     if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
         # float32 rows are three numbers to hold and to multiply by each.
@@ -152,16 +158,16 @@ def _vector(problem: Problem, gpu: Gpu) -> Config:
         channel = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of codes
         alone = busiest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
         if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS:
-            config = Config("vector", 1, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
+            config = Config("vector", p.rows, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
             return dataclasses.replace(config, splits=_splits(p, config, gpu))
-    plain = p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
-    simple = plain and gpu.compute_capability < MORE_REGISTERS_FROM
+    simple = p.rows == p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
+    simple &= gpu.compute_capability < MORE_REGISTERS_FROM
     num_warps = gpu_rows.warps_for(
         lambda warps: gpu_vector.trips(p, block_out, warps),
         busiest // block_out,
         VECTOR_REGISTERS[simple],
     )
-    return Config("vector", 1, block_out, MIN_TILE, splits=1, num_warps=num_warps)
+    return Config("vector", p.rows, block_out, MIN_TILE, splits=1, num_warps=num_warps)
 
 
 def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
