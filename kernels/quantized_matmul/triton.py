@@ -157,7 +157,8 @@ def _vector(problem: Problem, gpu: Gpu) -> Config:
     if gpu.clock_hertz and gpu.hbm_bytes_per_second:
         channel = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of codes
         alone = busiest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
-        if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS:
+        launches = 1 if p.norm_eps is None else 3  # XLA normalizes in two, where splits leave it to XLA
+        if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS * launches:
             config = Config("vector", p.rows, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
             return dataclasses.replace(config, splits=_splits(p, config, gpu))
     simple = p.rows == p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
