@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
+from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.quantized_matmul.gpu_codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
 from palladion.kernels.quantized_matmul.gpu_refs import both, finish, named, read, read_scales
 from palladion.kernels.quantized_matmul.problem import Problem
@@ -36,6 +37,9 @@ from palladion.reference.quantization import PACK_BLOCK
 
 MAX_ROWS: Final = 4
 """Of x: with more, multiply-adds take longer than tensor cores do."""
+
+MORE_REGISTERS_FROM: Final = 100
+"""Compute capability for which the compiler takes some registers more for the same."""
 
 HALF: Final = PACK_BLOCK // 2
 """Rows between the two nibbles of a byte: a chunk of a packed weight lies in one half of a block, or is one."""
@@ -57,9 +61,11 @@ def chunk_rows(problem: Problem, num_warps: int) -> int:
     """Rows of codes in a chunk, a power of two that divides them."""
     p = problem
     longest = gpu_rows.chunk_rows(num_warps, p.parts)
-    if p.scheme.packed:  # each row is two of weights; their minimums take the registers of some
-        return longest // 2 if p.scheme.offset == "minimums" else longest
-    return math.gcd(p.in_features, longest)
+    if not p.scheme.packed:
+        return math.gcd(p.in_features, longest)
+    # Each row is two of weights: what has minimums, too, or a gate on a newer GPU, has no registers for as many.
+    tight = p.scheme.offset == "minimums" or (p.gated and gpu_to_plan_for().compute_capability >= MORE_REGISTERS_FROM)
+    return longest // 2 if tight else longest
 
 
 def chunks(problem: Problem, num_warps: int) -> int:

@@ -58,13 +58,10 @@ EVEN: Final = 1.1
 
 TWO_ROWS_FROM: Final = 90
 """Compute capability for which the vector form is chosen for two rows, too, where weights are bytes with a scale for
-each channel: it has time for one more multiply-add of each. For older GPUs the compiler spills registers then."""
+each channel: it has time for one more multiply-add of each. For older and for newer GPUs the compiler spills then."""
 
 VECTOR_REGISTERS: Final = {True: 128, False: 255}
 """Of a thread: of a single row without norm, gate or groups, and of others."""
-
-MORE_REGISTERS_FROM: Final = 100
-"""Compute capability for which the compiler takes some registers more for the same."""
 
 BYTE_INSTRUCTIONS: Final = 5
 """That the vector form takes for a byte of codes, about."""
@@ -120,7 +117,7 @@ def heuristic(problem: Problem) -> Config:
     """The form that suits the rows, blocks that keep the memory busy, splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
     per_channel = p.scheme.group_size is None and p.scheme.offset == "none" and not p.scheme.packed
-    two = per_channel and gpu.compute_capability >= TWO_ROWS_FROM
+    two = per_channel and TWO_ROWS_FROM <= gpu.compute_capability < gpu_vector.MORE_REGISTERS_FROM
     if p.rows <= (2 if two else 1) and p.quantize_x != "int8":
         return _vector(p, gpu)
     if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
@@ -162,7 +159,7 @@ def _vector(problem: Problem, gpu: Gpu) -> Config:
             config = Config("vector", p.rows, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
             return dataclasses.replace(config, splits=_splits(p, config, gpu))
     simple = p.rows == p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
-    simple &= gpu.compute_capability < MORE_REGISTERS_FROM
+    simple &= gpu.compute_capability < gpu_vector.MORE_REGISTERS_FROM
     num_warps = gpu_rows.warps_for(
         lambda warps: gpu_vector.trips(p, block_out, warps),
         busiest // block_out,
