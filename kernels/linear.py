@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -98,6 +99,11 @@ class LinearProblem:
         return self.out_features // 2 if self.gated else self.out_features
 
     @property
+    def row_by_row(self) -> bool:
+        """Whether XLA may not take several rows together: how it adds up their squares depends on how many they are."""
+        return False
+
+    @property
     def parts(self) -> int:
         """Products that a result needs: the gate's and the up's where gated."""
         return 2 if self.gated else 1
@@ -111,7 +117,8 @@ class LinearProblem:
         """The call without norm and residual: for a kernel that leaves both to XLA, which normalizes x here."""
         x = inputs.x
         if self.norm_eps is not None and inputs.norm is not None:
-            x = rms_norm(x, inputs.norm, self.norm_eps)
+            normalize = functools.partial(rms_norm, weight=inputs.norm, eps=self.norm_eps)
+            x = jax.lax.map(normalize, x) if self.row_by_row else normalize(x)
         problem = dataclasses.replace(self, norm_eps=None, has_residual=False)
         return problem, inputs._replace(x=x, norm=None, residual=None)
 

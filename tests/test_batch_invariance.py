@@ -98,6 +98,17 @@ def test_gated_products_of_quantized_rows(backend: str):
     equal(multiply(x[5:6], w), multiply(x, w)[5:6])
 
 
+@pytest.mark.parametrize("backend", [row.name for row in MATMUL])
+def test_what_stands_around_products(backend: str):
+    x, residual = normal(9, 200, seed=1, dtype=jnp.bfloat16), normal(9, 64, seed=2, dtype=jnp.bfloat16)
+    w, norm = quantize(normal(200, 64), "int8"), normal(200, seed=3)
+    multiply = functools.partial(multiplication(backend), w=w, norm=norm)
+    together = multiply(x, residual=residual)
+    for rows in ([4], [8, 0, 4]):
+        chosen = jnp.array(rows)
+        equal(multiply(x[chosen], residual=residual[chosen]), together[chosen])
+
+
 def test_block_sizes_do_not_follow_the_batch():
     """What they follow otherwise: else there would be nothing to ask for."""
     w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8"))

@@ -87,6 +87,11 @@ class Problem(LinearProblem):
         rounds = self.scheme.group_size is not None or self.scheme.offset == "minimums"
         return "float32" if rounds and self.out_dtype == "float32" else self.x_dtype
 
+    @property
+    def row_by_row(self) -> bool:
+        """See `LinearProblem`."""
+        return self.batch_invariant
+
     def bytes_moved(self) -> int:
         """Bytes that must move between memory and chip: all inputs, scales among them, and the result, once each."""
         return self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype) + self.bytes_beside()
