@@ -426,7 +426,11 @@ class TestWorkloads:
                 r"--cases: got no-such; accepted: patterns, or names of\n  .*llama-3-8b",
             ),
             (lambda: workloads.select(["gqa"], "quantized_matmul"), "--cases: got gqa"),
-            (lambda: workloads.select(None, "matmul"), "--operation: got matmul; accepted: .*decode_attention"),
+            (lambda: workloads.select(None, "product"), "--operation: got product; accepted: .*decode_attention"),
+            (
+                lambda: workloads.select(None, "matmul", "tpu"),
+                "--operation: got matmul; accepted: append_kv, decode_attention",
+            ),
             (lambda: workloads.from_argument("file.py"), "--file: got file.py; accepted: path/to/file.py:function"),
             (lambda: workloads.from_argument("none.py:f"), "none.py; accepted: a Python file that exists"),
         ],

@@ -409,7 +409,7 @@ def test_a_candidate_is_what_another_process_examines(tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "operation: got 'nothing'; accepted: decode_attention, quantized_matmul, append_kv"),
+        (["nothing"], "operation: got 'nothing'; accepted: decode_attention, quantized_matmul, matmul, append_kv"),
         (["decode_attention"], "PALLADION_CACHE: got not set; accepted: a folder for what is found, or --package"),
         (["decode_attention", "--package"], "device: got cpu; accepted: a GPU or TPU, or --chip"),
         (["decode_attention", "--package", "--chip=v9"], "--chip: got v9; accepted: v4, v5e"),

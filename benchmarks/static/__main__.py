@@ -141,7 +141,7 @@ def _tasks(arguments: Sequence[str]) -> tuple[Instrument, list[tuple[workloads.R
     if FILE.value:
         chosen = [workloads.from_argument(FILE.value)]
     else:
-        chosen = workloads.select(CASES.value, OPERATION.value)
+        chosen = workloads.select(CASES.value, OPERATION.value, arguments[0])
     return instrument, [(workload, chip) for workload in chosen for chip in chips]
 
 

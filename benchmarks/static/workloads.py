@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -54,10 +54,19 @@ class Workload:
     bytes_needed: int | None
 
 
-def operations() -> list[str]:
-    """The operations that have kernels and cases."""
+KERNEL_FILES: Final = {"tpu": "mosaic_tpu", "gpu": "triton"}
+"""In an operation's folder, by platform."""
+
+
+def operations(platform: str | None = None) -> list[str]:
+    """The operations that have cases, and a kernel of their own for a platform ("tpu" or "gpu"); None for any."""
     packages = [module.name for module in pkgutil.iter_modules(palladion.kernels.__path__) if module.ispkg]
-    return [name for name in packages if importlib.util.find_spec(f"palladion.kernels.{name}.cases")]
+
+    def has(name: str, file: str) -> bool:
+        return importlib.util.find_spec(f"palladion.kernels.{name}.{file}") is not None
+
+    known = [name for name in packages if has(name, "cases")]
+    return [name for name in known if platform is None or has(name, KERNEL_FILES[platform])]
 
 
 def named_cases(operation: str) -> dict[str, Any]:
@@ -66,17 +75,18 @@ def named_cases(operation: str) -> dict[str, Any]:
     return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
 
 
-def select(names: Sequence[str] | None, operation: str | None) -> list[Reference]:
+def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[Reference]:
     """The cases that are asked for.
 
     Args:
       names: of cases, or patterns of names such as "llama*"; None takes those of real models.
       operation: whose they are; None takes all.
+      platform: for which there is to be a kernel, "tpu" or "gpu"; None for any.
 
     Raises:
       ValueError: there is no such operation, or no such case.
     """
-    known = operations()
+    known = operations(platform)
     check(operation is None or operation in known, "--operation", operation, ", ".join(known))
     chosen = known if operation is None else [operation]
     if names is None:
