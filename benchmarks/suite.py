@@ -127,7 +127,9 @@ def _tiny() -> list[Phase]:
         ),
         Phase("attention", 1, ("run", "decode_attention", *heads, *quick)),
         Phase("products", 1, ("run", "quantized_matmul", *layer, *quick)),
+        Phase("dense", 1, ("run", "matmul", *(one for one in layer if "scheme" not in one), *quick)),
         Phase("append", 1, ("run", "append_kv", *(one for one in heads if "q-heads" not in one), *quick)),
+        Phase("append-joined", 1, ("run", "append_qkv", *heads, *quick)),
         Phase("tune-products", 1, (*tune, "quantized_matmul", *layer)),
         Phase(
             "model-int8",
