@@ -22,6 +22,8 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 
+from palladion.kernels.devices import Gpu, gpus
+
 ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NVIDIA B200"}
 """Compute capabilities, and a GPU of each as JAX names it."""
 
@@ -82,6 +84,17 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def gpu_of(arch: int) -> Gpu:
+    """The GPU that an architecture is compiled for and examined as: the one that `ARCHITECTURES` names.
+
+    Raises:
+      ValueError: there is no such architecture.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, ARCHITECTURES))}")
+    return next(gpu for gpu in gpus().values() if gpu.device_kind == ARCHITECTURES[arch])
+
+
 @contextlib.contextmanager
 def tracing_for(arch: int) -> Iterator[None]:
     """While a function is traced here, whoever asks for the device is told of this GPU: it takes the Triton kernels.
@@ -92,9 +105,7 @@ def tracing_for(arch: int) -> Iterator[None]:
     Raises:
       ValueError: there is no such architecture.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, ARCHITECTURES))}")
-    device = AbstractDevice(device_kind=ARCHITECTURES[arch], num_cores=None, platform="gpu")
+    device = AbstractDevice(device_kind=gpu_of(arch).device_kind, num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
 

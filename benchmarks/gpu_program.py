@@ -19,14 +19,14 @@ from typing import Any, Final
 import jax
 from jax.experimental import topologies
 
-from palladion.benchmarks.gpu_compiler import ARCHITECTURES, lowered_for_gpu
+from palladion.benchmarks.gpu_compiler import gpu_of, lowered_for_gpu
 from palladion.benchmarks.tpu_compiler import described
-from palladion.kernels.devices import Gpu, gpus
+from palladion.kernels.devices import Gpu
 
 PLUGINS: Final = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 L2_BYTES: Final = {80: 40 * 2**20, 90: 50 * 2**20, 100: 126 * 2**20}
-"""Of the GPUs of `ARCHITECTURES`, by NVIDIA's datasheets."""
+"""Of the GPUs of `gpu_compiler.ARCHITECTURES`, by NVIDIA's datasheets."""
 
 CONTROL: Final = ("While", "Conditional", "Sequential", "CommandBuffer")
 """Steps of a program that launch nothing themselves."""
@@ -82,10 +82,7 @@ def device(arch: int) -> Any:
     Raises:
       ValueError: there is no such architecture.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, ARCHITECTURES))}")
-    gpu = next(gpu for gpu in gpus().values() if gpu.device_kind == ARCHITECTURES[arch])
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_target(gpu), topology="1x1x1")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_target(gpu_of(arch)), topology="1x1x1")
     return topology.devices[0]
 
 
@@ -95,7 +92,7 @@ def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -
     Args:
       function: of arrays; jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      arch: one of `ARCHITECTURES`.
+      arch: one of `gpu_compiler.ARCHITECTURES`.
 
     Raises:
       ValueError: there is no such architecture.

@@ -25,9 +25,9 @@ from palladion.benchmarks import gpu_compiler, gpu_program, models, results, wor
 from palladion.benchmarks.models import ModelShape
 from palladion.benchmarks.random_model import random_parameters
 from palladion.benchmarks.results import amount, duration
+from palladion.benchmarks.static.runner import architectures
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
-from palladion.kernels.devices import gpus
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.sampling import Sampling
 
@@ -94,18 +94,17 @@ def step_of(
         loop, arguments = engine.decode_loop()
     program = gpu_program.compile_program(loop, *arguments, arch=arch)
     cache_bytes = batch * context * shape.cache_bytes_per_token(kv_dtype, context)
-    gpu = next(gpu for gpu in gpus().values() if gpu.device_kind == gpu_compiler.ARCHITECTURES[arch])
     return Step(
         launches=tuple(launch for launch in program.launches if launch.loops),
         step_bytes=shape.step_weight_bytes(scheme, batch) + round(cache_bytes),
-        bandwidth=gpu.hbm_bytes_per_second or 0.0,
+        bandwidth=gpu_compiler.gpu_of(arch).hbm_bytes_per_second or 0.0,
         temporary_bytes=program.temporary_bytes,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    accepted = ", ".join(f"sm_{arch}" for arch in gpu_compiler.ARCHITECTURES)
+    accepted = ", ".join(architectures())
     parser.add_argument("--model", default="llama3-8b", metavar="NAME", help=", ".join(models.models()))
     parser.add_argument("--scheme", default="int8", help="of weights: int8, int4-g32, … or a float dtype (int8)")
     parser.add_argument("--dtype", default="bfloat16", help="of activations (bfloat16)")
@@ -120,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table of launches for each architecture."""
     shape = models.model(arguments.model)
-    known = {f"sm_{arch}": arch for arch in gpu_compiler.ARCHITECTURES}
+    known = architectures()
     for name in arguments.archs:
         check(name in known, "--archs", name, ", ".join(known))
     for name in ("batch", "context"):

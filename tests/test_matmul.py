@@ -105,13 +105,13 @@ def test_a_row_of_zeros_is_zero():
 
 
 def test_leading_dimensions_and_batches():
-    inputs = cases.make_inputs(TESTS["norm-residual"])
+    inputs, reference, exact = expected(TESTS["norm-residual"])
     given = inputs._asdict() | {"x": inputs.x[:, None], "residual": inputs.residual[:, None]}
     flat, nested = (matmul(**one, backend="triton", interpret=True) for one in (inputs._asdict(), given))
     np.testing.assert_array_equal(np.asarray(nested[:, 0]), np.asarray(flat))
     one_by_one = functools.partial(matmul, w=inputs.w, layer=inputs.layer, norm=inputs.norm, backend="triton")
     mapped = jax.vmap(lambda x, residual: one_by_one(x, residual=residual, interpret=True))(inputs.x, inputs.residual)
-    np.testing.assert_allclose(np.asarray(mapped, np.float32), np.asarray(flat, np.float32), rtol=0.02, atol=0.02)
+    assert_right(mapped, reference, exact)
 
 
 def test_many_rows_are_left_to_xla():

@@ -17,10 +17,10 @@ import static_gpu_kernels
 from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
 from palladion.benchmarks import gpu_compiler
+from palladion.benchmarks.gpu_compiler import gpu_of
 from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, ptx, workloads
 from palladion.benchmarks.static.flow import natural_loops
 from palladion.benchmarks.static.gpu_report import TABLE
-from palladion.benchmarks.static.gpu_roofline import gpu_of
 from palladion.benchmarks.static.occupancy import Occupancy, occupancy
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.benchmarks.static.sass import Code, Instruction, parse

@@ -31,7 +31,7 @@ from palladion.benchmarks.static.flow import Loop
 from palladion.benchmarks.static.occupancy import Occupancy, occupancy
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.benchmarks.static.sass import ISSUE, LOAD_STORE, WARP, Code, Instruction, bytes_awaited, in_turn, parse
-from palladion.kernels.devices import Gpu, gpus
+from palladion.kernels.devices import Gpu
 
 SCHEDULERS: Final = 4
 """Of a multiprocessor: each issues an instruction of a warp in a cycle."""
@@ -224,18 +224,6 @@ class GpuReport:
         return self.memory_seconds / self.seconds
 
 
-def gpu_of(arch: int) -> Gpu:
-    """The GPU that an architecture is examined as: the one that `gpu_compiler.ARCHITECTURES` names.
-
-    Raises:
-      ValueError: there is no such architecture.
-    """
-    if arch not in gpu_compiler.ARCHITECTURES:
-        raise ValueError(f"arch: got {arch!r}; accepted: {', '.join(map(str, gpu_compiler.ARCHITECTURES))}")
-    kind = gpu_compiler.ARCHITECTURES[arch]
-    return next(gpu for gpu in gpus().values() if gpu.device_kind == kind)
-
-
 def examine_for_gpu(
     function: Callable[..., Any], *arguments: Any, arch: int = 90, bytes_needed: int | None = None
 ) -> list[GpuReport]:
@@ -256,7 +244,7 @@ def examine_for_gpu(
       ValueError: there is no such architecture.
       Exception: whatever the compiler raises where it refuses the function.
     """
-    gpu = gpu_of(arch)
+    gpu = gpu_compiler.gpu_of(arch)
     left = kernel_calls(function, arguments, gpu_compiler.tracing_for(arch))
     kernels = gpu_compiler.lower_for_gpu(function, *arguments, arch=arch)
     calls = [_take(kernel, left) for kernel in kernels]
