@@ -154,6 +154,21 @@ def test_queries_as_operands(kv_dtype: str, q_dtype: str, seed: int, size: float
         assert (np.abs(back - np.asarray(part, np.float64)) <= largest * 2.0**-21).all()
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e5m2"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_queries_keep_bad_numbers(kv_dtype: str, bad: float):
+    problem = dataclasses.replace(small().problem(), kv_dtype=kv_dtype)
+    part = jnp.ones((16, 32), jnp.bfloat16).at[3, 7].set(bad)
+    prepare = functools.partial(gpu_products.queries_of, problem, integers=True)
+    unit = prepare([part]).unit
+    assert unit is not None
+    np.testing.assert_array_equal(np.isfinite(unit), np.arange(16) != 3)
+    # Pallas has the maximum of floats leave out NaN on a GPU, an interpreter has not.
+    maxima = [eqn for eqn in jax.make_jaxpr(prepare)([part]).eqns if eqn.primitive.name in ("max", "reduce_max")]
+    assert maxima
+    assert all(eqn.invars[0].aval.dtype == jnp.int32 for eqn in maxima)
+
+
 def test_codes_are_operands_exactly():
     codes = np.arange(256, dtype=np.uint8)
     for dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):

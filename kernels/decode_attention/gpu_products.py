@@ -13,6 +13,7 @@ Whatever is float32, or of two dtypes, is multiplied in float32, without tensor 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -63,17 +64,17 @@ def queries_of(problem: Problem, parts: list[jax.Array], *, integers: bool) -> Q
     if not is_int8 and problem.q_dtype == "float16":
         return Queries(tuple((x,) for x in parts), None)
     wide = [x.astype(jnp.float32) for x in parts]
-    largest = jnp.max(jnp.abs(wide[0]), axis=1)
-    for x in wide[1:]:
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(x), axis=1))
+    # Of bits, whose order is that of magnitudes, with NaN behind infinity: a GPU's maximum of floats leaves NaN out.
+    bits = [jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=1) for x in wide]
+    largest = jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, bits), jnp.float32)
     largest = jnp.where(largest == 0.0, 1.0, largest)
     if is_int8:
         factor = (LARGEST / largest)[:, None]
         pieces = tuple(_pieces(x * factor) for x in wide)
         return Queries(pieces, largest * (1 / (LARGEST * STEP ** (PIECES - 1))))
     # The power of two in front of the largest number: nothing is rounded but what is 2^14 times smaller than that.
-    bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
-    unit = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.finfo(jnp.float32).tiny)
+    power = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    unit = jax.lax.bitcast_convert_type(jnp.maximum(power, 0x00800000), jnp.float32)  # a normal number
     return Queries(tuple(((x / unit[:, None]).astype(jnp.float16),) for x in wide), unit)
 
 
