@@ -94,8 +94,8 @@ def warps_for(trips: Callable[[int], int], programs: int, registers: int) -> int
     return num_warps
 
 
-def loads_ahead(interpret: Any) -> bool:
-    """Whether `together` can be used: for an NVIDIA GPU, where a kernel is compiled and not interpreted."""
+def for_nvidia(interpret: Any) -> bool:
+    """Whether a kernel is compiled, not interpreted, and for an NVIDIA GPU: its instructions may be called by name."""
     return not interpret and target_gpu() is not None
 
 

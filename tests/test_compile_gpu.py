@@ -229,7 +229,9 @@ def test_half_precision_is_multiplied_by_tensor_cores():
 
 
 @pytest.mark.parametrize("arch", gpu_compiler.ARCHITECTURES)
-@pytest.mark.parametrize(("scheme", "rows"), [("int8", 1), ("int8", 2), ("int4-g32", 1), ("float8_e4m3fn", 1)])
+@pytest.mark.parametrize(
+    ("scheme", "rows"), [("int8", 1), ("int8", 3), ("int4-g32", 1), ("int4-g128", 2), ("float8_e4m3fn", 1)]
+)
 def test_what_stands_around_a_product_is_fused_with_it(scheme: str, rows: int, arch: int):
     """A row's norm and residual cost no launch, no spill, and nothing to speak of for a byte of codes."""
     silu: dict[str, Any] = {"gated": True, "activation": jax.nn.silu, "in_features": 4096, "out_features": 28672}
@@ -267,8 +269,12 @@ def test_offsets_fit_into_32_bits():
 
 HOT_LOOPS = {
     # name: case, architecture, most instructions for each byte of codes, what multiplies
-    "vector-int8": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 90, 5.1, "FFMA"),
-    "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 8.2, "FFMA"),
+    "vector-int8": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 90, 2.5, "IDP"),
+    "vector-int8-80": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 80, 2.5, "IDP"),
+    "vector-int8-3": (MatmulCase(name="", rows=3, scheme="int8", **QKV), 90, 5.8, "IDP"),
+    "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 4.8, "IDP"),
+    "vector-int4-2": (MatmulCase(name="", rows=2, scheme="int4-g128", **QKV), 90, 9.0, "IDP"),
+    "vector-int4-by-float32": (MatmulCase(name="", rows=1, scheme="int4", dtype="float32", **QKV), 90, 8.6, "FFMA"),
     "vector-float8": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 90, 5.5, "FFMA"),
     "vector-float8-80": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 80, 5.5, "FFMA"),
     "skinny-int8": (MatmulCase(name="", rows=16, scheme="int8", **QKV), 90, 4.8, "HGMMA"),
@@ -333,6 +339,10 @@ def test_codes_are_widened_in_few_instructions(name: str):
         bytewise = sum(instruction.startswith("LDS.U8") for instruction in loop)
         assert 4 * bytewise <= codes // (32 * config.num_warps), "codes are read byte by byte"
     assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"
+    if multiplies == "IDP":
+        assert not any(name.startswith(("BAR", "STS", "LDS")) for name in loop), "threads exchange what they have"
+        assert "max.NaN.f32" in kernel.ptx
+        assert "max.f32" not in kernel.ptx, "which leaves NaN out"
 
 
 def test_unknown_architectures():

@@ -113,7 +113,7 @@ def matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret
             names=(*arrays, "out"),
             problem=p,
             config=config,
-            ahead=gpu_rows.loads_ahead(interpret),
+            ahead=gpu_rows.for_nvidia(interpret),
         ),
         grid=(pl.cdiv(p.result_features, config.block_out),),
         out_shape=jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype),

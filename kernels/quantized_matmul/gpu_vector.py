@@ -4,10 +4,15 @@ Grid: (blocks of channels, splits). Blocks, chunks and lanes are those of `gpu_r
 are 128 bits of codes, and a program all of `in`, or a split of it.
 
 A thread takes a chunk of 16 channels at a time: its loads, of 16 bytes each, are independent of each other and on their
-way together. Codes become float16 in pairs (`gpu_codes.py`), float32 one by one, and are multiplied by one number of x
-for each row: a row more costs a multiply-add a weight and nothing else. A chunk lies in one group, so that scales meet
-its sum. Zero points and minimums meet the sum of x over the chunk; so does what stays in int4 codes of the power of two
-by which they were widened, where the result has 16 bits and shows nothing of it.
+way together. A chunk lies in one group, so that scales meet its sum. Zero points and minimums meet the sum of x over
+the chunk. There are two ways to multiply:
+
+    Bytes    x in three bytes, by four codes at a time: integers, and x of 16 bits (`gpu_bytes.py`)
+    Floats   codes in float32, by one number of x: float8 and mxfp4, x in float32, other GPUs than NVIDIA's
+
+Floats are made of codes by bits, in pairs (`gpu_codes.py`); a row more costs a multiply-add a weight. What stays in
+int4 codes of the power of two by which they were widened meets the sum of x, too, where the result has 16 bits and
+shows nothing of it.
 
 Sums stay in registers until the end; then lanes are added up through shared memory, once. Where x is to be normalized,
 its squares are summed beside the products, and the root of their mean divides the result: a program that goes through
@@ -19,8 +24,10 @@ Bound by memory while a byte of codes takes fewer instructions than the GPU has 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -30,13 +37,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
 from palladion.kernels.devices import gpu_to_plan_for
+from palladion.kernels.quantized_matmul import gpu_bytes
+from palladion.kernels.quantized_matmul.gpu_bytes import Bytes
 from palladion.kernels.quantized_matmul.gpu_codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
 from palladion.kernels.quantized_matmul.gpu_refs import both, finish, named, read, read_scales
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.reference.quantization import PACK_BLOCK
+from palladion.reference.quantization import PACK_BLOCK, Scheme
 
 MAX_ROWS: Final = 4
-"""Of x: with more, multiply-adds take longer than tensor cores do."""
+"""Of x that a config may ask for; for how many there are registers, `most_rows` says."""
 
 MORE_REGISTERS_FROM: Final = 100
 """Compute capability for which the compiler takes some registers more for the same."""
@@ -46,26 +55,97 @@ HALF: Final = PACK_BLOCK // 2
 
 
 class Sums(NamedTuple):
-    """What a part of the result, gate or up, is added up in.
+    """What a part of the result, gate or up, is added up in. (In another order the compiler for sm_100 spills some.)
 
     Attributes:
+      squares: of x, `[lanes]` for each row, or `[lanes, threads]` where x is in bytes; nothing where it is not
+        normalized, or another part has them.
       totals: of products, `[lanes, block_out]` for each row of x.
-      squares: of x, `[lanes]` for each row; nothing where it is not normalized, or another part has them.
     """
 
-    totals: tuple[jax.Array, ...]
     squares: tuple[jax.Array, ...]
+    totals: tuple[jax.Array, ...]
+
+
+def integers(problem: Problem) -> bool:
+    """Whether weights can be multiplied by bytes of x: integers, by 16-bit floats, of a chunk that shares a scale."""
+    p = problem
+    shared = not (p.scheme.packed and p.group_size % PACK_BLOCK)
+    return p.scheme.format in ("int8", "int4") and p.x_dtype != "float32" and shared
+
+
+def scales_chunks(scheme: Scheme) -> bool:
+    """Whether sums of chunks are scaled, not just all of their sum."""
+    return scheme.group_size is not None or scheme.offset == "minimums"
 
 
 def chunk_rows(problem: Problem, num_warps: int) -> int:
     """Rows of codes in a chunk, a power of two that divides them."""
     p = problem
     longest = gpu_rows.chunk_rows(num_warps, p.parts)
-    if not p.scheme.packed:
-        return math.gcd(p.in_features, longest)
-    # Each row is two of weights: what has minimums, too, or a gate on a newer GPU, has no registers for as many.
-    tight = p.scheme.offset == "minimums" or (p.gated and gpu_to_plan_for().compute_capability >= MORE_REGISTERS_FROM)
-    return longest // 2 if tight else longest
+    newer, factors = _takes_more_registers(), _factors(p.scheme)
+    # What there are no registers for, as compilers found; each row of packed codes is two of weights.
+    tight = p.scheme.packed and (p.rows > 1 or p.scheme.offset == "minimums")
+    tight |= p.gated and newer and p.rows + factors >= 3
+    tight |= not integers(p) and (p.rows > 1 or (p.scheme.packed and p.gated and newer))
+    return math.gcd(p.in_features // (2 if p.scheme.packed else 1), longest // 2 if tight else longest)
+
+
+def most_rows(problem: Problem) -> int:
+    """Rows of x that there are registers for."""
+    p = problem
+    if p.scheme.offset == "minimums" or (p.scheme.packed and not integers(p)):
+        return 1
+    if p.scheme.packed or not integers(p):
+        return 2
+    return 3 - _takes_more_registers() - (_factors(p.scheme) > 1)
+
+
+def _takes_more_registers() -> bool:
+    return gpu_to_plan_for().compute_capability >= MORE_REGISTERS_FROM
+
+
+def _factors(scheme: Scheme) -> int:
+    """Arrays of scales, zeros and minimums that a chunk meets."""
+    return scales_chunks(scheme) + (scheme.offset != "none")
+
+
+def in_bytes(problem: Problem, num_warps: int) -> bool:
+    """Whether x is multiplied in bytes, four rows of a chunk at a time, where the GPU can."""
+    return integers(problem) and chunk_rows(problem, num_warps) % gpu_bytes.QUAD == 0
+
+
+class Cost(NamedTuple):
+    """What a way to multiply takes.
+
+    Attributes:
+      once: instructions of a thread for a byte of codes, about, whatever the rows.
+      of_row: more of them for each row.
+      even: times the channels that the busiest multiprocessor may have: instructions in bytes leave a quarter of the
+        memory's time, widening codes takes about as long as memory does.
+    """
+
+    once: float
+    of_row: float
+    even: float
+
+    def instructions(self, rows: int) -> float:
+        """Of a thread, for a byte of codes."""
+        return self.once + self.of_row * rows
+
+
+COSTS: Final = {
+    (False, True): Cost(once=1.1, of_row=1.6, even=1.25),
+    (True, True): Cost(once=0.6, of_row=4.4, even=1.25),
+    (False, False): Cost(once=4.0, of_row=1.0, even=1.1),
+    (True, False): Cost(once=6.0, of_row=2.0, even=1.1),
+}
+"""By whether codes are packed, and x is in bytes."""
+
+
+def cost(problem: Problem) -> Cost:
+    """Of the way to multiply that a problem's dtypes take."""
+    return COSTS[problem.scheme.packed, integers(problem)]
 
 
 def chunks(problem: Problem, num_warps: int) -> int:
@@ -86,25 +166,94 @@ class Factors(NamedTuple):
     minimum: jax.Array | None
 
 
-def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps: int, ahead: bool) -> None:
-    """See the head of the file; `refs` are those of `gpu_refs.Refs`, `ahead` is `gpu_rows.together`'s."""
+class Floats(NamedTuple):
+    """The products of a chunk, in float32; `gpu_bytes.Bytes` has them in integers.
+
+    Attributes:
+      scheme: of the codes.
+      exact: whether nothing is left in widened codes that sums would show.
+      hidden: what `gpu_codes.hide` returns.
+    """
+
+    scheme: Scheme
+    exact: bool
+    hidden: Callable[[int], Any]
+
+    @property
+    def left_in(self) -> int:
+        """By what widened codes are too large; sums of x take it off."""
+        return 0 if self.exact else magic(self.scheme.format, "float16") + self.scheme.implied_zero
+
+    def row(self, numbers: Sequence[jax.Array]) -> FloatRow:
+        """Numbers of x, float32 `[lanes]`, as an operand."""
+        return FloatRow(tuple(numbers), _add_up(numbers))
+
+    def spread(self, of_x: jax.Array) -> jax.Array:
+        """What a row has for each lane, for each channel of it."""
+        return of_x[:, None]
+
+    def weights(self, words: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """Rows of `channel_words` as float32 `[lanes, channels]`: the low nibbles, then the high ones if there are."""
+        zero = self.scheme.implied_zero if self.exact else -magic(self.scheme.format, "float16")
+        shifts = (0, 4) if self.scheme.packed else (0,)
+        return [[wide_channels(w, shift, self.scheme.format, self.hidden, zero) for w in words] for shift in shifts]
+
+    def product(self, weights: Sequence[jax.Array], x: FloatRow) -> jax.Array:
+        """The sum of products over a chunk, float32 `[lanes, channels]`."""
+        product = _add_up([number[:, None] * weight for number, weight in zip(x.numbers, weights, strict=True)])
+        return product - self.left_in * x.total[:, None] if self.left_in else product
+
+
+class FloatRow(NamedTuple):
+    """A chunk of a row of x.
+
+    Attributes:
+      numbers: float32 `[lanes]` each.
+      total: their sum.
+    """
+
+    numbers: tuple[jax.Array, ...]
+    total: jax.Array
+
+
+def kernel(
+    *refs: Any, problem: Problem, block_out: int, splits: int, num_warps: int, nvidia: bool, bytewise: bool
+) -> None:
+    """See the head of the file; `refs` are those of `gpu_refs.Refs`.
+
+    Args:
+      refs: arrays.
+      problem: what is computed.
+      block_out: channels of a program.
+      splits: shares of `in`.
+      num_warps: of a program.
+      nvidia: whether the kernel is compiled, for an NVIDIA GPU, and takes its instructions by name.
+      bytewise: whether x is multiplied in bytes.
+    """
     p, scheme = problem, problem.scheme
     ref = named(refs, p, splits)
     per_byte = 2 if scheme.packed else 1
     rows, all_chunks = chunk_rows(p, num_warps), chunks(p, num_warps)
     at_a_time = gpu_rows.lanes(block_out, num_warps)
+    threads = block_out // gpu_rows.LOAD_BYTES
     share = pl.cdiv(trips(p, block_out, num_warps), splits)
     layer = ref.layer[0]
-    hidden = hide(layer)
     channel = pl.program_id(0) * block_out + jnp.arange(block_out, dtype=jnp.int32)
     real = None if p.result_features % block_out == 0 else channel < p.result_features
-
-    # What stays in the codes, for sums of x to take off.
-    exact = p.out_dtype == "float32" or scheme.format != "int4"
-    zero = scheme.implied_zero if exact else -magic(scheme.format, "float16")
-    left_in = 0 if exact else magic(scheme.format, "float16") + scheme.implied_zero
-    grouped = scheme.group_size is not None or scheme.offset == "minimums"
+    multiply: Bytes | Floats = (
+        Bytes(scheme.packed, scheme.implied_zero, nvidia)
+        if bytewise
+        else Floats(scheme, p.out_dtype == "float32" or scheme.format != "int4", hide(layer))
+    )
     apart = scheme.packed and p.group_size % PACK_BLOCK != 0  # the halves of a packing block lie in two groups
+
+    def together_or_apart(halves: list[list[Any]]) -> list[list[Any]]:
+        """What lies in one group, of what belongs to low nibbles and to high ones."""
+        return halves if apart else [[one for half in halves for one in half]]
+
+    def each_thread(of_lanes: jax.Array) -> jax.Array:
+        """[lanes], or [lanes, threads] for bytes."""
+        return jnp.broadcast_to(of_lanes[:, None], (at_a_time, threads)) if bytewise else of_lanes
 
     def trip(index: jax.Array, sums: tuple[Sums, ...]) -> tuple[Sums, ...]:
         chunk = index * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)  # [lanes]
@@ -116,14 +265,16 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
         firsts = [first + half * HALF for half in range(per_byte)]
 
         def of_x(source: Any, *m: int) -> list[list[jax.Array]]:
-            """Numbers along `in`, [lanes], for the rows of codes of each half."""
-            return [[read(source, (*m, start + row), there) for row in range(rows)] for start in firsts]
+            """Numbers along `in`, [lanes], of each group."""
+            places = [[each_thread(start + row) for row in range(rows)] for start in firsts]
+            mask = None if there is None else each_thread(there)
+            return together_or_apart([[read(source, (*m, place), mask) for place in half] for half in places])
 
         def factors(part: int, start: jax.Array) -> Factors:
             group = jax.lax.div(start, jnp.int32(p.group_size))[:, None]
             place = (layer, group, (channel + part * p.result_features)[None, :])
             return Factors(
-                read_scales(ref.scales, place, mask) if grouped else None,
+                read_scales(ref.scales, place, mask) if scales_chunks(scheme) else None,
                 None if ref.zeros is None else read(ref.zeros, place, mask),
                 None if ref.minimums is None else read(ref.minimums, place, mask),
             )
@@ -135,49 +286,40 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
         # All that a trip takes from memory is asked for before any of it is used; x is in a cache, and there sooner.
         scaling = [[factors(part, start) for start in (firsts if apart else firsts[:1])] for part in range(p.parts)]
         codes = [words(part, row) for part in range(p.parts) for row in range(rows)]
-        codes = gpu_rows.together(codes) if ahead else codes
+        codes = gpu_rows.together(codes) if nvidia else codes
         xs = [of_x(ref.x, m) for m in range(p.rows)]
         norms = None if ref.norm is None else of_x(ref.norm)
 
         totals, squares = [list(of_part.totals) for of_part in sums], list(sums[0].squares)
         for m in range(p.rows):
             if norms is not None:
-                squares[m] = squares[m] + _add_up([number * number for half in xs[m] for number in half])
+                for number in itertools.chain(*xs[m]):
+                    squares[m] = squares[m] + number * number
                 xs[m] = [
                     [number * norm for number, norm in zip(*both_of, strict=True)]
                     for both_of in zip(xs[m], norms, strict=True)
                 ]
+        operands: list[list[Any]] = [[multiply.row(group) for group in of_row] for of_row in xs]
         for part in range(p.parts):
-            of_part = codes[part * rows : (part + 1) * rows]
-            weights = [
-                [wide_channels(w, 4 * half, scheme.format, hidden, zero) for w in of_part] for half in range(per_byte)
-            ]
+            weights = together_or_apart(multiply.weights(codes[part * rows : (part + 1) * rows]))
             for m in range(p.rows):
-                products = [
-                    _add_up([number[:, None] * weight for number, weight in zip(*half, strict=True)])
-                    for half in zip(xs[m], weights, strict=True)
-                ]
-                x_sums = [_add_up(half)[:, None] for half in xs[m]]
-                if not apart:
-                    products, x_sums = [_add_up(products)], [_add_up(x_sums)]
-                for product, total_x, factor in zip(products, x_sums, scaling[part], strict=True):
+                for of_group, x, factor in zip(weights, operands[m], scaling[part], strict=True):
+                    product = multiply.product(of_group, x)
                     if factor.zero is not None:
-                        product = product - (factor.zero + left_in) * total_x
-                    elif left_in:
-                        product = product - left_in * total_x
+                        product = product - factor.zero * multiply.spread(x.total)
                     if factor.scale is not None:
                         product = product * factor.scale
                     if factor.minimum is not None:
-                        product = product + total_x * factor.minimum
+                        product = product + multiply.spread(x.total) * factor.minimum
                     totals[part][m] = totals[part][m] + product
-        return tuple(Sums(tuple(totals[part]), tuple(squares) if part == 0 else ()) for part in range(p.parts))
+        return tuple(Sums(tuple(squares) if part == 0 else (), tuple(totals[part])) for part in range(p.parts))
 
     begin = pl.program_id(1) * share
     end = jnp.minimum(begin + share, trips(p, block_out, num_warps))
     totals = (jnp.zeros((at_a_time, block_out), jnp.float32),) * p.rows
-    squares = (jnp.zeros(at_a_time, jnp.float32),) * (p.rows if ref.norm is not None else 0)
+    squares = (each_thread(jnp.zeros(at_a_time, jnp.float32)),) * (p.rows if ref.norm is not None else 0)
     # Both parts meet the same x.
-    start = (Sums(totals, squares), Sums(totals, ()))[: p.parts]
+    start = (Sums(squares, totals), Sums((), totals))[: p.parts]
     sums = jax.lax.fori_loop(begin, end, trip, start)
 
     times = PAIRS[scheme.format, "float16"].times
@@ -185,7 +327,9 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
         products = [jnp.sum(of_part.totals[m], axis=0) * times for of_part in sums]
         x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[jnp.int32(m)])
         if p.norm_eps is not None:
-            x_scale = gpu_rows.inverse_root(jnp.sum(sums[0].squares[m]), p.in_features, p.norm_eps)
+            x_scale = gpu_rows.inverse_root(
+                jnp.sum(sums[0].squares[m]) / (threads if bytewise else 1), p.in_features, p.norm_eps
+            )
         results = finish(ref, p, products, channel, real, x_scale)
         for part, result in enumerate(results):
             if ref.residual is not None:
@@ -194,7 +338,7 @@ def kernel(*refs: Any, problem: Problem, block_out: int, splits: int, num_warps:
             plgpu.store(ref.out.at[place], result.astype(ref.out.dtype), mask=real)
 
 
-def _add_up(terms: list[jax.Array]) -> jax.Array:
+def _add_up(terms: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, terms)
 
 

@@ -53,18 +53,14 @@ TILED_TILE: Final = 64
 VECTOR_BLOCKS: Final = (128, 64, 32)
 """Channels of a program of the vector form: rows of a cache line, or of one sector of it, the least that is read."""
 
-EVEN: Final = 1.1
-"""Times the channels that the busiest multiprocessor may have: widening codes takes about as long as memory does."""
+VECTOR_REGISTERS: Final = 255
+"""Of a thread."""
 
-TWO_ROWS_FROM: Final = 90
-"""Compute capability for which the vector form is chosen for two rows, too, where weights are bytes with a scale for
-each channel: it has time for one more multiply-add of each. For older and for newer GPUs the compiler spills then."""
+MATRIX_INSTRUCTIONS: Final = {(False, False): 5, (True, False): 7, (False, True): 9, (True, True): 16}
+"""That the form for tensor cores takes for a byte of codes, about. By whether they are packed, and the GPU is newer."""
 
-VECTOR_REGISTERS: Final = {True: 128, False: 255}
-"""Of a thread: of a single row without norm, gate or groups, and of others."""
-
-BYTE_INSTRUCTIONS: Final = 5
-"""That the vector form takes for a byte of codes, about."""
+TCGEN05_FROM: Final = 100
+"""Compute capability whose tensor cores take neither operand out of registers: weights go through shared memory."""
 
 LAUNCH_SECONDS: Final = 2.5e-6
 """What it takes to add splits up: a launch, and the start and end of its programs."""
@@ -116,10 +112,9 @@ class Config:
 def heuristic(problem: Problem) -> Config:
     """The form that suits the rows, blocks that keep the memory busy, splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
-    per_channel = p.scheme.group_size is None and p.scheme.offset == "none" and not p.scheme.packed
-    two = per_channel and TWO_ROWS_FROM <= gpu.compute_capability < gpu_vector.MORE_REGISTERS_FROM
-    if p.rows <= (2 if two else 1) and p.quantize_x != "int8":
-        return _vector(p, gpu)
+    vector = _vector(p, gpu) if p.quantize_x != "int8" else None
+    if vector is not None:
+        return vector
     if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
         # float32 rows are three numbers to hold and to multiply by each.
         narrow = p.x_dtype == "float32" and p.quantize_x is None
@@ -142,30 +137,48 @@ def heuristic(problem: Problem) -> Config:
     return dataclasses.replace(config, splits=_splits(p, config, gpu))
 
 
-def _vector(problem: Problem, gpu: Gpu) -> Config:
+def _vector(problem: Problem, gpu: Gpu) -> Config | None:
     """The vector form without splits: who has all of a row's products adds them up, and leaves no launch for it.
 
     Blocks are the widest that spread channels evenly; their warps are as many as have something to do and as let all
-    programs run at a time. Where so few channels are left that adding up is quicker, there are splits.
+    programs run at a time. Where adding up is quicker, a single row has splits; more rows are left to tensor cores.
     """
     p = problem
-    block_out = gpu_rows.even_block(p.result_features, VECTOR_BLOCKS, gpu.multiprocessors, EVEN)
+    if p.rows > gpu_vector.most_rows(p):
+        return None
+    block_out = gpu_rows.even_block(p.result_features, VECTOR_BLOCKS, gpu.multiprocessors, gpu_vector.cost(p).even)
     busiest = gpu_rows.busiest(p.result_features, block_out, gpu.multiprocessors)
-    if gpu.clock_hertz and gpu.hbm_bytes_per_second:
-        channel = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of codes
-        alone = busiest * channel * BYTE_INSTRUCTIONS / (CORES * gpu.clock_hertz)
-        launches = 1 if p.norm_eps is None else 3  # XLA normalizes in two, where splits leave it to XLA
-        if alone > p.result_features * channel / gpu.hbm_bytes_per_second + LAUNCH_SECONDS * launches:
-            config = Config("vector", p.rows, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
-            return dataclasses.replace(config, splits=_splits(p, config, gpu))
-    simple = p.rows == p.parts == 1 and p.norm_eps is None and p.scheme.group_size is None and not p.scheme.packed
-    simple &= gpu.compute_capability < gpu_vector.MORE_REGISTERS_FROM
     num_warps = gpu_rows.warps_for(
-        lambda warps: gpu_vector.trips(p, block_out, warps),
-        busiest // block_out,
-        VECTOR_REGISTERS[simple],
+        lambda warps: gpu_vector.trips(p, block_out, warps), busiest // block_out, VECTOR_REGISTERS
     )
-    return Config("vector", p.rows, block_out, MIN_TILE, splits=1, num_warps=num_warps)
+    if _quicker_alone(p, busiest, gpu):
+        return Config("vector", p.rows, block_out, MIN_TILE, splits=1, num_warps=num_warps)
+    if p.rows > 1:
+        return None
+    config = Config("vector", p.rows, VECTOR_BLOCKS[0], MIN_TILE, splits=1)
+    return dataclasses.replace(config, splits=_splits(p, config, gpu))
+
+
+def _quicker_alone(problem: Problem, busiest: int, gpu: Gpu) -> bool:
+    """Whether the instructions of the vector form without splits take less time than a form with splits and launches.
+
+    Args:
+      problem: what is computed.
+      busiest: channels of the multiprocessor that has the most.
+      gpu: the GPU; of one that is not known a single row alone is taken to be quicker.
+    """
+    p = problem
+    if not gpu.clock_hertz or not gpu.hbm_bytes_per_second:
+        return p.rows == 1
+    instructions = others = gpu_vector.cost(p).instructions(p.rows)
+    if p.rows > 1:
+        others = MATRIX_INSTRUCTIONS[p.scheme.packed, gpu.compute_capability >= TCGEN05_FROM]
+    codes = p.in_features * p.parts / (2 if p.scheme.packed else 1)  # bytes of a channel
+    per_second = CORES * gpu.clock_hertz / codes  # channels of a multiprocessor, at an instruction for each byte
+    memory = p.bytes_moved() / gpu.hbm_bytes_per_second
+    launches = 1 if p.norm_eps is None else 3  # XLA normalizes in two, where splits leave it to XLA
+    spread = p.result_features / gpu.multiprocessors
+    return busiest * instructions / per_second <= max(memory, spread * others / per_second) + LAUNCH_SECONDS * launches
 
 
 def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
@@ -250,7 +263,9 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         options |= {name: getattr(config, name) for name in ("block_rows", "tile", "scales_weights")}
         options["out_blocks"] = out_blocks
     else:
-        options["ahead"] = gpu_rows.loads_ahead(interpret)
+        nvidia = gpu_rows.for_nvidia(interpret)
+        options["nvidia"] = nvidia
+        options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(
