@@ -67,7 +67,7 @@ class Program:
         result = ""
         for line in self.lines:
             name, (result, *operands) = _parts(line)
-            values = [registers[operand] if NAME.match(operand) else int(operand, 0) for operand in operands]
+            values = [registers[operand] if NAME.match(operand) else _number(operand) for operand in operands]
             registers[result] = INSTRUCTIONS[name](*values)
         found = registers[result]
         return found if found.dtype == jnp.int32 else jax.lax.bitcast_convert_type(found, jnp.int32)
@@ -79,17 +79,43 @@ def _parts(line: str) -> tuple[str, list[str]]:
     return name, rest.split(", ")
 
 
-def permuted(low: jax.Array, high: jax.Array, selector: int) -> jax.Array:
-    """`prmt`: four of the eight bytes of two words; from the right, each digit of the selector is the place of one."""
-    eight = [_bytes(word, jnp.uint8)[..., byte] for word in (low, high) for byte in range(4)]
-    picked = jnp.stack([eight[(selector >> (4 * to)) & 7] for to in range(4)], axis=-1)
-    return jax.lax.bitcast_convert_type(picked, jnp.int32)
+def _number(text: str) -> int:
+    """A constant, as an int32 has its bits."""
+    bits = int(text, 0)
+    return bits - (bits >> 31 << 32)
+
+
+def permuted(low: Any, high: Any, selector: Any) -> jax.Array:
+    """`prmt`: four of the eight bytes of two words.
+
+    From the right, each digit of the selector is the place of one; with 8 added to it, its sign is taken eight times.
+    """
+    if isinstance(selector, int):
+        eight = [_bytes(word, jnp.uint8)[..., byte] for word in (low, high) for byte in range(4)]
+        picked = jnp.stack([eight[(selector >> (4 * to)) & 7] for to in range(4)], axis=-1)
+        return jax.lax.bitcast_convert_type(picked, jnp.int32)
+    digits = jnp.stack([selector >> (4 * to) & 15 for to in range(4)], axis=-1)
+    table = jnp.concatenate([_bytes(low, jnp.uint8), _bytes(high, jnp.uint8)], axis=-1).astype(jnp.int32)
+    is_place = (digits & 7)[..., None] == jax.lax.broadcasted_iota(jnp.int32, (8,), 0)
+    picked = jnp.sum(jnp.where(is_place, table[..., None, :], 0), axis=-1)
+    picked = jnp.where(digits >= 8, -(picked >> 7), picked)
+    return jax.lax.bitcast_convert_type(picked.astype(jnp.uint8), jnp.int32)
 
 
 def dot(kinds: tuple[Any, Any], first: jax.Array, second: Any, total: Any) -> jax.Array:
     """`dp4a`: a total and the products of four pairs of bytes, which are signed or not, in int32."""
     factors = [_bytes(word, kind).astype(jnp.int32) for word, kind in zip((first, second), kinds, strict=True)]
     return jnp.sum(factors[0] * factors[1], axis=-1) + total
+
+
+def exclusive(word: jax.Array, mask: Any) -> jax.Array:
+    """`xor`."""
+    return word ^ jnp.int32(mask)
+
+
+def shifted(word: jax.Array, places: Any) -> jax.Array:
+    """`shr.u32`: towards lower places, zeros come in."""
+    return jax.lax.shift_right_logical(word, jnp.int32(places))
 
 
 def _bytes(word: Any, kind: Any) -> jax.Array:
@@ -106,6 +132,9 @@ INSTRUCTIONS: Final[dict[str, Callable[..., jax.Array]]] = {
     "abs.f32": jnp.abs,
     "max.NaN.f32": jnp.maximum,
     "prmt.b32": permuted,
+    "or.b32": jnp.bitwise_or,
+    "xor.b32": exclusive,
+    "shr.u32": shifted,
     "cvt.rni.s32.f32": rounded,
     "dp4a.s32.s32": functools.partial(dot, (jnp.int8, jnp.int8)),
     "dp4a.s32.u32": functools.partial(dot, (jnp.int8, jnp.uint8)),

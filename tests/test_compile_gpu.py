@@ -274,6 +274,7 @@ HOT_LOOPS = {
     "vector-int8-3": (MatmulCase(name="", rows=3, scheme="int8", **QKV), 90, 5.8, "IDP"),
     "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 4.8, "IDP"),
     "vector-int4-2": (MatmulCase(name="", rows=2, scheme="int4-g128", **QKV), 90, 9.0, "IDP"),
+    "vector-mxfp4": (MatmulCase(name="", rows=1, scheme="mxfp4", **QKV), 90, 6.3, "IDP"),
     "vector-int4-by-float32": (MatmulCase(name="", rows=1, scheme="int4", dtype="float32", **QKV), 90, 8.6, "FFMA"),
     "vector-float8": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 90, 5.5, "FFMA"),
     "vector-float8-80": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 80, 5.5, "FFMA"),

@@ -22,6 +22,7 @@ from palladion.kernels.quantized_matmul import cases, gpu_bytes, gpu_codes, gpu_
 from palladion.kernels.quantized_matmul.cases import Case
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
+from palladion.reference.quantization import Scheme, decode_e2m1
 
 quickly = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -37,6 +38,18 @@ def test_a_permutation_picks_four_of_eight_bytes(low: np.ndarray, high: np.ndarr
     found = program.run(jnp.asarray(low), jnp.asarray(high), native=False)
     eight = np.concatenate([low[:, None].view(np.uint8), high[:, None].view(np.uint8)], axis=1)
     np.testing.assert_array_equal(np.asarray(found)[:, None].view(np.uint8), eight[:, list(places)])
+
+
+@quickly
+@hypothesis.given(low=WORDS, high=WORDS, selector=WORDS)
+def test_a_selector_in_a_register_may_ask_for_signs(low: np.ndarray, high: np.ndarray, selector: np.ndarray):
+    program = Program(("prmt.b32 found, first, second, selector",), ("first", "second", "selector"))
+    found = program.run(*map(jnp.asarray, (low, high, selector)), native=False)
+    eight = np.concatenate([low[:, None].view(np.int8), high[:, None].view(np.int8)], axis=1)
+    digits = (selector[:, None] >> np.array([0, 4, 8, 12])) & 15
+    picked = np.take_along_axis(eight, digits & 7, axis=1)
+    picked = np.where(digits >= 8, picked >> 7, picked)
+    np.testing.assert_array_equal(np.asarray(found)[:, None].view(np.int8), picked)
 
 
 @quickly
@@ -129,33 +142,34 @@ def test_a_bad_number_makes_a_chunk_nan_and_no_other(bad: float):
 
 @hypothesis.settings(quickly, max_examples=25)
 @hypothesis.given(
-    packed=st.booleans(),
-    zero=st.sampled_from([0, 8]),
+    format=st.sampled_from(["int8", "int4", "int4-g32-zeros", "mxfp4"]),
     seed=st.integers(0, 2**16),
     spread=st.sampled_from([0.0, 3.0]),
     extreme=st.booleans(),
 )
-def test_products_of_bytes_are_those_of_the_numbers(packed: bool, zero: int, seed: int, spread: float, extreme: bool):
+def test_products_of_bytes_are_those_of_the_numbers(format: str, seed: int, spread: float, extreme: bool):
     """Sums are exact: what is rounded is putting the three of them together, once."""
     generator = np.random.default_rng(seed)
-    threads, rows = 2, 8
+    scheme, threads, rows = Scheme.parse(format), 2, 8
     codes = generator.integers(0, 256, (rows, threads * gpu_rows.LOAD_BYTES)).astype(np.uint8)
-    numbers = generator.standard_normal((rows * (1 + packed), 1)) * np.exp(
-        spread * generator.standard_normal((rows * (1 + packed), 1))
-    )
+    shape = (rows * (1 + scheme.packed), 1)
+    numbers = generator.standard_normal(shape) * np.exp(spread * generator.standard_normal(shape))
     if extreme:  # sums as large as they can be
-        codes[:], numbers[:] = 0x80 if not packed else 0xFF, 2 - 2.0**-22
+        codes[:], numbers[:] = 0xFF if scheme.packed else 0x80, 2 - 2.0**-22
     lanes = np.broadcast_to(numbers.astype(np.float32), (len(numbers), threads))
-    multiply = gpu_bytes.Bytes(packed, zero, native=False)
+    multiply = gpu_bytes.Bytes(scheme, lambda constant: jnp.int32(constant), native=False)
     words = [gpu_codes.channel_words(jnp.asarray(codes[row : row + 1])) for row in range(rows)]
     row = multiply.row([jnp.asarray(number)[None, :] for number in lanes])
     halves = multiply.weights(words)
     found = np.asarray(multiply.product([quad for half in halves for quad in half], row), np.float64)[0]
-    weights = np.concatenate([codes & 15, codes >> 4]).astype(np.int64) if packed else codes.view(np.int8)
     stood_for = numbers_of(row)[:, 0]
-    exact = stood_for @ (weights.astype(np.float64) - zero)
-    magnitude = np.abs(stood_for) @ (np.abs(weights.astype(np.float64)) + zero)
-    assert (np.abs(found - exact) <= 2.0**-21 * magnitude + 2.0**-22 * np.abs(exact)).all()
+    if scheme.format == "mxfp4":  # codes of a byte side by side
+        stood_for = np.concatenate([stood_for[0::2], stood_for[1::2]])
+    weights = np.concatenate([codes & 15, codes >> 4]) if scheme.packed else codes.view(np.int8)
+    weights = np.asarray(decode_e2m1(weights) if scheme.format == "mxfp4" else weights).astype(np.float64)
+    exact = stood_for @ (weights - scheme.implied_zero)
+    magnitude = np.abs(stood_for) @ (np.abs(weights) + multiply.zero)
+    assert (np.abs(found * multiply.times - exact) <= 2.0**-21 * magnitude + 2.0**-22 * np.abs(exact)).all()
 
 
 SMALL: dict[str, Any] = {"name": "bytes", "in_features": 192, "out_features": 144, "out_dtype": "float32"}
@@ -168,6 +182,7 @@ KERNELS = {
     "int4-float16": (Case(rows=2, scheme="int4", dtype="float16", **SMALL), 1),
     "int4-zeros": (Case(rows=1, scheme="int4-g64-zeros", gated=True, norm=True, **SMALL), 1),
     "int4-minimums": (Case(rows=2, scheme="int4-g32-minimums", residual=True, **SMALL), 1),
+    "mxfp4": (Case(rows=1, scheme="mxfp4", norm=True, **SMALL), 1),
     "int4-stacked": (Case(rows=1, scheme="int4-g96", num_layers=2, **SMALL), 1),
 }
 """Cases and splits. Results are float32, which would show what bytes lose."""

@@ -1,4 +1,4 @@
-"""Rows of activations as bytes, and their products with codes of 4 or 8 bits: four weights an instruction, exactly.
+"""Rows of activations as bytes, and their products with codes that are integers: four weights an instruction, exactly.
 
 A float costs two instructions a weight, one to widen a code and one to multiply it. A GPU also multiplies four pairs of
 bytes and adds all four products to an int32, in one (`dp4a`). So x becomes a fixed-point number: 16 or 32 numbers that
@@ -20,6 +20,9 @@ four rows by four channels is turned over by eight byte permutations, for 16 or 
                   w2: c0 c1 c2 c3                       c2: w0 w1 w2 w3      one channel each
                   w3: c0 c1 c2 c3                       c3: w0 w1 w2 w3
 
+Nibbles are masked then. Those of mxfp4 look up, four at a time, twice the number that they stand for, plus 12: a byte
+permutation is a table of eight bytes. The two codes of a byte stay side by side, and numbers of x get that order.
+
 Sums start at the bits of the float 1.5 * 2^23, so that as a float they are that number and the sum, as long as it is
 below 2^22: converting integers takes an instruction that a GPU executes at an eighth of the rate.
 """
@@ -27,7 +30,7 @@ below 2^22: converting integers takes an instruction that a GPU executes at an e
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import jax
@@ -35,6 +38,7 @@ import jax.numpy as jnp
 
 from palladion.kernels.gpu_ptx import Program
 from palladion.kernels.gpu_rows import LOAD_BYTES
+from palladion.reference.quantization import Scheme
 
 QUAD: Final = 4
 """Weights along `in` of a word."""
@@ -60,6 +64,12 @@ LEAST_EXPONENT: Final = UNITS + 2
 """Biased, of a chunk's largest number: for smaller ones the unit stays as it is, 2^-125."""
 
 LOW_NIBBLES: Final = 0x0F0F0F0F
+
+LEVELS: Final = ((0, 1, 2, 3), (4, 6, 8, 12))
+"""Twice the magnitudes of e2m1, in the order of its codes, as two words have them."""
+
+LEVEL_OF_ZERO: Final = 12
+"""Added to levels, so that none is negative."""
 
 
 class Row(NamedTuple):
@@ -101,6 +111,33 @@ CHANNELS: Final = tuple(
     for last in (FIRST_OF_PAIRS, LAST_OF_PAIRS)
 )
 """Four rows of four channels as a word, for each of the channels."""
+
+# The lower three bits of a code of mxfp4 are the place of its magnitude in a table, and its sign above them has a
+# permutation put in the sign of that byte: 0. So one table finds the numbers, and one the negative ones, turned over.
+UP, DOWN = (
+    tuple(sum((LEVEL_OF_ZERO + sign * level) << (8 * place) for place, level in enumerate(half)) for half in LEVELS)
+    for sign in (1, -1)
+)
+
+
+def _levels(selector: int, shift: int) -> Program:
+    """The levels of two rows of a channel, two codes of each."""
+    return Program(
+        (
+            f"prmt.b32 codes, w0, w1, {selector:#06x}",
+            "xor.b32 turned, codes, 0x88888888",
+            f"shr.u32 codes_from, codes, {shift}",
+            f"shr.u32 turned_from, turned, {shift}",
+            "prmt.b32 up, up0, up1, codes_from",
+            "prmt.b32 down, down0, down1, turned_from",
+            "or.b32 result, up, down",
+        ),
+        ("w0", "w1", "up0", "up1", "down0", "down1"),
+    )
+
+
+LEVELS_OF_CHANNELS: Final = tuple(_levels(selector, shift) for selector in (0x5140, 0x7362) for shift in (0, 16))
+"""Two rows of four channels, in mxfp4, and both tables, as a word of four levels for each of the channels."""
 
 ROUNDED: Final = tuple(f"cvt.rni.s32.f32 n{place}, {number}" for place, number in enumerate(NUMBERS))
 
@@ -165,17 +202,30 @@ class Bytes(NamedTuple):
     """The products of a chunk; what `gpu_vector.Floats` does in floats.
 
     Attributes:
-      packed: whether a byte holds two codes, of 4 bits.
-      zero: what a code stands for 0 with, where all have the same.
+      scheme: of the codes.
+      hidden: what `gpu_codes.hide` returns.
       native: whether the kernel is compiled for an NVIDIA GPU, not interpreted.
     """
 
-    packed: bool
-    zero: int
+    scheme: Scheme
+    hidden: Callable[[int], jax.Array]
     native: bool
 
+    @property
+    def zero(self) -> int:
+        """What stands for 0 in the bytes of weights, where that is the same for all."""
+        return LEVEL_OF_ZERO if self.scheme.format == "mxfp4" else self.scheme.implied_zero
+
+    @property
+    def times(self) -> float:
+        """What products are to be multiplied by."""
+        return 0.5 if self.scheme.format == "mxfp4" else 1.0
+
     def row(self, numbers: Sequence[jax.Array]) -> Row:
-        """Numbers of x, float32 `[lanes, threads]`, as an operand."""
+        """Numbers of x, float32 `[lanes, threads]`, as an operand: those of low nibbles, then those of high ones."""
+        if self.scheme.format == "mxfp4":  # the codes of a byte stay side by side
+            half = len(numbers) // 2
+            numbers = [number for pair in zip(numbers[:half], numbers[half:], strict=True) for number in pair]
         return row(numbers, self.native)
 
     def spread(self, of_x: jax.Array) -> jax.Array:
@@ -186,14 +236,18 @@ class Bytes(NamedTuple):
         """Rows of `gpu_codes.channel_words`, as many as a multiple of four, as words of four weights along `in`.
 
         Returns:
-          For the low nibbles, and then the high ones where there are two codes in a byte: for every quad of rows,
-          arrays `[lanes, threads]`, one for each channel of a thread.
+          For the low nibbles, and then the high ones where there are two codes in a byte, or for both together: for
+          every quad of weights arrays `[lanes, threads]`, one for each channel of a thread.
         """
+        programs, tables = CHANNELS, []
+        if self.scheme.format == "mxfp4":
+            programs, tables = LEVELS_OF_CHANNELS, [self.hidden(half) for half in (*UP, *DOWN)]
+        rows = len(programs[0].inputs) - len(tables)
         quads = []
-        for start in range(0, len(words), QUAD):
-            blocks = zip(*map(_of_thread, words[start : start + QUAD]), strict=True)
-            quads.append([channel.run(*block, native=self.native) for block in blocks for channel in CHANNELS])
-        if not self.packed:
+        for start in range(0, len(words), rows):
+            blocks = zip(*map(_of_thread, words[start : start + rows]), strict=True)
+            quads.append([channel.run(*block, *tables, native=self.native) for block in blocks for channel in programs])
+        if self.scheme.format != "int4":
             return [quads]
         return [
             [[jax.lax.shift_right_logical(word, jnp.int32(4 * half)) & LOW_NIBBLES for word in quad] for quad in quads]
@@ -209,7 +263,7 @@ class Bytes(NamedTuple):
         """
         starts = [BASE_BITS - self.zero * of_place for of_place in x.sums]
         channels = []
-        programs = [products(len(weights), (not self.packed, signed)) for signed in SIGNED]
+        programs = [products(len(weights), (not self.scheme.packed, signed)) for signed in SIGNED]
         for of_channel in zip(*weights, strict=True):
             sums = [
                 program.run(*of_channel, *words, start, native=self.native)

@@ -77,7 +77,7 @@ def read_scales(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax
         return read(ref, place, mask)
     exponent = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32)
     # 0 stands for 2^-127, which is a subnormal float32; 255 for NaN.
-    bits = jnp.where(exponent == 0, 0x00400000, jnp.where(exponent == 255, 0x7FC00000, exponent << 23))
+    bits = jnp.where(exponent == 255, 0x7FC00000, jnp.maximum(exponent << 23, 0x00400000))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

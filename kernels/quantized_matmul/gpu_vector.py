@@ -7,8 +7,8 @@ A thread takes a chunk of 16 channels at a time: its loads, of 16 bytes each, ar
 way together. A chunk lies in one group, so that scales meet its sum. Zero points and minimums meet the sum of x over
 the chunk. There are two ways to multiply:
 
-    Bytes    x in three bytes, by four codes at a time: integers, and x of 16 bits (`gpu_bytes.py`)
-    Floats   codes in float32, by one number of x: float8 and mxfp4, x in float32, other GPUs than NVIDIA's
+    Bytes    x in three bytes, by four codes at a time: integers and mxfp4, x of 16 bits (`gpu_bytes.py`)
+    Floats   codes in float32, by one number of x: float8, x in float32, other GPUs than NVIDIA's
 
 Floats are made of codes by bits, in pairs (`gpu_codes.py`); a row more costs a multiply-add a weight. What stays in
 int4 codes of the power of two by which they were widened meets the sum of x, too, where the result has 16 bits and
@@ -71,7 +71,7 @@ def integers(problem: Problem) -> bool:
     """Whether weights can be multiplied by bytes of x: integers, by 16-bit floats, of a chunk that shares a scale."""
     p = problem
     shared = not (p.scheme.packed and p.group_size % PACK_BLOCK)
-    return p.scheme.format in ("int8", "int4") and p.x_dtype != "float32" and shared
+    return p.scheme.format in ("int8", "int4", "mxfp4") and p.x_dtype != "float32" and shared
 
 
 def scales_chunks(scheme: Scheme) -> bool:
@@ -94,7 +94,7 @@ def chunk_rows(problem: Problem, num_warps: int) -> int:
 def most_rows(problem: Problem) -> int:
     """Rows of x that there are registers for."""
     p = problem
-    if p.scheme.offset == "minimums" or (p.scheme.packed and not integers(p)):
+    if p.scheme.offset == "minimums" or p.scheme.format == "mxfp4" or (p.scheme.packed and not integers(p)):
         return 1
     if p.scheme.packed or not integers(p):
         return 2
@@ -135,17 +135,19 @@ class Cost(NamedTuple):
 
 
 COSTS: Final = {
-    (False, True): Cost(once=1.1, of_row=1.6, even=1.25),
-    (True, True): Cost(once=0.6, of_row=4.4, even=1.25),
-    (False, False): Cost(once=4.0, of_row=1.0, even=1.1),
-    (True, False): Cost(once=6.0, of_row=2.0, even=1.1),
+    "int8": Cost(once=1.1, of_row=1.6, even=1.25),
+    "int4": Cost(once=0.6, of_row=4.4, even=1.25),
+    "mxfp4": Cost(once=2.0, of_row=4.4, even=1.1),
 }
-"""By whether codes are packed, and x is in bytes."""
+"""In bytes."""
+
+WIDENED: Final = {False: Cost(once=4.0, of_row=1.0, even=1.1), True: Cost(once=6.0, of_row=2.0, even=1.1)}
+"""By whether codes are packed."""
 
 
 def cost(problem: Problem) -> Cost:
     """Of the way to multiply that a problem's dtypes take."""
-    return COSTS[problem.scheme.packed, integers(problem)]
+    return COSTS[problem.scheme.format] if integers(problem) else WIDENED[problem.scheme.packed]
 
 
 def chunks(problem: Problem, num_warps: int) -> int:
@@ -171,18 +173,23 @@ class Floats(NamedTuple):
 
     Attributes:
       scheme: of the codes.
-      exact: whether nothing is left in widened codes that sums would show.
       hidden: what `gpu_codes.hide` returns.
+      exact: whether nothing is left in widened codes that sums would show.
     """
 
     scheme: Scheme
-    exact: bool
     hidden: Callable[[int], Any]
+    exact: bool
 
     @property
     def left_in(self) -> int:
         """By what widened codes are too large; sums of x take it off."""
         return 0 if self.exact else magic(self.scheme.format, "float16") + self.scheme.implied_zero
+
+    @property
+    def times(self) -> float:
+        """What products are to be multiplied by."""
+        return PAIRS[self.scheme.format, "float16"].times
 
     def row(self, numbers: Sequence[jax.Array]) -> FloatRow:
         """Numbers of x, float32 `[lanes]`, as an operand."""
@@ -240,11 +247,8 @@ def kernel(
     layer = ref.layer[0]
     channel = pl.program_id(0) * block_out + jnp.arange(block_out, dtype=jnp.int32)
     real = None if p.result_features % block_out == 0 else channel < p.result_features
-    multiply: Bytes | Floats = (
-        Bytes(scheme.packed, scheme.implied_zero, nvidia)
-        if bytewise
-        else Floats(scheme, p.out_dtype == "float32" or scheme.format != "int4", hide(layer))
-    )
+    exact = p.out_dtype == "float32" or scheme.format != "int4"
+    multiply = Bytes(scheme, hide(layer), nvidia) if bytewise else Floats(scheme, hide(layer), exact)
     apart = scheme.packed and p.group_size % PACK_BLOCK != 0  # the halves of a packing block lie in two groups
 
     def together_or_apart(halves: list[list[Any]]) -> list[list[Any]]:
@@ -322,9 +326,8 @@ def kernel(
     start = (Sums(squares, totals), Sums((), totals))[: p.parts]
     sums = jax.lax.fori_loop(begin, end, trip, start)
 
-    times = PAIRS[scheme.format, "float16"].times
     for m in range(p.rows):
-        products = [jnp.sum(of_part.totals[m], axis=0) * times for of_part in sums]
+        products = [jnp.sum(of_part.totals[m], axis=0) * multiply.times for of_part in sums]
         x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[jnp.int32(m)])
         if p.norm_eps is not None:
             x_scale = gpu_rows.inverse_root(
