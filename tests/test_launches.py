@@ -53,6 +53,18 @@ def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
 
 
 @needs_plugin
+@pytest.mark.parametrize(("scheme", "arch"), [("int8", 80), ("int8", 90), ("int4-g32", 90), ("mxfp4", 100)])
+def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: int):
+    """Shared memory is for what threads add up at the end; older Tritons put numbers into other threads through it."""
+    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 6144)), scheme))
+    x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
+    program = gpu_program.compile_program(lambda x, w: quantized_matmul(x, w, backend="pallas"), x, w, arch=arch)
+    (launch,) = program.launches
+    assert launch.name.startswith("quantized_matmul_vector")
+    assert launch.shared <= 1024
+
+
+@needs_plugin
 def test_a_donated_cache_stays_where_it_is():
     cache = jax.eval_shape(lambda: KVCache.dense(1, 8, 4096, 128, jnp.bfloat16))
     new = jax.ShapeDtypeStruct((1, 8, 128), jnp.bfloat16)

@@ -2,14 +2,14 @@
 
     y = sum_g (x_g @ (code_g - zero_g)) * scale_g + sum(x_g) * minimum_g        result = finish(y + bias)
 
-Three forms, by the rows of x. A single row needs no tensor cores: `gpu_vector.py` multiplies and adds it as it comes.
-A few rows are padded to the 16 or 32 of a tensor core's block, in registers, and their products are scaled; many rows
+Three forms, by the rows of x. One row, or up to three, needs no tensor cores: `gpu_vector.py` multiplies and adds it as
+it comes. A few are padded to the 16 or 32 of a tensor core's block, in registers, and their products are scaled; many
 take larger blocks, and scaled weights: both are `gpu_matrix.py`. All of them read codes once for every block of rows,
-128 bits at a time, and widen them by masks and shifts (`gpu_codes.py`).
+128 bits at a time, and multiply their bytes (`gpu_bytes.py`), or floats made by masks and shifts (`gpu_codes.py`).
 
 Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: shares of `in`
 fill them, and XLA adds their float32 sums, bias, activation and gate, together with what follows. A single share does
-all of it itself; that of a single row also normalizes it and adds the residual, and takes narrow blocks rather than
+all of it itself; the vector form also normalizes rows and adds the residual, and takes narrow blocks rather than
 shares: a launch more would take as long as many bytes. A gated call has two sums, gate and up, over two blocks of
 channels.
 
