@@ -80,9 +80,15 @@ def _parts(line: str) -> tuple[str, list[str]]:
 
 
 def _number(text: str) -> int:
-    """A constant, as an int32 has its bits."""
-    bits = int(text, 0)
+    """A constant, as an int32 has its bits; those of a float32 stand behind 0f."""
+    bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
     return bits - (bits >> 31 << 32)
+
+
+def _float(register: Any) -> jax.Array:
+    """What a register holds, as a float32."""
+    bits = jnp.int32(register) if isinstance(register, int) else register
+    return bits if bits.dtype == jnp.float32 else jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def permuted(low: Any, high: Any, selector: Any) -> jax.Array:
@@ -128,8 +134,26 @@ def rounded(number: jax.Array) -> jax.Array:
     return jnp.round(number).astype(jnp.int32)
 
 
+def multiplied(first: Any, second: Any) -> jax.Array:
+    """`mul`."""
+    return _float(first) * _float(second)
+
+
+def added(first: Any, second: Any) -> jax.Array:
+    """`add`."""
+    return _float(first) + _float(second)
+
+
+def fused(first: Any, second: Any, third: Any) -> jax.Array:
+    """`fma`, which a GPU rounds once, and an interpreter may round twice."""
+    return _float(first) * _float(second) + _float(third)
+
+
 INSTRUCTIONS: Final[dict[str, Callable[..., jax.Array]]] = {
     "abs.f32": jnp.abs,
+    "add.f32": added,
+    "fma.rn.f32": fused,
+    "mul.f32": multiplied,
     "max.NaN.f32": jnp.maximum,
     "prmt.b32": permuted,
     "or.b32": jnp.bitwise_or,

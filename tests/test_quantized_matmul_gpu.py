@@ -174,10 +174,8 @@ def test_products_of_bytes_are_those_of_the_numbers(format: str, seed: int, spre
 
 SMALL: dict[str, Any] = {"name": "bytes", "in_features": 192, "out_features": 144, "out_dtype": "float32"}
 KERNELS = {
-    "int8": (Case(rows=1, scheme="int8", **SMALL), 1),
     "int8-norm-gated": (Case(rows=2, scheme="int8", norm=True, gated=True, activation=jax.nn.silu, **SMALL), 1),
     "int8-zeros": (Case(rows=3, scheme="int8-g32-zeros", bias=True, **SMALL), 2),
-    "int8-minimums": (Case(rows=1, scheme="int8-minimums", bias=True, **SMALL), 1),
     "int4": (Case(rows=1, scheme="int4-g32", norm=True, **SMALL), 2),
     "int4-float16": (Case(rows=2, scheme="int4", dtype="float16", **SMALL), 1),
     "int4-zeros": (Case(rows=1, scheme="int4-g64-zeros", gated=True, norm=True, **SMALL), 1),

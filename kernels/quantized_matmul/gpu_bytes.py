@@ -30,6 +30,8 @@ below 2^22: converting integers takes an instruction that a GPU executes at an e
 from __future__ import annotations
 
 import functools
+import itertools
+import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -148,20 +150,42 @@ PLACES: Final = tuple(
 """Four numbers of x in units as a word, for each of the places."""
 
 
-def _sum(words: Sequence[str], others: Sequence[str], kinds: str, start: str) -> tuple[str, ...]:
+def _sum(name: str, words: Sequence[str], others: Sequence[str], kinds: str, start: str) -> tuple[str, ...]:
     """Products of bytes, one word after the other."""
-    before = [start, *["result"] * (len(words) - 1)]
+    before = [start, *[name] * (len(words) - 1)]
     return tuple(
-        f"dp4a.{kinds} result, {word}, {other}, {total}"
+        f"dp4a.{kinds} {name}, {word}, {other}, {total}"
         for word, other, total in zip(words, others, before, strict=True)
     )
 
 
 @functools.cache
-def products(quads: int, signed: tuple[bool, bool]) -> Program:
-    """The sum of products of weights and of a place of x, by what of them is signed, added to what it starts at."""
-    weights, words = ([f"{kind}{quad}" for quad in range(quads)] for kind in "wx")
-    return Program(_sum(weights, words, _kinds(*signed), "start"), (*weights, *words, "start"))
+def product(quads: int, signed: bool) -> Program:
+    """The sum of products of weights, which are signed or not, and of numbers of x: what it starts at is taken off."""
+    weights = [f"w{quad}" for quad in range(quads)]
+    places = [[f"x{place}_{quad}" for quad in range(quads)] for place in range(len(SIGNED))]
+    starts = [f"start{place}" for place in range(len(SIGNED))]
+    sums = [
+        line
+        for place, words in enumerate(places)
+        for line in _sum(f"sum{place}", weights, words, _kinds(signed, SIGNED[place]), starts[place])
+    ]
+    floats = [f"add.f32 sum{place}, sum{place}, {_hexadecimal(-BASE)}" for place in range(len(SIGNED))]
+    return Program(
+        (
+            *sums,
+            *floats,
+            f"fma.rn.f32 upper, sum2, {_hexadecimal(256)}, sum1",
+            f"fma.rn.f32 all, upper, {_hexadecimal(256)}, sum0",
+            "mul.f32 result, all, unit",
+        ),
+        (*weights, *itertools.chain(*places), *starts, "unit"),
+    )
+
+
+def _hexadecimal(number: float) -> str:
+    """A float32 as PTX has it."""
+    return f"0f{struct.unpack('>I', struct.pack('>f', number))[0]:08X}"
 
 
 @functools.cache
@@ -176,7 +200,7 @@ def largest(count: int) -> Program:
 def total(quads: int, signed: bool) -> Program:
     """The sum of a place of x."""
     words = [f"x{quad}" for quad in range(quads)]
-    return Program(_sum(words, ["0x01010101"] * quads, _kinds(signed, False), "0"), tuple(words))
+    return Program(_sum("sum", words, ["0x01010101"] * quads, _kinds(signed, False), "0"), tuple(words))
 
 
 def _kinds(*signed: bool) -> str:
@@ -262,16 +286,10 @@ class Bytes(NamedTuple):
           x: of `row`.
         """
         starts = [BASE_BITS - self.zero * of_place for of_place in x.sums]
-        channels = []
-        programs = [products(len(weights), (not self.scheme.packed, signed)) for signed in SIGNED]
-        for of_channel in zip(*weights, strict=True):
-            sums = [
-                program.run(*of_channel, *words, start, native=self.native)
-                for program, words, start in zip(programs, x.words, starts, strict=True)
-            ]
-            floats = [jax.lax.bitcast_convert_type(of_place, jnp.float32) - BASE for of_place in sums]
-            channels.append(_weighed(floats) * x.unit)
-        return side_by_side(channels)
+        operands = (*itertools.chain(*x.words), *starts, x.unit)
+        program = product(len(weights), signed=not self.scheme.packed)
+        bits = [program.run(*channel, *operands, native=self.native) for channel in zip(*weights, strict=True)]
+        return side_by_side([jax.lax.bitcast_convert_type(of_channel, jnp.float32) for of_channel in bits])
 
 
 def side_by_side(channels: Sequence[jax.Array]) -> jax.Array:
