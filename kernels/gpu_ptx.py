@@ -96,11 +96,11 @@ def permuted(low: Any, high: Any, selector: Any) -> jax.Array:
 
     From the right, each digit of the selector is the place of one; with 8 added to it, its sign is taken eight times.
     """
-    if isinstance(selector, int):
+    if isinstance(selector, int) and not selector & 0x8888:
         eight = [_bytes(word, jnp.uint8)[..., byte] for word in (low, high) for byte in range(4)]
         picked = jnp.stack([eight[(selector >> (4 * to)) & 7] for to in range(4)], axis=-1)
         return jax.lax.bitcast_convert_type(picked, jnp.int32)
-    digits = jnp.stack([selector >> (4 * to) & 15 for to in range(4)], axis=-1)
+    digits = jnp.stack([jnp.int32(selector) >> (4 * to) & 15 for to in range(4)], axis=-1)
     table = jnp.concatenate([_bytes(low, jnp.uint8), _bytes(high, jnp.uint8)], axis=-1).astype(jnp.int32)
     is_place = (digits & 7)[..., None] == jax.lax.broadcasted_iota(jnp.int32, (8,), 0)
     picked = jnp.sum(jnp.where(is_place, table[..., None, :], 0), axis=-1)

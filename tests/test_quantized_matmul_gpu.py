@@ -30,14 +30,15 @@ WORDS = arrays.arrays(np.int32, 16, elements=st.integers(-(2**31), 2**31 - 1))
 
 
 @quickly
-@hypothesis.given(low=WORDS, high=WORDS, places=st.tuples(*[st.integers(0, 7)] * 4))
+@hypothesis.given(low=WORDS, high=WORDS, places=st.tuples(*[st.integers(0, 15)] * 4))
 def test_a_permutation_picks_four_of_eight_bytes(low: np.ndarray, high: np.ndarray, places: tuple[int, ...]):
-    """The PTX manual's `prmt`: bytes of the first word have the numbers 0 to 3, those of the second 4 to 7."""
+    """The PTX manual's `prmt`: bytes of the first word are 0 to 3, of the second 4 to 7, all of their signs 8 to 15."""
     selector = sum(place << (4 * to) for to, place in enumerate(places))
     program = Program((f"prmt.b32 found, first, second, {selector:#06x}",), ("first", "second"))
     found = program.run(jnp.asarray(low), jnp.asarray(high), native=False)
-    eight = np.concatenate([low[:, None].view(np.uint8), high[:, None].view(np.uint8)], axis=1)
-    np.testing.assert_array_equal(np.asarray(found)[:, None].view(np.uint8), eight[:, list(places)])
+    eight = np.concatenate([low[:, None].view(np.int8), high[:, None].view(np.int8)], axis=1)
+    sixteen = np.concatenate([eight, eight >> 7], axis=1)
+    np.testing.assert_array_equal(np.asarray(found)[:, None].view(np.int8), sixteen[:, list(places)])
 
 
 @quickly
