@@ -18,6 +18,7 @@ from palladion import KVCache, append_kv, decode_attention, dequantize, merge_pa
 from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
+from palladion.kernels.quantized_matmul import triton
 from palladion.reference import oracle
 from palladion.reference.quantization import Scheme, quantize_rows
 
@@ -258,16 +259,20 @@ def gamma(operations: float) -> float:
     return operations * UNIT_ROUNDOFF / (1 - operations * UNIT_ROUNDOFF)
 
 
-def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
-    """How far quantized_matmul may be off; the derivation is in docs/numerics.md."""
+def arithmetic_of_matmul(x: np.ndarray, w: Any) -> np.ndarray:
+    """How far quantized_matmul may be off before its result is rounded; the derivation is in docs/numerics.md."""
     magnitudes = dataclasses.replace(
         w, scales=jnp.abs(w.scales), minimums=None if w.minimums is None else jnp.abs(w.minimums)
     )
     # |code - zero| <= |code| + |zero|: those two may be scaled, and added up, apart.
     codes = np.abs(oracle.dequantize(dataclasses.replace(magnitudes, zeros=None, minimums=None)))
     apart = codes + 2 * np.abs(oracle.dequantize(dataclasses.replace(w, values=jnp.zeros_like(w.values))))
-    exact = x @ oracle.dequantize(w)
-    arithmetic = gamma(w.in_features + 8) * (np.abs(x) @ apart)
+    return gamma(w.in_features + 8) * (np.abs(x) @ apart)
+
+
+def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
+    """How far it may be off in all."""
+    exact, arithmetic = x @ oracle.dequantize(w), arithmetic_of_matmul(x, w)
     return arithmetic + 0.5 * float(jnp.finfo(out_dtype).eps) * (np.abs(exact) + arithmetic)
 
 
@@ -295,6 +300,27 @@ def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread
     wide = oracle.widen(x)
     error = np.abs(oracle.widen(_multiplication("xla")(x, w)) - wide @ oracle.dequantize(w))
     assert (error <= bound_of_matmul(wide, w, dtype)).all()
+
+
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
+def test_rows_that_are_bytes_are_within_their_bound(scheme: str, seed: int):
+    """Of a GPU's vector form: the largest of a chunk decides how its other numbers are rounded."""
+    generator = np.random.default_rng(seed)
+    w = quantize(jnp.asarray(generator.standard_normal((192, 144)) * 192**-0.5, jnp.float32), scheme)
+    x = generator.standard_normal((1, 192)) * np.exp(4 * generator.standard_normal((1, 192)))
+    x = jnp.asarray(x, jnp.bfloat16)
+    wide, weights = oracle.widen(x), oracle.dequantize(w)
+    error = np.abs(oracle.widen(_in_bytes(x, w)) - wide @ weights)
+    per_chunk = 32 if w.scheme.packed else 16
+    largest = np.abs(wide).reshape(1, -1, per_chunk).max(axis=-1).repeat(per_chunk, axis=1)
+    assert (error <= arithmetic_of_matmul(wide, w) + 2.0**-23 * (largest @ np.abs(weights))).all()
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def _in_bytes(x: jax.Array, w: Any) -> jax.Array:
+    config = triton.Config("vector", block_rows=1, block_out=64, tile=32, splits=1, num_warps=1)
+    return quantized_matmul(x, w, out_dtype=jnp.float32, backend="triton", config=config, interpret=True)
 
 
 def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int) -> tuple[float, np.ndarray]:

@@ -124,13 +124,16 @@ def test_bytes_stand_for_the_numbers(numbers: np.ndarray, near: np.ndarray, shru
     assert (np.abs(total - exact) <= 2.0**-22 * np.abs(stood_for).sum(axis=0)).all()
 
 
-@pytest.mark.parametrize("largest", [np.nextafter(np.float32(2), np.float32(0)), np.finfo(np.float32).max, 0.0, 1e-45])
+@pytest.mark.parametrize(
+    ("largest", "stands_for"),
+    [(np.nextafter(np.float32(2), np.float32(0)), 2.0), (np.finfo(np.float32).max, 2.0**128), (0.0, 0.0), (1e-45, 0.0)],
+)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_last_number_below_a_power_of_two_has_a_byte_to_spare(largest: float, sign: int):
+def test_the_last_number_below_a_power_of_two_has_a_byte_to_spare(largest: float, stands_for: float, sign: int):
     numbers = np.zeros((8, 1), np.float32)
     numbers[3] = sign * largest
     found = numbers_of(row_of(numbers))
-    np.testing.assert_allclose(found[3], 0 if largest < 1e-40 else sign * float(largest), rtol=2.0**-23)
+    assert found[3] == sign * stands_for
     assert (np.delete(found, 3, axis=0) == 0).all()
 
 
@@ -211,30 +214,6 @@ def test_rows_that_are_bytes_lose_nothing(name: str):
         gated=case.gated,
     )
     assert_right(result, compiled(case, "xla")(inputs), exact, name)
-
-
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
-@hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
-def test_bytes_of_wild_magnitudes_are_within_their_bound(scheme: str, seed: int):
-    """docs/numerics.md: the largest of a chunk decides how its other numbers are rounded."""
-    case = Case(rows=1, scheme=scheme, **SMALL)
-    config = triton.Config("vector", 1, 64, 32, 1, num_warps=1)
-    generator = np.random.default_rng(seed)
-    x = generator.standard_normal((1, 192)) * np.exp(4 * generator.standard_normal((1, 192)))
-    inputs = cases.make_inputs(case)._replace(x=jnp.asarray(x, jnp.bfloat16))
-    wide, weights = oracle.widen(inputs.x), oracle.dequantize(inputs.w)
-    error = np.abs(
-        np.asarray(compiled(case, "triton", config=config, interpret=True)(inputs), np.float64) - wide @ weights
-    )
-    per_chunk = 32 if case.problem().scheme.packed else 16
-    largest = np.abs(wide).reshape(1, -1, per_chunk).max(axis=-1).repeat(per_chunk, axis=1)
-    zero = case.problem().scheme.implied_zero
-    # |code| + |zero|, scaled: both are multiplied.
-    scaled_zero = np.asarray(inputs.w.scales, np.float64).repeat(192 // inputs.w.scales.shape[0], axis=0) * zero
-    magnitudes = np.abs(weights) + 2 * np.abs(scaled_zero)
-    roundoff = 2.0**-24
-    gamma = (192 + 8) * roundoff / (1 - (192 + 8) * roundoff)
-    assert (error <= gamma * (np.abs(wide) @ magnitudes) + 2.0**-23 * (largest @ np.abs(weights))).all()
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,13 @@ SIGNED: Final = (False, False, True)
 BASE: Final = 1.5 * 2.0**23
 """A float whose lowest bits count ones: an integer below 2^22 that is added to its bits is added to the number."""
 
-BASE_BITS: Final = 0x4B400000
+
+def _bits(number: float) -> int:
+    """Of a float32."""
+    return int(struct.unpack("I", struct.pack("f", number))[0])
+
+
+BASE_BITS: Final = _bits(BASE)
 
 BIAS: Final = 127
 """Of a float32's exponent."""
@@ -170,22 +176,17 @@ def product(quads: int, signed: bool) -> Program:
         for place, words in enumerate(places)
         for line in _sum(f"sum{place}", weights, words, _kinds(signed, SIGNED[place]), starts[place])
     ]
-    floats = [f"add.f32 sum{place}, sum{place}, {_hexadecimal(-BASE)}" for place in range(len(SIGNED))]
+    floats = [f"add.f32 sum{place}, sum{place}, 0f{_bits(-BASE):08X}" for place in range(len(SIGNED))]
     return Program(
         (
             *sums,
             *floats,
-            f"fma.rn.f32 upper, sum2, {_hexadecimal(256)}, sum1",
-            f"fma.rn.f32 all, upper, {_hexadecimal(256)}, sum0",
+            f"fma.rn.f32 upper, sum2, 0f{_bits(256):08X}, sum1",
+            f"fma.rn.f32 all, upper, 0f{_bits(256):08X}, sum0",
             "mul.f32 result, all, unit",
         ),
         (*weights, *itertools.chain(*places), *starts, "unit"),
     )
-
-
-def _hexadecimal(number: float) -> str:
-    """A float32 as PTX has it."""
-    return f"0f{struct.unpack('>I', struct.pack('>f', number))[0]:08X}"
 
 
 @functools.cache
