@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any, Final
 
 from palladion.benchmarks.machine import datasheet
 from palladion.benchmarks.operations import Operation, Verdict
+from palladion.benchmarks.parallel import side_by_side
 from palladion.benchmarks.peers import Contender, Peer
 from palladion.benchmarks.results import Limits, Row
-from palladion.benchmarks.timing import JaxRunner, Runner, measure, memory_probe, probe_bytes
+from palladion.benchmarks.timing import JaxRunner, Program, Runner, measure, memory_probe, probe_bytes
 from palladion.kernels.backend import Implementation, Unsupported, record_choices
 from palladion.kernels.devices import measured_bandwidth, measured_matrix_rate
 from palladion.reference.platforms import target_platform
@@ -24,8 +26,27 @@ LOST: Final = ("ILLEGAL_ADDRESS", "illegal memory access", "LAUNCH_FAILED", "uns
 """What a GPU says after which nothing works any more in this process."""
 
 
+COMPILING: Final = "compiling ahead"
+"""Whose turn it is while `compile_ahead` is at work; among `Plan.crashed`, it does nothing."""
+
+
 class DeviceLostError(RuntimeError):
     """A contender has left the device useless for this process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One of an operation's implementations, compiled for a workload.
+
+    Attributes:
+      program: its calls.
+      config: the block sizes that it has taken, in short.
+      config_source: where they come from, one of `tuning.SOURCES`.
+    """
+
+    program: Program
+    config: str
+    config_source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +63,7 @@ class Plan:
       sample_seconds: how long a sample takes at least.
       crashed: contenders that have ended their process, and how: they are not touched again.
       before: told of each contender before it is touched, and None when the workload is done.
+      compiled: what `compile_ahead` has made.
     """
 
     backends: tuple[str, ...]
@@ -52,6 +74,7 @@ class Plan:
     sample_seconds: float = 0.02
     crashed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     before: Callable[[str | None], None] = lambda _: None
+    compiled: Mapping[tuple[str, str, str], Compiled] = dataclasses.field(default_factory=dict)
 
 
 def limits() -> Limits:
@@ -95,7 +118,7 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
         flops=operation.flops(case),
     )
     plan.before("xla")
-    reference = _ours(operation, case, inputs, "xla", None, None, timed=plan.rounds > 0)
+    reference = _ours(operation, case, inputs, "xla", plan)
     rows: dict[str, Row] = {}
     runners: dict[str, Runner] = {}
 
@@ -124,9 +147,7 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
             if row.kind == "reference":
                 contender, chosen = reference
             else:
-                contender, chosen = _ours(
-                    operation, case, inputs, row.contender, plan.config, interpreted, timed=plan.rounds > 0
-                )
+                contender, chosen = _ours(operation, case, inputs, row.contender, plan, interpreted)
             row = dataclasses.replace(row, **chosen)
             row = judged(row, contender, lambda verdict: verdict.right)
         except Unsupported as error:
@@ -174,21 +195,73 @@ def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
     return list(rows.values())
 
 
+def program_of(operation: Operation, case: Any, *, timed: bool = True, **how: Any) -> Program:
+    """Compiles calls of an operation for a workload, from the shapes of its inputs.
+
+    Args:
+      operation: what is done.
+      case: on what.
+      timed: whether they will be; what is only judged is called once.
+      **how: backend, config and interpret.
+    """
+    donated, rest = operation.split(case.shapes())
+    once = not timed or how.get("interpret")
+    return Program.of(operation.function(case, **how), rest, donated, copies=1 if once else None)
+
+
+def compiled(operation: Operation, case: Any, **how: Any) -> Compiled:
+    """Compiles an implementation for a workload, and notes its block sizes; arguments are those of `program_of`."""
+    with record_choices() as choices:
+        program = program_of(operation, case, **how)
+    (choice, *_) = choices
+    return Compiled(program, config_text(choice.config), choice.config_source)
+
+
+def compile_ahead(tasks: Sequence[tuple[Operation, Any, Plan]]) -> dict[tuple[str, str, str], Compiled]:
+    """Compiles what takes part in workloads, of ours, side by side: one by one that takes most of the time.
+
+    On an accelerator only: on a CPU there are few cores, and little to compile. What does not compile is left out, to
+    be tried again and told of in its turn.
+
+    Args:
+      tasks: operations, cases and who takes part.
+
+    Returns:
+      For `Plan.compiled`, by operation, case and implementation.
+    """
+    wanted: dict[tuple[str, str, str], Callable[[], Compiled]] = {}
+    for operation, case, plan in tasks if target_platform() != "cpu" else ():
+        if COMPILING in plan.crashed:
+            continue
+        for row in operation.table:
+            if row.name != "xla" and (row.name not in plan.backends or row.name in plan.crashed):
+                continue  # the reference is always there
+            if _not_here(row, case.problem(), plan)[0] is None:
+                how = _how(row.name, plan)
+                wanted[operation.name, case.name, row.name] = functools.partial(compiled, operation, case, **how)
+                plan.before(COMPILING)
+    made = dict(zip(wanted, side_by_side(list(wanted.values())), strict=True))
+    for _, _, plan in tasks:
+        plan.before(None)
+    return {key: one for key, one in made.items() if isinstance(one, Compiled)}
+
+
+def _how(backend: str, plan: Plan, interpret: Any = None) -> dict[str, Any]:
+    """How an implementation is compiled; block sizes that are insisted on are not the reference's."""
+    config = None if backend == "xla" else plan.config
+    return {"backend": backend, "config": config, "interpret": interpret, "timed": plan.rounds > 0}
+
+
 def _ours(
-    operation: Operation, case: Any, inputs: Any, backend: str, config: Any, interpret: Any, *, timed: bool
+    operation: Operation, case: Any, inputs: Any, backend: str, plan: Plan, interpret: Any = None
 ) -> tuple[Contender, dict[str, Any]]:
     """A contender of the operation's own table, and which block sizes it has taken."""
+    made = plan.compiled.get((operation.name, case.name, backend))
+    if made is None:
+        made = compiled(operation, case, **_how(backend, plan, interpret))
     donated, rest = operation.split(inputs)
-    # What is only judged is called once.
-    copies = None if timed and not interpret else 1
-    with record_choices() as choices:
-        function = operation.function(case, backend=backend, config=config, interpret=interpret)
-        runner = JaxRunner(backend, function, rest, donated=donated, copies=copies)
-    (choice, *_) = choices
-    return Contender(runner, runner.result), {
-        "config": config_text(choice.config),
-        "config_source": choice.config_source,
-    }
+    runner = JaxRunner(backend, made.program, rest, donated=donated)
+    return Contender(runner, runner.result), {"config": made.config, "config_source": made.config_source}
 
 
 def config_text(config: Any) -> str:

@@ -3,14 +3,16 @@ r"""Checks on this device that every kernel is as right as the reference, case b
   python -m palladion.benchmarks check --minutes=2 --json=check.jsonl
   python -m palladion.benchmarks check quantized_matmul --cases='int4*' --interpret
 
-The cases are those of the tests: small, each with something that goes wrong easily. Operations take turns, so that a
-check which ends early has seen some of each.
+The cases are those of the tests: small, each with something that goes wrong easily. Compiling takes most of the time:
+as many cases are checked side by side as there are cores. Operations take turns, so that a check which ends early has
+seen some of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import itertools
 import shlex
 import time
@@ -21,6 +23,8 @@ from typing import Any, Final
 
 from palladion.benchmarks import bench, machine, results, workloads
 from palladion.benchmarks.operations import OPERATIONS, Operation, operation
+from palladion.benchmarks.parallel import cores, side_by_side
+from palladion.benchmarks.results import Row
 from palladion.kernels.checks import check
 
 HELP: Final = "checks on this device that every kernel is as right as the reference"
@@ -32,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=workloads.names, metavar="NAMES", help="names or patterns (all of the tests)")
     parser.add_argument("--backends", type=workloads.names, metavar="NAMES", help="of kernels (those of this platform)")
     parser.add_argument("--interpret", action="store_true", help="interpret kernels for other platforms")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), metavar="N", help=f"cases side by side ({cores()}, all cores)"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, metavar="N", help="no case begins later (60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came out, JSON lines")
 
@@ -42,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     known = {row.name for one in chosen for row in one.table if row.platform is not None}
     for name in arguments.backends or ():
         check(name in known, "--backends", name, ", ".join(sorted(known)))
+    check(arguments.workers >= 1, "--workers", arguments.workers, "at least 1")
     tasks = list(_in_turns(chosen, arguments.cases))
     check(bool(tasks), "--cases", arguments.cases, "patterns of the names of test cases")
     deadline = time.perf_counter() + 60 * arguments.minutes
@@ -50,23 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
     # Nothing is timed: what the machine can do at best does not matter.
     limits = results.Limits(bandwidth=0.0, matrix_rate=0.0, matrix_dtype="")
     done = 0
+    # The interpreter of TPU kernels keeps what it simulates in one place.
+    workers = 1 if arguments.interpret else arguments.workers
+    jobs = [functools.partial(_checked, one, case, arguments, deadline) for one, case in tasks]
     with results.Writer(arguments.json, provenance, limits) as writer:
-        for one, case in tasks:
-            if bench.seconds_left(deadline) <= 0:
-                break
-            kernels = [row.name for row in one.table if row.platform is not None]
-            turn: list[str | None] = []
-            plan = bench.Plan(
-                backends=tuple(name for name in arguments.backends or kernels if name in kernels),
-                interpret=arguments.interpret,
-                rounds=0,
-                before=turn.append,
-            )
-            try:
-                rows = bench.run_workload(one, case, plan)
-            except bench.DeviceLostError as error:
-                print(f"{one.name} {case.name}: {turn[-1]}: {error}\nNothing can be checked after it in this process")
+        for (one, case), rows in zip(tasks, side_by_side(jobs, workers), strict=True):
+            if isinstance(rows, bench.DeviceLostError):
+                print(f"{one.name} {case.name}: {rows}\nNothing can be checked after it in this process")
+                if workers > 1:
+                    print("It may be the fault of a case beside it: --workers=1 tells which")
                 return 1
+            if isinstance(rows, Exception):
+                raise rows
+            if rows is None:
+                continue
             for row in rows:
                 writer.write(row)
                 right = row.status in ("ok", "untimed")
@@ -78,6 +83,24 @@ def run(arguments: argparse.Namespace) -> int:
                 bench.progress(f"{done} of {len(tasks)} cases: {_said(counts)}")
     print(f"{done} of {len(tasks)} cases checked: {_said(counts)}")
     return 1 if counts["wrong"] or counts["failed"] else 0
+
+
+def _checked(one: Operation, case: Any, arguments: argparse.Namespace, deadline: float) -> list[Row] | None:
+    """What came out of a case; None where there is no time left for it."""
+    if bench.seconds_left(deadline) <= 0:
+        return None
+    kernels = [row.name for row in one.table if row.platform is not None]
+    turn: list[str | None] = []
+    plan = bench.Plan(
+        backends=tuple(name for name in arguments.backends or kernels if name in kernels),
+        interpret=arguments.interpret,
+        rounds=0,
+        before=turn.append,
+    )
+    try:
+        return bench.run_workload(one, case, plan)
+    except bench.DeviceLostError as error:
+        raise bench.DeviceLostError(f"{turn[-1]}: {error}") from error
 
 
 def _said(counts: Counter[str]) -> str:

@@ -155,11 +155,14 @@ def work(
     limits = bench.limits()
     print(heading(limits))
     rows: list[Row] = []
+    start = time.perf_counter()
+    if ahead := bench.compile_ahead(tasks):
+        bench.progress(f"{len(ahead)} programs compiled ({time.perf_counter() - start:.0f} s)")
     provenance = machine.provenance(f"python -m palladion.benchmarks {shlex.join(command_line)}")
     with results.Writer(json_file, provenance, limits) as writer:
         for chosen, case, plan in tasks:
             start = time.perf_counter()
-            found = bench.run_workload(chosen, case, plan)
+            found = bench.run_workload(chosen, case, dataclasses.replace(plan, compiled=ahead))
             for row in found:
                 writer.write(row)
             rows += found

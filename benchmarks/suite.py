@@ -46,7 +46,7 @@ class Phase:
 
     Attributes:
       name: of its files.
-      weight: of the time that is left, in parts of the weights that are left.
+      weight: of the time that is left, in parts of the weights that are left; on a GPU the seconds that it should take.
       command: its arguments, run in the folder of results; "{name}" is its name, "{minutes}" what it has of them.
     """
 
@@ -72,24 +72,25 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
         "--profile={name}",
     )
     tune = ("tune", "--trials=30", "--minutes={minutes}")
+    # What is appended costs the same in a short cache, which is filled and compared in less time.
+    append = ("--model=llama3-8b", "--batch=1,64", "--kv-len=1024", "--json={name}.jsonl")
     return [
-        Phase("check", 3, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
-        Phase("attention", 2, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
-        Phase("products", 2, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
-        Phase("dense", 1, ("run", "matmul", "--model=llama3-8b", "--peers=none", "--json={name}.jsonl")),
-        # Layers are compiled one by one on a GPU: that takes most of their time.
-        Phase("model-int8", 5, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
-        Phase("model-bfloat16", 4, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
-        Phase("tune-attention", 2, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
+        Phase("check", 60, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("attention", 70, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
+        Phase("products", 110, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
+        Phase("dense", 30, ("run", "matmul", "--model=llama3-8b", "--peers=none", "--json={name}.jsonl")),
+        Phase("model-int8", 50, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
+        Phase("model-bfloat16", 50, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
+        Phase("tune-attention", 40, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
         Phase(
             "tune-products",
-            2,
+            100,
             (*tune, "quantized_matmul", "--scheme=int8,int4-g128", "--rows=1,16", "--layers=qkv,down"),
         ),
-        Phase("caches", 1, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
-        Phase("pages", 1, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
-        Phase("append", 1, ("run", "append_kv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
-        Phase("append-joined", 1, ("run", "append_qkv", "--model=llama3-8b", "--batch=1,64", "--json={name}.jsonl")),
+        Phase("caches", 30, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
+        Phase("pages", 20, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
+        Phase("append", 20, ("run", "append_kv", *append)),
+        Phase("append-joined", 20, ("run", "append_qkv", *append)),
     ]
 
 

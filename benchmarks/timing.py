@@ -6,7 +6,8 @@ a machine that is slow for a minute is slow for all. What a call takes is told b
 fifth and the four fifths of the samples lie.
 
 On a CPU a call is waited for before the next one starts. On an accelerator several calls make one program, on inputs
-of their own, and programs are dispatched without a pause: what counts is the device, not Python.
+of their own, and programs are dispatched without a pause: what counts is the device, not Python. Programs are compiled
+from shapes alone, so that many may be, side by side (`parallel.py`), before there is an array of any.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ MOST_COPIES: Final = 128
 MOST_BYTES: Final = 4 * 2**30
 """Of all copies of a contender's inputs."""
 
-CALLS_IN_A_PROGRAM: Final = 8
-"""On an accelerator: what a dispatch costs is divided among so many."""
+CALLS_IN_A_PROGRAM: Final = 32
+"""On an accelerator, at most: what a dispatch costs, tens of microseconds, is divided among so many."""
+
+PROGRAM_BYTES: Final = 2**30
+"""On an accelerator: calls of a program have inputs of so much together, where they are not more than that many. It
+takes the fastest of memories 150 µs or more to read them, and the host less to dispatch the next program."""
 
 NOISY: Final = 0.15
 """(p80 - p20) / median from which on a machine is called noisy."""
@@ -170,74 +175,141 @@ def copies_of(nbytes: int, platform: str | None = None) -> int:
     return max(1, min(wanted, MOST_COPIES, MOST_BYTES // max(nbytes, 1)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How calls are put into programs.
+
+    Attributes:
+      width: calls of a program, one after the other, each with inputs of its own.
+      held: copies of what is donated to a program; calls take turns with them where they are fewer.
+      groups: programs in turns, each with inputs of its own.
+    """
+
+    width: int
+    held: int
+    groups: int
+
+    @classmethod
+    def of(cls, nbytes: int, donated_bytes: int = 0, *, copies: int | None = None) -> Layout:
+        """For a call's inputs of that size.
+
+        Args:
+          nbytes: of what is not donated.
+          donated_bytes: of what is; a call may touch little of it.
+          copies: of everything; None takes as many as no cache holds.
+        """
+        if target_platform() == "cpu":
+            width = 1
+        else:
+            width = min(CALLS_IN_A_PROGRAM, copies or max(1, PROGRAM_BYTES // max(nbytes, 1)))
+        copies = copies or copies_of(nbytes + donated_bytes)
+        return cls(width, min(width, copies), -(-copies // width))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Calls of a function, compiled as one program.
+
+    Attributes:
+      run: takes a tuple of what is donated, where anything is, and one of inputs; returns a tuple of results, of what
+        was donated where anything was.
+      layout: how many of each.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls, function: Callable[..., Any], inputs: Any, donated: Any = None, *, copies: int | None = None
+    ) -> Program:
+        """Compiles calls of a function of arrays for JAX's default device.
+
+        Args:
+          function: takes one pytree, or two where something is donated: `function(inputs)`,
+            `function(donated, inputs)`.
+          inputs: of a call, a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+          donated: the same of what the function updates in place and returns; or None.
+          copies: of everything; None takes as many as no cache holds.
+        """
+        layout = Layout.of(_nbytes(inputs), _nbytes(donated), copies=copies)
+        call = jax.jit(function)  # traced once, however many calls there are
+
+        def without_donation(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            results: list[Any] = []
+            for one in inputs:
+                # One after the other, as they come in a model: XLA would fuse what does not depend on each other.
+                results.append(call(_after(results[-1], one) if results else one))
+            return tuple(results)
+
+        def in_place(donated: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            held, last = list(donated), None
+            for number, one in enumerate(inputs):
+                last = call(held[number % len(held)], one if last is None else _after(last, one))
+                held[number % len(held)] = last
+            return tuple(held)
+
+        several, arguments = without_donation, [(inputs,) * layout.width]
+        if donated is not None:
+            several, arguments = in_place, [(donated,) * layout.held, *arguments]  # type: ignore[assignment]
+        jitted = jax.jit(several, donate_argnums=() if donated is None else 0, compiler_options=cpu_compiler_options())
+        return cls(jitted.lower(*arguments).compile(), layout)
+
+
 class JaxRunner:
     """A function of arrays on JAX's default device.
 
     Args:
       name: of the contender.
-      function: takes one pytree, or two where something is donated: `function(inputs)`, `function(donated, inputs)`.
-      inputs: of every call, a pytree; copies are made of it.
-      donated: a pytree that the function updates in place and returns; copies are made of it too.
-      copies: of inputs; None takes as many as no cache holds.
+      program: its calls.
+      inputs: of every call, a pytree as the program was compiled for; copies are made of it.
+      donated: the same of what is updated in place; copies are made of it too.
 
     Attributes:
-      result: of the first call.
+      result: of the first call; where something is donated, what has become of it after the calls of one program.
     """
 
-    def __init__(
-        self,
+    def __init__(self, name: str, program: Program, inputs: Any, *, donated: Any = None) -> None:
+        self.name = name
+        self._program = program
+        layout = program.layout
+        # Arguments are distinct arrays: XLA would compute twice the same only once.
+        self._inputs = [tuple(_copied(inputs) for _ in range(layout.width)) for _ in range(layout.groups)]
+        self._donated: list[tuple[Any, ...]] | None = None
+        if donated is not None:
+            self._donated = [tuple(_copied(donated) for _ in range(layout.held)) for _ in range(layout.groups)]
+        self._next = 0
+        self.result = jax.block_until_ready(self._step())[0]
+        if self._donated is not None:
+            self.result = _copied(self.result)
+
+    @classmethod
+    def of(
+        cls,
         name: str,
         function: Callable[..., Any],
         inputs: Any,
         *,
         donated: Any = None,
         copies: int | None = None,
-    ) -> None:
-        self.name = name
-        self._donates = donated is not None
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((inputs, donated)))
-        copies = copies or copies_of(nbytes)
-        self._width = 1 if target_platform() == "cpu" else min(CALLS_IN_A_PROGRAM, copies)
-        several = jax.jit(
-            self._several(function), donate_argnums=0 if self._donates else (), compiler_options=cpu_compiler_options()
-        )
-        groups = -(-copies // self._width)
-        # Arguments are distinct arrays: XLA would compute twice the same only once.
-        self._inputs = [tuple(_copied(inputs) for _ in range(self._width)) for _ in range(groups)]
-        self._donated = [
-            tuple(_copied(donated) for _ in range(self._width)) for _ in range(groups if self._donates else 0)
-        ]
-        self._next = 0
-        self._compiled = several.lower(*self._arguments(0)).compile()
-        self.result = jax.block_until_ready(self._step())[0]
-        if self._donates:
-            self.result = _copied(self.result)
+    ) -> JaxRunner:
+        """Compiles a function and makes it ready; arguments are those of `Program.of`."""
+        return cls(name, Program.of(function, inputs, donated, copies=copies), inputs, donated=donated)
 
-    def _several(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def several(*arguments: Any) -> Any:
-            results: list[Any] = []
-            for *donated, inputs in zip(*arguments, strict=True):
-                # One after the other, as they come in a model: XLA would fuse what does not depend on each other.
-                results.append(function(*donated, _after(results[-1], inputs) if results else inputs))
-            return tuple(results)
-
-        return several
-
-    def _arguments(self, group: int) -> tuple[Any, ...]:
-        return (self._donated[group], self._inputs[group]) if self._donates else (self._inputs[group],)
-
-    def _step(self) -> Any:
+    def _step(self) -> tuple[Any, ...]:
         """One program on the next inputs."""
         group = self._next
         self._next = (group + 1) % len(self._inputs)
-        results = self._compiled(*self._arguments(group))
-        if self._donates:
-            self._donated[group] = results
+        if self._donated is None:
+            return self._program.run(self._inputs[group])
+        results = self._program.run(self._donated[group], self._inputs[group])
+        self._donated[group] = results
         return results
 
     def seconds(self, calls: int) -> float:
         """As `Runner` has it."""
-        programs = -(-calls // self._width)
+        width = self._program.layout.width
+        programs = -(-calls // width)
         one_by_one = target_platform() == "cpu"
         start = time.perf_counter()
         for _ in range(programs):
@@ -245,7 +317,7 @@ class JaxRunner:
             if one_by_one:
                 jax.block_until_ready(results)  # a CPU would run several at a time
         jax.block_until_ready(results)
-        return (time.perf_counter() - start) / (programs * self._width)
+        return (time.perf_counter() - start) / (programs * width)
 
 
 class CallRunner:
@@ -286,7 +358,7 @@ def memory_probe(name: str = "memory") -> JaxRunner:
     `probe_bytes` says how many bytes a call reads.
     """
     x = jnp.ones((probe_bytes() // (4 * 512), 512), jnp.float32)
-    return JaxRunner(name, lambda x: jnp.max(x, axis=0), x, copies=1)
+    return JaxRunner.of(name, lambda x: jnp.max(x, axis=0), x, copies=1)
 
 
 def probe_bytes() -> int:
@@ -304,6 +376,10 @@ def _after(result: Any, inputs: Any) -> Any:
     (first, *others), structure = jax.tree.flatten(inputs)
     first, _ = jax.lax.optimization_barrier((first, result))
     return jax.tree.unflatten(structure, [first, *others])
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _copied(tree: Any) -> Any:

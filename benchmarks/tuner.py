@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -18,12 +19,13 @@ from typing import Any, Final, Protocol
 
 import jax
 
-from palladion.benchmarks.bench import DeviceLostError, in_a_line
+from palladion.benchmarks.bench import DeviceLostError, in_a_line, program_of
 from palladion.benchmarks.models import ACTIVATIONS
 from palladion.benchmarks.operations import Operation, operation
+from palladion.benchmarks.parallel import cores, side_by_side
 from palladion.benchmarks.static import Examiner, Reference
 from palladion.benchmarks.static.workloads import Workload
-from palladion.benchmarks.timing import JaxRunner, Samples, measure, ratio
+from palladion.benchmarks.timing import JaxRunner, Program, Samples, measure, ratio
 from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
@@ -60,6 +62,9 @@ class Judge(Protocol):
     """
 
     origin: str
+
+    def expect(self, configs: Sequence[Any]) -> None:
+        """Told which configs are likely to be asked about next, in this order: some may be compiled ahead."""
 
     def seconds(self, config: Any) -> float:
         """What a call takes; raises RejectedError."""
@@ -113,12 +118,18 @@ def search(
             tried(trials[config])
         return trials[config]
 
+    def expect(configs: Sequence[Any]) -> None:
+        judge.expect([config for config in configs if config not in trials and config not in earlier])
+
+    expect([space.start, *space.neighbours(space.start)])
     best = attempt(space.start)
     moved = best is not None
     while moved:
         moved = False
         assert best is not None
-        for config in space.neighbours(best.config):
+        nearby = list(space.neighbours(best.config))
+        expect(nearby)
+        for config in nearby:
             trial = attempt(config)
             if trial is None:
                 moved = False
@@ -156,15 +167,35 @@ class Measured:
     def __init__(self, chosen: Operation, case: Any, row: Implementation, interpret: Any = None) -> None:
         self._operation, self._case, self._row, self._interpret = chosen, case, row, interpret
         self._inputs = chosen.inputs(case)
-        donated, rest = chosen.split(self._inputs)
-        self._reference = JaxRunner("xla", chosen.function(case, backend="xla"), rest, donated=donated, copies=1).result
+        self._expected: list[Any] = []
+        self._programs: dict[Any, Program | Exception] = {}
+        self._reference = self._ready("xla", program_of(chosen, case, backend="xla", timed=False)).result
+
+    def expect(self, configs: Sequence[Any]) -> None:
+        """They are compiled together with the next one that is asked about, as many as there are cores."""
+        self._expected = list(configs)
+
+    def _ready(self, name: str, program: Program) -> JaxRunner:
+        donated, rest = self._operation.split(self._inputs)
+        return JaxRunner(name, program, rest, donated=donated)
+
+    def _program(self, config: Any) -> Program:
+        """A config's, compiled with some of those that are expected beside it; nothing is timed meanwhile."""
+        if config not in self._programs:
+            others = [one for one in self._expected if one != config and one not in self._programs]
+            together = [config, *others[: cores() - 1]]
+            how = {"backend": self._row.name, "interpret": self._interpret}
+            jobs = [functools.partial(program_of, self._operation, self._case, config=one, **how) for one in together]
+            self._programs.update(zip(together, side_by_side(jobs), strict=True))
+        program = self._programs[config]
+        if isinstance(program, Exception):  # compilers raise what they like
+            raise program
+        return program
 
     def _runner(self, config: Any, name: str) -> JaxRunner:
-        donated, rest = self._operation.split(self._inputs)
-        how = {"backend": self._row.name, "config": config, "interpret": self._interpret}
         try:
-            runner = JaxRunner(name, self._operation.function(self._case, **how), rest, donated=donated)
-        except Exception as error:  # compilers raise what they like
+            runner = self._ready(name, self._program(config))
+        except Exception as error:
             raise RejectedError(in_a_line(error)) from error
         verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)
         if not verdict.right:
@@ -212,6 +243,9 @@ class Estimated:
         self._folder = tempfile.TemporaryDirectory(prefix="palladion_tuner_")
         self._file = Path(self._folder.name) / "candidate.py"
         self._file.write_text(CANDIDATE)
+
+    def expect(self, configs: Sequence[Any]) -> None:
+        """Nothing is done ahead: the compiler's process takes one after the other."""
 
     def close(self) -> None:
         """Ends the compiler's process."""

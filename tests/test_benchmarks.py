@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +42,8 @@ from palladion.benchmarks import (
 )
 from palladion.benchmarks.__main__ import COMMANDS, main, overview
 from palladion.benchmarks.models import ModelShape, models
-from palladion.benchmarks.operations import OPERATIONS, verdict_of
+from palladion.benchmarks.operations import OPERATIONS, identical, verdict_of
+from palladion.benchmarks.parallel import side_by_side
 from palladion.benchmarks.peers import Contender, Peer
 from palladion.benchmarks.random_model import random_parameters
 from palladion.benchmarks.results import Limits, Row
@@ -279,9 +282,9 @@ def test_the_clock_waits_for_the_result():
 
         return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    runner = JaxRunner("slow", slow, jnp.ones(4), copies=1)
+    runner = JaxRunner.of("slow", slow, jnp.ones(4), copies=1)
     assert runner.seconds(3) >= 0.03
-    runner = JaxRunner("fast", lambda x: x + 1, jnp.ones(4), copies=1)
+    runner = JaxRunner.of("fast", lambda x: x + 1, jnp.ones(4), copies=1)
     assert runner.seconds(50) < 0.03
 
 
@@ -295,13 +298,13 @@ def test_other_functions_are_waited_for_by_their_own_means():
 def test_inputs_pass_by_in_turns_that_no_cache_holds():
     assert timing.copies_of(2**20, "cpu") * 2**20 > timing.CACHE_BYTES["cpu"]
     assert timing.copies_of(2**40, "cpu") == 1
-    runner = JaxRunner("a", lambda x: x + 1, jnp.zeros(2**18), copies=3)
+    runner = JaxRunner.of("a", lambda x: x + 1, jnp.zeros(2**18), copies=3)
     pointers = {inputs[0].unsafe_buffer_pointer() for inputs in runner._inputs}
     assert len(pointers) == 3
 
 
 def test_what_is_donated_is_updated_in_place_call_after_call():
-    runner = JaxRunner("a", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=1)
+    runner = JaxRunner.of("a", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=1)
     np.testing.assert_array_equal(runner.result, 1)
     runner.seconds(3)
     np.testing.assert_array_equal(runner._donated[0][0], 4)
@@ -319,16 +322,81 @@ def test_on_an_accelerator_several_calls_are_one_program_one_after_the_other(mon
     def slow(x: jax.Array) -> jax.Array:
         return jax.pure_callback(seen, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    runner = JaxRunner("a", slow, jnp.ones(4), copies=4)
+    runner = JaxRunner.of("a", slow, jnp.ones(4), copies=4)
     calls.clear()
     took = runner.seconds(6)  # two programs of four
     assert len(calls) == 8
     assert took >= 0.01
     assert np.diff(calls).min() >= 0.009
     # What is donated goes with its own inputs.
-    runner = JaxRunner("b", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=2)
+    runner = JaxRunner.of("b", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=2)
     runner.seconds(4)
     np.testing.assert_array_equal(np.asarray(runner._donated[0]), 3)
+
+
+def test_a_program_takes_longer_than_its_dispatch(monkeypatch: pytest.MonkeyPatch):
+    assert timing.Layout.of(2**20) == timing.Layout(1, 1, timing.copies_of(2**20))
+    monkeypatch.setattr(timing, "target_platform", lambda: "gpu")
+    short, long = timing.Layout.of(25 * 2**20), timing.Layout.of(2**30)
+    assert short.width == timing.CALLS_IN_A_PROGRAM
+    assert short.width * 25 * 2**20 > timing.PROGRAM_BYTES / 2
+    assert (long.width, long.groups) == (1, 2)  # one passes by while the other is not used
+    assert timing.Layout.of(25 * 2**20, copies=1) == timing.Layout(1, 1, 1)
+    # A call that updates a large cache touches little of it: many calls on few copies.
+    assert timing.Layout.of(2**10, 2**30) == timing.Layout(timing.CALLS_IN_A_PROGRAM, 2, 1)
+
+
+def test_calls_take_turns_with_what_is_donated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(timing, "copies_of", lambda _: 2)
+    monkeypatch.setattr(timing, "CALLS_IN_A_PROGRAM", 5)
+    traced: list[None] = []
+
+    def add(total: jax.Array, x: jax.Array) -> jax.Array:
+        traced.append(None)
+        return total + x
+
+    runner = JaxRunner.of("a", add, jnp.ones(4), donated=jnp.zeros(4))
+    assert len(traced) == 1
+    first, second = runner._donated[0]  # type: ignore[index]
+    np.testing.assert_array_equal(first, 3)
+    np.testing.assert_array_equal(second, 2)
+    np.testing.assert_array_equal(runner.result, 3)
+
+
+def test_a_program_is_compiled_from_shapes():
+    program = timing.Program.of(lambda x: x + 1, jax.ShapeDtypeStruct((4,), jnp.float32), copies=1)
+    np.testing.assert_array_equal(JaxRunner("a", program, jnp.ones(4)).result, 2)
+
+
+def test_jobs_are_done_side_by_side_and_told_of_in_order():
+    together = threading.Barrier(3)
+
+    def job(number: int) -> int:
+        together.wait(timeout=30)
+        if number == 1:
+            raise KeyError(number)
+        return number
+
+    jobs = [functools.partial(job, number) for number in range(3)]
+    zero, error, two = side_by_side(jobs, workers=3)
+    assert (zero, repr(error), two) == (0, "KeyError(1)", 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_do_not_begin_when_nobody_listens_any_more(workers: int):
+    begun: list[int] = []
+
+    def job(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.01)
+        return number
+
+    outcomes = side_by_side([functools.partial(job, number) for number in range(50)], workers)
+    assert next(outcomes) == 0
+    outcomes.close()  # type: ignore[attr-defined]
+    time.sleep(0.05)
+    assert len(begun) < 10
 
 
 def test_the_memory_probe_reads_what_it_says():
@@ -399,6 +467,24 @@ def test_only_what_is_right_is_timed():
     assert rows["xla"].bandwidth is not None
 
 
+def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch):
+    chosen = OPERATIONS["quantized_matmul"]
+    turns: list[str | None] = []
+    plan_ = bench.Plan(backends=("triton", "xla"), rounds=1, sample_seconds=0.001, before=turns.append)
+    assert bench.compile_ahead([(chosen, TINY, plan_)]) == {}  # on a CPU
+    # As on an accelerator that is no GPU: its kernel cannot take part.
+    monkeypatch.setattr(bench, "target_platform", lambda: "other")
+    crashed = dataclasses.replace(plan_, crashed={bench.COMPILING: "ended its process by SIGSEGV"})
+    assert bench.compile_ahead([(chosen, TINY, crashed)]) == {}
+    assert turns == [None, None]
+    ahead = bench.compile_ahead([(chosen, TINY, plan_)])
+    assert list(ahead) == [(chosen.name, TINY.name, "xla")]
+    assert turns[2:] == [bench.COMPILING, None]
+    monkeypatch.setattr(bench, "compiled", None)
+    rows = {row.contender: row for row in bench.run_workload(chosen, TINY, dataclasses.replace(plan_, compiled=ahead))}
+    assert {name: row.status for name, row in rows.items()} == {"triton": "skipped", "xla": "ok"}
+
+
 def test_a_device_that_is_lost_ends_the_process():
     def lost(*_: Any) -> Contender:
         raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
@@ -458,6 +544,15 @@ def test_append_must_be_exact():
     assert operation.judge(case, inputs, right, right).units == 0
     wrong = dataclasses.replace(right, k=right.k.at[0, 0, 0, 0].add(1))
     assert operation.judge(case, inputs, wrong, right).said == "differs from the definition: result.k"
+
+
+def test_a_nan_may_change_its_bits_and_nothing_else_may():
+    values = np.array([0x7F, 0x7E, 0x3C], np.uint8).view(jnp.float8_e5m2)
+    other_nan = np.array([0x7E, 0x7E, 0x3C], np.uint8).view(jnp.float8_e5m2)
+    assert identical(values, other_nan)
+    assert not identical(values, np.array([0x7F, 0x7E, 0x3D], np.uint8).view(jnp.float8_e5m2))
+    assert not identical(values, np.array([0x7F, 0x3C, 0x3C], np.uint8).view(jnp.float8_e5m2))
+    assert not identical(np.float32([0.0]), np.float32([-0.0]))
 
 
 @pytest.mark.peer
@@ -725,6 +820,30 @@ def test_checking_says_what_is_wrong(
     )
     assert main(command) == 1
     assert "one-row: triton wrong: error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cases_are_checked_side_by_side_until_the_device_is_lost(
+    workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    command = ["check", "quantized_matmul", "--cases=int8,int4,one-row", f"--workers={workers}"]
+    assert main(command) == 0
+    assert "3 of 3 cases checked: 6 skipped" in capsys.readouterr().out  # there is no accelerator
+    assert main([*command, "--minutes=0"]) == 0
+    assert "0 of 3 cases checked: nothing" in capsys.readouterr().out
+
+    def lost(chosen: Any, case: Any, plan_: bench.Plan) -> list[Row]:
+        del chosen
+        plan_.before("triton")
+        if case.name == "int4":
+            raise bench.DeviceLostError("an illegal memory access was encountered")
+        return []
+
+    monkeypatch.setattr(bench, "run_workload", lost)
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "quantized_matmul int4: triton: an illegal memory access" in said
+    assert ("--workers=1 tells which" in said) == (workers > 1)
 
 
 def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from palladion.benchmarks import tune, tuner
 from palladion.benchmarks.__main__ import main
 from palladion.benchmarks.bench import DeviceLostError
 from palladion.benchmarks.operations import OPERATIONS, Operation, Verdict
+from palladion.benchmarks.parallel import side_by_side
 from palladion.benchmarks.timing import Samples
 from palladion.benchmarks.tuner import Measured, RejectedError, Trial, certain_gain, search, winner
 from palladion.kernels import tuning
@@ -216,7 +220,12 @@ class Costs:
     origin = "measured"
 
     def __init__(self, cost: Any, gains: dict[Config, float] | None = None) -> None:
-        self.cost, self.gains, self.asked = cost, gains or {}, []  # type: ignore[var-annotated]
+        self.cost, self.gains = cost, gains or {}
+        self.asked: list[Config] = []
+        self.expected: list[list[Config]] = []
+
+    def expect(self, configs: Sequence[Config]) -> None:
+        self.expected.append(list(configs))
 
     def seconds(self, config: Config) -> float:
         self.asked.append(config)
@@ -339,13 +348,46 @@ class Doubling(Operation):
         return Verdict(0.0 if bool((result == reference).all()) else 99.0, 0.0, "off")
 
 
+EIGHT = SimpleNamespace(shapes=lambda: jax.ShapeDtypeStruct((8,), jnp.float32))
+
+
 def test_wrong_and_broken_configs_are_rejected_not_timed():
-    judge = Measured(Doubling(), None, ROW)
+    judge = Measured(Doubling(), EIGHT, ROW)
     assert judge.seconds(Config(64)) > 0
     with pytest.raises(RejectedError, match="wrong: off"):
         judge.seconds(Config(128))
     with pytest.raises(RejectedError, match="RuntimeError: out of shared memory"):
         judge.seconds(Config(1024))
+
+
+def test_what_is_expected_is_compiled_with_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    together: list[list[int]] = []
+
+    def noted(jobs: Sequence[Any]) -> Any:
+        together.append([job.keywords["config"].block for job in jobs])
+        return side_by_side(jobs)
+
+    monkeypatch.setattr(tuner, "side_by_side", noted)
+    monkeypatch.setattr(tuner, "cores", lambda: 3)
+    judge = Measured(Doubling(), EIGHT, ROW)
+    judge.expect([Config(block) for block in (1024, 32, 16, 128)])
+    assert judge.seconds(Config(64)) > 0
+    assert judge.seconds(Config(32)) > 0
+    with pytest.raises(RejectedError, match="out of shared memory"):
+        judge.seconds(Config(1024))
+    with pytest.raises(RejectedError, match="wrong: off"):
+        judge.seconds(Config(128))
+    assert together == [[64, 1024, 32], [128, 16]]
+
+
+def test_the_search_tells_what_it_will_ask_for():
+    judge = Costs(valley)
+    seen: list[Trial] = []
+    search(space(Problem(4096)), judge, known={Config(32): Trial(Config(32), 9.0)}, tried=seen.append)
+    first, second, *_ = judge.expected
+    assert first[0] == Config(64)
+    assert set(judge.asked) <= set(itertools.chain(*judge.expected))
+    assert not {Config(32), *judge.asked[:1]} & set(second)
 
 
 def test_tuning_a_case_keeps_a_log_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ PAGES_AT_A_TIME: Final = 8
 def _contender(
     name: str, function: Callable[[Any], jax.Array], inputs: Any, shown: Callable[[jax.Array], Any] = lambda x: x
 ) -> Contender:
-    runner = JaxRunner(name, function, inputs)
+    runner = JaxRunner.of(name, function, inputs)
     return Contender(runner, shown(runner.result))
 
 
