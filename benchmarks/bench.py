@@ -25,7 +25,6 @@ REASON_LENGTH: Final = 300
 LOST: Final = ("ILLEGAL_ADDRESS", "illegal memory access", "LAUNCH_FAILED", "unspecified launch failure")
 """What a GPU says after which nothing works any more in this process."""
 
-
 COMPILING: Final = "compiling ahead"
 """Whose turn it is while `compile_ahead` is at work; among `Plan.crashed`, it does nothing."""
 
