@@ -189,23 +189,25 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
     """
     deadline = time.perf_counter() + 60 * minutes
     summary: list[dict[str, object]] = []
-    for number, phase in enumerate(chosen):
-        left = bench.seconds_left(deadline)
-        share = left * phase.weight / sum(one.weight for one in chosen[number:])
-        if left < LEAST_SECONDS and not tiny:
-            status: int | str = "no time left"
-            seconds = 0.0
-        else:
-            start = time.perf_counter()
-            status = _run_phase(phase, out, share, tiny=tiny)
-            seconds = time.perf_counter() - start
-        bench.progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
-        summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
-        # Written after each: an interrupted suite has said what it did.
-        (out / "suite.json").write_text(
-            json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
-        )
-    _report(out, [phase.name for phase in chosen])
+    try:
+        for number, phase in enumerate(chosen):
+            left = bench.seconds_left(deadline)
+            share = left * phase.weight / sum(one.weight for one in chosen[number:])
+            if left < LEAST_SECONDS and not tiny:
+                status: int | str = "no time left"
+                seconds = 0.0
+            else:
+                start = time.perf_counter()
+                status = _run_phase(phase, out, share, tiny=tiny)
+                seconds = time.perf_counter() - start
+            bench.progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
+            summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
+            # Written after each: an interrupted suite has said what it did.
+            (out / "suite.json").write_text(
+                json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
+            )
+    finally:
+        _report(out, [phase.name for phase in chosen])
     return 0 if all(entry["status"] == 0 for entry in summary) else 1
 
 

@@ -800,6 +800,20 @@ def test_the_suite_keeps_to_its_time_and_says_what_became_of_each_phase(
     assert "qwen3-4b in int8: 4.02 billion weights" in (tmp_path / "plan.log").read_text()
 
 
+def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(phase: suite.Phase, out: Path, *_: Any, **__: Any) -> int:
+        if phase.name == "second":
+            raise KeyboardInterrupt
+        write(out / "first.jsonl", [row("xla", (0.1, 0.1))])
+        return 0
+
+    monkeypatch.setattr(suite, "_run_phase", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_phases([suite.Phase(name, 1, ()) for name in ("first", "second")], tmp_path, minutes=1, tiny=True)
+    assert "xla" in (tmp_path / "README.md").read_text()
+    assert [one["phase"] for one in json.loads((tmp_path / "suite.json").read_text())["phases"]] == ["first"]
+
+
 def test_checking_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
