@@ -42,7 +42,8 @@ from palladion.benchmarks import (
 )
 from palladion.benchmarks.__main__ import COMMANDS, main, overview
 from palladion.benchmarks.models import ModelShape, models
-from palladion.benchmarks.operations import OPERATIONS, identical, verdict_of
+from palladion.benchmarks.operations import OPERATIONS, verdict_of
+from palladion.benchmarks.operations.appends import identical
 from palladion.benchmarks.parallel import side_by_side
 from palladion.benchmarks.peers import Contender, Peer
 from palladion.benchmarks.random_model import random_parameters
