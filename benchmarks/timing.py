@@ -233,27 +233,36 @@ class Program:
           copies: of everything; None takes as many as no cache holds.
         """
         layout = Layout.of(_nbytes(inputs), _nbytes(donated), copies=copies)
-        call = jax.jit(function)  # traced once, however many calls there are
+        arguments = [] if donated is None else [(donated,) * layout.held]
+        arguments.append((inputs,) * layout.width)
+        return cls(calls_of(function, donates=donated is not None).lower(*arguments).compile(), layout)
 
-        def without_donation(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            results: list[Any] = []
-            for one in inputs:
-                # One after the other, as they come in a model: XLA would fuse what does not depend on each other.
-                results.append(call(_after(results[-1], one) if results else one))
-            return tuple(results)
 
-        def in_place(donated: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            held, last = list(donated), None
-            for number, one in enumerate(inputs):
-                last = call(held[number % len(held)], one if last is None else _after(last, one))
-                held[number % len(held)] = last
-            return tuple(held)
+def calls_of(function: Callable[..., Any], *, donates: bool) -> Any:
+    """Calls of a function one after the other, as a jitted function that takes what `Program.run` takes.
 
-        several, arguments = without_donation, [(inputs,) * layout.width]
-        if donated is not None:
-            several, arguments = in_place, [(donated,) * layout.held, *arguments]  # type: ignore[assignment]
-        jitted = jax.jit(several, donate_argnums=() if donated is None else 0, compiler_options=cpu_compiler_options())
-        return cls(jitted.lower(*arguments).compile(), layout)
+    They wait for each other, as in a model: XLA would fuse what does not depend on each other. However many there are,
+    the function is traced once.
+    """
+    call = jax.jit(function)
+
+    def without_donation(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        results: list[Any] = []
+        for one in inputs:
+            results.append(call(_after(results[-1], one) if results else one))
+        return tuple(results)
+
+    def in_place(donated: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        held, last = list(donated), None
+        for number, one in enumerate(inputs):
+            last = call(held[number % len(held)], one if last is None else _after(last, one))
+            held[number % len(held)] = last
+        return tuple(held)
+
+    options = cpu_compiler_options()
+    if donates:
+        return jax.jit(in_place, donate_argnums=0, compiler_options=options)
+    return jax.jit(without_donation, compiler_options=options)
 
 
 class JaxRunner:

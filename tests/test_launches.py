@@ -13,6 +13,8 @@ import pytest
 from palladion import append_kv, quantize, quantized_matmul
 from palladion.benchmarks import gpu_program, launches, models
 from palladion.benchmarks.__main__ import main
+from palladion.benchmarks.operations import OPERATIONS
+from palladion.benchmarks.timing import calls_of
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
@@ -62,6 +64,32 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
     (launch,) = program.launches
     assert launch.name.startswith("quantized_matmul_vector")
     assert launch.shared <= 1024
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "case", "kernels"),
+    [
+        ("decode_attention", "llama-3-8b", ("decode_attention_r16", "decode_attention_merge")),
+        ("quantized_matmul", "llama-3-8b-qkv-1-int8", ("quantized_matmul_vector",)),
+        ("append_kv", "llama-3-8b", ("append_kv",)),
+        ("append_qkv", "llama-3-8b", ("append_qkv",)),
+    ],
+)
+def test_what_is_timed_is_calls_and_nothing_else(name: str, case: str, kernels: tuple[str, ...]):
+    """Three of them, in turns with two copies of what is donated, which stay where they are."""
+    operation = OPERATIONS[name]
+    donated, inputs = operation.split(operation.named_cases()[case].shapes())
+    function = operation.function(operation.named_cases()[case], backend="triton")
+    arguments = ((inputs,) * 3,) if donated is None else ((donated,) * 2, (inputs,) * 3)
+    program = gpu_program.compile_program(calls_of(function, donates=donated is not None), *arguments)
+    names = [launch.name for launch in program.launches]
+    assert len(names) == 3 * len(kernels), names
+    assert all(name.startswith(kernel) for name, kernel in zip(names, 3 * kernels, strict=True)), names
+    # All but the place for queries, which are written anew.
+    assert program.aliased_bytes >= 0.999 * 2 * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated)
+    )
 
 
 @needs_plugin
