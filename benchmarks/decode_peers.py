@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -160,8 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     headings, lines = table_of(record)
     print(results.table(headings, lines))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        results.write_record(arguments.json, record)
     return 0
 
 
@@ -178,9 +175,3 @@ def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...
         )
         for name, of in rates.items()
     ]
-
-
-if __name__ == "__main__":
-    from palladion.benchmarks.__main__ import main
-
-    sys.exit(main(["decode_peers", *sys.argv[1:]]))

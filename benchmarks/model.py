@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -171,8 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{batch} sequences: {duration(point.step.median)} a step, {point.tokens_per_second:,.1f} tokens/s"
         )
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(record) + "\n")
+            results.write_record(arguments.json, record)
     headings, lines = table_of(record)
     print(f"{title} on {machine.device_name()}\n\n{results.table(headings, lines)}\n\n{conclusion(record)}")
     for point in _points(record):

@@ -169,8 +169,14 @@ def read(path: Path) -> tuple[dict[str, Any], Limits, list[Row]]:
         raise ValueError(f"{path}: not a file of results, as `run --json` writes them ({error!r})") from error
 
 
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Makes a file one JSON object, on one line: what `model` and `decode_peers` have measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
+
+
 def record(path: Path) -> dict[str, Any] | None:
-    """The one JSON object that a file is, as `model` and `decode_peers` write it; None where it is something else."""
+    """The one JSON object that `write_record` has made of a file; None where it is something else."""
     try:
         found = json.loads(path.read_text())
     except ValueError:  # rows, for example
