@@ -208,6 +208,12 @@ def program_of(operation: Operation, case: Any, *, timed: bool = True, **how: An
     return Program.of(operation.function(case, **how), rest, donated, copies=1 if once else None)
 
 
+def ready(operation: Operation, name: str, program: Program, inputs: Any) -> JaxRunner:
+    """A contender of that name: a program of `program_of`, with inputs of the workload that it was compiled for."""
+    donated, rest = operation.split(inputs)
+    return JaxRunner(name, program, rest, donated=donated)
+
+
 def compiled(operation: Operation, case: Any, **how: Any) -> Compiled:
     """Compiles an implementation for a workload, and notes its block sizes; arguments are those of `program_of`."""
     with record_choices() as choices:
@@ -229,23 +235,25 @@ def compile_ahead(tasks: Sequence[tuple[Operation, Any, Plan]]) -> dict[tuple[st
       For `Plan.compiled`, by operation, case and implementation.
     """
     wanted: dict[tuple[str, str, str], Callable[[], Compiled]] = {}
-    for operation, case, plan in tasks if target_platform() != "cpu" else ():
-        if COMPILING in plan.crashed:
+    for operation, case, plan in tasks:
+        if target_platform() == "cpu" or COMPILING in plan.crashed:
             continue
+        plan.before(COMPILING)
+        problem = case.problem()
         for row in operation.table:
             if row.name != "xla" and (row.name not in plan.backends or row.name in plan.crashed):
                 continue  # the reference is always there
-            if _not_here(row, case.problem(), plan)[0] is None:
-                how = _how(row.name, plan)
+            refused, interpreted = _not_here(row, problem, plan)
+            if refused is None:
+                how = _how(row.name, plan, interpreted)
                 wanted[operation.name, case.name, row.name] = functools.partial(compiled, operation, case, **how)
-                plan.before(COMPILING)
     made = dict(zip(wanted, side_by_side(list(wanted.values())), strict=True))
     for _, _, plan in tasks:
         plan.before(None)
     return {key: one for key, one in made.items() if isinstance(one, Compiled)}
 
 
-def _how(backend: str, plan: Plan, interpret: Any = None) -> dict[str, Any]:
+def _how(backend: str, plan: Plan, interpret: Any) -> dict[str, Any]:
     """How an implementation is compiled; block sizes that are insisted on are not the reference's."""
     config = None if backend == "xla" else plan.config
     return {"backend": backend, "config": config, "interpret": interpret, "timed": plan.rounds > 0}
@@ -258,8 +266,7 @@ def _ours(
     made = plan.compiled.get((operation.name, case.name, backend))
     if made is None:
         made = compiled(operation, case, **_how(backend, plan, interpret))
-    donated, rest = operation.split(inputs)
-    runner = JaxRunner(backend, made.program, rest, donated=donated)
+    runner = ready(operation, backend, made.program, inputs)
     return Contender(runner, runner.result), {"config": made.config, "config_source": made.config_source}
 
 

@@ -24,10 +24,11 @@ def side_by_side(jobs: Sequence[Callable[[], T]], workers: int | None = None) ->
       jobs: functions that do not wait for each other.
       workers: threads, at most; None means as many as there are cores. With 1 each job is done when it is asked for.
     """
-    if (workers or cores()) == 1:
+    workers = workers or cores()
+    if workers == 1:
         yield from map(_outcome, jobs)
         return
-    pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="palladion")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="palladion")
     try:
         yield from pool.map(_outcome, jobs)
     finally:

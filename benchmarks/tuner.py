@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 import jax
 
-from palladion.benchmarks.bench import DeviceLostError, in_a_line, program_of
+from palladion.benchmarks.bench import DeviceLostError, in_a_line, program_of, ready
 from palladion.benchmarks.models import ACTIVATIONS
 from palladion.benchmarks.operations import Operation, operation
 from palladion.benchmarks.parallel import cores, side_by_side
@@ -169,15 +169,13 @@ class Measured:
         self._inputs = chosen.inputs(case)
         self._expected: list[Any] = []
         self._programs: dict[Any, Program | Exception] = {}
-        self._reference = self._ready("xla", program_of(chosen, case, backend="xla", timed=False)).result
+        self._reference = ready(
+            chosen, "xla", program_of(chosen, case, backend="xla", timed=False), self._inputs
+        ).result
 
     def expect(self, configs: Sequence[Any]) -> None:
         """They are compiled together with the next one that is asked about, as many as there are cores."""
         self._expected = list(configs)
-
-    def _ready(self, name: str, program: Program) -> JaxRunner:
-        donated, rest = self._operation.split(self._inputs)
-        return JaxRunner(name, program, rest, donated=donated)
 
     def _program(self, config: Any) -> Program:
         """A config's, compiled with some of those that are expected beside it; nothing is timed meanwhile."""
@@ -194,7 +192,7 @@ class Measured:
 
     def _runner(self, config: Any, name: str) -> JaxRunner:
         try:
-            runner = self._ready(name, self._program(config))
+            runner = ready(self._operation, name, self._program(config), self._inputs)
         except Exception as error:
             raise RejectedError(in_a_line(error)) from error
         verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)

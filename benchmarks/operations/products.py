@@ -28,68 +28,49 @@ IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {
 """Activations in float64."""
 
 
-class QuantizedMatmul(Operation):
-    """quantized_matmul."""
-
-    name = "quantized_matmul"
-    cases: ClassVar[Any] = quantized_cases
-    package: ClassVar[Any] = quantized_package
+class _Product(Operation):
+    """A product: the function of its package that has its name."""
 
     def function(self, case: Any, **how: Any) -> Callable[..., Any]:
         """As `Operation` has it."""
 
         def multiply(inputs: Any) -> jax.Array:
-            return quantized_package.quantized_matmul(**inputs._asdict(), **(case.options | how))
+            found: jax.Array = getattr(self.package, self.name)(**inputs._asdict(), **(case.options | how))
+            return found
 
         return multiply
 
     def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
         """As `Operation` has it."""
         w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
+        channels = np.array(spread(case.problem().result_features, SAMPLED_CHANNELS))
+        rows = np.array(spread(case.rows, SAMPLED_ROWS))
+        taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+        place = np.ix_(rows, channels)
+        exact = oracle.quantized_matmul(
+            np.asarray(inputs.x)[rows],
+            jax.tree.map(lambda part: part[:, taken], w),
+            bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
+            activation=IN_NUMPY[case.activation],
+            gated=case.gated,
+            norm=inputs.norm,
+            residual=None if inputs.residual is None else np.asarray(inputs.residual)[place],
+            quantize_x=case.options.get("quantize_x"),
+        )
+        return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
 
-        def weight(taken: np.ndarray) -> Any:
-            return jax.tree.map(lambda part: part[:, taken], w)
 
-        return _judge_product(case, inputs, weight, result, reference, quantize_x=case.quantize_x)
+class QuantizedMatmul(_Product):
+    """quantized_matmul."""
+
+    name = "quantized_matmul"
+    cases: ClassVar[Any] = quantized_cases
+    package: ClassVar[Any] = quantized_package
 
 
-class Matmul(Operation):
+class Matmul(_Product):
     """matmul, of dense weights."""
 
     name = "matmul"
     cases: ClassVar[Any] = dense_cases
     package: ClassVar[Any] = dense_package
-
-    def function(self, case: Any, **how: Any) -> Callable[..., Any]:
-        """As `Operation` has it."""
-
-        def multiply(inputs: Any) -> jax.Array:
-            return dense_package.matmul(**inputs._asdict(), **(case.options | how))
-
-        return multiply
-
-    def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
-        """As `Operation` has it."""
-        w = inputs.w if inputs.layer is None else inputs.w[int(inputs.layer)]
-        return _judge_product(case, inputs, lambda taken: np.asarray(w[:, taken]), result, reference)
-
-
-def _judge_product(
-    case: Any, inputs: Any, weight: Callable[[np.ndarray], Any], result: Any, reference: Any, **options: Any
-) -> Verdict:
-    """A sample of a product's rows and channels; `weight` takes channels out of it, `options` are the oracle's."""
-    channels = np.array(spread(case.problem().result_features, SAMPLED_CHANNELS))
-    rows = np.array(spread(case.rows, SAMPLED_ROWS))
-    taken = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
-    place = np.ix_(rows, channels)
-    exact = oracle.quantized_matmul(
-        np.asarray(inputs.x)[rows],
-        weight(taken),
-        bias=None if inputs.bias is None else np.asarray(inputs.bias)[taken],
-        activation=IN_NUMPY[case.activation],
-        gated=case.gated,
-        norm=inputs.norm,
-        residual=None if inputs.residual is None else np.asarray(inputs.residual)[place],
-        **options,
-    )
-    return verdict_of(compare(np.asarray(result)[place], np.asarray(reference)[place], exact))
