@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 import jax
 
+from palladion.kernels.compat import unfolded
 from palladion.kernels.tuning import Space, TuningKey, resolve
 from palladion.reference.platforms import target_platform
 
@@ -141,7 +142,7 @@ def dispatch(
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
-        return row.run(problem, inputs, config=choice.config, interpret=interpret)
+        return row.run(problem, unfolded(inputs) if interpret else inputs, config=choice.config, interpret=interpret)
 
 
 def choose(

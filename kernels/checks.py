@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +20,22 @@ def check(right: bool, argument: str, given: Any, accepted: str) -> None:
 def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
     """Raises ValueError unless an array has that shape."""
     check(array.shape == shape, argument, f"shape {array.shape}", f"{shape}, {meaning}")
+
+
+def check_number(argument: str, value: Any, right: Callable[[Any], bool], accepted: str) -> None:
+    """Raises ValueError unless an option is None or a number, known while tracing, of which `right` holds."""
+    if isinstance(value, jax.core.Tracer):
+        known = "a number that is known while tracing: close over it, or make it a static argument"
+        check(False, argument, "a traced value", known)
+    is_number = isinstance(value, numbers.Real | np.ndarray | jax.Array) and getattr(value, "ndim", 0) == 0
+    check(value is None or (is_number and bool(right(value))), argument, repr(value), accepted)
+
+
+def is_integer(value: Any) -> bool:
+    """Returns whether a number is an integer by its type."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.dtype.kind in "iu"
+    return isinstance(value, numbers.Integral)
 
 
 def check_lengths(lengths: jax.Array, batch: int, max_len: int) -> None:

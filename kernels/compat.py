@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jax
+
+Operands = TypeVar("Operands")
 
 PALLAS_TRITON_WARNING: Final = "The Pallas Triton backend is deprecated"
 """How the warning begins that jax >= 0.11 gives wherever a Triton kernel is lowered."""
@@ -24,6 +26,15 @@ def fresh_kernel(kernel: Callable[..., None], **options: Any) -> Callable[..., N
     of the first (jax-ml/jax#40847).
     """
     return functools.partial(kernel, **options)
+
+
+def unfolded(operands: Operands) -> Operands:
+    """Returns the operands of an interpreted kernel unchanged, but hides from XLA that some may be constants.
+
+    An interpreted kernel is ordinary XLA, and up to jax 0.11 XLA's constant folding ignores the layout of a transposed
+    constant when it evaluates a bitcast to another width. A compiled kernel is opaque to it.
+    """
+    return jax.lax.optimization_barrier(operands)
 
 
 def offsets_wrap(numbers: int) -> bool:

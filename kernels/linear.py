@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from palladion.kernels.checks import as_array, check, check_shape, dtype_name
+from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
+from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 from palladion.reference.rms_norm import rms_norm
 
@@ -46,7 +51,7 @@ def inputs_of(
 ) -> tuple[Inputs, tuple[int, ...]]:
     """What a caller gives, with all leading dimensions of x in one; and these dimensions."""
     x = as_array("x", x)
-    check(x.ndim >= 1, "x", f"shape {x.shape}", "[..., in]")
+    check(x.ndim >= 1 and x.shape[-1] >= 1, "x", f"shape {x.shape}", "[..., in] with in of at least 1")
     leading = x.shape[:-1]
     if residual is not None:
         residual = as_array("residual", residual)
@@ -63,8 +68,30 @@ def inputs_of(
     return inputs, leading
 
 
+def multiply(
+    operation: str,
+    table: Sequence[Implementation],
+    problem: LinearProblem,
+    inputs: Inputs,
+    leading: tuple[int, ...],
+    *,
+    backend: str | None,
+    config: Any,
+    interpret: Any,
+) -> jax.Array:
+    """Runs the implementation of a product that `dispatch` picks, and gives its result x's leading dimensions.
+
+    A product without rows or without channels is empty, as NumPy's is, and takes no implementation.
+    """
+    shape = (*leading, problem.result_features)
+    if math.prod(shape) == 0:
+        return jnp.zeros(shape, problem.out_dtype)
+    out = dispatch(operation, table, problem, inputs, backend=backend, config=config, interpret=interpret)
+    return out.reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearProblem:
+class LinearProblem(abc.ABC):
     """A product without its arrays.
 
     Attributes:
@@ -107,6 +134,14 @@ class LinearProblem:
     def parts(self) -> int:
         """Products that a result needs: the gate's and the up's where gated."""
         return 2 if self.gated else 1
+
+    @abc.abstractmethod
+    def planned(self) -> LinearProblem:
+        """Returns the problem by which block sizes are chosen."""
+
+    @abc.abstractmethod
+    def tuning_key(self) -> TuningKey:
+        """Returns what block sizes depend on."""
 
     def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
         """Activation and gate on the float32 products, biases added already."""
@@ -177,6 +212,7 @@ def checked(
       ValueError: arrays and options do not go together; the message names the argument.
     """
     x, w, bias, layer, norm, residual = inputs
+    check(in_features >= 1, "w", f"in = {in_features}", "at least 1")
     check(dtype_name(x) in FLOAT_CACHE_DTYPES, "x", x.dtype, ", ".join(FLOAT_CACHE_DTYPES))
     check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
     if bias is not None:
@@ -185,7 +221,7 @@ def checked(
     if norm is not None:
         check_shape("norm", norm, (in_features,), "[in]")
         check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
-        check(norm_eps >= 0, "norm_eps", norm_eps, "0 or more")
+        check_number("norm_eps", norm_eps, lambda eps: 0 <= eps < np.inf, "a finite number, 0 or more")
     check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
     check(not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups")
     result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)

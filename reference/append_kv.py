@@ -1,7 +1,8 @@
 """Writing new tokens into a KV cache: the definition.
 
-Every sequence's new tokens end at its new length: token i of q_len goes to position lengths - q_len + i. A position
-below 0 (padding in front of a short prompt), at or past the end, or outside the last `new_tokens`, is not written.
+Every sequence's new tokens end at its new length: token i of q_len goes to position lengths - q_len + i. A token is
+not written where its position is below 0 (padding in front of a short prompt) or max_len and more, where it is not one
+of the last `new_tokens`, or where its page or its layer does not exist.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ def append_kv(
       layer: int32 scalar, which entry of caches with a leading `[num_layers]` is meant, or None where they have none.
     """
     batch, q_len = k.shape[:2]
+    # Beyond these bounds nothing is written either; within them no position overflows.
+    lengths = jnp.clip(lengths, 0, cache.max_len + q_len)
     if new_tokens is None and cache.page_table is None and batch == 1 and q_len == 1:
         return _append_one(cache, k, v, lengths, layer)
     token = jnp.arange(q_len, dtype=jnp.int32)
     position = lengths[:, None] - q_len + token  # [batch, q_len]
     written = (position >= 0) & (position < cache.max_len)
     if new_tokens is not None:
-        written &= token >= q_len - new_tokens[:, None]
+        written &= token >= q_len - jnp.clip(new_tokens, 0, q_len)[:, None]
+    if layer is not None:
+        written &= (layer >= 0) & (layer < cache.k.shape[0])
     rows = cache.k.shape[-2]
     if cache.page_table is None:
         slab = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], position.shape)
@@ -50,6 +55,7 @@ def append_kv(
     else:
         page = jnp.clip(position // rows, 0, cache.page_table.shape[1] - 1)
         slab = jnp.take_along_axis(cache.page_table, page, axis=1)
+        written &= (slab >= 0) & (slab < cache.k.shape[-4])
         row = position % rows
     # An index past the end is dropped by the scatter: what must not be written is sent there.
     row = jnp.where(written, row, rows)
@@ -66,6 +72,8 @@ def _append_one(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array, 
     position = lengths[0] - 1
     row = jnp.clip(position, 0, cache.max_len - 1)
     written = position == row
+    if layer is not None:
+        written &= (layer >= 0) & (layer < cache.k.shape[0])
 
     def write(target: jax.Array, new: jax.Array) -> jax.Array:
         new = jnp.swapaxes(new, 1, 2)  # [1, kv_heads, 1, ...] as the cache has it

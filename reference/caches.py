@@ -79,8 +79,12 @@ class KVCache:
         """An empty paged cache whose pages `page_table` (int32 `[batch, pages_per_seq]`) hands to sequences.
 
         Raises:
-          ValueError: a size below 1 or a dtype that `dense` would not take.
+          ValueError: a size below 1, a dtype that `dense` would not take, or a page table of another rank or dtype.
         """
+        page_table = jnp.asarray(page_table)
+        if page_table.ndim != 2 or page_table.dtype != jnp.int32:
+            given = f"{page_table.dtype} {page_table.shape}"
+            raise ValueError(f"KVCache: page_table: got {given}; accepted: int32 [batch, pages_per_seq]")
         return _empty((num_pages, kv_heads, page_size, head_dim), dtype, page_table, num_layers)
 
     @property

@@ -7,6 +7,8 @@ For query i of q_len, standing at position p = lengths - q_len + i, and every ca
     out_i = sum_t exp(s_t) * v_scale_t * v_t / Z          Z = sum_t exp(s_t) + exp(sink)
     lse_i = log Z
 
+A length below 0 counts as 0, one above max_len as max_len; a page that does not exist is read as the nearest that does.
+
 The cache is read in blocks with a running maximum (Milakov & Gimelshein, arXiv 1805.02867), from the first block that
 any sequence's window reaches to the last that any sequence fills: a step costs what the longest sequence has, not what
 the cache has room for.
@@ -87,6 +89,9 @@ def decode_attention(
     group = q_heads // kv_heads
     rows = q_len * group  # the queries that share a KV head
     max_len = page_size * (1 if page_table is None else page_table.shape[1])
+    lengths = jnp.clip(lengths, 0, max_len)
+    if page_table is not None:
+        page_table = jnp.clip(page_table, 0, k.shape[-4] - 1)
 
     # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads, rows, head_dim]
     queries = jnp.moveaxis(q.reshape(batch, q_len, kv_heads, group, head_dim), 1, 2)
@@ -107,7 +112,7 @@ def decode_attention(
             part = jax.lax.dynamic_slice(layers, start, (1, batch, kv_heads, block, *rest))[0]
         else:
             table = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
-            part = layers.at[this, table].get(mode="clip")  # [batch, pages, kv_heads, page_size, ...]
+            part = layers[this, table]  # [batch, pages, kv_heads, page_size, ...]
             part = jnp.moveaxis(part, 1, 2).reshape(batch, kv_heads, block, *rest)
         return from_bits(part, cache).astype(jnp.float32)
 
@@ -147,7 +152,7 @@ def decode_attention(
     if block == max_len:
         state = attend(jnp.int32(0), state)
     else:
-        last = (jnp.clip(jnp.max(lengths), 0, max_len) + block - 1) // block
+        last = (jnp.max(lengths) + block - 1) // block
         first = jnp.int32(0)
         if sliding_window is not None:
             first = jnp.maximum(jnp.min(lengths) - q_len - sliding_window + 1, 0) // block

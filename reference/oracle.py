@@ -42,6 +42,7 @@ def decode_attention(
     batch, q_len, q_heads, head_dim = q.shape
     group = q_heads // k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
+    max_len = k.shape[2] * (1 if page_table is None else np.shape(page_table)[1])
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
 
@@ -50,10 +51,11 @@ def decode_attention(
         if page_table is None:
             return widen(part[b, head, t])
         page_size = k.shape[2]
-        return widen(part[int(np.asarray(page_table)[b, t // page_size]), head, t % page_size])
+        page = int(np.asarray(page_table)[b, t // page_size])
+        return widen(part[min(max(page, 0), len(part) - 1), head, t % page_size])
 
     for b in range(batch):
-        length = int(np.asarray(lengths)[b])
+        length = min(max(int(np.asarray(lengths)[b]), 0), max_len)
         for i in range(q_len):
             position = length - q_len + i
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)

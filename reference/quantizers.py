@@ -106,6 +106,7 @@ def quantize(
       weighed clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
     """
     scheme = Scheme.parse(scheme)
+    weight = jnp.asarray(weight)
     _check(weight, scheme, method, importance)
     return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype))
 
@@ -156,6 +157,8 @@ def _quantize(
 
 
 def _check(weight: jax.Array, scheme: Scheme, method: str, importance: jax.Array | None) -> None:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"quantize: weight: got {weight.dtype}; accepted: a float dtype")
     if weight.ndim < 2:
         raise ValueError(f"quantize: weight must be [..., in, out], got shape {weight.shape}")
     check_in_features(weight.shape[-2], scheme)

@@ -59,9 +59,9 @@ def append_kv(
 
     Token i of q_len goes to position lengths - q_len + i: `lengths` are the tokens in the cache once this call is done,
     as for `decode_attention` after it. Prompts of different lengths are padded in front: what would go to a position
-    below 0 is not written. Under jit a position past the end is not written either and no neighbour is touched; where
-    the values of `lengths` are known it is an error. The cache is updated in place where it is donated. No page may
-    take new tokens of two sequences.
+    below 0 is not written. Lengths outside of 0 to max_len are an error where their values are known; under jit, a
+    token whose position, page or layer does not exist is not written, and nothing else is touched. The cache is updated
+    in place where it is donated. No page may take new tokens of two sequences.
 
     Args:
       cache: dense or paged; see `KVCache`.

@@ -287,7 +287,7 @@ def _scatter(problem: Problem, inputs: Inputs, target: jax.Array, new: jax.Array
     copy it around the program.
     """
     p, rows = problem, _rows(problem)
-    lengths = inputs.lengths[:, None]  # [batch, 1]
+    lengths = jnp.clip(inputs.lengths, 0, p.max_len + p.q_len)[:, None]  # [batch, 1]
     position = lengths - p.q_len + jnp.arange(p.q_len, dtype=jnp.int32)  # [batch, q_len]
     first = lengths - (p.q_len if inputs.new_tokens is None else jnp.clip(inputs.new_tokens, 0, p.q_len)[:, None])
     is_new = (position >= jnp.maximum(first, 0)) & (position < p.max_len)
@@ -295,6 +295,9 @@ def _scatter(problem: Problem, inputs: Inputs, target: jax.Array, new: jax.Array
     if inputs.cache.page_table is not None:
         page = jnp.clip(position // rows, 0, p.max_len // rows - 1)
         slab = jnp.take_along_axis(inputs.cache.page_table, page, axis=1)
+        is_new &= (slab >= 0) & (slab < inputs.cache.k.shape[-4])
+    if inputs.layer is not None:
+        is_new &= (inputs.layer >= 0) & (inputs.layer < inputs.cache.k.shape[0])
     # An index past the end is dropped.
     row = jnp.where(is_new, position % rows, rows)
     stacked = () if inputs.layer is None else (inputs.layer,)

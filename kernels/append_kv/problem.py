@@ -70,6 +70,21 @@ class Problem:
         rank = 4 if layer is None else 5
         shape = "[batch or num_pages, kv_heads, max_len or page_size, head_dim]"
         check(cache.k.ndim == rank, "cache", f"k of shape {cache.k.shape}", f"{shape}, [num_layers] first with layer=")
+        check(
+            cache.v.shape == cache.k.shape and cache.v.dtype == cache.k.dtype,
+            "cache",
+            f"v of shape {cache.v.shape} in {cache.v.dtype}",
+            f"{cache.k.shape} in {cache.k.dtype}, as k",
+        )
+        for name, scales in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+            if scales is not None:
+                check_shape(f"cache.{name}", scales, cache.k.shape[:-1], "the shape of k without head_dim")
+                check(scales.dtype == jnp.float32, f"cache.{name}", scales.dtype, "float32")
+        if cache.page_table is not None:
+            table = cache.page_table
+            given = f"{table.dtype} {table.shape}"
+            is_table = table.ndim == 2 and table.dtype == jnp.int32
+            check(is_table, "cache.page_table", given, "int32 [batch, pages_per_seq]")
         check(k.ndim == 4 and min(k.shape) >= 1, "k", k.shape, "[batch, (q_len,) kv_heads, head_dim], each at least 1")
         check_shape("v", v, k.shape, "the shape of k")
         check(dtype_name(k) in FLOAT_CACHE_DTYPES, "k", k.dtype, ", ".join(FLOAT_CACHE_DTYPES))

@@ -146,6 +146,8 @@ def kernel(
     share = slice(None) if heads == p.kv_heads else pl.ds(pl.multiple_of(pl.program_id(0) * heads, heads), heads)
     first_sequence = pl.program_id(1) * sequences
     members = jnp.minimum(sequences, p.batch - first_sequence)
+    if p.num_layers is not None:
+        members = jnp.where((layer_ref[0] >= 0) & (layer_ref[0] < p.num_layers), members, 0)
 
     def window_start(part: Part) -> Any:
         """The first new token in the window."""
@@ -168,11 +170,13 @@ def kernel(
     def for_blocks(part: Part, member: Any, do: Callable[[Touched], None]) -> None:
         """Calls `do` for each block of a sequence that its new tokens go to."""
         b = first_sequence + member
-        start = lengths_ref[b] - p.q_len
+        # A length beyond these bounds writes nothing either; within them no position overflows.
+        length = jnp.clip(lengths_ref[b], 0, p.max_len + p.q_len)
+        start = length - p.q_len
         first = start
         if new_tokens_ref is not None:
-            first = lengths_ref[b] - jnp.clip(new_tokens_ref[b], 0, p.q_len)
-        first, end = jnp.maximum(first, 0), jnp.minimum(lengths_ref[b], p.max_len)
+            first = length - jnp.clip(new_tokens_ref[b], 0, p.q_len)
+        first, end = jnp.maximum(first, 0), jnp.minimum(length, p.max_len)
         begin = jax.lax.div(first, part.block)
 
         def visit(index: Any) -> None:
@@ -183,7 +187,11 @@ def kernel(
             written = jnp.maximum(first, origin)
             source = b * p.q_len - window_start(part) + written - start
             last = jnp.minimum(end - origin, part.block)
-            do(Touched(member, index - begin, slab, row, written - origin, last, source))
+            touched = Touched(member, index - begin, slab, row, written - origin, last, source)
+            if table_ref is None:
+                do(touched)
+            else:
+                pl.when((slab >= 0) & (slab < p.num_pages))(lambda: do(touched))
 
         def one(index: Any, carry: int) -> int:
             visit(index)

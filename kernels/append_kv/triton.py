@@ -127,7 +127,7 @@ def _kernel(
     *scalar_refs, page_table_ref = refs[: -3 * parts] if p.page_size is not None else (*refs[: -3 * parts], None)
     new_refs, cache_refs = refs[-3 * parts : -2 * parts], refs[-parts:]
     b = pl.program_id(0)
-    length = lengths_ref[b]
+    length = bounded_length(p, lengths_ref[b])
     begin, end = written_tokens(p, length, scalar_refs[0][b] if p.has_new_tokens else None)
 
     first = pl.program_id(1) * block_rows
@@ -137,7 +137,7 @@ def _kernel(
     written = (begin < end) & (first < end * p.kv_heads) & (first + block_rows > begin * p.kv_heads)
     token = jnp.clip(jnp.clip(token, begin, end - 1), 0, p.q_len - 1)
     mask = jnp.broadcast_to(written, token.shape)
-    slab, row = place_of(p, b, length, token, page_table_ref, mask)
+    slab, row, mask = place_of(p, b, layer_ref[0], length, token, page_table_ref, mask)
 
     feature = jnp.arange(pl.next_power_of_2(p.head_dim), dtype=jnp.int32)
     wide = mask[:, None] & (feature < p.head_dim)[None, :]
@@ -151,6 +151,11 @@ def _kernel(
         plgpu.store(target, plgpu.load(source, mask=wide), mask=wide)
 
 
+def bounded_length(problem: Problem, length: jax.Array) -> jax.Array:
+    """Returns a length that writes the same tokens, and whose positions do not overflow."""
+    return jnp.clip(length, 0, problem.max_len + problem.q_len)
+
+
 def written_tokens(problem: Problem, length: jax.Array, new_tokens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The first of a sequence's new tokens that is written, and the one after the last.
 
@@ -158,22 +163,34 @@ def written_tokens(problem: Problem, length: jax.Array, new_tokens: jax.Array | 
 
     Args:
       problem: what is written.
-      length: tokens in the sequence's cache.
+      length: tokens in the sequence's cache, bounded.
       new_tokens: of its q_len tokens the real ones; None for all.
     """
     begin = jnp.maximum(problem.q_len - length, 0)
     if new_tokens is not None:
-        begin = jnp.maximum(begin, problem.q_len - new_tokens)
+        begin = jnp.maximum(begin, problem.q_len - jnp.clip(new_tokens, 0, problem.q_len))
     return begin, jnp.minimum(problem.q_len - length + problem.max_len, problem.q_len)
 
 
 def place_of(
-    problem: Problem, b: jax.Array, length: jax.Array, token: jax.Array, page_table_ref: Any, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The slab and the row in it of a sequence's tokens, where masked; elsewhere some that are there."""
+    problem: Problem,
+    b: jax.Array,
+    layer: jax.Array,
+    length: jax.Array,
+    token: jax.Array,
+    page_table_ref: Any,
+    mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the slab and the row of a sequence's tokens where masked, others that exist elsewhere, and a mask.
+
+    The mask leaves out tokens whose layer or page does not exist.
+    """
     p = problem
+    if p.num_layers is not None:
+        mask &= (layer >= 0) & (layer < p.num_layers)
     row = jnp.clip(length - p.q_len + token, 0, p.max_len - 1)
-    if p.page_size is None:
-        return jnp.broadcast_to(b, row.shape), row
+    if p.page_size is None or p.num_pages is None:
+        return jnp.broadcast_to(b, row.shape), row, mask
     page, row = (do(row, jnp.full_like(row, p.page_size)) for do in (jax.lax.div, jax.lax.rem))
-    return plgpu.load(page_table_ref.at[b, page], mask=mask, other=0), row
+    slab = plgpu.load(page_table_ref.at[b, page], mask=mask, other=0)
+    return slab, row, mask & (slab >= 0) & (slab < p.num_pages)

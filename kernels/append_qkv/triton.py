@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.append_kv import triton as append
-from palladion.kernels.append_kv.triton import Config, place_of, written_tokens
+from palladion.kernels.append_kv.triton import Config, bounded_length, place_of, written_tokens
 from palladion.kernels.append_qkv.problem import Inputs, Problem, apart
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
@@ -129,14 +129,14 @@ def _kernel(*arrays: Any, names: tuple[str, ...], problem: Problem, block_rows: 
     ref = Refs(**dict.fromkeys(Refs._fields) | dict(zip(names, taken, strict=True)))
     p, pairs = problem.append, problem.rotary_dim // 2
     b = pl.program_id(0)
-    length = ref.lengths[b]
+    length = bounded_length(p, ref.lengths[b])
 
     r = pl.program_id(1) * block_rows + jnp.arange(block_rows, dtype=jnp.int32)  # [block_rows]
     real = r < p.q_len * problem.heads
     token, head = jax.lax.div(r, jnp.full_like(r, problem.heads)), jax.lax.rem(r, jnp.full_like(r, problem.heads))
     begin, end = written_tokens(p, length, None if ref.new_tokens is None else ref.new_tokens[b])
     written = real & (token >= begin) & (token < end)
-    slab, row = place_of(p, b, length, token, ref.page_table, written)
+    slab, row, written = place_of(p, b, ref.layer[0], length, token, ref.page_table, written)
 
     feature = jnp.arange(pl.next_power_of_2(p.head_dim), dtype=jnp.int32)  # [features]
     wide = real[:, None] & (feature < p.head_dim)[None, :]  # [block_rows, features]

@@ -114,7 +114,8 @@ def decode_attention(
 
     The cache already holds the new tokens (`append_kv` first). Query i of q_len stands at position
     lengths - q_len + i and sees what is there and before; a query whose position is negative is padding.
-    Accumulation and softmax are float32. Nothing at or past `lengths` reaches the result, NaN included.
+    Accumulation and softmax are float32. Nothing at or past `lengths` reaches the result, NaN included. Lengths outside
+    of 0 to max_len are an error where their values are known; under jit they count as 0 or max_len.
 
     Args:
       q: queries `[batch, q_heads, head_dim]` or `[batch, q_len, q_heads, head_dim]`; float32, bfloat16 or float16.
@@ -124,14 +125,15 @@ def decode_attention(
       v: cached values, in shape and dtype like k.
       lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included; 0 is allowed.
       page_table: int32 `[batch, pages_per_seq]`, which page holds a sequence's tokens i * page_size and on. Entries
-        past the last filled page may be anything.
-      scale: factor of the logits; None means 1 / sqrt(head_dim).
+        past the last filled page may be anything; a page that does not exist is read as the nearest that does.
+      scale: factor of the logits, a number known while tracing; None means 1 / sqrt(head_dim).
       sliding_window: a query sees only this many tokens, itself included; None means all.
       logits_soft_cap: bounds the logits to ±c by c * tanh(logits / c); None means no bound.
       sinks: float `[q_heads]`, a logit for each head that takes part in the softmax and carries no value.
       k_scale: float32, the shape of k without head_dim: what the codes of a key are multiplied by.
       v_scale: the same for values.
-      layer: where k, v and the scales have a leading `[num_layers]`, which of them to read, an int32 scalar.
+      layer: where k, v and the scales have a leading `[num_layers]`, which of them to read, an int32 scalar from 0 to
+        num_layers - 1; what other values read is not defined under jit.
       batch_invariant: gives a sequence the same bits whatever else is in the batch, however large that is, and wherever
         the sequence stands: block sizes, splits and their order are those for a batch of one. It costs what they fall
         short of those for this batch; the reference goes through it one by one. A `config` must not follow the batch.
@@ -143,7 +145,7 @@ def decode_attention(
 
     Returns:
       The shape and dtype of q; zeros for a query that sees nothing. With `return_lse` also float32
-      `[batch, (q_len,) q_heads]`, -inf for a query that sees nothing.
+      `[batch, (q_len,) q_heads]`: for a query that sees nothing -inf, or its head's sink where there are sinks.
 
     Raises:
       ValueError: shapes, dtypes or values do not go together; the message says which.

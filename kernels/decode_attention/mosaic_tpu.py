@@ -260,7 +260,7 @@ def decode_attention(
     check(whole, "config.block_q", block_q, f"at least q_len = {p.q_len}, or a multiple of {BLOCK_Q_MULTIPLE}")
     packs, rows = heads // config.pack, config.pack * block_q * group
     q_blocks = pl.cdiv(p.q_len, block_q)
-    sight = Sight(p.q_len, block_q, q_blocks, config.block_kv, unit, p.sliding_window)
+    sight = Sight(p.max_len, p.q_len, block_q, q_blocks, config.block_kv, unit, p.sliding_window)
 
     one = config.pack == 1 or q_blocks == 1
     check(one, "config.pack", config.pack, f"1 where q_len = {p.q_len} is more than block_q = {block_q}")
@@ -355,9 +355,12 @@ def _scales(problem: Problem, inputs: Inputs, block_kv: int) -> list[jax.Array]:
     if not _gathers_scales(problem):
         return [scale if inputs.layer is not None else scale[None] for scale in scales]
 
+    # As in the kernel: a page that does not exist is read as the nearest that does.
+    table = jnp.clip(inputs.page_table, 0, (problem.num_pages or 1) - 1)
+
     def gather(scale: jax.Array) -> jax.Array:
         one = scale if inputs.layer is None else jax.lax.dynamic_index_in_dim(scale, inputs.layer, 0, keepdims=False)
-        pages = jnp.moveaxis(one.at[inputs.page_table].get(mode="clip"), 1, 2)  # [batch, kv_heads, pages, page_size]
+        pages = jnp.moveaxis(one[table], 1, 2)  # [batch, kv_heads, pages, page_size]
         tokens = pages.reshape(problem.batch, problem.kv_heads, problem.max_len)
         return jnp.pad(tokens, ((0, 0), (0, 0), (0, -problem.max_len % block_kv)))[None]
 

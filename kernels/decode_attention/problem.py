@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
+from palladion.kernels.checks import (
+    check,
+    check_layer,
+    check_lengths,
+    check_number,
+    check_shape,
+    dtype_name,
+    is_integer,
+)
 from palladion.kernels.tuning import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
 
@@ -134,9 +142,13 @@ class Problem:
             check(jnp.issubdtype(sinks.dtype, jnp.floating), "sinks", sinks.dtype, "a float dtype")
         if layer is not None:
             check_layer(layer, k.shape[0])
-        check(scale is None or np.isfinite(scale), "scale", scale, "a finite number")
-        check(sliding_window is None or sliding_window >= 1, "sliding_window", sliding_window, "None or at least 1")
-        check(logits_soft_cap is None or logits_soft_cap > 0, "logits_soft_cap", logits_soft_cap, "None or above 0")
+        check_number("scale", scale, np.isfinite, "None or a finite number")
+        check_number(
+            "sliding_window", sliding_window, lambda n: is_integer(n) and n >= 1, "None or an integer of at least 1"
+        )
+        check_number(
+            "logits_soft_cap", logits_soft_cap, lambda cap: 0 < cap < np.inf, "None or a finite number above 0"
+        )
         return cls(
             batch=batch,
             q_len=q_len,
@@ -150,7 +162,8 @@ class Problem:
             q_dtype=dtype_name(q),
             kv_dtype=kv_dtype,
             scale=head_dim**-0.5 if scale is None else float(scale),
-            sliding_window=sliding_window,
+            # A window as wide as the cache hides nothing.
+            sliding_window=None if sliding_window is None or sliding_window >= max_len else int(sliding_window),
             logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
             has_sinks=sinks is not None,
             batch_invariant=batch_invariant,

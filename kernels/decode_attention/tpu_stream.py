@@ -29,6 +29,7 @@ class Sight:
     """Which cached tokens a block of queries sees; on scalars of the kernel.
 
     Attributes:
+      max_len: tokens that a sequence has room for: a length outside of 0 to max_len counts as the nearest of these.
       q_len: new tokens of a sequence.
       block_q: new tokens in a block of queries.
       q_blocks: blocks of queries.
@@ -37,6 +38,7 @@ class Sight:
       window: tokens that a query sees, or None.
     """
 
+    max_len: int
     q_len: int
     block_q: int
     q_blocks: int
@@ -46,6 +48,7 @@ class Sight:
 
     def queries(self, length: Any, i: Any) -> tuple[Any, Any]:
         """Positions of the first and the last query of block i; negative where they are padding."""
+        length = jnp.clip(length, 0, self.max_len)
         first = length - self.q_len + i * self.block_q
         return first, jnp.minimum(first + self.block_q, length) - 1
 

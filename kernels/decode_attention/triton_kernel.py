@@ -88,7 +88,7 @@ def kernel(*arrays: Any, names: tuple[str, ...], problem: Problem, config: Any, 
     b, place = pl.program_id(0), pl.program_id(1)
     place, split = divide(place, config.splits)
     head, row_block = divide(place, row_blocks)
-    layer, length = refs.layer[0], refs.lengths[b]
+    layer, length = refs.layer[0], jnp.clip(refs.lengths[b], 0, p.max_len)
 
     rows = p.q_len * p.group
     first_row = row_block * block_rows
@@ -130,6 +130,8 @@ def kernel(*arrays: Any, names: tuple[str, ...], problem: Problem, config: Any, 
             else:
                 page, within = divide(there, p.page_size)
                 slab = plgpu.load(refs.page_table.at[b, page])  # [block_kv]
+            # A page that does not exist is read as the nearest that does.
+            slab = jnp.clip(slab, 0, refs.k.shape[1] - 1)
 
         def load(ref: Any, part: Part, dtype: Any) -> jax.Array:
             """A part of the block's keys or values as operands of a dtype, `[block_kv, width]`."""

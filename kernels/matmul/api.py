@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import as_array
-from palladion.kernels.linear import Inputs, inputs_of
+from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.matmul import spaces, triton
 from palladion.kernels.matmul.problem import Problem
 from palladion.reference import matmul as reference
@@ -94,5 +94,6 @@ def matmul(
     """
     inputs, leading = inputs_of(x, as_array("w", w), bias=bias, layer=layer, norm=norm, residual=residual)
     problem = Problem.of(inputs, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps)
-    out = dispatch("matmul", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret)
-    return out.reshape(*leading, problem.result_features)
+    return multiply(
+        "matmul", IMPLEMENTATIONS, problem, inputs, leading, backend=backend, config=config, interpret=interpret
+    )

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.backend import Implementation, dispatch
-from palladion.kernels.linear import Inputs, inputs_of
+from palladion.kernels.backend import Implementation
+from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.quantized_matmul import mosaic_tpu, spaces, triton
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.reference import quantized_matmul as reference
@@ -79,7 +79,9 @@ def quantized_matmul(
     """x @ w for a quantized w, with bias, activation and gating fused, and what stands before and behind it in a model.
 
     Weights are read in the few bits that they are stored in and scaled inside; products are accumulated in float32 (or
-    int32, exactly, between int8 activations and integer weights).
+    int32, exactly, between int8 activations and integer weights). Codes are multiplied before they are scaled: the sum
+    of |x| times the largest code (127; 448 for float8_e4m3fn, 57,344 for float8_e5m2) must stay below 3.4e38, which
+    activations below 1e27 always do.
 
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
@@ -123,7 +125,13 @@ def quantized_matmul(
         batch_invariant=batch_invariant,
         norm_eps=norm_eps,
     )
-    out = dispatch(
-        "quantized_matmul", IMPLEMENTATIONS, problem, inputs, backend=backend, config=config, interpret=interpret
+    return multiply(
+        "quantized_matmul",
+        IMPLEMENTATIONS,
+        problem,
+        inputs,
+        leading,
+        backend=backend,
+        config=config,
+        interpret=interpret,
     )
-    return out.reshape(*leading, problem.result_features)

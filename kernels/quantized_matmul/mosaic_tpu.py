@@ -108,7 +108,7 @@ class Config:
 
 def heuristic(problem: Problem) -> Config:
     """Blocks that are large enough for the memory, in chunks that suit the matrix unit of the chip traced for."""
-    p = problem
+    p = multiplied(problem)
     chip = target_chip()
     depth = 256 if chip is None or chip.name in NEWER else 128
     scales_weights = _scale_weights(p, depth)
@@ -128,6 +128,17 @@ def heuristic(problem: Problem) -> Config:
         else:
             break
     return config
+
+
+def multiplied(problem: Problem) -> Problem:
+    """Returns the product that the kernel computes for a problem.
+
+    That is the problem itself, but where it is gated and its up begins within a tile: there the product as a whole in
+    float32, which XLA gates afterwards.
+    """
+    if not problem.gated or problem.result_features % LANES == 0:
+        return problem
+    return dataclasses.replace(problem, gated=False, activation=None, out_dtype="float32")
 
 
 def _scale_weights(problem: Problem, depth: int) -> bool:
@@ -224,9 +235,7 @@ def _vmem_bytes(plan: Plan) -> int:
 
 def unsupported(problem: Problem) -> str | None:
     """What of a problem this kernel does not cover, or None."""
-    p = problem
-    if p.rows == 0:
-        return "x must have rows, got none"
+    p = multiplied(problem)
     needed, limit = _vmem_bytes(_plan(p, heuristic(p))), _vmem_limit()
     if needed > limit:
         return f"blocks must fit into {limit >> 20} MiB, with in = {p.in_features} they take {needed >> 20}"
@@ -256,14 +265,12 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         plain, plain_inputs = problem.plain(inputs)
         out = quantized_matmul(plain, plain_inputs, config=config, interpret=interpret)
         return problem.add(inputs.residual, out)
-    p = problem
-    if p.gated and p.result_features % LANES:
-        # The up begins within a tile: the product as a whole, and the gate after it.
-        product = dataclasses.replace(p, gated=False, activation=None, out_dtype="float32")
-        y = quantized_matmul(product, inputs, config=config, interpret=interpret)
-        return p.finish(jnp.split(y, 2, axis=1)).astype(p.out_dtype)
+    p = multiplied(problem)
+    if p is not problem:
+        y = quantized_matmul(p, inputs, config=config, interpret=interpret)
+        return problem.finish(jnp.split(y, 2, axis=1)).astype(problem.out_dtype)
     config = config or heuristic(p)
-    _check(p, config)
+    check_config(p, config)
     plan = _plan(p, config)
     whole = p.result_features // LANES * LANES
     if plan.block_out == p.result_features or whole == p.result_features:
@@ -334,15 +341,15 @@ def _storable(dtype: str) -> str:
 def fits(problem: Problem, config: Config) -> bool:
     """Whether a problem can be cut like that, in the VMEM that there is."""
     try:
-        _check(problem, config)
-        return _vmem_bytes(_plan(problem, config)) <= _vmem_limit()
+        check_config(problem, config)
+        return _vmem_bytes(_plan(multiplied(problem), config)) <= _vmem_limit()
     except ValueError:
         return False
 
 
-def _check(problem: Problem, config: Config) -> None:
+def check_config(problem: Problem, config: Config) -> None:
     """Raises ValueError where a config does not go with a problem."""
-    p = problem
+    p = multiplied(problem)
     known = tuple(widenings(p.scheme))
     check(config.widening in known, "config.widening", config.widening, f"one of {', '.join(known)}")
     check(config.chunk in _chunks(p), "config.chunk", config.chunk, f"one of {_chunks(p)}")

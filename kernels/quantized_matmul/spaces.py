@@ -14,7 +14,7 @@ from palladion.kernels.tuning import Space
 
 def mosaic_tpu(problem: Problem) -> Space:
     """Channels and depth of a block."""
-    p, start = problem, tpu_kernel.heuristic(problem)
+    p, start = tpu_kernel.multiplied(problem), tpu_kernel.heuristic(problem)
     channels = p.result_features
     widths = [LANES * n for n in (1, 2, 4, 6, 8, 12, 16, 24, 32) if LANES * n <= channels]
     depths = [p.in_features // n for n in (1, 2, 4, 8) if p.in_features % (n * start.chunk) == 0]

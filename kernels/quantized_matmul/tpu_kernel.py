@@ -18,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -160,6 +161,10 @@ class _Part:
         return None if self.minimum_ref is None else _factor(self.minimum_ref, self.problem.scale_dtype)
 
 
+FLOAT16_EXPONENT: Final = 0x7C000000
+"""The exponent of a float16 in the upper half of a word; all ones mean infinity, or NaN where there is a mantissa."""
+
+
 def bits_dtype(dtype: str) -> str:
     """In what a kernel takes factors of a dtype: their bits where Mosaic does not know the dtype."""
     return {"float8_e8m0fnu": "uint8", "float16": "int16"}.get(dtype, dtype)
@@ -173,7 +178,10 @@ def _factor(ref: Any, dtype: str) -> jax.Array:
         bits = jnp.where(exponents == 255, jnp.int32(0x7FC00000), exponents << 23)
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
     if dtype == "float16":
-        return narrow_float(5, values.astype(jnp.int32) << 16)
+        words = values.astype(jnp.int32) << 16
+        is_finite = (words & FLOAT16_EXPONENT) != FLOAT16_EXPONENT
+        infinity_or_nan = (words & np.int32(-(2**31))) | 0x7F800000 | ((words & 0x03FF0000) >> 3)
+        return jnp.where(is_finite, narrow_float(5, words), jax.lax.bitcast_convert_type(infinity_or_nan, jnp.float32))
     return (values.astype(jnp.int32) if dtype in ("int8", "uint8") else values).astype(jnp.float32)
 
 

@@ -221,8 +221,6 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if p.scale_dtype not in ("float32", "bfloat16", "float16", "float8_e8m0fnu"):
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
-    if p.rows == 0:
-        return "x must have rows, got none"
     codes = p.in_features * p.out_features // (2 if p.scheme.packed else 1)
     if offsets_wrap(codes):
         return f"codes of a matrix must take up to 2 GiB, or more than 4, got {codes} bytes"
@@ -237,7 +235,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     if not fuses(problem, config):
         problem, inputs = problem.plain(inputs)
     p, splits = problem, config.splits
-    _check(p, config)
+    check_config(p, config)
     w, layer = inputs.w, inputs.layer
     if layer is not None and offsets_wrap(w.values.size):
         index = layer
@@ -296,7 +294,7 @@ def fuses(problem: Problem, config: Config) -> bool:
     return config.form == "vector" and config.splits == 1 and problem.quantize_x is None
 
 
-def _check(problem: Problem, config: Config) -> None:
+def check_config(problem: Problem, config: Config) -> None:
     """Raises ValueError where a config does not go with a problem."""
     p = problem
     if config.form == "vector":
