@@ -246,7 +246,10 @@ def _shards(path: Path, index: Path) -> list[Path]:
         raise CheckpointError(
             f"{index}: 'weight_map' must give a file's name for each tensor, got {shorten(wrong[0])}; download it again"
         )
-    files = [path / name for name in sorted(set(shards.values()))]
+    names = sorted(set(shards.values()))
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise CheckpointError(f"{index}: names a file outside its folder: {shorten(outside[0])}; download it again")
+    files = [path / name for name in names]
     if missing := [shorten(file.name)[1:-1] for file in files if not exists(file)]:
         others = f" and {len(missing) - NAMED_FILES} more" if len(missing) > NAMED_FILES else ""
         raise CheckpointError(
