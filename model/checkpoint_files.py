@@ -119,7 +119,9 @@ class JsonFile:
         value = self._value(key, default)
         if isinstance(value, bool):
             return value
-        raise CheckpointError(f"{self.path}: {key!r} must be true or false, got {shorten(value)}; mend it")
+        raise CheckpointError(
+            f"{self.path}: {key!r} must be true or false, got {shorten(value)}; write it so, without quotes"
+        )
 
     def text(self, key: str) -> str | None:
         """A string, or None where there is none."""

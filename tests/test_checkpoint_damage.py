@@ -217,6 +217,15 @@ def test_damaged_config(tmp_path: Path) -> None:
     assert not loaded["rms_norm_eps", repr(10**400)]
 
 
+def test_deeply_nested_config(tmp_path: Path) -> None:
+    """The parser gives up at some depth; up to there the error that shows the value must not."""
+    path = hugging_face_folder(tmp_path)
+    content = (path / "config.json").read_text().rstrip("}")
+    for depth in (100, *range(800, 1010, 3), 100_000):
+        (path / "config.json").write_text(f'{content}, "use_qk_norm": {"[" * depth}{"]" * depth}}}')
+        assert not loads_or_says_why(path, f"{depth} lists")
+
+
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_damaged_rotary_settings(tmp_path: Path, name: str) -> None:
     path = hugging_face_folder(tmp_path)

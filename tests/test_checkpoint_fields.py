@@ -200,6 +200,18 @@ def test_windows_of_some_layers(tmp_path: Path, fields: dict[str, Any], message:
         load_checkpoint(hugging_face_folder(tmp_path, config=given))
 
 
+@pytest.mark.parametrize("first", [0, LAYERS, LAYERS + 1, ...])
+def test_window_from_a_layer_on(tmp_path: Path, first: Any) -> None:
+    """Where no layer_types say so, the layer from which on the window counts decides as it does in transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+    fields = {"use_sliding_window": True, "sliding_window": 7} | ({} if first is ... else {"max_window_layers": first})
+    kinds = set(transformers.Qwen2Config(**SIZES, **fields).layer_types)
+    folder = hugging_face_folder(tmp_path, config={"architectures": ["Qwen2ForCausalLM"]} | fields)
+    assert load_checkpoint(folder).config.sliding_window == (7 if kinds == {"sliding_attention"} else None)
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
 def test_window_beyond_any_cache_is_none(tmp_path: Path, model_type: str) -> None:
     fields = {"architectures": ..., "model_type": model_type, "use_sliding_window": ...}
