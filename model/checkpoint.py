@@ -213,7 +213,7 @@ def _find_tensors(reader: CheckpointReader) -> dict[Place, StoredTensor]:
     for (part, layer), shape in _expected_shapes(reader, names):
         name = reader.name_of(part, layer)
         if name not in names:
-            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_way_out(part)}")
+            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_way_out(reader, names, part)}")
         tensor = reader.tensor(name)
         if tensor.shape != shape:
             config = dataclasses.replace(reader.config, stop_tokens=())
@@ -232,7 +232,10 @@ def _find_tensors(reader: CheckpointReader) -> dict[Place, StoredTensor]:
     return found
 
 
-def _way_out(part: str) -> str:
+def _way_out(reader: CheckpointReader, names: set[str], part: str) -> str:
+    """What to do about a part that is missing."""
+    if names and not any(reader.name_of(other, 0) in names for other in _layer_shapes(reader.config)):
+        return f"tensors are named otherwise, {shorten(min(names))} for example: take a checkpoint of a supported model"
     if part != "head":
         return "download the checkpoint again"
     return (

@@ -33,6 +33,8 @@ TENSOR_NAMES: Final = {
     "down": "model.layers.{layer}.mlp.down_proj.weight",
 }
 
+ATTENTION_BIASES: Final = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+
 FLOAT_TYPES: Final = ("F64", "F32", "F16", "BF16")
 
 BASE_PREFIX: Final = "model."
@@ -84,6 +86,8 @@ class HuggingFaceCheckpoint:
         self._tokenizer = Tokenizer.from_folder(path)
         scaling, self._divisor = _rope_scaling(rope, self._values.integer("max_position_embeddings", 2048))
         self.config = self._read_config(rope.real("rope_theta", self._values.real("rope_theta", 10_000.0)), scaling)
+        self._check_biases()
+        self._check_added_tokens()
 
     def tensor_names(self) -> Collection[str]:
         """Names of the tensors that hold weights: no rotary frequencies, no second copy of a tied head."""
@@ -143,6 +147,26 @@ class HuggingFaceCheckpoint:
             raise
         except ValueError as error:
             raise CheckpointError(f"{values.path}: describes no model: {error}") from error
+
+    def _check_biases(self) -> None:
+        """Checks that no biases are there of which config.json says that there are none: transformers drops them."""
+        if self._values.boolean("attention_bias", True) or self._family.model_type == "qwen2":
+            return
+        for name in sorted(self._stored):
+            if name.endswith(ATTENTION_BIASES) and self.tensor(name).read(np.float32).any():
+                raise CheckpointError(
+                    f"{self._values.path}: 'attention_bias' is false, but there is a tensor {shorten(name)}; set it to "
+                    "true if the model was trained with biases, as those of the Qwen family are"
+                )
+
+    def _check_added_tokens(self) -> None:
+        """Checks the tokens that every text is given; others beyond the embedding's rows may never be used."""
+        beyond = [token for token in self._tokenizer.encode("") if token >= self.config.vocab_size]
+        if beyond:
+            raise CheckpointError(
+                f"{self.path}: its tokenizer adds token {beyond[0]} to every text, but 'vocab_size' is "
+                f"{self.config.vocab_size}; tokenizer and config are of different models"
+            )
 
     def _has_one_table(self) -> bool:
         """Whether embedding and output head are one table; as in transformers, two that differ are not tied."""

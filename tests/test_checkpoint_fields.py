@@ -288,3 +288,44 @@ def test_tied_tables(tmp_path: Path, stored: str) -> None:
     safetensors.numpy.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     checkpoint = assert_as_transformers(tmp_path)
     assert checkpoint.config.tied_embedding == (stored != "different")
+
+
+def test_biases_that_the_config_denies(tmp_path: Path) -> None:
+    """transformers drops them; where config.json says nothing, they are what a relabelled Qwen2 has, and count."""
+    save_with_transformers(tmp_path, attention_bias=True)
+    change(tmp_path, attention_bias=False)
+    with pytest.raises(CheckpointError, match=r"'attention_bias' is false, but .*\.0\.self_attn\.k_proj\.bias'"):
+        load_checkpoint(tmp_path)
+    change(tmp_path, attention_bias=...)
+    assert load_checkpoint(tmp_path).parameters.layers[0].qkv_bias is not None  # type: ignore[index]
+    heads = {"q": Q_HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    zeros = {
+        f"model.layers.{layer}.self_attn.{part}_proj.bias": np.zeros(count * HEAD_DIM, np.float32)
+        for part, count in heads.items()
+        for layer in range(LAYERS)
+    }
+    tensors = hugging_face_names() | zeros
+    load_checkpoint(hugging_face_folder(tmp_path, tensors, {"attention_bias": False}))
+
+
+def test_tensors_named_otherwise(tmp_path: Path) -> None:
+    tensors = {f"language_model.{name}": array for name, array in hugging_face_names().items()}
+    with pytest.raises(CheckpointError, match=r"is missing; tensors are named otherwise, 'language_model\."):
+        load_checkpoint(hugging_face_folder(tmp_path, tensors))
+    tensors = {name: array for name, array in hugging_face_names().items() if "embed" not in name}
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight' is missing; download the checkpoint again"):
+        load_checkpoint(hugging_face_folder(tmp_path, tensors))
+
+
+def test_added_token_beyond_the_embedding(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["id"] += 10
+    content["model"]["vocab"] = {t: i + 10 * (i >= BOS) for t, i in content["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
+    load_checkpoint(folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    with pytest.raises(CheckpointError, match=f"adds token {BOS + 10} to every text, but 'vocab_size' is {VOCAB}"):
+        load_checkpoint(folder)
