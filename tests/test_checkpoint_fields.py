@@ -112,6 +112,8 @@ RELABELLED = {
     "Gemma": ({}, "hidden_act 'gelu_pytorch_tanh' is not supported"),
     "Granite": ({}, "attention_multiplier 1.0 is not supported"),
     "Granite ": ({"attention_multiplier": HEAD_DIM**-0.5, "logits_scaling": 8.0}, "logits_scaling 8.0 is not supp"),
+    "Ernie4_5": ({}, None),
+    "Ministral3": ({}, "llama_4_scaling_beta 0.1 is not supported"),
     "Ministral": ({}, "layer_types .* is not supported"),
     "SmolLM3": ({"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\] is not supported; supported: 1 for every"),
     "Helium": ({}, None),
