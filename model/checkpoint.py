@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 
-from palladion.model.checkpoint_files import CheckpointError
-from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor
+from palladion.model.checkpoint_files import CheckpointError, check_regular, exists, shorten
+from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor, check_frequencies
 from palladion.model.config import ModelConfig
 from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
@@ -84,13 +84,13 @@ def find_model(model: str | Path) -> Path:
       CheckpointError: there is no such path, or the package of that name is not installed.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if exists(path):
         return path
     packaged = PACKAGED_MODELS.get(str(model))
     if packaged is None:
         raise CheckpointError(
-            f"{path}: no such file or folder; give a .gguf file, a Hugging Face folder, or one of the names "
-            f"{', '.join(PACKAGED_MODELS)}"
+            f"{shorten(str(path), 300)[1:-1]}: no such file or folder; give a .gguf file, a Hugging Face folder, or "
+            f"one of the names {', '.join(PACKAGED_MODELS)}"
         )
     # The specification is enough: importing the package would need its own dependencies.
     specification = importlib.util.find_spec(packaged.package)
@@ -115,8 +115,8 @@ def load_checkpoint(
     default device. Everything that can be checked without reading them is checked first.
 
     Args:
-      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json) of a LlamaForCausalLM or
-        MistralForCausalLM; or the name of a packaged model, "smollm2".
+      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json) of a Llama, Mistral,
+        Qwen2 or Seed-OSS; or the name of a packaged model, "smollm2".
       dtype: "float32", "bfloat16" or "float16": of dense weights and biases. Norms are float32 always.
       weights: "keep" keeps what the file has quantized (GGUF's Q4_0, Q4_1 and Q8_0) as it is, without loss; other
         quantized types become dense. "dequantize" makes everything dense.
@@ -154,6 +154,7 @@ def _open(path: Path) -> CheckpointReader:
         files = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; it holds {', '.join(files)}: give one of these" if files else ""
         raise CheckpointError(f"{path}: not a Hugging Face checkpoint, it has no config.json{hint}")
+    check_regular(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty; download it again")
     if is_gguf(path):
@@ -212,22 +213,34 @@ def _find_tensors(reader: CheckpointReader) -> dict[Place, StoredTensor]:
     for (part, layer), shape in _expected_shapes(reader, names):
         name = reader.name_of(part, layer)
         if name not in names:
-            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; download the checkpoint again")
+            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_way_out(reader, names, part)}")
         tensor = reader.tensor(name)
         if tensor.shape != shape:
+            config = dataclasses.replace(reader.config, stop_tokens=())
             raise CheckpointError(
                 f"{reader.path}: tensor {name!r} has shape {list(tensor.shape)}, but the checkpoint's config asks for "
-                f"{list(shape)} ({reader.config}); weights and config are of different models"
+                f"{list(shape)} ({config}); weights and config are of different models"
             )
         found[part, layer] = tensor
     for name in sorted(names - {tensor.name for tensor in found.values()}):
         # A bias of zeros changes nothing, and is what an untrained or a merely converted one holds.
         if not name.endswith(".bias") or reader.tensor(name).read(jnp.float32).any():
             raise CheckpointError(
-                f"{reader.path}: tensor {name!r} has no place in this model, which is a Llama decoder with biases on "
-                "query, key and value at most; take a checkpoint of that form"
+                f"{reader.path}: tensor {shorten(name)} has no place in this model, which is a Llama decoder with "
+                "biases on query, key and value at most; take a checkpoint of that form"
             )
     return found
+
+
+def _way_out(reader: CheckpointReader, names: set[str], part: str) -> str:
+    """What to do about a part that is missing."""
+    if names and not any(reader.name_of(other, 0) in names for other in _layer_shapes(reader.config)):
+        return f"tensors are named otherwise, {shorten(min(names))} for example: take a checkpoint of a supported model"
+    if part != "head":
+        return "download the checkpoint again"
+    return (
+        "take the whole model's checkpoint, or set tie_word_embeddings to true where its embedding is the output head"
+    )
 
 
 def _expected_shapes(reader: CheckpointReader, names: set[str]) -> Iterator[tuple[Place, tuple[int, ...]]]:
@@ -290,7 +303,7 @@ class _Loader:
 def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float], None]) -> Parameters:
     config = loader.reader.config
     steps = config.num_layers + 2
-    frequencies = jnp.array(loader.reader.inverse_frequencies())
+    frequencies = jnp.array(check_frequencies(loader.reader.inverse_frequencies(), str(loader.reader.path)))
     # Each part is waited for before it is reported: what was read for it is let go only then.
     embedding = None if config.tied_embedding else jax.block_until_ready(loader.table("embedding"))
     report("embedding", 1 / steps)

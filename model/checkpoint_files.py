@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+MAX_INTEGER: Final = 2**31 - 1
+"""Sizes, counts and token ids are int32."""
+
+MAX_REAL: Final = 3.4028234e38
+"""The model computes with its constants in float32."""
+
+ENDLESS_WINDOW: Final = 2**30
+"""No cache holds as many tokens, and a position plus a window below this is an int32."""
 
 
 class CheckpointError(ValueError):
@@ -23,18 +31,50 @@ def models_extra(purpose: str) -> Iterator[None]:
         raise ImportError(f'{purpose} needs a package that is not here: pip install "palladion[models]"') from error
 
 
-def check_integer(value: Any, label: str) -> int:
-    """`value` if it is a positive integer; `label` says in an error what and where it is."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{label} must be a positive integer, got {value!r}; take the original file")
-    return value
+def shorten(value: Any, limit: int = 100) -> str:
+    """A value as an error message shows it: its repr, the middle left out where that is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * limit:
+        # Python refuses to write integers of thousands of digits.
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 4 :]}"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a path; one that the file system cannot even look up is not there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def check_regular(path: Path) -> None:
+    """Raises CheckpointError for what is no regular file: opening a pipe or a device may wait for ever."""
+    if exists(path) and not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file; put the checkpoint's own file in its place")
+
+
+def check_integer(value: Any, label: str, minimum: int = 1) -> int:
+    """`value` if it is an integer from `minimum` to 2^31 - 1; `label` says in an error what and where it is."""
+    if not isinstance(value, bool) and isinstance(value, int) and minimum <= value <= MAX_INTEGER:
+        return value
+    accepted = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+    below = " below 2^31" if isinstance(value, int) and value > MAX_INTEGER else ""
+    raise CheckpointError(f"{label} must be {accepted}{below}, got {shorten(value)}; take the original file")
 
 
 def check_real(value: Any, label: str) -> float:
-    """`value` as a float if it is a positive finite number; `label` says in an error what and where it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{label} must be a positive number, got {value!r}; take the original file")
+    """`value` as a float if it is a positive number that float32 holds; `label` says in an error what it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_REAL:
+        raise CheckpointError(f"{label} must be a positive number, got {shorten(value)}; take the original file")
     return float(value)
+
+
+def check_window(value: Any, label: str) -> int | None:
+    """`value` as a sliding window; None where it is longer than any cache, so that it never hides a token."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= ENDLESS_WINDOW:
+        return None
+    return check_integer(value, label)
 
 
 class JsonFile:
@@ -53,8 +93,9 @@ class JsonFile:
         """
         self.path = path
         self.content: dict[str, Any] = content or {}
-        if content is not None or (optional and not path.exists()):
+        if content is not None or (optional and not exists(path)):
             return
+        check_regular(path)
         try:
             parsed = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -65,38 +106,51 @@ class JsonFile:
             raise CheckpointError(f"{path}: expected a JSON object, got a {type(parsed).__name__}; download it again")
         self.content = parsed
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
-        return check_integer(self._value(key, default), f"{self.path}: {key!r}")
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """An integer from `minimum` on that int32 holds."""
+        return check_integer(self._value(key, default), f"{self.path}: {key!r}", minimum)
 
     def real(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         return check_real(self._value(key, default), f"{self.path}: {key!r}")
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false; a string is neither, whatever it says."""
+        value = self._value(key, default)
+        if isinstance(value, bool):
+            return value
+        raise CheckpointError(
+            f"{self.path}: {key!r} must be true or false, got {shorten(value)}; write it so, without quotes"
+        )
 
     def text(self, key: str) -> str | None:
         """A string, or None where there is none."""
         value = self.content.get(key)
         if value is None or isinstance(value, str):
             return value
-        raise CheckpointError(f"{self.path}: {key!r} must be a string, got {value!r}; take the original file")
+        raise CheckpointError(f"{self.path}: {key!r} must be a string, got {shorten(value)}; take the original file")
 
     def section(self, key: str) -> JsonFile:
         """The object under a key, empty where there is none."""
         value = self.content.get(key)
         if value is None or isinstance(value, dict):
             return JsonFile(self.path, content=value or {})
-        raise CheckpointError(f"{self.path}: {key!r} must be an object, got {value!r}; take the original file")
+        raise CheckpointError(f"{self.path}: {key!r} must be an object, got {shorten(value)}; take the original file")
 
     def tokens(self, key: str) -> list[int]:
         """Token ids: one, a list of them, or none."""
         value = self.content.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        if all(_is_token(entry) for entry in ids):
             return ids
-        raise CheckpointError(f"{self.path}: {key!r} must be token ids, got {value!r}; take the original file")
+        raise CheckpointError(f"{self.path}: {key!r} must be token ids, got {shorten(value)}; take the original file")
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.content.get(key)
         if value is None and default is None:
             raise CheckpointError(f"{self.path}: {key!r} is missing; take the original file")
         return default if value is None else value
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER

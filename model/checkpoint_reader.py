@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,9 @@ from palladion.model.checkpoint_files import CheckpointError
 from palladion.model.config import ModelConfig, RopeScaling
 from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import QuantizedArray
+
+HIGHEST_FREQUENCY: Final = 2.0**24
+"""Radians a token, beyond which float32 has less than one number for each radian."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +94,28 @@ def rotary_frequencies(
     Returns:
       `[head_dim / 2]` float32, computed in float64.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        # How many turns the frequency makes within the original context: few turns are stretched, many are left alone.
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        kept = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
-    return (frequencies / divisors).astype(np.float32)
+    with np.errstate(all="ignore"):  # Damaged constants give what is not finite, and check_frequencies finds it.
+        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if scaling is not None:
+            # How many turns a frequency makes within the original context: few are stretched, many are left alone.
+            turns = scaling.original_max_positions * frequencies / (2 * np.pi)
+            kept = (turns - scaling.low_frequency_factor) / (
+                scaling.high_frequency_factor - scaling.low_frequency_factor
+            )
+            kept = np.clip(kept, 0.0, 1.0)
+            frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
+        return (frequencies / divisors).astype(np.float32)
+
+
+def check_frequencies(frequencies: np.ndarray, label: str) -> np.ndarray:
+    """The frequencies as they are; `label` names the file in an error.
+
+    Raises:
+      CheckpointError: they are not finite, all zero, or so high that even the second token has no angle in float32.
+    """
+    if not np.isfinite(frequencies).all() or not 0 < frequencies.max() <= HIGHEST_FREQUENCY:
+        raise CheckpointError(
+            f"{label}: its rotary base and scaling factors give frequencies from {frequencies.min():g} to "
+            f"{frequencies.max():g}; the highest of a trained model is about 1: take the original file"
+        )
+    return frequencies

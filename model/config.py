@@ -70,6 +70,11 @@ class ModelConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field}: must be at least 1, got {getattr(self, field)}")
+        if self.max_positions < 2:
+            raise ValueError(
+                f"ModelConfig.max_positions: must be at least 2, a token to read and one to write, got "
+                f"{self.max_positions}"
+            )
         if self.q_heads % self.kv_heads:
             raise ValueError(f"ModelConfig: q_heads = {self.q_heads} is not a multiple of kv_heads = {self.kv_heads}")
         if self.head_dim % 2:

@@ -11,7 +11,14 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.model.checkpoint_files import CheckpointError, check_integer, check_real, models_extra
+from palladion.model.checkpoint_files import (
+    CheckpointError,
+    check_integer,
+    check_real,
+    check_window,
+    models_extra,
+    shorten,
+)
 from palladion.model.checkpoint_reader import StoredTensor, cast, rotary_frequencies
 from palladion.model.config import ModelConfig
 from palladion.model.tokenizer import Tokenizer
@@ -40,6 +47,27 @@ TENSOR_NAMES: Final = {
 
 FREQUENCY_DIVISORS: Final = "rope_freqs.weight"
 """By how much each rotary frequency is divided: Llama 3's scaling, already worked out by whoever wrote the file."""
+
+SCALING_FACTORS: Final = ("rope.scaling.factor", "rope.scale_linear")
+"""Where linear scaling's factor stands; the second is the name that old files use."""
+
+NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.key_length_mla": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window_pattern": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "use_parallel_residual": (False,),
+}
+"""Keys that change what a model computes and that are not applied, with the values under which they change nothing."""
 
 BLOCK: Final = 32
 """Weights in a block of the types that are kept."""
@@ -73,7 +101,8 @@ class GGUFCheckpoint:
         reader = _open(path)
         self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
         self._metadata = _metadata(path, reader)
-        self.name = str(self._metadata.get("general.name", path.stem))
+        name = self._metadata.get("general.name")
+        self.name = name if isinstance(name, str) else path.stem
         self._check_supported()
         self._tokenizer = Tokenizer.from_gguf(self._metadata, source=str(path))
         self.config = self._read_config()
@@ -115,16 +144,22 @@ class GGUFCheckpoint:
         architecture = self._metadata.get("general.architecture")
         if architecture != ARCHITECTURE:
             raise CheckpointError(
-                f"{self.path}: architecture {architecture!r} is not supported; supported: {ARCHITECTURE!r} "
+                f"{self.path}: architecture {shorten(architecture)} is not supported; supported: {ARCHITECTURE!r} "
                 "(Llama, Mistral, SmolLM and others of that form)"
             )
-        if self._metadata.get("split.count", 0) > 1:
+        parts = check_integer(self._metadata.get("split.count", 0), f"{self.path}: metadata key 'split.count'", 0)
+        if parts > 1:
             raise CheckpointError(
-                f"{self.path}: one of {self._metadata['split.count']} parts of a split checkpoint; "
-                "join them with llama-gguf-split --merge"
+                f"{self.path}: one of {parts} parts of a split checkpoint; join them with llama-gguf-split --merge"
             )
-        if experts := self._metadata.get(f"{ARCHITECTURE}.expert_count", 0):
+        if experts := self._integer("expert_count", 0, minimum=0):
             raise CheckpointError(f"{self.path}: a mixture of {experts} experts is not supported; take a dense model")
+        for key, neutral in NEUTRAL_VALUES.items():
+            value, label = self._value(key, neutral[0])
+            if value not in neutral:
+                raise CheckpointError(
+                    f"{label} is {shorten(value)}, which is not supported; supported: {' or '.join(map(str, neutral))}"
+                )
 
     def _value(self, key: str, default: Any) -> tuple[Any, str]:
         """A value under `llama.` and what to call it; an array of one number per layer, all equal, is that number."""
@@ -132,12 +167,12 @@ class GGUFCheckpoint:
         label = f"{self.path}: metadata key '{ARCHITECTURE}.{key}'"
         if value is None:
             raise CheckpointError(f"{label} is missing; convert the model again")
-        if isinstance(value, list) and len(set(value)) == 1:
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
             value = value[0]
         return value, label
 
-    def _integer(self, key: str, default: int | None = None) -> int:
-        return check_integer(*self._value(key, default))
+    def _integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        return check_integer(*self._value(key, default), minimum)
 
     def _real(self, key: str, default: float | None = None) -> float:
         return check_real(*self._value(key, default))
@@ -156,9 +191,7 @@ class GGUFCheckpoint:
             raise CheckpointError(
                 f"{self.path}: value heads are {value_dim} wide, key heads {head_dim}; only equal widths are supported"
             )
-        window = None
-        if self._metadata.get(f"{ARCHITECTURE}.attention.sliding_window"):  # 0 says there is none
-            window = self._integer("attention.sliding_window")
+        window, window_label = self._value("attention.sliding_window", 0)
         try:
             return ModelConfig(
                 vocab_size=self._tokenizer.vocab_size,
@@ -168,12 +201,13 @@ class GGUFCheckpoint:
                 q_heads=q_heads,
                 kv_heads=self._integer("attention.head_count_kv", q_heads),
                 head_dim=head_dim,
-                max_positions=self._integer("context_length"),
+                max_positions=self._integer("context_length", minimum=2),
                 rope_theta=self._real("rope.freq_base", 10_000.0),
                 rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
-                sliding_window=window,
+                sliding_window=None if _is_zero(window) else check_window(window, window_label),
                 tied_embedding=TENSOR_NAMES["head"] not in self._tensors,
-                stop_tokens=self._tokenizer.stop_tokens,
+                # Files write -1 or its unsigned form for a token that they do not have.
+                stop_tokens=tuple(t for t in self._tokenizer.stop_tokens if 0 <= t < self._tokenizer.vocab_size),
             )
         except CheckpointError:
             raise
@@ -182,9 +216,7 @@ class GGUFCheckpoint:
 
     def inverse_frequencies(self) -> np.ndarray:
         """The rotary frequencies, `[head_dim / 2]` float32, linear or Llama 3's scaling applied."""
-        divisors: np.ndarray | float = 1.0
-        if self._linear_scaling:
-            divisors = self._real("rope.scaling.factor")
+        divisors: np.ndarray | float = self._linear_divisor()
         if FREQUENCY_DIVISORS in self._tensors:
             factors = self.tensor(FREQUENCY_DIVISORS).read(np.float64)
             if factors.shape != (self.config.head_dim // 2,) or not (factors > 0).all():
@@ -196,15 +228,23 @@ class GGUFCheckpoint:
             divisors = divisors * factors
         return rotary_frequencies(self.config.head_dim, self.config.rope_theta, divisors=divisors)
 
-    @property
-    def _linear_scaling(self) -> bool:
-        kind = self._metadata.get(f"{ARCHITECTURE}.rope.scaling.type", "none")
+    def _linear_divisor(self) -> float:
+        """What linear scaling divides frequencies by, as llama.cpp reads it: 0 and no factor at all are 1."""
+        kind, _ = self._value("rope.scaling.type", "linear")
         if kind not in ("none", "linear"):
             raise CheckpointError(
-                f"{self.path}: rotary scaling {kind!r} is not supported; supported: none, linear and Llama 3's "
+                f"{self.path}: rotary scaling {shorten(kind)} is not supported; supported: none, linear and Llama 3's "
                 f"(a tensor {FREQUENCY_DIVISORS!r})"
             )
-        return bool(kind == "linear")
+        given = [key for key in SCALING_FACTORS if f"{ARCHITECTURE}.{key}" in self._metadata]
+        if kind == "none" or not given:
+            return 1.0
+        factor, label = self._value(given[0], None)
+        return 1.0 if _is_zero(factor) else check_real(factor, label)
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and value == 0
 
 
 def _open(path: Path) -> Any:

@@ -85,7 +85,19 @@ def encode(weights: dict[str, np.ndarray], kinds: Callable[[str], Any]) -> Tenso
 def write_gguf(
     path: Path, tensors: Tensors, metadata: dict[str, Any] | None = None, architecture: str = "llama"
 ) -> Path:
+    """A file of the architecture's usual metadata, changed by `metadata`; None removes a key.
+
+    Keys stand under the architecture's name, unless they start with "general.", "split." or "tokenizer.".
+    """
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("a small model")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (VOCAB - 2) + [3, 3])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
     values = {
         "block_count": LAYERS,
         "context_length": 128,
@@ -96,19 +108,12 @@ def write_gguf(
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 500_000.0,
     } | (metadata or {})
-    for key, value in values.items():
-        if value is None:
-            continue
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(key if key.startswith("split.") else f"{architecture}.{key}", value)
-    writer.add_name("a small model")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * (VOCAB - 2) + [3, 3])
-    writer.add_token_merges([])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
+    for name, value in values.items():
+        key = name if name.startswith(("general.", "split.", "tokenizer.")) else f"{architecture}.{name}"
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            kind, element_kind = gguf_type(value), gguf_type(value[0]) if isinstance(value, list) and value else None
+            writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, kind, element_kind)
     for name, (data, kind) in tensors.items():
         full_name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
         writer.add_tensor(full_name, stored(name.removesuffix(".bias"), data), raw_dtype=kind)
@@ -117,6 +122,18 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_type(value: Any) -> gguf.GGUFValueType:
+    """The narrowest of the types that converters use, in which a value can be written."""
+    kinds = gguf.GGUFValueType
+    if isinstance(value, bool | str | list):
+        return {bool: kinds.BOOL, str: kinds.STRING, list: kinds.ARRAY}[type(value)]
+    if isinstance(value, int):
+        if value < 0:
+            return kinds.INT32
+        return kinds.UINT32 if value < 2**32 else kinds.UINT64
+    return kinds.FLOAT32 if value == 0 or not np.isfinite(value) or 1e-30 < abs(value) < 1e30 else kinds.FLOAT64
 
 
 def gguf_file(path: Path, kind: Any = Type.F32, tied: bool = False, **metadata: Any) -> Path:

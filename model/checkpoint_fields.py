@@ -1,0 +1,280 @@
+"""Fields of config.json that change what a model computes: refused where this decoder would compute something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_window, shorten
+
+
+class Family(NamedTuple):
+    """A family of models that this decoder computes as transformers does.
+
+    Attributes:
+      model_type: its name in config.json.
+      architecture: the class that config.json names for a whole model.
+      base_architecture: the class that it names for a decoder saved without its output head.
+    """
+
+    model_type: str
+    architecture: str
+    base_architecture: str
+
+
+FAMILIES: Final = (
+    Family("llama", "LlamaForCausalLM", "LlamaModel"),
+    Family("mistral", "MistralForCausalLM", "MistralModel"),
+    Family("qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
+    Family("seed_oss", "SeedOssForCausalLM", "SeedOssModel"),
+)
+
+DEFAULT_WINDOW: Final = 4096
+"""The window of Mistral and Qwen2 where config.json is silent; an explicit null means no window."""
+
+DEFAULT_WINDOW_LAYERS: Final = 28
+"""The layer from which on Qwen2's window counts, where config.json is silent."""
+
+NOTHING: Final[tuple[Any, ...]] = (False, 0, "", [], {})
+"""The values by which a field says that its feature is absent, besides null."""
+
+NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    # Scales that other families put on activations, scores or logits. Null leaves them out.
+    **dict.fromkeys(
+        (
+            "attention_in_multiplier",
+            "attention_out_multiplier",
+            "embedding_multiplier",
+            "embedding_scale",
+            "key_multiplier",
+            "lm_head_multiplier",
+            "logit_scale",
+            "logits_mup_width_multiplier",
+            "logits_scaling",
+            "partial_rotary_factor",
+            "residual_multiplier",
+            "rope_pct",
+            "rotary_emb_fraction",
+            "rotary_pct",
+            "rotary_percent",
+            "scale_emb",
+        ),
+        (1,),
+    ),
+    "is_causal": (True,),
+    "causal": (True,),
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "position_embedding_type": ("rope", "rotary"),
+    # Other layers, norms, attention or positions than those of this decoder.
+    **dict.fromkeys(
+        (
+            "add_cross_attention",
+            "alibi",
+            "attention_chunk_size",
+            "attention_k_eq_v",
+            "attention_sinks",
+            "attention_value_scale",
+            "attn_logit_softcapping",
+            "attn_scale",
+            "attn_temperature_tuning",
+            "clip_qkv",
+            "final_logit_softcapping",
+            "is_encoder_decoder",
+            "kv_lora_rank",
+            "layer_rope_theta",
+            "logits_soft_cap",
+            "mlp_layer_types",
+            "mlp_multipliers",
+            "moe_layers",
+            "mup_enabled",
+            "n_routed_experts",
+            "num_attention_heads_per_layer",
+            "num_experts",
+            "num_kv_shared_layers",
+            "num_local_experts",
+            "output_logit_soft_cap",
+            "parallel_attn",
+            "per_layer_config",
+            "q_lora_rank",
+            "qk_layernorm",
+            "qk_norm",
+            "rope_interleave",
+            "rope_interleaved",
+            "scale_depth",
+            "scale_embedding",
+            "sliding_window_pattern",
+            "swiglu_limit",
+            "use_alibi",
+            "use_bidirectional_attention",
+            "use_mla",
+            "use_parallel_residual",
+            "use_post_norm",
+            "use_qk_norm",
+            "use_sandwich_norm",
+        ),
+        NOTHING,
+    ),
+}
+"""Fields that change the result and are not applied, with the values, besides null, under which they change nothing."""
+
+NEUTRAL_ROTARY_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "llama_4_scaling_beta": NOTHING,
+    "partial_rotary_factor": (1,),
+}
+"""The same within the rotary settings."""
+
+EFFECTIVE_NAME: Final = re.compile(r"multiplier|scaling|soft_?cap|qk_?(layer)?norm|rotary|mup_|experts$|lora_rank")
+"""Names, of families that nobody has met yet, that say that a field changes the result."""
+
+CHECKED_APART: Final = frozenset({"rope_scaling", "attention_multiplier"})
+"""Fields with such a name that are applied, or whose neutral value depends on other fields."""
+
+
+SAME_SCALE: Final = 1e-6
+"""How far two scales may be apart, of their size, and count as one: a few roundings of float32."""
+
+
+def read_family(values: JsonFile) -> Family:
+    """The family that a config.json is of, by `architectures` and `model_type`.
+
+    Raises:
+      CheckpointError: it is of none that is supported, or the two do not belong together: the folder was relabelled.
+    """
+    named = values.content.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    model_type = values.text("model_type")
+    by_name = [family for family in FAMILIES if {family.architecture, family.base_architecture} & set(names)]
+    by_type = [family for family in FAMILIES if family.model_type == model_type]
+    if by_name and by_type != by_name[:1] and model_type is not None:
+        raise CheckpointError(
+            f"{values.path}: 'model_type' {shorten(model_type)} is not that of architecture {by_name[0].architecture}, "
+            f"which is {by_name[0].model_type!r}; the folder is of another model: take one of a supported architecture"
+        )
+    found = by_name or ([] if names else by_type)
+    if not found:
+        given = shorten(", ".join(names))[1:-1] if names else "unnamed"
+        raise CheckpointError(
+            f"{values.path}: architecture {given} is not supported; supported: "
+            f"{', '.join(family.architecture for family in FAMILIES)}"
+        )
+    return found[0]
+
+
+def check_fields(values: JsonFile, rope: JsonFile) -> None:
+    """Checks that no field asks for what this decoder does not compute.
+
+    Args:
+      values: config.json.
+      rope: the rotary settings in it.
+
+    Raises:
+      CheckpointError: one does; names it.
+    """
+    for name, value in values.content.items():
+        if name in NEUTRAL_VALUES:
+            _check_neutral(values, name, value, NEUTRAL_VALUES[name])
+        elif EFFECTIVE_NAME.search(name) and name not in CHECKED_APART:
+            _check_neutral(values, name, value, (*NOTHING, 1))
+    _check_relative_scales(values)
+    _check_layers_without_positions(values)
+    for name, value in rope.content.items():
+        if isinstance(value, dict):
+            raise CheckpointError(
+                f"{values.path}: rotary settings by kind of layer ({shorten(name)}) are not supported; supported: one "
+                "for all layers"
+            )
+        if name in NEUTRAL_ROTARY_VALUES:
+            _check_neutral(values, name, value, NEUTRAL_ROTARY_VALUES[name])
+    for name in ("attention_bias", "mlp_bias", "attention_out_bias"):  # The tensors say so; this is their spelling.
+        values.boolean(name, False)
+
+
+def _check_neutral(values: JsonFile, name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    if value is None or value in neutral:
+        return
+    accepted = "null" if neutral == NOTHING else " or ".join(map(repr, neutral))
+    raise CheckpointError(
+        f"{values.path}: {name} {shorten(value)} is not supported: this decoder does not apply "
+        f"it; supported: {accepted}"
+    )
+
+
+def _check_relative_scales(values: JsonFile) -> None:
+    """Checks scales that change nothing where they say what this decoder takes anyway."""
+    hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
+    head_dim = values.integer("head_dim", max(1, hidden // heads))
+    expected = {
+        "attention_multiplier": head_dim**-0.5,
+        "query_pre_attn_scalar": head_dim,
+        "dim_model_base": hidden,
+    }
+    for name, value in expected.items():
+        if values.content.get(name) is not None and abs(values.real(name) / value - 1) > SAME_SCALE:
+            raise CheckpointError(
+                f"{values.path}: {name} {values.real(name)} is not supported: this decoder does not apply it; "
+                f"supported: {value:g}, for heads of {head_dim} and a hidden_size of {hidden}"
+            )
+
+
+def _check_layers_without_positions(values: JsonFile) -> None:
+    """Checks that every layer rotates: `no_rope_layers` has a 1 for each that does, and wins over the interval."""
+    layers = values.content.get("no_rope_layers")
+    if layers is not None:
+        if not isinstance(layers, list) or not all(layers):
+            raise CheckpointError(
+                f"{values.path}: no_rope_layers {shorten(layers)} is not supported; supported: 1 for every layer"
+            )
+        return
+    interval = values.content.get("no_rope_layer_interval")
+    if interval is not None and values.integer("no_rope_layer_interval") <= values.integer("num_hidden_layers"):
+        raise CheckpointError(
+            f"{values.path}: no_rope_layer_interval {interval} is not supported; supported: no_rope_layers with a 1 "
+            "for every layer"
+        )
+
+
+def read_sliding_window(values: JsonFile, family: Family) -> int | None:
+    """Tokens that a query sees, in all layers; a setting of Mistral and Qwen2, which the other families ignore.
+
+    Raises:
+      CheckpointError: only some layers have it.
+    """
+    kinds = values.content.get("layer_types")
+    window = None
+    if family.model_type == "qwen2":
+        window = _qwen2_window(values, kinds)
+    elif values.boolean("use_sliding_window", False):
+        raise CheckpointError(f"{values.path}: use_sliding_window true is not supported by {family.architecture}")
+    elif family.model_type == "mistral":
+        window = _window(values)
+    kind = "full_attention" if window is None else "sliding_attention"
+    if kinds is not None and (not isinstance(kinds, list) or any(entry != kind for entry in kinds)):
+        raise CheckpointError(
+            f"{values.path}: layer_types {shorten(kinds)} is not supported; supported: {kind!r} for every layer, as "
+            "the other fields say"
+        )
+    return window
+
+
+def _window(values: JsonFile) -> int | None:
+    value = values.content.get("sliding_window", DEFAULT_WINDOW)
+    return None if value is None else check_window(value, f"{values.path}: 'sliding_window'")
+
+
+def _qwen2_window(values: JsonFile, kinds: Any) -> int | None:
+    """Qwen2's window, which counts in the layers that `layer_types` says, or from `max_window_layers` on."""
+    window = _window(values) if values.boolean("use_sliding_window", False) else None
+    if window is None:
+        return None
+    layers = values.integer("num_hidden_layers")
+    if isinstance(kinds, list):
+        return window if "sliding_attention" in kinds else None
+    first = values.integer("max_window_layers", DEFAULT_WINDOW_LAYERS, minimum=0)
+    if 0 < first < layers:
+        raise CheckpointError(
+            f"{values.path}: max_window_layers {first} of {layers} layers is not supported: the window must be that of "
+            "all layers (0) or of none"
+        )
+    return window if first == 0 else None
