@@ -2,6 +2,9 @@
 
 Jinja's own sandbox lets a template make text and nothing else. What it does not bound is work: here every template is
 rewritten so that its loops, its calls and the sizes of its values are counted, and one that takes too much is stopped.
+Bounded are the passes of all loops and the calls of functions and macros together, the sizes of values that are
+assigned, returned, multiplied or written, and the numbers that filters and methods of strings are given, which are
+widths and counts. What is left is linear in these, and in the length of the template.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ MAX_STEPS: Final = 1_000_000
 """Passes of loops and calls of functions and macros, in one rendering together."""
 
 MAX_SIZE: Final = 10_000_000
-"""Characters of the text, and characters or entries of every value that is assigned, returned or multiplied."""
+"""Characters of the text, characters or entries of a value, and the largest width or count."""
 
 WORK: Final = "work of this rendering"
 """The variable that holds the counter: no name that a template could write."""
@@ -63,6 +66,13 @@ def sized(value: Any) -> Any:
     return value
 
 
+def counted(value: Any) -> Any:
+    """`value`, which may be a width or a count, unless it is too large."""
+    if isinstance(value, int):
+        check_size(value)
+    return value
+
+
 @jinja2.pass_context
 def _passes(context: jinja2.runtime.Context, items: Iterable[Any]) -> Iterator[Any]:
     work: Work = context[WORK]
@@ -77,7 +87,13 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", GenerationTag]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        self.filters |= {"tojson": _to_json, "palladion_passes": _passes, "palladion_sized": sized}
+        self.filters |= {
+            "tojson": _to_json,
+            "palladion_passes": _passes,
+            "palladion_sized": sized,
+            "palladion_counted": counted,
+        }
+        del self.globals["lipsum"]  # any amount of text in one call
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -86,6 +102,10 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def bounded(self, source: str) -> jinja2.Template:
         """Compiles a template, its loops and assignments counted."""
         tree = self.parse(source)
+        for applied in [*tree.find_all(jinja2.nodes.Filter)]:
+            applied.args = [_filtered(argument, "palladion_counted") for argument in applied.args]
+            for pair in applied.kwargs:
+                pair.value = _filtered(pair.value, "palladion_counted")
         for node in [*tree.find_all((jinja2.nodes.For, jinja2.nodes.Assign, jinja2.nodes.AssignBlock))]:
             if isinstance(node, jinja2.nodes.For):
                 node.iter = _filtered(node.iter, "palladion_passes")
@@ -102,6 +122,8 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         work.step()
         if isinstance(__obj, jinja2.runtime.LoopContext) and args:
             args = (work.passes(args[0]), *args[1:])  # a recursive loop's next level
+        if isinstance(getattr(__obj, "__self__", None), str):
+            args = tuple(map(counted, args))
         return sized(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

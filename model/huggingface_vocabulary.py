@@ -18,6 +18,7 @@ from palladion.model.vocabulary import (
     TOKEN_LIMIT,
     Vocabulary,
     byte_level_bytes,
+    check_text,
     sentencepiece_bytes,
     tokenizer_errors,
 )
@@ -72,8 +73,9 @@ def read_folder_vocabulary(path: Path) -> Vocabulary:
     if scheme is not None:
         encoder.normalizer = None
         encoder.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    _add_tokens(encoder, settings, path)
-    special = _special_tokens(encoder, settings, config)
+    with tokenizer_errors(CheckpointError, f"{settings.path}: its tokens cannot be added"):
+        _add_tokens(encoder, settings, path)
+        special = _special_tokens(encoder, settings, config)
     stops = _stop_tokens(config) + _stop_tokens(JsonFile(path / "generation_config.json", optional=True))
     if "eos_token" in special:
         stops.append(special["eos_token"])
@@ -255,6 +257,11 @@ def _chat_template(path: Path, settings: JsonFile) -> str | None:
             raise CheckpointError(f"{file}: not readable as UTF-8 text ({error}); download it again") from error
     named = settings.content.get("chat_template")
     if not isinstance(named, list):
-        return settings.text("chat_template")
-    entries = [JsonFile(settings.path, content=entry) for entry in named if isinstance(entry, dict)]
-    return next((entry.text("template") for entry in entries if entry.text("name") == "default"), None)
+        template = settings.text("chat_template")
+    else:
+        entries = [JsonFile(settings.path, content=entry) for entry in named if isinstance(entry, dict)]
+        template = next((entry.text("template") for entry in entries if entry.text("name") == "default"), None)
+    try:
+        return template if template is None else check_text(template, f"{settings.path}: 'chat_template'")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; take the original file") from error

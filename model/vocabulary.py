@@ -56,10 +56,15 @@ class Vocabulary:
         """Encodes a short text.
 
         Raises:
-          CheckpointError: the encoder cannot run; `source` names the file.
+          CheckpointError: the encoder cannot run, or gives what is no token; `source` names the file.
         """
         with tokenizer_errors(CheckpointError, f"{source}: the tokenizer cannot encode", quiet=True):
-            self.encoder.encode(PROBE)
+            ids = self.encoder.encode(PROBE).ids
+        if ids and max(ids) >= len(self.pieces):
+            raise CheckpointError(
+                f"{source}: the tokenizer puts token {max(ids)} around a text, but its last token is "
+                f"{len(self.pieces) - 1}; take the original file"
+            )
 
 
 # ------------------------------------------------------------------------------------- the boundary to the Rust package

@@ -69,7 +69,8 @@ def test_templates_have_the_functions_they_expect() -> None:
         ("{{ messages.__class__.__mro__ }}", "refuses this conversation: .*unsafe"),
         ("{{ messages.append(1) }}", "refuses this conversation"),
         ("{{ 'a' + 1 }}", "refuses this conversation"),
-        ("{{ range(10 ** 9) }}", "refuses this conversation: Range too big"),
+        ("{{ range(10 ** 6) }}", "refuses this conversation: Range too big"),
+        ("{{ lipsum(10 ** 9) }}", "refuses this conversation: 'lipsum' is undefined"),
     ],
 )
 def test_chat_errors(template: str | None, message: str) -> None:
@@ -151,13 +152,18 @@ ENDLESS = {
     "a long text": "{{ 'ab' * 10 ** 10 }}",
     "a long list": "{{ (10 ** 10) * [1] }}",
     "a large number": "{{ 10 ** (10 ** 9) }}",
+    "a wide filter": "{{ messages[0].content | center(10 ** 10) }}",
+    "a wide filter by name": "{{ messages[0].content | indent(width=10 ** 10) }}",
+    "a filter that counts": "{{ messages | slice(10 ** 10) | list | length }}",
+    "a wide method": "{{ messages[0].content.rjust(10 ** 10) }}",
     "much text": "{% set s = 'a' * 10 ** 6 %}{% for a in range(60000) %}{{ s }}{% endfor %}",
 }
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
-def test_templates_that_would_not_end(template: str) -> None:
+def test_templates_that_would_not_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_sandbox, "MAX_STEPS", 100_000)  # a tenth, to be sooner there
     with pytest.raises(ValueError, match=r"refuses this conversation: it (takes|makes a value of) .*more than"):
         chat_tokenizer(template).render_chat([USER])
 

@@ -229,6 +229,7 @@ def test_filters():
 def test_edges_of_filters():
     logits = np.array([1.0, 3.0, 2.0, 3.0, 2.0, -1.0], np.float32)
     np.testing.assert_array_equal(kept(logits, top_k=1), logits == 3)
+    np.testing.assert_array_equal(kept(logits, top_k=2), logits == 3)
     np.testing.assert_array_equal(kept(logits, top_k=3), logits >= 2)
     np.testing.assert_array_equal(kept(logits, top_k=6), logits >= -1)
     np.testing.assert_array_equal(kept(logits, min_p=1), logits == 3)

@@ -112,6 +112,14 @@ def test_a_tokenizer_that_panics_is_an_error_at_load(tmp_path: Path, changes: di
         Tokenizer.from_folder(tmp_path)
 
 
+def test_a_post_processor_of_another_vocabulary(tmp_path: Path) -> None:
+    byte_level_folder(tmp_path)
+    ends = {"sep": ["</s>", 999], "cls": ["<s>", 998], "trim_offsets": True, "add_prefix_space": False}
+    change(tmp_path, truncation=None, post_processor={"type": "RobertaProcessing"} | ends)
+    with pytest.raises(CheckpointError, match=r"puts token 999 around a text, but its last token is 265"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_panic_leaves_no_trace_on_standard_error(tmp_path: Path) -> None:
     byte_level_folder(tmp_path)
     change(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "ABCD"})
@@ -185,6 +193,9 @@ def test_a_template_that_is_not_utf8(tmp_path: Path) -> None:
         ({"extra_special_tokens": [3]}, "'extra_special_tokens' must be a token"),
         ({"tokenizer_class": 3}, "'tokenizer_class' must be a string"),
         ({"chat_template": 3}, "'chat_template' must be a string"),
+        ({"chat_template": "\ud800"}, "'chat_template': is not valid text"),
+        ({"chat_template": [{"name": "default", "template": "\ud800"}]}, "'chat_template': is not valid text"),
+        ({"eos_token": "\ud800"}, "its tokens cannot be added"),
     ],
 )
 def test_settings_of_the_wrong_type(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
