@@ -25,6 +25,9 @@ from palladion.reference.platforms import target_platform
 DEFAULT_MAX_LEN: Final = 2048
 """Tokens of cache for each sequence where nothing else is asked, unless the model was trained for fewer."""
 
+MAX_LEN_LIMIT: Final = 1 << 30
+"""The longest cache there can be: positions are 32-bit integers."""
+
 Stop = Literal["stop token", "max_new_tokens", "cache full"]
 Prompt = str | Sequence[int]
 
@@ -82,8 +85,11 @@ class Generator:
         if max_len is None:
             max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
         max_len = check_integer(max_len, "max_len")
-        if max_len < 2:
-            raise ValueError(f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write")
+        if not 2 <= max_len <= MAX_LEN_LIMIT:
+            raise ValueError(
+                f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write, and at most "
+                f"{MAX_LEN_LIMIT}"
+            )
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer

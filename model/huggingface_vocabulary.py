@@ -3,6 +3,9 @@
 tokenizer.json is the tokenizer; other files add tokens to it, name the special ones, and hold the chat template and
 the stop tokens. What goes around a text is the business of tokenizer.json's post-processor alone: where there is that
 file, `add_bos_token` and `add_eos_token` of tokenizer_config.json have no effect.
+
+One thing is not followed: the classes GPT2Tokenizer and Qwen2Tokenizer of transformers 5 cut text by rules of their own
+where tokenizer.json has others, such as digits one by one. The file has the rules that the model was trained with.
 """
 
 from __future__ import annotations

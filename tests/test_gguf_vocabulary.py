@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_tokenizers import (
     END,
     EOS,
@@ -191,3 +193,26 @@ def test_gguf_errors(changes: dict[str, Any], message: str) -> None:
 def test_sentencepiece_needs_scores() -> None:
     with pytest.raises(CheckpointError, match=r"'tokenizer\.ggml\.scores' is missing"):
         Tokenizer.from_gguf(sentencepiece_metadata(scores=None))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+ANYTHING = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([byte_level_metadata, sentencepiece_metadata]), st.data())
+def test_any_metadata_is_a_tokenizer_or_an_error(make: Any, data: st.DataObject) -> None:
+    metadata = make(add_bos_token=True, add_space_prefix=True, eot_token_id=END, chat_template=None)
+    key = data.draw(st.sampled_from([*sorted(metadata), "tokenizer.chat_template"]))
+    value = metadata.get(key)
+    if isinstance(value, list) and data.draw(st.booleans()):
+        place = data.draw(st.integers(0, len(value) - 1))
+        metadata[key] = [*value[:place], data.draw(ANYTHING), *value[place + 1 :]]
+    else:
+        metadata[key] = data.draw(ANYTHING)
+    try:
+        tokenizer = Tokenizer.from_gguf(metadata)
+    except CheckpointError:
+        return
+    tokenizer.decode(tokenizer.encode("<s>hello <|im_end|>\n\x00"), special=True)
+    assert all(0 <= token < tokenizer.vocab_size for token in tokenizer.stop_tokens)

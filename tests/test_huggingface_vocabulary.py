@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_tokenizers import BOS, END, EOS, SPACE, START, USER, byte_level_folder, sentencepiece_folder
 from tokenizers import decoders
 
@@ -204,6 +208,44 @@ def test_settings_of_the_wrong_type(tmp_path: Path, settings: dict[str, Any], me
         Tokenizer.from_folder(tmp_path)
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+PLACES = {
+    "tokenizer.json": ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "version"),
+    "tokenizer_config.json": (
+        *("bos_token", "eos_token", "pad_token", "mask_token", "image_token", "extra_special_tokens"),
+        *("additional_special_tokens", "added_tokens_decoder", "tokenizer_class", "legacy", "chat_template"),
+    ),
+    "special_tokens_map.json": ("bos_token", "eos_token", "additional_special_tokens"),
+    "added_tokens.json": ("<extra>",),
+    "config.json": ("bos_token_id", "eos_token_id", "model_type"),
+    "generation_config.json": ("eos_token_id",),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([byte_level_folder, sentencepiece_folder]), st.data())
+def test_any_folder_is_a_tokenizer_or_an_error(make: Any, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        make(path, bos_token="<s>")
+        name = data.draw(st.sampled_from([*PLACES]))
+        key = data.draw(st.sampled_from(PLACES[name]))
+        content = json.loads((path / name).read_text()) if (path / name).exists() else {}
+        value = data.draw(ANYTHING)
+        if isinstance(content.get(key), dict) and data.draw(st.booleans()):
+            value = content[key] | {data.draw(st.sampled_from(sorted(content[key]))): value}
+        (path / name).write_text(json.dumps(content | {key: value}))
+        try:
+            tokenizer = Tokenizer.from_folder(path)
+        except CheckpointError:
+            return
+        with contextlib.suppress(ValueError):  # some fail on some texts
+            tokenizer.decode(tokenizer.encode("<s>hello <|im_end|>\n"), special=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- peers
 
 EXTRA = {"content": "<extra>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -271,6 +313,19 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, make: Any, folder: str
         if "bos_token" in settings:
             chat = tokenizer.encode(tokenizer.render_chat([USER]))
             assert chat == peer.apply_chat_template([USER], tokenize=True, return_dict=False)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"])
+def test_byte_level_classes_give_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    byte_level_folder(tmp_path, **NAMES, unk_token="<unk>", pad_token="</s>", tokenizer_class=name)
+    change(tmp_path, truncation=None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == peer(text).input_ids, text
 
 
 @pytest.mark.peer
