@@ -16,6 +16,7 @@ SMALLEST: Final = float(np.finfo(np.float32).tiny)
 """The smallest number that arithmetic keeps apart from 0: temperatures and probabilities are raised to it."""
 
 LARGEST: Final = {"temperature": float(np.finfo(np.float32).max), "top_k": 2**31 - 1, "top_p": 1, "min_p": 1}
+"""The largest values that differ from others; larger ones are lowered to them."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -25,7 +26,7 @@ class Sampling:
 
     Filters apply in the order of the attributes, each to what the one before has left. Without a temperature they mean
     temperature 1; at temperature 0 they change nothing and are dropped. A value may also be a JAX scalar, traced or
-    not: it is taken as it is, on whoever gives it to be in its range.
+    not, which is taken as it is; the caller keeps it in its range.
 
     Attributes:
       temperature: what logits are divided by; None without a filter, or 0, takes the likeliest token.
@@ -96,10 +97,9 @@ def _checked(name: str, value: Any, valid: Callable[[Any], bool], accepted: str)
         return value
     number = value.item() if isinstance(value, np.generic | np.ndarray) and value.shape == () else value
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    is_finite = is_number and (isinstance(number, numbers.Integral) or math.isfinite(number))
+    is_finite = is_number and (isinstance(number, numbers.Rational) or math.isfinite(number))
     if not is_finite or not valid(number):
         raise ValueError(f"Sampling.{name}: got {value!r}; accepted: {accepted}, or None")
-    # More of a temperature or a k changes nothing.
     number = min(number, LARGEST[name])
     return int(number) if name == "top_k" else float(number)
 

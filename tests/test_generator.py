@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,8 @@ def test_small_temperatures_take_the_likeliest(temperature: Any, filters: dict[s
 def test_large_values_change_nothing():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(200, 9)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 200)
-    hot = sample(logits, keys, Sampling(temperature=1e300, top_k=10**30).as_arrays())
+    assert Sampling(temperature=10**400) == Sampling(temperature=Fraction(10**400)) == Sampling(temperature=1e300)
+    hot = sample(logits, keys, Sampling(temperature=1e300, top_k=10**400).as_arrays())
     assert {*np.asarray(hot).tolist()} == {*range(9)}
     coldest = sample(logits, keys, Sampling(top_p=1e-60).as_arrays())
     np.testing.assert_array_equal(coldest, np.argmax(logits, axis=-1))
