@@ -110,7 +110,7 @@ class Engine:
         )
         self._integers: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self._keys_like = jax.eval_shape(self.keys, 0)
-        self._sampling_like = jax.eval_shape(lambda: _as_arrays(sampling))
+        self._sampling_like = jax.eval_shape(sampling.as_arrays)
         # Programs take and return bits.
         self._parameters = view_bits(parameters)
 
@@ -126,7 +126,7 @@ class Engine:
 
     def prefill(self, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling) -> State:
         """Reads prompts and chooses the first token of each answer."""
-        sampling = _as_arrays(sampling)
+        sampling = sampling.as_arrays()
         cache = self._take_cache()
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         plan = plan_chunks(int(lengths.max()))
@@ -148,7 +148,7 @@ class Engine:
         Returns:
           int32 `[STEPS_PER_DISPATCH, batch]`: the tokens, -1 where a sequence was finished; and the new state.
         """
-        arguments = (jnp.int32(min(steps, STEPS_PER_DISPATCH)), keys, _as_arrays(sampling))
+        arguments = (jnp.int32(min(steps, STEPS_PER_DISPATCH)), keys, sampling.as_arrays())
         tokens, state = self._decode_program()(self._parameters, state, *arguments)
         return tokens, state
 
@@ -286,10 +286,3 @@ def plan_chunks(tokens: int) -> list[int]:
     large, small = PREFILL_CHUNKS
     count, rest = divmod(tokens, large)
     return [large] * count + [small] * -(-rest // small)
-
-
-def _as_arrays(sampling: Sampling) -> Sampling:
-    """Values as arrays of fixed dtypes: new values are new arguments, not a new program."""
-    return jax.tree.map(
-        lambda value: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32), sampling
-    )

@@ -23,9 +23,10 @@ from absl import app, flags, logging
 
 from palladion.kernels.backend import BACKENDS, Unsupported
 from palladion.model.checkpoint import CheckpointError
-from palladion.model.generator import Generation, Generator
+from palladion.model.generator import Generation, Generator, check_seed
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics
+from palladion.model.vocabulary import check_text
 
 MODEL = flags.DEFINE_string("model", "smollm2", "A .gguf file, a Hugging Face folder, or the packaged model 'smollm2'.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to continue; several times for a batch.", required=True)
@@ -77,7 +78,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _generate() -> None:
-    sampling = Sampling.of(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value)
+    # What is wrong here is said before a model is loaded.
+    for name, text in [*(("--prompt", prompt) for prompt in PROMPT.value), ("--system", SYSTEM.value or "")]:
+        check_text(text, name)
+    seed = check_seed(SEED.value)
+    sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value)
     progress = _Progress()
     generator = Generator.load(
         MODEL.value,
@@ -99,7 +104,7 @@ def _generate() -> None:
         prompts,
         max_new_tokens=MAX_NEW_TOKENS.value,
         sampling=sampling,
-        seed=SEED.value,
+        seed=seed,
         ignore_stop_tokens=IGNORE_STOP_TOKENS.value,
         on_text=(lambda _, text: print(text, end="", flush=True)) if single else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,11 +18,15 @@ from palladion.model.engine import Engine, EngineOptions, plan_chunks
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics, peak_memory
+from palladion.model.vocabulary import check_integer, check_text, token_ids
 from palladion.reference import KVCache, QuantizedArray, Scheme
 from palladion.reference.platforms import target_platform
 
 DEFAULT_MAX_LEN: Final = 2048
 """Tokens of cache for each sequence where nothing else is asked, unless the model was trained for fewer."""
+
+MAX_LEN_LIMIT: Final = 1 << 30
+"""The longest cache there can be: positions are 32-bit integers."""
 
 Stop = Literal["stop token", "max_new_tokens", "cache full"]
 Prompt = str | Sequence[int]
@@ -78,9 +82,14 @@ class Generator:
             raise ValueError(f"dtype: got {dtype!r}; accepted: float32, bfloat16, float16")
         kv_dtype = kv_dtype or dtype
         jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises where there is no such cache
-        max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN) if max_len is None else max_len
-        if max_len < 2:
-            raise ValueError(f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write")
+        if max_len is None:
+            max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
+        max_len = check_integer(max_len, "max_len")
+        if not 2 <= max_len <= MAX_LEN_LIMIT:
+            raise ValueError(
+                f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write, and at most "
+                f"{MAX_LEN_LIMIT}"
+            )
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
@@ -132,7 +141,7 @@ class Generator:
 
     def compile(self, batch: int = 1, sampling: Sampling | None = None) -> float:
         """Compiles what `generate` needs for that many prompts, ahead of it; returns the seconds it took."""
-        engine = self._engine(batch, sampling or Sampling(), stops=True)
+        engine = self._engine(check_integer(batch, "batch"), _checked_sampling(sampling), stops=True)
         before = engine.compile_seconds
         engine.compile()
         return engine.compile_seconds - before
@@ -157,7 +166,8 @@ class Generator:
           prompts: a text, or texts or token lists of any lengths.
           max_new_tokens: tokens to generate for each at most.
           sampling: how tokens are chosen; None is greedy.
-          seed: of random draws: the same seed, prompt and sampling give the same text, whatever else is in the batch.
+          seed: of random draws, a 64-bit integer (JAX takes its low 32 bits unless `jax_enable_x64` is set): the same
+            seed, prompt and sampling give the same text, whatever else is in the batch.
           ignore_stop_tokens: goes on after a stop token, as benchmarks want it.
           on_text: called with a prompt's index and its next piece of text, as soon as there is one.
 
@@ -165,10 +175,10 @@ class Generator:
           A `Generation` for each prompt, in order, and the `Statistics` of the run.
 
         Raises:
-          ValueError: no prompt, an empty one, one that the cache has no room for, or max_new_tokens below 1.
+          ValueError: no prompt, an empty one, one that the cache has no room for, max_new_tokens below 1, or a value
+            of the wrong type.
         """
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        run = _Run(self, given, max_new_tokens, sampling, seed, ignore_stop_tokens)
+        run = _Run(self, _as_batch(prompts), max_new_tokens, sampling, seed, ignore_stop_tokens)
         for index, text in run.pieces():
             if on_text is not None:
                 on_text(index, text)
@@ -198,7 +208,12 @@ class Generator:
         """Token lists of prompts, checked."""
         if not prompts:
             raise ValueError("prompts: got none; give at least one")
-        token_lists = [self.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+        token_lists = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                token_lists.append(self.tokenizer.encode(check_text(prompt, f"prompts[{index}]")))
+            else:
+                token_lists.append(token_ids(prompt, f"prompts[{index}]: not text, so token ids"))
         for index, tokens in enumerate(token_lists):
             if not tokens:
                 raise ValueError(f"prompts[{index}]: is empty; give at least one character or token")
@@ -224,13 +239,13 @@ class _Run:
         seed: int,
         ignore_stop_tokens: bool,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {max_new_tokens}; accepted: at least 1")
         self._generator = generator
+        self._max_new_tokens = check_integer(max_new_tokens, "max_new_tokens")
+        if self._max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}; accepted: at least 1")
+        self._sampling = _checked_sampling(sampling)
+        self._seed = check_seed(seed)
         self._prompts = generator._tokenize(prompts)
-        self._max_new_tokens = max_new_tokens
-        self._sampling = sampling or Sampling()
-        self._seed = seed
         self._engine = generator._engine(len(self._prompts), self._sampling, not ignore_stop_tokens)
         self._stop_tokens = () if ignore_stop_tokens else generator.config.stop_tokens
         self._tokens: list[list[int]] = [[] for _ in self._prompts]
@@ -312,6 +327,44 @@ class _Run:
 
     def _all_finished(self) -> bool:
         return all(self._stopped_by(index) != "max_new_tokens" for index in range(len(self._prompts)))
+
+
+def check_seed(seed: Any) -> int:
+    """`seed` as a Python integer; raises ValueError for one that has no 64 bits."""
+    number = check_integer(seed, "seed")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed: got {number}; accepted: an integer from -2**63 to 2**63 - 1")
+    return number
+
+
+def _checked_sampling(sampling: Any) -> Sampling:
+    if sampling is None:
+        return Sampling()
+    if not isinstance(sampling, Sampling):
+        raise ValueError(
+            f"sampling: got {type(sampling).__name__} {sampling!r:.60}; accepted: None, or a Sampling such as "
+            "Sampling(temperature=0.8, top_p=0.95)"
+        )
+    return sampling
+
+
+def _as_batch(prompts: Any) -> list[Any]:
+    """The prompts of a call; what is one prompt of tokens, or none at all, is an error that says how to write it."""
+    if isinstance(prompts, str):
+        return [prompts]
+    batch = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(batch, bytes | Mapping) or not isinstance(batch, Iterable):
+        raise ValueError(
+            f"prompts: got {type(prompts).__name__} {prompts!r:.60}; accepted: a text, or a list of texts and lists of "
+            "token ids"
+        )
+    batch = list(batch)
+    if any(isinstance(prompt, int) or getattr(prompt, "shape", None) == () for prompt in batch):
+        raise ValueError(
+            f"prompts: got {batch!r:.60}, a list of token ids, which is one prompt; accepted: a list of prompts, here "
+            f"[{batch!r:.60}]"
+        )
+    return batch
 
 
 def default_dtype() -> str:

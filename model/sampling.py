@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+SMALLEST: Final = float(np.finfo(np.float32).tiny)
+"""The smallest number that arithmetic keeps apart from 0: temperatures and probabilities are raised to it."""
+
+LARGEST: Final = {"temperature": float(np.finfo(np.float32).max), "top_k": 2**31 - 1, "top_p": 1, "min_p": 1}
+"""The largest values that differ from others; larger ones are lowered to them."""
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen. A pytree: which filters are on is static, their values are not and never recompile.
 
-    Filters apply in the order of the attributes, each to what the one before has left.
+    Filters apply in the order of the attributes, each to what the one before has left. Without a temperature they mean
+    temperature 1; at temperature 0 they change nothing and are dropped. A value may also be a JAX scalar, traced or
+    not, which is taken as it is; the caller keeps it in its range.
 
     Attributes:
-      temperature: what logits are divided by; None or 0 takes the likeliest token, and no filter matters.
+      temperature: what logits are divided by; None without a filter, or 0, takes the likeliest token.
       top_k: keeps the k likeliest tokens (and those as likely as the last of them).
       top_p: keeps the likeliest tokens that together reach this probability (arXiv 1904.09751).
       min_p: keeps tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
 
     Raises:
-      ValueError: a value outside its range.
+      ValueError: a value outside its range, or of the wrong type.
     """
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        values = {
+            "temperature": _checked("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or above, finite"),
+            "top_k": _checked("top_k", self.top_k, lambda x: x >= 1 and x == int(x), "a whole number, at least 1"),
+            "top_p": _checked("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0, at most 1"),
+            "min_p": _checked("min_p", self.min_p, lambda x: 0 <= x <= 1, "0 to 1"),
+        }
+        if isinstance(values["temperature"], float) and values["temperature"] == 0:
+            values = dict.fromkeys(values)
+        elif values["temperature"] is None and any(value is not None for value in values.values()):
+            values["temperature"] = 1.0
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -40,20 +66,42 @@ class Sampling:
         top_p: float | None = None,
         min_p: float | None = None,
     ) -> Sampling:
-        """Checks the values; see the attributes. Filters without a temperature mean temperature 1."""
-        for name, value, valid, accepted in (
-            ("temperature", temperature, temperature is None or temperature >= 0, "0 (greedy) or above"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "0 to 1"),
-        ):
-            if not valid:
-                raise ValueError(f"Sampling.{name}: got {value}; accepted: {accepted}, or None")
-        filtered = not (top_k is top_p is min_p is None)
-        if temperature == 0 or (temperature is None and not filtered):
-            return cls()
-        temperature = 1.0 if temperature is None else temperature
+        """Makes a Sampling, as the class itself does; see the attributes."""
         return cls(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+    def as_arrays(self) -> Sampling:
+        """The same with values as arrays, whose dtypes are those of the fields: new values never need a new program."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        dtypes = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in values}
+        arrays: dict[str, Any] = {
+            name: None if value is None else jnp.asarray(value, dtypes[name]) for name, value in values.items()
+        }
+        return Sampling(**arrays)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """The values, for JAX."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, values: tuple[Any, ...]) -> Sampling:
+        """A Sampling of anything, unchecked: JAX puts tracers, shapes and markers of its own into trees."""
+        sampling = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(sampling, field.name, value)
+        return sampling
+
+
+def _checked(name: str, value: Any, valid: Callable[[Any], bool], accepted: str) -> Any:
+    """A value as a Python number, however it was written; None and JAX's scalars as they are."""
+    if value is None or (isinstance(value, jax.Array) and value.shape == ()):
+        return value
+    number = value.item() if isinstance(value, np.generic | np.ndarray) and value.shape == () else value
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    is_finite = is_number and (isinstance(number, numbers.Rational) or math.isfinite(number))
+    if not is_finite or not valid(number):
+        raise ValueError(f"Sampling.{name}: got {value!r}; accepted: {accepted}, or None")
+    number = min(number, LARGEST[name])
+    return int(number) if name == "top_k" else float(number)
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
@@ -69,7 +117,9 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature is None:
         return greedy(logits)
-    logits = filtered(logits / sampling.temperature, sampling)
+    # Less the largest first, which is then 0 however small the temperature: nothing overflows upwards.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = filtered(shifted / jnp.maximum(sampling.temperature, SMALLEST), sampling)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
@@ -91,8 +141,8 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)
     if sampling.top_p is not None:
         probabilities = jax.nn.softmax(logits, axis=-1)
-        # The sum of all probabilities may round to less than 1.
-        enough = jnp.minimum(sampling.top_p, jnp.sum(probabilities, axis=-1))
+        # The sum of all probabilities may round to less than 1, and a tiny top_p to 0.
+        enough = jnp.clip(sampling.top_p, SMALLEST, jnp.sum(probabilities, axis=-1))
         threshold = _largest_threshold(
             logits, lambda kept: jnp.sum(jnp.where(kept, probabilities, 0.0), axis=-1) >= enough
         )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,29 @@ def test_streams_are_the_text(generator: Generator):
     several, _ = generator.generate(["Hello", "you"], max_new_tokens=30, on_text=lambda *piece: pieces.append(piece))
     for index, generation in enumerate(several):
         assert "".join(text for place, text in pieces if place == index) == generation.text
+
+
+def test_streams_of_several_prompts_once_one_has_stopped(generator: Generator):
+    """Each piece of text goes to its own prompt, also where those before it have nothing more to say."""
+    free = tokens_of(generator, PROMPTS, max_new_tokens=40, ignore_stop_tokens=True)
+    # The first prompt stops early, at a token that the others do not come to until later.
+    stop = next(token for token in free[0][2:20] if all(token not in other[:33] for other in free[1:]))
+    config = dataclasses.replace(generator.config, stop_tokens=(stop,))
+    stopping = Generator(dataclasses.replace(generator.checkpoint, config=config), max_len=64)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        pieces: list[list[str]] = [[], [], []]
+        generations, _ = stopping.generate(
+            [PROMPTS[index] for index in order],
+            max_new_tokens=33,
+            on_text=lambda at, text, to=pieces: to[at].append(text),
+        )
+        for index, generation, texts in zip(order, generations, pieces, strict=True):
+            expected = free[index][: free[index].index(stop) + 1] if index == 0 else free[index][:33]
+            stream = generator.tokenizer.stream(continuing=True)
+            text = "".join(map(stream.push, expected)) + stream.flush()
+            assert generation.tokens == expected
+            assert generation.stopped_by == ("stop token" if index == 0 else "max_new_tokens")
+            assert "".join(texts) == generation.text == text
 
 
 def test_how_it_stops(path: Path):
@@ -203,6 +227,30 @@ def test_filters():
     np.testing.assert_array_equal(kept(logits, top_k=3, top_p=0.8), probabilities >= 0.25)
 
 
+def test_edges_of_filters():
+    logits = np.array([1.0, 3.0, 2.0, 3.0, 2.0, -1.0], np.float32)
+    np.testing.assert_array_equal(kept(logits, top_k=1), logits == 3)
+    np.testing.assert_array_equal(kept(logits, top_k=2), logits == 3)
+    np.testing.assert_array_equal(kept(logits, top_k=3), logits >= 2)
+    np.testing.assert_array_equal(kept(logits, top_k=6), logits >= -1)
+    np.testing.assert_array_equal(kept(logits, min_p=1), logits == 3)
+    np.testing.assert_array_equal(kept(logits, min_p=1.0, top_p=0.01), logits == 3)
+    np.testing.assert_array_equal(kept(logits, min_p=0), np.ones(6, bool))
+    np.testing.assert_array_equal(kept(logits, min_p=np.exp(np.float32(-1)) * 1.0001), logits == 3)
+    np.testing.assert_array_equal(kept(logits, min_p=np.exp(np.float32(-1)) * 0.9999), logits >= 2)
+    # A top_p that the tokens meet exactly needs no more of them: here the sum is what the filter itself adds up.
+    distinct = np.array([2.0, 0.5, 1.0, -1.0], np.float32)
+    probabilities = np.asarray(jax.nn.softmax(distinct))
+    for count in (1, 2, 3):
+        likeliest = distinct >= np.sort(distinct)[-count]
+        met = float(jnp.sum(jnp.where(likeliest, probabilities, 0.0)))
+        np.testing.assert_array_equal(kept(distinct, top_p=met), likeliest)
+        np.testing.assert_array_equal(
+            kept(distinct, top_p=np.nextafter(np.float32(met), np.float32(1))),
+            distinct >= np.sort(distinct)[-count - 1],
+        )
+
+
 def test_draws_follow_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities), (20_000, 4))
@@ -215,18 +263,92 @@ def test_draws_follow_the_distribution():
     )
 
 
+@pytest.mark.parametrize("make", [Sampling, Sampling.of])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1.0}, r"Sampling\.temperature: got -1\.0; accepted: 0 \(greedy\) or above, or None"),
-        ({"top_k": 0}, r"Sampling\.top_k: got 0; accepted: at least 1"),
+        ({"temperature": -1.0}, r"Sampling\.temperature: got -1\.0; accepted: 0 \(greedy\) or above, finite, or None"),
+        ({"temperature": float("nan")}, r"Sampling\.temperature: got nan"),
+        ({"temperature": float("inf")}, r"Sampling\.temperature: got inf"),
+        ({"temperature": "hot"}, r"Sampling\.temperature: got 'hot'"),
+        ({"temperature": {"temperature": "hot"}}, r"Sampling\.temperature: got {'temperature': 'hot'}"),
+        ({"temperature": True}, r"Sampling\.temperature: got True"),
+        ({"temperature": 1j}, r"Sampling\.temperature: got 1j"),
+        ({"temperature": [0.5]}, r"Sampling\.temperature: got \[0\.5\]"),
+        ({"temperature": np.ones(2)}, r"Sampling\.temperature: got array"),
+        ({"temperature": jnp.ones(2)}, r"Sampling\.temperature: got Array"),
+        ({"top_k": 0}, r"Sampling\.top_k: got 0; accepted: a whole number, at least 1, or None"),
+        ({"temperature": 1.0, "top_k": 0}, r"Sampling\.top_k: got 0"),
+        ({"top_k": 2.5}, r"Sampling\.top_k: got 2\.5"),
+        ({"top_k": float("inf")}, r"Sampling\.top_k: got inf"),
+        ({"top_p": 0}, r"Sampling\.top_p: got 0; accepted: above 0, at most 1, or None"),
         ({"top_p": 1.5}, r"Sampling\.top_p: got 1\.5; accepted: above 0, at most 1"),
         ({"min_p": -0.1}, r"Sampling\.min_p: got -0\.1; accepted: 0 to 1"),
+        ({"temperature": 0, "min_p": 2}, r"Sampling\.min_p: got 2"),
     ],
 )
-def test_sampling_errors(arguments: dict[str, Any], message: str):
+def test_sampling_errors(make: Any, arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        Sampling.of(**arguments)
+        make(**arguments)
+
+
+def test_sampling_of_temperature_zero_is_greedy():
+    assert Sampling(temperature=0.0) == Sampling(temperature=0, top_k=3, top_p=0.5) == Sampling()
+    assert Sampling(temperature=np.float32(0.0)).temperature is None
+    assert Sampling(top_k=3).temperature == 1.0
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(sample(logits, keys, Sampling(temperature=0.0)), np.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-38, 1e-45, 1e-60, 5e-324, jnp.float32(0.0)])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
+def test_small_temperatures_take_the_likeliest(temperature: Any, filters: dict[str, Any]):
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 9)) * 10 - 20, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 5)
+    sampling = Sampling(temperature=temperature, **filters).as_arrays()
+    np.testing.assert_array_equal(jax.jit(sample)(logits, keys, sampling), np.argmax(logits, axis=-1))
+
+
+def test_large_values_change_nothing():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(200, 9)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    assert Sampling(temperature=10**400) == Sampling(temperature=Fraction(10**400)) == Sampling(temperature=1e300)
+    hot = sample(logits, keys, Sampling(temperature=1e300, top_k=10**400).as_arrays())
+    assert {*np.asarray(hot).tolist()} == {*range(9)}
+    coldest = sample(logits, keys, Sampling(top_p=1e-60).as_arrays())
+    np.testing.assert_array_equal(coldest, np.argmax(logits, axis=-1))
+
+
+def test_sampling_is_a_pytree():
+    sampling = Sampling(temperature=0.5, top_k=np.int64(3))
+    assert (sampling.temperature, sampling.top_k, type(sampling.top_k)) == (0.5, 3, int)
+    leaves, structure = jax.tree.flatten(sampling)
+    assert leaves == [0.5, 3]
+    assert jax.tree.unflatten(structure, leaves) == sampling
+    assert jax.tree.map(lambda _: 0, sampling).top_k == 0, "as axes of vmap are given, unchecked"
+    assert jax.tree.structure(Sampling(temperature=1, top_k=7)) == structure
+    assert jax.tree.structure(Sampling(temperature=1, top_p=0.7)) != structure
+    traced = jax.jit(lambda t: Sampling(temperature=t, top_k=2).as_arrays())(0.5)
+    assert (float(traced.temperature), traced.top_k.dtype) == (0.5, jnp.int32)
+    shapes = jax.eval_shape(sampling.as_arrays)
+    assert [leaf.dtype for leaf in jax.tree.leaves(shapes)] == [jnp.float32, jnp.int32]
+
+
+def test_the_types_of_numbers_compile_nothing(generator: Generator):
+    """One program for each set of filters, whatever the values' types."""
+    everything = [
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        {"temperature": 1, "top_k": np.int64(5), "top_p": 1, "min_p": 0},
+        {"temperature": np.float16(0.5), "top_k": np.uint8(7), "top_p": np.float64(0.5), "min_p": np.float32(0.25)},
+        {"temperature": np.int32(2), "top_k": 5.0, "top_p": jnp.float32(0.5), "min_p": np.array(1)},
+        {"temperature": jnp.int32(2), "top_k": jnp.int8(5), "top_p": 1.0, "min_p": jnp.bfloat16(0.5)},
+    ]
+    for number, values in enumerate(everything):
+        _, statistics = generator.generate(
+            [[1, 2]], max_new_tokens=2, sampling=Sampling(**values), ignore_stop_tokens=True
+        )
+        assert number == 0 or statistics.compile_seconds == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -245,6 +367,20 @@ def test_sampling_errors(arguments: dict[str, Any], message: str):
         ),
         ([[1, VOCAB]], {}, rf"prompts\[0\]: token {VOCAB} is not in 0 to {VOCAB - 1}"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0; accepted: at least 1"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: got float 2.5; accepted: an integer"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens: got bool True; accepted: an integer"),
+        ([[1]], {"max_new_tokens": "3"}, "max_new_tokens: got str '3'; accepted: an integer"),
+        ([[1]], {"seed": 2**70}, r"seed: got \d+; accepted: an integer from -2\*\*63 to 2\*\*63 - 1"),
+        ([[1]], {"seed": 2**63}, "seed: got 9223372036854775808"),
+        ([[1]], {"seed": -(2**63) - 1}, "seed: got -9223372036854775809"),
+        ([[1]], {"seed": 1.0}, "seed: got float 1.0; accepted: an integer"),
+        ([[1]], {"sampling": {"temperature": 1.0}}, r"sampling: got dict .*; accepted: None, or a Sampling"),
+        ([[1]], {"sampling": 0.8}, "sampling: got float 0.8; accepted: None, or a Sampling"),
+        ([[1, 2.0]], {}, r"prompts\[0\]: not text, so token ids\[1\]: got float 2.0; accepted: an integer"),
+        ([["Hello"]], {}, r"prompts\[0\]: not text, so token ids\[0\]: got str 'Hello'"),
+        ([None], {}, r"prompts\[0\]: not text, so token ids: got NoneType"),
+        ([b"Hello"], {}, r"prompts\[0\]: not text, so token ids: got bytes b'Hello'"),
+        (["a\ud800"], {}, r"prompts\[0\]: is not valid text: character 1 is '\\ud800', a lone surrogate"),
     ],
 )
 def test_wrong_prompts(generator: Generator, prompts: Any, options: dict[str, Any], message: str):
@@ -256,12 +392,41 @@ def test_wrong_prompts(generator: Generator, prompts: Any, options: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1, 2], r"prompts: got \[1, 2\], a list of token ids, which is one prompt; .* here \[\[1, 2\]\]"),
+        (np.array([1, 2]), r"got \[1, 2\], a list of token ids"),
+        (jnp.array([1, 2]), r"got \[1, 2\], a list of token ids"),
+        ([np.int64(1), 2], "a list of token ids"),
+        ([*jnp.array([1, 2])], "a list of token ids"),
+        (5, "prompts: got int 5; accepted: a text, or a list of texts and lists of token ids"),
+        (None, "prompts: got NoneType None; accepted: a text"),
+        (b"Hello", "prompts: got bytes b'Hello'; accepted: a text"),
+        ({"role": "user"}, "prompts: got dict .*; accepted: a text"),
+    ],
+)
+def test_what_is_no_batch(generator: Generator, prompts: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompts)
+
+
+@pytest.mark.parametrize("form", [np.array, jnp.array, tuple, lambda rows: [np.array(row) for row in rows]])
+def test_prompts_in_any_form(generator: Generator, form: Any):
+    rows = [[1, 2, 3], [4, 5, 6]]
+    options: dict[str, Any] = {"max_new_tokens": np.int64(3), "seed": np.uint8(1)}
+    assert tokens_of(generator, form(rows), **options) == tokens_of(generator, rows, max_new_tokens=3, seed=1)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"backend": "cuda"}, "backend: got 'cuda'; accepted: None, auto, xla, pallas"),
         ({"dtype": "int8"}, "dtype.* accepted: float32, bfloat16, float16|dtype must be one of float32"),
         ({"kv_dtype": "int4"}, "dtype int4 is not one of float32"),
         ({"max_len": 1}, "max_len: got 1; accepted: at least 2"),
+        ({"max_len": 2**31}, "max_len: got 2147483648; accepted: .* at most 1073741824"),
+        ({"max_len": 2**70}, r"max_len: got \d+; accepted"),
+        ({"max_len": 64.0}, "max_len: got float 64.0; accepted: an integer"),
     ],
 )
 def test_wrong_options(path: Path, options: dict[str, Any], message: str):
@@ -272,7 +437,7 @@ def test_wrong_options(path: Path, options: dict[str, Any], message: str):
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "palladion.model.generate", *arguments],
         capture_output=True,
@@ -300,10 +465,13 @@ def test_the_command_generates(path: Path, generator: Generator):
         (("--quantize=int3", "--prompt=a"), "error: scheme: got 'int3'"),
         (("--temperature=-1", "--prompt=a"), "error: Sampling.temperature: got -1.0"),
         (("--prompt=a", "word"), "error: unexpected argument 'word'"),
+        (("--model=nowhere.gguf", b"--prompt=a\xff"), "error: --prompt: is not valid text: character 1 is '\\udcff'"),
+        (("--model=nowhere.gguf", "--chat", b"--system=\xff", "--prompt=a"), "error: --system: is not valid text"),
+        (("--model=nowhere.gguf", "--prompt=a", f"--seed={2**70}"), f"error: seed: got {2**70}; accepted: an integer"),
     ],
 )
-def test_the_command_explains(tmp_path: Path, arguments: tuple[str, ...], message: str):
-    if not any(argument.startswith("--model") for argument in arguments):
+def test_the_command_explains(tmp_path: Path, arguments: tuple[Any, ...], message: str):
+    if not any(str(argument).startswith("--model") for argument in arguments):
         arguments = (f"--model={hugging_face_folder(tmp_path / 'model')}", *arguments)
     run = command(*arguments)
     assert run.returncode == 2

@@ -1,0 +1,270 @@
+"""The vocabulary of a Hugging Face folder, read as `transformers` reads it.
+
+tokenizer.json is the tokenizer; other files add tokens to it, name the special ones, and hold the chat template and
+the stop tokens. What goes around a text is the business of tokenizer.json's post-processor alone: where there is that
+file, `add_bos_token` and `add_eos_token` of tokenizer_config.json have no effect.
+
+One thing is not followed: the classes GPT2Tokenizer and Qwen2Tokenizer of transformers 5 cut text by rules of their own
+where tokenizer.json has others, such as digits one by one. The file has the rules that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, models_extra
+from palladion.model.vocabulary import (
+    SPACE,
+    SPECIAL_NAMES,
+    TOKEN_LIMIT,
+    Vocabulary,
+    byte_level_bytes,
+    check_text,
+    sentencepiece_bytes,
+    tokenizer_errors,
+)
+
+FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+NAMED_TOKENS: Final = (*SPECIAL_NAMES, "sep_token", "cls_token", "mask_token")
+"""Keys of tokenizer_config.json whose tokens are special ones."""
+
+TOKEN_OPTIONS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""What is said of an added token besides its text, each a boolean."""
+
+REBUILT_CLASS: Final = "LlamaTokenizer"
+"""The tokenizer class that does not cut text as a SentencePiece tokenizer.json says, but by rules of its own."""
+
+
+def read_folder_vocabulary(path: Path) -> Vocabulary:
+    """Reads the vocabulary of a Hugging Face folder.
+
+    Raises:
+      CheckpointError: tokenizer.json is missing, damaged, or of a kind that cannot be decoded byte by byte; or another
+        file is not as it has to be.
+    """
+    with models_extra("reading a tokenizer"):
+        import tokenizers
+
+    for name in FILES:
+        if (path / name).exists() and not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: not a regular file; download it again")
+    file = path / "tokenizer.json"
+    if not file.exists() and (path / "tokenizer.model").exists():
+        raise CheckpointError(
+            f"{path}: has tokenizer.model but no tokenizer.json; make one with transformers' "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    content = JsonFile(file).content
+    with tokenizer_errors(CheckpointError, f"{file}: not a tokenizer", quiet=True):
+        encoder = tokenizers.Tokenizer.from_file(str(file))
+    encoder.no_truncation()
+    encoder.no_padding()
+    settings = _settings(path)
+    config = JsonFile(path / "config.json", optional=True)
+    scheme = _rebuilt_scheme(settings, config, content)
+    if scheme is not None:
+        encoder.normalizer = None
+        encoder.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    with tokenizer_errors(CheckpointError, f"{settings.path}: its tokens cannot be added"):
+        _add_tokens(encoder, settings, path)
+        special = _special_tokens(encoder, settings, config)
+    stops = _stop_tokens(config) + _stop_tokens(JsonFile(path / "generation_config.json", optional=True))
+    if "eos_token" in special:
+        stops.append(special["eos_token"])
+    pieces, drops_space = _decoding_of(content, encoder, file)
+    vocabulary = Vocabulary(
+        encoder=encoder,
+        pieces=pieces,
+        control=frozenset(i for i, token in encoder.get_added_tokens_decoder().items() if token.special),
+        special=special,
+        stop_tokens=frozenset(stops),
+        bos_starts_chats=False,
+        drops_leading_space=drops_space and scheme != "never",
+        chat_template=_chat_template(path, settings),
+    )
+    vocabulary.probe(str(file))
+    return vocabulary
+
+
+def _settings(path: Path) -> JsonFile:
+    """tokenizer_config.json, with what older folders keep in special_tokens_map.json."""
+    settings = JsonFile(path / "tokenizer_config.json", optional=True)
+    if "added_tokens_decoder" in settings.content:
+        return settings
+    older = JsonFile(path / "special_tokens_map.json", optional=True)
+    return JsonFile(settings.path, content=settings.content | older.content)
+
+
+def _rebuilt_scheme(settings: JsonFile, config: JsonFile, content: Mapping[str, Any]) -> str | None:
+    """Where the class LlamaTokenizer puts a space; None for a folder of another class, or one that is byte-level.
+
+    It puts a space before a text only, where many a tokenizer.json puts one after each special token too; unless
+    `legacy` is true. A Mistral model's tokenizer is never of that class, whatever its folder says.
+    """
+    named = settings.text("tokenizer_class") or ""
+    is_mistral = config.text("model_type") == "mistral"
+    if named.removesuffix("Fast") != REBUILT_CLASS or is_mistral or _is_byte_level(content):
+        return None
+    if settings.content.get("add_prefix_space") is False:
+        return "never"
+    return "always" if settings.content.get("legacy", False) else "first"
+
+
+def _add_tokens(encoder: Any, settings: JsonFile, path: Path) -> None:
+    """Adds the tokens that other files name and tokenizer.json does not have, in the order of transformers."""
+    from tokenizers import AddedToken
+
+    listed = settings.section("added_tokens_decoder")
+    where = f"{settings.path}: 'added_tokens_decoder'"
+    numbered: dict[int, Any] = {}
+    for key, entry in listed.content.items():
+        if not key.isdecimal():
+            raise CheckpointError(f"{where} has the key {key!r}; its keys must be token ids; take the original file")
+        numbered[int(key)] = _added_token(entry, f"{where}[{key!r}]", special=False)
+    named = [_added_token(entry, where, special=True) for where, entry in _named_tokens(settings)]
+    if "added_tokens_decoder" not in settings.content:
+        older = JsonFile(path / "added_tokens.json", optional=True)
+        special = {token.content for token in named}
+        for text in older.content:
+            (number,) = older.tokens(text)[:1] or [0]
+            numbered[number] = AddedToken(text, special=text in special, normalized=text not in special)
+    known = {repr(token) for token in encoder.get_added_tokens_decoder().values()}
+    tokens = [token for _, token in sorted(numbered.items()) if repr(token) not in known]
+    present = {token.content for token in [*encoder.get_added_tokens_decoder().values(), *tokens]}
+    for token in named:
+        if token.content not in present:
+            present.add(token.content)
+            tokens.append(token)
+    encoder.add_tokens(tokens)
+
+
+def _named_tokens(settings: JsonFile) -> Iterator[tuple[str, Any]]:
+    """Every token that the settings call special: where it stands, and its text or description."""
+    for key, entry in settings.content.items():
+        if key in NAMED_TOKENS and entry is not None:
+            yield f"{settings.path}: {key!r}", entry
+    extra = settings.content.get("extra_special_tokens") or settings.content.get("additional_special_tokens") or []
+    if not isinstance(extra, list | dict):
+        raise CheckpointError(
+            f"{settings.path}: 'extra_special_tokens' must be a list of tokens, got {extra!r}; take the original file"
+        )
+    for entry in extra.values() if isinstance(extra, dict) else extra:
+        yield f"{settings.path}: 'extra_special_tokens'", entry
+    for key, entry in settings.content.items():
+        if key.endswith("_token") and key not in NAMED_TOKENS and isinstance(entry, str):
+            yield f"{settings.path}: {key!r}", entry
+
+
+def _added_token(entry: Any, where: str, special: bool) -> Any:
+    """A token written as its text, or as an object that holds the text."""
+    from tokenizers import AddedToken
+
+    if isinstance(entry, str):
+        return AddedToken(entry, special=special)
+    text = entry.get("content") if isinstance(entry, dict) else None
+    options = {name: entry[name] for name in TOKEN_OPTIONS if name in entry} if isinstance(entry, dict) else {}
+    if not isinstance(text, str) or not all(isinstance(value, bool) for value in options.values()):
+        raise CheckpointError(
+            f"{where} must be a token: a string, or an object of 'content' and booleans; got {entry!r}; take the "
+            "original file"
+        )
+    return AddedToken(text, **({"special": special} | options | ({"special": True} if special else {})))
+
+
+def _special_tokens(encoder: Any, settings: JsonFile, config: JsonFile) -> dict[str, int]:
+    """Ids of the special tokens that the settings name; config.json's BOS token where they name none."""
+    special: dict[str, int] = {}
+    for name in SPECIAL_NAMES:
+        entry = settings.content.get(name)
+        text = entry["content"] if isinstance(entry, dict) else entry
+        token = None if text is None else encoder.token_to_id(text)
+        if token is not None:
+            special[name] = token
+    for token in _ids(config, "bos_token_id")[:1]:
+        if encoder.id_to_token(token) is not None:
+            special.setdefault("bos_token", token)
+    return special
+
+
+def _stop_tokens(file: JsonFile) -> list[int]:
+    return _ids(file, "eos_token_id")
+
+
+def _ids(file: JsonFile, key: str) -> list[int]:
+    """Token ids under a key, each one that a vocabulary can have."""
+    ids = file.tokens(key)
+    if wrong := [token for token in ids if token >= TOKEN_LIMIT]:
+        raise CheckpointError(
+            f"{file.path}: {key!r} is {wrong[0]}, which no vocabulary has: ids are below {TOKEN_LIMIT:,}; take the "
+            "original file"
+        )
+    return ids
+
+
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    return "ByteLevel" in {step.get("type") for step in _decoder_steps(content)}
+
+
+def _decoder_steps(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    decoder = content.get("decoder") or {}
+    return decoder.get("decoders", [decoder])
+
+
+def _decoding_of(content: Mapping[str, Any], encoder: Any, file: Path) -> tuple[list[bytes], bool]:
+    """What tokenizer.json's decoder makes of each token, and whether it drops the space that a text starts with."""
+    steps = _decoder_steps(content)
+    kinds = {step.get("type") for step in steps}
+    added = encoder.get_added_tokens_decoder().keys()
+    vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary and vocabulary[last] >= TOKEN_LIMIT:
+        raise CheckpointError(
+            f"{file}: token {last!r} has the id {vocabulary[last]}, which no vocabulary has: ids are below "
+            f"{TOKEN_LIMIT:,}; take the original file"
+        )
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    if "ByteLevel" in kinds:
+        for token, i in vocabulary.items():
+            pieces[i] = byte_level_bytes(token, i in added)
+        return pieces, False
+    if not kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        raise CheckpointError(
+            f"{file}: decoder {' + '.join(sorted(map(str, kinds)))} is not supported; supported: ByteLevel, and "
+            "SentencePiece's (Metaspace, or Replace with ByteFallback)"
+        )
+    for token, i in vocabulary.items():
+        pieces[i] = sentencepiece_bytes(token, "ByteFallback" in kinds and i not in added)
+    strips = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
+    metaspace = any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
+    return pieces, strips or metaspace
+
+
+def _chat_template(path: Path, settings: JsonFile) -> str | None:
+    """The chat template: its own file if there is one, else the one in tokenizer_config.json, by name if several."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: not readable as UTF-8 text ({error}); download it again") from error
+    named = settings.content.get("chat_template")
+    if not isinstance(named, list):
+        template = settings.text("chat_template")
+    else:
+        entries = [JsonFile(settings.path, content=entry) for entry in named if isinstance(entry, dict)]
+        template = next((entry.text("template") for entry in entries if entry.text("name") == "default"), None)
+    try:
+        return template if template is None else check_text(template, f"{settings.path}: 'chat_template'")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; take the original file") from error
