@@ -107,33 +107,46 @@ def case(
     return filled(rng, cache), k, v
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("layer", [None, 1], ids=["one-layer", "stacked"])
+LENGTHS_AND_NEW_TOKENS: dict[str, tuple[list[int], list[int] | None]] = {
+    "ragged": ([4, 13, 9], None),
+    "left-padded": ([0, 2, 16], None),
+    "new-tokens": ([4, 13, 9], [4, 0, 2]),
+    "new-tokens-left-padded": ([1, 0, 9], [3, 2, 4]),
+}
+
+
 @pytest.mark.parametrize(
-    ("lengths", "new_tokens"),
+    ("how", "lengths_and_new", "paged", "layer"),
+    # Every pair of two options.
     [
-        pytest.param([4, 13, 9], None, id="ragged"),
-        pytest.param([0, 2, 16], None, id="left-padded"),
-        pytest.param([4, 13, 9], [4, 0, 2], id="new-tokens"),
-        pytest.param([1, 13, 9], [3, 1, 4], id="new-tokens-left-padded"),
-    ],
+        (compiled, name, paged, 1 if paged == (n % 2 == 0) else None)
+        for n, name in enumerate(LENGTHS_AND_NEW_TOKENS)
+        for paged in (False, True)
+    ]
+    + [(eager, "new-tokens-left-padded", True, 1)],
 )
-@pytest.mark.parametrize("how", [eager, compiled], ids=["eager", "jit"])
 @every_row
 def test_writes_what_is_new_and_nothing_else(
-    row: Implementation, how: Any, paged: bool, layer: int | None, lengths: list[int], new_tokens: list[int] | None
+    row: Implementation, how: Any, lengths_and_new: str, paged: bool, layer: int | None
 ):
     cache, k, v = case(paged=paged, layers=None if layer is None else 3)
-    lengths, new_tokens = (None if x is None else jnp.array(x, jnp.int32) for x in (lengths, new_tokens))
+    given = LENGTHS_AND_NEW_TOKENS[lengths_and_new]
+    lengths, new_tokens = (None if x is None else jnp.array(x, jnp.int32) for x in given)
     parts = expected(cache, k, v, lengths, new_tokens, layer)
     assert_same(how(row)(cache, k, v, lengths, new_tokens=new_tokens, layer=layer), parts)
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "x", "paged"),
+    # Every pair of two options.
+    [
+        (dtype, x, (n + (x == "float32")) % 2 == 0)
+        for n, dtype in enumerate(("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"))
+        for x in ("float32", "bfloat16")
+    ],
+)
 @every_row
-def test_quantizes_on_the_way_in(row: Implementation, paged: bool, dtype: str, x: str):
+def test_quantizes_on_the_way_in(row: Implementation, dtype: str, x: str, paged: bool):
     if (row.name, dtype) == ("mosaic_tpu", "float16"):
         pytest.skip("refused, as another test has it")
     cache, k, v = case(paged=paged, dtype=dtype, layers=2, x=x)
@@ -153,9 +166,11 @@ def test_quantized_tokens_are_near_the_given_ones(dtype: str, step: float):
     assert scales[0, 0, 0] == 0
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize(
+    ("paged", "batch", "q_len"),
+    # Every pair of two options.
+    [(False, 1, 1), (False, 3, 4), (True, 1, 4), (True, 3, 1)],
+)
 @pytest.mark.parametrize("length", [-1, 0, 1, 24, 25, 26, 40, 2**31 - 1])
 @every_row
 def test_outside_the_cache_nothing_is_written(row: Implementation, paged: bool, batch: int, q_len: int, length: int):

@@ -169,14 +169,9 @@ def test_scaled_weights_give_the_same(name: str, widening: str, chunk: int):
 
 STATIC = [
     ("llama-3-8b-gate-up-1-int8", "v4", 0.75),
-    ("llama-3-8b-gate-up-1-int8", "v5e", 0.95),
-    ("llama-3-8b-gate-up-1-int8", "v5p", 0.93),
     ("llama-3-8b-gate-up-1-int8", "v6e", 0.95),
-    ("llama-3-8b-gate-up-1-int8", "v7x", 0.9),
     ("llama-3-8b-gate-up-1-int4-g32", "v5e", 0.93),
-    ("llama-3-8b-gate-up-1-int4-g32", "v6e", 0.93),
     ("llama-3-8b-gate-up-1-int4-g32", "v7x", 0.8),
-    ("llama-3-8b-gate-up-16-int4-g128-zeros", "v4", 0.7),
     ("llama-3-8b-gate-up-16-int4-g128-zeros", "v5p", 0.9),
 ]
 """Shares of the memory's bandwidth that the compiler's schedule comes to, a few percent below what it was."""
@@ -214,13 +209,14 @@ def test_every_config_gives_the_same(backend: str, config: Any, name: str):
     if isinstance(config, triton.Config) and config.form == "vector" and TESTS[name].rows > gpu_vector.MAX_ROWS:
         pytest.skip("the vector form is for few rows")
     case, (inputs, reference, exact) = TESTS[name], expected(name)
-    result = quantized_matmul(**inputs._asdict(), **case.options, backend=backend, config=config, interpret=True)
+    call = functools.partial(quantized_matmul, **case.options, backend=backend, config=config, interpret=True)
+    result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
     assert_right(result, reference, exact, f"{config}")
 
 
 @pytest.mark.parametrize(
     ("rows", "form"),
-    [(1, "vector"), (2, "vector"), (4, "vector")] + [(rows, "tensor_core") for rows in (1, 2, 15, 16, 17, 64, 65, 300)],
+    [(1, "vector"), (4, "vector")] + [(rows, "tensor_core") for rows in (1, 2, 15, 16, 17, 64, 65, 300)],
 )
 def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
     """Around the blocks of each form; channels and `in` divide no block, and shares of `in` are not equal."""
@@ -239,11 +235,12 @@ def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
 
 @pytest.mark.parametrize("name", ["int4-zeros", "mxfp4", "float8-e5m2", "float16"])
 def test_the_vector_form_reads_every_format(name: str):
-    case, (inputs, reference, exact) = TESTS[name], expected(name)
+    case = dataclasses.replace(TESTS[name], rows=1)
+    inputs = cases.make_inputs(case)
     config = triton.Config("vector", case.rows, 256, 32, 1, num_warps=1)
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
-    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
-    assert_right(result, reference, exact, f"{config}")
+    result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{config}")
 
 
 @pytest.mark.parametrize("name", ["int4-large-group", "int4-zeros", "small-group", "float16"])
@@ -308,8 +305,10 @@ WIDENINGS = [
 ] + [("int8-activations", "int8"), ("int8-activations", "bfloat16"), ("int4-int8-activations", "int8")]
 
 
-@pytest.mark.parametrize(("name", "widening"), WIDENINGS)
-@pytest.mark.parametrize(("block_in", "chunk"), [(384, 128), (192, 64)])
+@pytest.mark.parametrize(
+    ("name", "widening", "block_in", "chunk"),
+    [(*one, *((384, 128) if number % 2 else (192, 64))) for number, one in enumerate(WIDENINGS)],
+)
 def test_every_widening_gives_the_same(name: str, widening: str, block_in: int, chunk: int):
     """What is chosen for a generation is right on all of them, whole and in several steps along `in`."""
     case, (inputs, reference, exact) = TESTS[name], expected(name)
@@ -362,9 +361,9 @@ def test_a_long_in_is_taken_in_steps():
     for scheme, out_dtype in (("int8-g64-minimums", "float32"), ("int8-zeros", None)):
         some = dataclasses.replace(case, scheme=scheme, out_dtype=out_dtype)
         inputs = cases.make_inputs(some)
-        result = quantized_matmul(
-            inputs.x, inputs.w, backend="mosaic_tpu", config=config, interpret=pltpu.InterpretParams(), **some.options
-        )
+        call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, **some.options)
+        call = jax.jit(functools.partial(call, interpret=pltpu.InterpretParams()), compiler_options=QUICKLY)
+        result = call(inputs.x, inputs.w)
         assert_right(result, multiply(some, inputs, "xla"), judge(some, inputs), scheme)
 
 
@@ -392,8 +391,8 @@ def test_any_shape(rows: int, blocks: int, out_features: int, scheme: str, backe
         name="any", rows=rows, in_features=32 * blocks, out_features=out_features, scheme=scheme, dtype="float32"
     )
     inputs = cases.make_inputs(case, seed)
-    result = quantized_matmul(inputs.x, inputs.w, backend=backend, interpret=None if backend == "xla" else True)
-    assert_right(result, quantized_matmul(inputs.x, inputs.w, backend="xla"), judge(case, inputs), str(case))
+    result = multiply(case, inputs, backend)
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), str(case))
 
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
@@ -432,14 +431,16 @@ def test_any_option_on_a_tpu(
 
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])
 def test_leading_dimensions_and_no_rows(backend: str):
-    inputs = cases.make_inputs(TESTS["int8"])
+    case = Case(name="leading", rows=1, in_features=40, out_features=128, scheme="float8_e4m3fn")
+    inputs = cases.make_inputs(case)
     x = jnp.stack([inputs.x, 2 * inputs.x])[None]
     call = functools.partial(quantized_matmul, backend=backend, interpret=None if backend == "xla" else True)
+    call = jax.jit(call, compiler_options=options_for(backend))
     result = call(x, inputs.w)
-    assert result.shape == (1, 2, 3, 512)
+    assert result.shape == (1, 2, 1, 128)
     np.testing.assert_array_equal(result[0, 0], call(inputs.x, inputs.w))
-    assert call(x[0, 0, 0], inputs.w).shape == (512,)
-    assert quantized_matmul(x[:0], inputs.w).shape == (0, 2, 3, 512)
+    assert call(x[0, 0, 0], inputs.w).shape == (128,)
+    assert quantized_matmul(x[:0], inputs.w).shape == (0, 2, 1, 128)
 
 
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])

@@ -1,4 +1,4 @@
-"""The TPU simulator in its three ways of moving memory, each of which finds what the others do not."""
+"""The TPU simulator in its two ways of moving memory, each of which finds what the other does not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 MODES: Final[dict[str, Any]] = {
-    # What was not written is NaN, what is out of bounds raises; transfers happen as late as somebody waits for them.
-    "late": pltpu.InterpretParams(),
     # Transfers happen as soon as they are started: a buffer that is still in use is overwritten.
     "eager": pltpu.InterpretParams(dma_execution_mode="eager"),
-    # Accesses that nothing puts in order are reported.
+    # Transfers happen as late as somebody waits for them, the last one first; accesses that nothing puts in order are
+    # reported. Either way what was not written is NaN, and what is out of bounds raises.
     "races": pltpu.InterpretParams(detect_races=True),
 }
 
