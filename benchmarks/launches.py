@@ -21,11 +21,13 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import gpu_compiler, gpu_program, models, results, workloads
+from palladion.benchmarks import models, results, workloads
 from palladion.benchmarks.models import ModelShape
 from palladion.benchmarks.random_model import random_parameters
 from palladion.benchmarks.results import amount, duration
-from palladion.benchmarks.static.runner import architectures
+from palladion.benchmarks.static.examiner import architectures
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
 from palladion.model.engine import Engine, EngineOptions

@@ -13,9 +13,9 @@ import pytest
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
-from palladion.benchmarks import gpu_compiler
-from palladion.benchmarks.gpu_compiler import CompiledKernel
-from palladion.benchmarks.static.sass import bytes_awaited, in_turn, parse
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu.compiler import CompiledKernel
+from palladion.benchmarks.static.gpu.sass import bytes_awaited, in_turn, parse
 from palladion.kernels import gpu_rows
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase

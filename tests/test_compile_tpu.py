@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import KVCache, append_kv, decode_attention, quantized_matmul
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import append_kv, quantize, quantized_matmul
-from palladion.benchmarks import gpu_program, launches, models
+from palladion.benchmarks import launches, models
 from palladion.benchmarks.__main__ import main
 from palladion.benchmarks.operations import OPERATIONS
+from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.timing import calls_of
 from palladion.reference import KVCache
 

@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from scipy import special
 
 from palladion import QuantizedArray, Unsupported, dequantize, quantize, quantized_matmul, record_choices
-from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, Reference
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
 from palladion.kernels.quantized_matmul import (
     IMPLEMENTATIONS,

@@ -16,9 +16,9 @@ from typing import Any, Final
 import pytest
 
 import palladion.kernels
-from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, Reference, figures, workloads
-from palladion.benchmarks.static.report import TABLE
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu.table import TABLE
 from palladion.kernels.devices import tpu_chips
 
 RESULTS: Final = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu.jsonl"

@@ -16,14 +16,15 @@ import pytest
 import static_gpu_kernels
 from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
-from palladion.benchmarks import gpu_compiler
-from palladion.benchmarks.gpu_compiler import gpu_of
-from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, ptx, workloads
-from palladion.benchmarks.static.flow import natural_loops
-from palladion.benchmarks.static.gpu_report import TABLE
-from palladion.benchmarks.static.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, workloads
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import ptx
+from palladion.benchmarks.static.gpu.compiler import gpu_of
+from palladion.benchmarks.static.gpu.loops import natural_loops
+from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu.sass import Code, Instruction, parse
+from palladion.benchmarks.static.gpu.table import TABLE
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.sass import Code, Instruction, parse
 from palladion.kernels.devices import gpus
 
 needs_triton = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")

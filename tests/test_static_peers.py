@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 import palladion.kernels
-from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import Examiner, Reference, Row, workloads
-from palladion.benchmarks.static.peers import packages, results, table
+from palladion.benchmarks.static.peers import estimates as results
+from palladion.benchmarks.static.peers import packages, table
 from palladion.benchmarks.static.peers.attention import CONTESTS as ATTENTION
 from palladion.benchmarks.static.peers.by_name import CONTESTS, reference
 from palladion.benchmarks.static.peers.contests import OURS, Contest
+from palladion.benchmarks.static.peers.estimates import Result
 from palladion.benchmarks.static.peers.matmul import CONTESTS as MATMUL
-from palladion.benchmarks.static.peers.results import Result
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 
 FIGURES = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu_peers.json"
 

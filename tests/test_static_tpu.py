@@ -19,17 +19,18 @@ import pytest
 import static_kernels
 from static_kernels import GOLDEN, LENGTHS
 
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, simulator, workloads
-from palladion.benchmarks.static.calls import kernel_calls
+from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, workloads
+from palladion.benchmarks.static.kernel_calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
-from palladion.benchmarks.static.report import TABLE, believed
-from palladion.benchmarks.static.roofline import words_in_memory
-from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
-from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
-from palladion.benchmarks.static.traffic import _shares as divide
-from palladion.benchmarks.static.traffic import traffic
-from palladion.benchmarks.static.transfers import Moved, Rate, Transfers
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu import simulator
+from palladion.benchmarks.static.tpu.roofline import words_in_memory
+from palladion.benchmarks.static.tpu.scalar_core import Execution, Operand, ScalarCore
+from palladion.benchmarks.static.tpu.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.tpu.table import TABLE, believed
+from palladion.benchmarks.static.tpu.traffic import _shares as divide
+from palladion.benchmarks.static.tpu.traffic import traffic
+from palladion.benchmarks.static.tpu.transfers import Moved, Rate, Transfers
 from palladion.kernels.devices import tpu_chips
 
 needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")

@@ -30,9 +30,14 @@ from typing import Final
 import jax
 from absl import app, flags
 
-from palladion.benchmarks import gpu_compiler, machine, tpu_compiler
-from palladion.benchmarks.static import figures, gpu_report, report, runner, workloads
+from palladion.benchmarks import machine
+from palladion.benchmarks.static import examiner as runner
+from palladion.benchmarks.static import figures, workloads
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import table as gpu_report
 from palladion.benchmarks.static.table import Table, require_matplotlib
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu import table as report
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
 

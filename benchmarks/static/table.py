@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from palladion.benchmarks.static.runner import Row
+from palladion.benchmarks.static.examiner import Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,12 +26,13 @@ from typing import Any, Final
 import jax
 from absl import app, flags
 
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static.peers import packages, results, table
+from palladion.benchmarks.static.examiner import MOST_SECONDS as MOST_SECONDS_EACH
+from palladion.benchmarks.static.examiner import Examiner
+from palladion.benchmarks.static.peers import estimates as results
+from palladion.benchmarks.static.peers import packages, table
 from palladion.benchmarks.static.peers.by_name import CONTESTS
 from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
-from palladion.benchmarks.static.runner import MOST_SECONDS as MOST_SECONDS_EACH
-from palladion.benchmarks.static.runner import Examiner
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
 

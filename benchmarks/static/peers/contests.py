@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import Chip, target_chip
 
 OURS: Final = "palladion"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from palladion.benchmarks.static.peers.contests import Contest
-from palladion.benchmarks.static.peers.results import Result, best_of_each, best_peer, ours, ratio
+from palladion.benchmarks.static.peers.estimates import Result, best_of_each, best_peer, ours, ratio
 from palladion.kernels.devices import tpu_chips
 
 HEADINGS: Final = (

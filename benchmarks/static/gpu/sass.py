@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from palladion.benchmarks.static.flow import Loop, natural_loops, with_depths
+from palladion.benchmarks.static.gpu.loops import Loop, natural_loops, with_depths
 
 WARP: Final = 32
 """Threads that execute an instruction together."""

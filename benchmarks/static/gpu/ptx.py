@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from palladion.benchmarks.static.flow import Loop, natural_loops, with_depths
+from palladion.benchmarks.static.gpu.loops import Loop, natural_loops, with_depths
 from palladion.benchmarks.static.opaque import Opaque, Undecided
 
 MOST_OPERATIONS: Final = 20_000_000

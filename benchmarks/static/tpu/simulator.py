@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from palladion.benchmarks import tpu_compiler
 from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.processes import why_it_ended
-from palladion.benchmarks.static.transfers import Moved
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu.transfers import Moved
 from palladion.kernels.devices import tpu_chips
 
 CYCLES: Final = "--xla_jf_dump_static_llo_profile_to={folder}"

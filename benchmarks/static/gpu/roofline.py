@@ -24,13 +24,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from palladion.benchmarks import gpu_compiler
-from palladion.benchmarks.static import ptx
-from palladion.benchmarks.static.calls import KernelCall, kernel_calls, what_bounds
-from palladion.benchmarks.static.flow import Loop
-from palladion.benchmarks.static.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import ptx
+from palladion.benchmarks.static.gpu.loops import Loop
+from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu.sass import (
+    ISSUE,
+    LOAD_STORE,
+    WARP,
+    Code,
+    Instruction,
+    bytes_awaited,
+    in_turn,
+    parse,
+)
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, what_bounds
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.sass import ISSUE, LOAD_STORE, WARP, Code, Instruction, bytes_awaited, in_turn, parse
 from palladion.kernels.devices import Gpu
 
 SCHEDULERS: Final = 4

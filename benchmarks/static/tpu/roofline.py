@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static.calls import KernelCall, kernel_calls, what_bounds
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, what_bounds
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
-from palladion.benchmarks.static.schedule import Loop, Schedule, parse_schedule, parse_vmem_report
-from palladion.benchmarks.static.traffic import traffic
-from palladion.benchmarks.static.transfers import Moved, Rate
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu.scalar_core import Execution, Operand, ScalarCore
+from palladion.benchmarks.static.tpu.schedule import Loop, Schedule, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.tpu.traffic import traffic
+from palladion.benchmarks.static.tpu.transfers import Moved, Rate
 from palladion.kernels.devices import Chip, tpu_chips
 
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
+from palladion.benchmarks.static.examiner import Report, Row
 from palladion.benchmarks.static.peers.by_name import reference
 from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
-from palladion.benchmarks.static.runner import Report, Row
 from palladion.benchmarks.static.workloads import Reference
 from palladion.kernels.devices import tpu_chips
 

@@ -22,9 +22,9 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks.static.calls import KernelCall, inner_programs, item_bits, scan_parts
+from palladion.benchmarks.static.kernel_calls import KernelCall, inner_programs, item_bits, scan_parts
 from palladion.benchmarks.static.opaque import Opaque, Undecided
-from palladion.benchmarks.static.transfers import Moved
+from palladion.benchmarks.static.tpu.transfers import Moved
 
 MOST_OPERATIONS: Final = 20_000_000
 """Operations that are interpreted before a kernel is given up."""

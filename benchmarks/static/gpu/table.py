@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
-from palladion.benchmarks.gpu_compiler import gpu_of
-from palladion.benchmarks.static.gpu_roofline import GpuReport
-from palladion.benchmarks.static.runner import Row, architectures
+from palladion.benchmarks.static.examiner import Row, architectures
+from palladion.benchmarks.static.gpu.compiler import gpu_of
+from palladion.benchmarks.static.gpu.roofline import GpuReport
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
 
 HEADINGS: Final = (

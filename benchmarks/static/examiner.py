@@ -16,12 +16,13 @@ from typing import Final
 
 import jax
 
-from palladion.benchmarks import gpu_compiler, tpu_compiler
 from palladion.benchmarks.static import workloads
-from palladion.benchmarks.static.gpu_roofline import GpuReport, examine_for_gpu
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu.roofline import GpuReport, examine_for_gpu
 from palladion.benchmarks.static.processes import why_it_ended
-from palladion.benchmarks.static.roofline import KernelReport, examine
-from palladion.benchmarks.static.simulator import Simulation, SimulatorFailed, simulate
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu.roofline import KernelReport, examine
+from palladion.benchmarks.static.tpu.simulator import Simulation, SimulatorFailed, simulate
 from palladion.kernels.backend import Unsupported
 
 MOST_SECONDS: Final = 600.0

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
-from palladion.benchmarks.static.roofline import KernelReport, agree
-from palladion.benchmarks.static.runner import Row
-from palladion.benchmarks.static.simulator import Simulation
+from palladion.benchmarks.static.examiner import Row
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
+from palladion.benchmarks.static.tpu.roofline import KernelReport, agree
+from palladion.benchmarks.static.tpu.simulator import Simulation
 from palladion.kernels.devices import tpu_chips
 
 HEADINGS: Final = (

@@ -19,8 +19,8 @@ from typing import Any, Final
 import jax
 from jax.experimental import topologies
 
-from palladion.benchmarks.gpu_compiler import gpu_of, lowered_for_gpu
-from palladion.benchmarks.tpu_compiler import described
+from palladion.benchmarks.static.gpu.compiler import gpu_of, lowered_for_gpu
+from palladion.benchmarks.static.tpu.compiler import described
 from palladion.kernels.devices import Gpu
 
 PLUGINS: Final = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")

@@ -12,7 +12,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 
 LARGEST_KNOWN: Final = 2**20
 """Elements of an array whose values are followed: tables and lengths are, weights and caches are not."""

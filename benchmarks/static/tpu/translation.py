@@ -14,7 +14,7 @@ import re
 from typing import Final
 
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.schedule import Bundle, Instruction, Schedule, is_transfer, transfer_size
+from palladion.benchmarks.static.tpu.schedule import Bundle, Instruction, Schedule, is_transfer, transfer_size
 
 MASK: Final = 2**32 - 1
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
-from palladion.benchmarks.static.schedule import Schedule
-from palladion.benchmarks.static.transfers import Moved, Rate, Transfers
-from palladion.benchmarks.static.translation import HBM, HBM_STRIDE, MASK, Translation
+from palladion.benchmarks.static.tpu.schedule import Schedule
+from palladion.benchmarks.static.tpu.transfers import Moved, Rate, Transfers
+from palladion.benchmarks.static.tpu.translation import HBM, HBM_STRIDE, MASK, Translation
 
 MOST_BLOCKS: Final = 20_000_000
 """Blocks that are executed before a kernel is given up."""

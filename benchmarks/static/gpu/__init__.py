@@ -1,0 +1,1 @@
+"""What the GPU compilers say of kernels without a GPU."""
