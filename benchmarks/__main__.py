@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
-from palladion.benchmarks import machine
+from palladion.benchmarks.measure import machine
 
 COMMANDS: Final[dict[str, str]] = {
     "suite": "palladion.benchmarks.suite",

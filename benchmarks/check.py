@@ -21,10 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import bench, machine, results, workloads
-from palladion.benchmarks.operations import OPERATIONS, Operation, operation
-from palladion.benchmarks.parallel import cores, side_by_side
-from palladion.benchmarks.results import Row
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import bench, machine
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, operation
+from palladion.benchmarks.measure.parallel import cores, side_by_side
+from palladion.benchmarks.measure.records import Row
 from palladion.kernels.checks import check
 
 HELP: Final = "checks on this device that every kernel is as right as the reference"

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from palladion.benchmarks import results
-from palladion.benchmarks.results import Row
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.records import Row
 from palladion.kernels.checks import check
 
 HELP: Final = "says what got faster or slower between two files of results"

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import bench, machine, results
-from palladion.benchmarks.bench import progress
+from palladion.benchmarks.measure import bench, machine
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.bench import progress
 from palladion.kernels.checks import check
 from palladion.model.checkpoint import find_model
 from palladion.model.generator import Generator

@@ -21,10 +21,12 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import models, results, workloads
-from palladion.benchmarks.models import ModelShape
-from palladion.benchmarks.random_model import random_parameters
-from palladion.benchmarks.results import amount, duration
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.model_shapes import ModelShape
+from palladion.benchmarks.measure.random_weights import random_parameters
+from palladion.benchmarks.measure.records import amount, duration
 from palladion.benchmarks.static.examiner import architectures
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program

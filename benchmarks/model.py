@@ -22,12 +22,15 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks import bench, machine, models, plots, results, workloads
-from palladion.benchmarks.models import ModelShape
-from palladion.benchmarks.profile import device_times
-from palladion.benchmarks.random_model import random_parameters
-from palladion.benchmarks.results import duration
-from palladion.benchmarks.timing import Samples
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import bench, machine, plots
+from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.model_shapes import ModelShape
+from palladion.benchmarks.measure.profile import device_times
+from palladion.benchmarks.measure.random_weights import random_parameters
+from palladion.benchmarks.measure.records import duration
+from palladion.benchmarks.measure.timing import Samples
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
 from palladion.kernels.devices import measured_bandwidth

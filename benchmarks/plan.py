@@ -14,9 +14,11 @@ import argparse
 import dataclasses
 from typing import Final
 
-from palladion.benchmarks import models, results, workloads
-from palladion.benchmarks.models import ModelShape
-from palladion.benchmarks.results import amount, duration
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.model_shapes import ModelShape
+from palladion.benchmarks.measure.records import amount, duration
 from palladion.kernels.checks import check
 from palladion.kernels.devices import Chip, Gpu, gpus, tpu_chips
 

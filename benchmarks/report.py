@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import decode_peers, model, plots, results
-from palladion.benchmarks.results import Limits, Row
+from palladion.benchmarks import decode_peers, model
+from palladion.benchmarks.measure import plots
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.records import Limits, Row
 from palladion.kernels.checks import check
 
 HELP: Final = "makes a Markdown page with tables and pictures of files of results"

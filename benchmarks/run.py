@@ -25,9 +25,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import bench, machine, peers, plots, results, workloads
-from palladion.benchmarks.operations import OPERATIONS, Operation, operation
-from palladion.benchmarks.results import Row
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import bench, machine, peers, plots
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, operation
+from palladion.benchmarks.measure.records import Row
 from palladion.benchmarks.static.processes import why_it_ended
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 import palladion
-from palladion.benchmarks import bench, machine
+from palladion.benchmarks.measure import bench, machine
 from palladion.kernels import tuning
 from palladion.kernels.checks import check
 

@@ -25,11 +25,13 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import bench, tuner, workloads
-from palladion.benchmarks.bench import config_text
-from palladion.benchmarks.operations import OPERATIONS, Operation, operation
-from palladion.benchmarks.results import duration
-from palladion.benchmarks.tuner import Estimated, Judge, Measured, Trial
+from palladion.benchmarks import workloads
+from palladion.benchmarks.measure import bench
+from palladion.benchmarks.measure import search as tuner
+from palladion.benchmarks.measure.bench import config_text
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, operation
+from palladion.benchmarks.measure.records import duration
+from palladion.benchmarks.measure.search import Estimated, Judge, Measured, Trial
 from palladion.kernels import tuning
 from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check

@@ -8,8 +8,8 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from palladion.benchmarks.models import models
-from palladion.benchmarks.operations import Operation
+from palladion.benchmarks.measure.model_shapes import models
+from palladion.benchmarks.measure.operations import Operation
 from palladion.kernels.checks import check
 
 DEFAULT_MODEL: Final = "llama3-8b"

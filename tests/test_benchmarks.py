@@ -25,30 +25,18 @@ import numpy as np
 import pytest
 
 from palladion import KVCache, quantize
-from palladion.benchmarks import (
-    bench,
-    check,
-    compare,
-    decode_peers,
-    model,
-    peers,
-    plan,
-    profile,
-    results,
-    run,
-    suite,
-    timing,
-    workloads,
-)
+from palladion.benchmarks import check, compare, decode_peers, model, plan, run, suite, workloads
 from palladion.benchmarks.__main__ import COMMANDS, main, overview
-from palladion.benchmarks.models import ModelShape, models
-from palladion.benchmarks.operations import OPERATIONS, verdict_of
-from palladion.benchmarks.operations.appends import identical
-from palladion.benchmarks.parallel import side_by_side
-from palladion.benchmarks.peers import Contender, Peer
-from palladion.benchmarks.random_model import random_parameters
-from palladion.benchmarks.results import Limits, Row
-from palladion.benchmarks.timing import CallRunner, JaxRunner, Samples, measure, quantile, ratio
+from palladion.benchmarks.measure import bench, peers, profile, timing
+from palladion.benchmarks.measure import records as results
+from palladion.benchmarks.measure.model_shapes import ModelShape, models
+from palladion.benchmarks.measure.operations import OPERATIONS, verdict_of
+from palladion.benchmarks.measure.operations.appends import identical
+from palladion.benchmarks.measure.parallel import side_by_side
+from palladion.benchmarks.measure.peers import Contender, Peer
+from palladion.benchmarks.measure.random_weights import random_parameters
+from palladion.benchmarks.measure.records import Limits, Row
+from palladion.benchmarks.measure.timing import CallRunner, JaxRunner, Samples, measure, quantile, ratio
 from palladion.kernels import devices
 from palladion.kernels.devices import gpus, tpu_chips
 from palladion.reference import compare as acceptance
@@ -969,7 +957,7 @@ sys.modules.update(dict.fromkeys({absent}))
 from palladion.benchmarks.__main__ import COMMANDS, overview
 page = overview()
 assert "cannot be run here" not in page, page
-from palladion.benchmarks.peers import peers
+from palladion.benchmarks.measure.peers import peers
 assert "torch is not installed" in {{peer.missing() for peer in peers().values()}}
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import append_kv, quantize, quantized_matmul
-from palladion.benchmarks import launches, models
+from palladion.benchmarks import launches
 from palladion.benchmarks.__main__ import main
-from palladion.benchmarks.operations import OPERATIONS
+from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure.operations import OPERATIONS
+from palladion.benchmarks.measure.timing import calls_of
 from palladion.benchmarks.static.gpu import program as gpu_program
-from palladion.benchmarks.timing import calls_of
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import decode_attention, record_choices
-from palladion.benchmarks import tune, tuner
+from palladion.benchmarks import tune
 from palladion.benchmarks.__main__ import main
-from palladion.benchmarks.bench import DeviceLostError
-from palladion.benchmarks.operations import OPERATIONS, Operation, Verdict
-from palladion.benchmarks.parallel import side_by_side
-from palladion.benchmarks.timing import Samples
-from palladion.benchmarks.tuner import Measured, RejectedError, Trial, certain_gain, search, winner
+from palladion.benchmarks.measure import search as tuner
+from palladion.benchmarks.measure.bench import DeviceLostError
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, Verdict
+from palladion.benchmarks.measure.parallel import side_by_side
+from palladion.benchmarks.measure.search import Measured, RejectedError, Trial, certain_gain, search, winner
+from palladion.benchmarks.measure.timing import Samples
 from palladion.kernels import tuning
 from palladion.kernels.backend import Implementation
 from palladion.kernels.decode_attention import cases as attention_cases

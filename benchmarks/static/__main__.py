@@ -30,7 +30,7 @@ from typing import Final
 import jax
 from absl import app, flags
 
-from palladion.benchmarks import machine
+from palladion.benchmarks.measure import machine
 from palladion.benchmarks.static import examiner as runner
 from palladion.benchmarks.static import figures, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler

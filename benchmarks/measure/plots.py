@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.results import Limits, Row
+from palladion.benchmarks.measure.records import Limits, Row
 
 COLORS: Final = {"kernel": "#c0392b", "reference": "#2c3e50", "peer": "#7f8c8d"}
 DOTS_PER_INCH: Final = 100

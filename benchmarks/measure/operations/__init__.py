@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from palladion.benchmarks.operations.appends import AppendKV, AppendQKV
-from palladion.benchmarks.operations.attention import DecodeAttention
-from palladion.benchmarks.operations.base import Operation, Verdict, verdict_of
-from palladion.benchmarks.operations.products import Matmul, QuantizedMatmul
+from palladion.benchmarks.measure.operations.appends import AppendKV, AppendQKV
+from palladion.benchmarks.measure.operations.attention import DecodeAttention
+from palladion.benchmarks.measure.operations.base import Operation, Verdict, verdict_of
+from palladion.benchmarks.measure.operations.products import Matmul, QuantizedMatmul
 from palladion.kernels.checks import check
 
 __all__ = ["OPERATIONS", "Operation", "Verdict", "operation", "verdict_of"]

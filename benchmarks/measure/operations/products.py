@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks.operations.base import Operation, Verdict, spread, verdict_of
+from palladion.benchmarks.measure.operations.base import Operation, Verdict, spread, verdict_of
 from palladion.kernels import matmul as dense_package
 from palladion.kernels import quantized_matmul as quantized_package
 from palladion.kernels.matmul import cases as dense_cases

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.peers import Contender, Peer, first, plain_attention, seen
-from palladion.benchmarks.timing import copies_of
+from palladion.benchmarks.measure.peers import Contender, Peer, first, plain_attention, seen
+from palladion.benchmarks.measure.timing import copies_of
 from palladion.kernels.devices import target_gpu
 from palladion.reference import dequantize
 from palladion.reference.bits import bits_dtype

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from palladion.benchmarks.models import DENSE, ModelShape
+from palladion.benchmarks.measure.model_shapes import DENSE, ModelShape
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.reference import quantize
 from palladion.reference.platforms import target_platform

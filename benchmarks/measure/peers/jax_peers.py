@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 
-from palladion.benchmarks.peers import Contender, Peer, first, plain_attention, seen
-from palladion.benchmarks.timing import JaxRunner
+from palladion.benchmarks.measure.peers import Contender, Peer, first, plain_attention, seen
+from palladion.benchmarks.measure.timing import JaxRunner
 from palladion.reference import dequantize
 from palladion.reference.platforms import target_platform
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from palladion.benchmarks.machine import datasheet
-from palladion.benchmarks.operations import Operation, Verdict
-from palladion.benchmarks.parallel import side_by_side
-from palladion.benchmarks.peers import Contender, Peer
-from palladion.benchmarks.results import Limits, Row
-from palladion.benchmarks.timing import JaxRunner, Program, Runner, measure, memory_probe, probe_bytes
+from palladion.benchmarks.measure.machine import datasheet
+from palladion.benchmarks.measure.operations import Operation, Verdict
+from palladion.benchmarks.measure.parallel import side_by_side
+from palladion.benchmarks.measure.peers import Contender, Peer
+from palladion.benchmarks.measure.records import Limits, Row
+from palladion.benchmarks.measure.timing import JaxRunner, Program, Runner, measure, memory_probe, probe_bytes
 from palladion.kernels.backend import Implementation, Unsupported, record_choices
 from palladion.kernels.devices import measured_bandwidth, measured_matrix_rate
 from palladion.reference.platforms import target_platform

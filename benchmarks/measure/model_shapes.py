@@ -277,7 +277,7 @@ def _matrix_bytes(in_features: int, out_features: int, scheme: str) -> int:
 @functools.cache
 def models() -> dict[str, ModelShape]:
     """The models that are known here, by name."""
-    data = json.loads(importlib.resources.files(__package__).joinpath("models.json").read_text())
+    data = json.loads(importlib.resources.files(__package__).joinpath("model_shapes.json").read_text())
     return {name: ModelShape(name=name, **shape) for name, shape in data["models"].items()}
 
 

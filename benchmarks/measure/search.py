@@ -19,13 +19,13 @@ from typing import Any, Final, Protocol
 
 import jax
 
-from palladion.benchmarks.bench import DeviceLostError, in_a_line, program_of, ready
-from palladion.benchmarks.models import ACTIVATIONS
-from palladion.benchmarks.operations import Operation, operation
-from palladion.benchmarks.parallel import cores, side_by_side
+from palladion.benchmarks.measure.bench import DeviceLostError, in_a_line, program_of, ready
+from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
+from palladion.benchmarks.measure.operations import Operation, operation
+from palladion.benchmarks.measure.parallel import cores, side_by_side
+from palladion.benchmarks.measure.timing import JaxRunner, Program, Samples, measure, ratio
 from palladion.benchmarks.static import Examiner, Reference
 from palladion.benchmarks.static.workloads import Workload
-from palladion.benchmarks.timing import JaxRunner, Program, Samples, measure, ratio
 from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
@@ -269,7 +269,7 @@ class Estimated:
 
 CANDIDATE: Final = """from pathlib import Path
 
-from palladion.benchmarks.tuner import candidate_workload
+from palladion.benchmarks.measure.search import candidate_workload
 
 
 def candidate():

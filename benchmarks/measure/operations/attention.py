@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.operations.base import Operation, Verdict, spread, verdict_of
+from palladion.benchmarks.measure.operations.base import Operation, Verdict, spread, verdict_of
 from palladion.kernels import decode_attention as package
 from palladion.kernels.decode_attention import cases
 from palladion.reference import oracle

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Literal
 
-from palladion.benchmarks.timing import Samples, ratio
+from palladion.benchmarks.measure.timing import Samples, ratio
 
 Status = Literal["ok", "wrong", "failed", "skipped", "untimed"]
 """Measured; not timed because its result is wrong; raised an error; does not cover the case or is not installed; right,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.operations.base import Operation, Verdict, verdict_of
+from palladion.benchmarks.measure.operations.base import Operation, Verdict, verdict_of
 from palladion.kernels import append_kv as package
 from palladion.kernels import append_qkv as joined_package
 from palladion.kernels.append_kv import cases

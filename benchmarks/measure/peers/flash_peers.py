@@ -9,8 +9,8 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.peers import Contender, Peer, first, plain_attention
-from palladion.benchmarks.peers.torch_peers import TorchRunner, as_array, as_tensor, dense_only, needs_torch
+from palladion.benchmarks.measure.peers import Contender, Peer, first, plain_attention
+from palladion.benchmarks.measure.peers.torch_peers import TorchRunner, as_array, as_tensor, dense_only, needs_torch
 
 WORKSPACE_BYTES: Final = 128 * 2**20
 """What FlashInfer asks for."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from palladion.benchmarks.timing import Runner
+from palladion.benchmarks.measure.timing import Runner
 from palladion.kernels.checks import check
 
 

@@ -1,0 +1,1 @@
+"""How fast something is on this machine, and whether it is right."""
