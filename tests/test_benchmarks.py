@@ -25,8 +25,19 @@ import numpy as np
 import pytest
 
 from palladion import KVCache, quantize
-from palladion.benchmarks import check, compare, decode_peers, model, plan, run, suite, workloads
-from palladion.benchmarks.__main__ import COMMANDS, main, overview
+from palladion.benchmarks.commands import (
+    COMMANDS,
+    check,
+    compare,
+    decode_peers,
+    main,
+    model,
+    overview,
+    plan,
+    run,
+    suite,
+)
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import bench, peers, profile, timing
 from palladion.benchmarks.measure import records as results
 from palladion.benchmarks.measure.model_shapes import ModelShape, models
@@ -954,7 +965,7 @@ def test_a_checkout_with_jax_alone_is_enough():
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({absent}))
-from palladion.benchmarks.__main__ import COMMANDS, overview
+from palladion.benchmarks.commands import COMMANDS, overview
 page = overview()
 assert "cannot be run here" not in page, page
 from palladion.benchmarks.measure.peers import peers

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import append_kv, quantize, quantized_matmul
-from palladion.benchmarks import launches
-from palladion.benchmarks.__main__ import main
+from palladion.benchmarks.commands import launches, main
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.timing import calls_of

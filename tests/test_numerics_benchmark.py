@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from palladion import Scheme
-from palladion.benchmarks.numerics import command, figures, language_model, rounding, sums, tables
+from palladion.benchmarks.commands import numerics as command
+from palladion.benchmarks.numerics import figures, language_model, rounding, sums, tables
 from palladion.benchmarks.numerics.rounding import Method
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters

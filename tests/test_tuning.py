@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import decode_attention, record_choices
-from palladion.benchmarks import tune
-from palladion.benchmarks.__main__ import main
+from palladion.benchmarks.commands import main, tune
 from palladion.benchmarks.measure import search as tuner
 from palladion.benchmarks.measure.bench import DeviceLostError
 from palladion.benchmarks.measure.operations import OPERATIONS, Operation, Verdict

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import workloads
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import bench, machine, peers, plots
 from palladion.benchmarks.measure import records as results
 from palladion.benchmarks.measure.operations import OPERATIONS, Operation, operation

@@ -22,7 +22,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks import workloads
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import bench, machine, plots
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure import records as results

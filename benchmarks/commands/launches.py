@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import workloads
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure import records as results
 from palladion.benchmarks.measure.model_shapes import ModelShape

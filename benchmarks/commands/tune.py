@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import workloads
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import bench
 from palladion.benchmarks.measure import search as tuner
 from palladion.benchmarks.measure.bench import config_text

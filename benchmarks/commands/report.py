@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks import decode_peers, model
+from palladion.benchmarks.commands import decode_peers, model
 from palladion.benchmarks.measure import plots
 from palladion.benchmarks.measure import records as results
 from palladion.benchmarks.measure.records import Limits, Row

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from typing import Final
 
-from palladion.benchmarks import workloads
+from palladion.benchmarks.commands import options as workloads
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure import records as results
 from palladion.benchmarks.measure.model_shapes import ModelShape

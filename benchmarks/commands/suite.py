@@ -256,7 +256,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _report(out: Path, names: Sequence[str]) -> None:
     """The page of everything that phases have written, in their order, where there is anything."""
-    from palladion.benchmarks import report
+    from palladion.benchmarks.commands import report
 
     # A check has no times.
     files = [path for name in names if name != "check" for path in sorted(out.glob(f"{name}.json*"))]
