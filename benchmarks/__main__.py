@@ -1,12 +1,6 @@
-"""`python -m palladion.benchmarks`: see `commands`."""
+"""Runs `python -m palladion.benchmarks COMMAND`; `commands` has the table of commands."""
 
-from __future__ import annotations
-
-import sys
-
-from palladion.benchmarks.commands import main
-from palladion.benchmarks.measure import machine
+from palladion.benchmarks.commands import run_as_program
 
 if __name__ == "__main__":
-    machine.end_as_interrupted()
-    sys.exit(main())
+    run_as_program()

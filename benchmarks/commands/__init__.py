@@ -1,22 +1,22 @@
-r"""Benchmarks: what a step takes, beside the bytes that it must move, the reference and the peers.
+r"""Benchmarks: how long a decode step takes, beside the bytes that it must move, the reference and the peers.
 
   python -m palladion.benchmarks                    lists the commands
-  python -m palladion.benchmarks run --help         says what one of them takes
+  python -m palladion.benchmarks run --help         lists the options of one command
 
 A command is a module with `HELP`, one line; `add_arguments(parser)`; and `run(arguments)`, which returns the exit
-status, and finds in `arguments.command_line` how it was called. It raises ValueError, ImportError or OSError, with a
-message that says the way out, for what the user can mend.
-Beside these, `python -m palladion.benchmarks.static tpu` and `… gpu` say what the compilers make of the kernels.
+status and finds the command line in `arguments.command_line`. For mistakes that the user can correct it raises
+ValueError, ImportError or OSError, with a message that says how.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Final
+from typing import Final, NoReturn
 
 COMMANDS: Final[dict[str, str]] = {
     "suite": "palladion.benchmarks.commands.suite",
@@ -25,29 +25,45 @@ COMMANDS: Final[dict[str, str]] = {
     "model": "palladion.benchmarks.commands.model",
     "decode_peers": "palladion.benchmarks.commands.decode_peers",
     "plan": "palladion.benchmarks.commands.plan",
+    "static": "palladion.benchmarks.commands.static",
+    "static_peers": "palladion.benchmarks.commands.static_peers",
     "launches": "palladion.benchmarks.commands.launches",
     "compare": "palladion.benchmarks.commands.compare",
     "report": "palladion.benchmarks.commands.report",
     "tune": "palladion.benchmarks.commands.tune",
     "numerics": "palladion.benchmarks.commands.numerics",
 }
-"""Which module runs a command; it is imported when it is asked for."""
+"""The module of each command; it is imported when the command is called."""
 
 USER_ERROR: Final = 2
-"""Exit status where what was asked for cannot be done."""
+"""Exit status for a mistake that the user can correct."""
 
 INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C or SIGTERM."""
 
 PROGRAM: Final = "python -m palladion.benchmarks"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_as_program(*prefix: str) -> NoReturn:
+    """Runs the command that this process was called with, and exits with its status.
+
+    SIGTERM, from `timeout` or the suite, is treated as Ctrl-C: what has been measured is kept. SIGINT alone would not
+    do, because processes that a script starts in the background ignore it.
+
+    Args:
+      prefix: arguments that come before those of this process.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main([*prefix, *sys.argv[1:]]))
+
+
+def main(command_line: Sequence[str]) -> int:
     """Runs a command; returns the exit status.
 
     Args:
-      arguments: of the command line, the command first; None takes those of this process.
+      command_line: the command's name and its arguments.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(command_line)
     debug = "--debug" in given[:1]
     given = given[debug:]
     if not given or given[0] in ("-h", "--help", "help"):
@@ -78,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """One page: every command, and what it does."""
+    """Returns the page that lists every command with its line of help."""
     listed = []
     for name in COMMANDS:
         try:
@@ -89,10 +105,9 @@ def overview() -> str:
     return "\n".join(
         (
             f"usage: {PROGRAM} [--debug] COMMAND [OPTIONS]\n",
-            "What a step takes, beside the bytes that it must move, the reference and the peers.\n",
+            "How long a decode step takes, beside the bytes that it must move, the reference and the peers.\n",
             *listed,
-            f"\n{PROGRAM} COMMAND --help says what a command takes.",
-            f"{PROGRAM}.static tpu, and gpu, say what the compilers make of the kernels, without a chip.",
+            f"\n{PROGRAM} COMMAND --help lists the options of a command.",
         )
     )
 

@@ -7,7 +7,6 @@ import datetime
 import os
 import platform
 import shutil
-import signal
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -144,11 +143,3 @@ def _said(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 and run.stdout.strip() else None
-
-
-def end_as_interrupted() -> None:
-    """Takes SIGTERM, from `timeout` or the suite, as Ctrl-C: what has been measured is kept.
-
-    SIGINT alone would not do: what a script starts in the background ignores it.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
