@@ -16,7 +16,7 @@ import pytest
 import static_gpu_kernels
 from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
-from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, workloads
+from palladion.benchmarks.static import Examination, Examiner, GpuReport, WorkloadName, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import ptx
 from palladion.benchmarks.static.gpu.compiler import gpu_of
@@ -49,15 +49,15 @@ def golden(arch: int) -> Code:
     return parse((GOLDEN / f"sums_sm_{arch}.sass").read_text())
 
 
-def trips(arch: int, lengths: tuple[int, ...] | None) -> ptx.Trips:
+def trips(arch: int, lengths: tuple[int, ...] | None) -> ptx.TripCounts:
     known = None if lengths is None else np.asarray(lengths, np.int32)
     return ptx.count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
 
 
 @functools.cache
-def examined(name: str, chip: str = "sm_90") -> Row:
+def examined(name: str, chip: str = "sm_90") -> Examination:
     """What comes out for a function of static_gpu_kernels.py."""
-    return examiner.examine(Reference("", name, KERNELS), chip)
+    return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "sm_90") -> GpuReport:
@@ -284,7 +284,7 @@ class TestExamine:
         assert examined("sums").failure is None
 
     def test_cases_of_operations(self):
-        row = examiner.examine(Reference("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90")
+        row = examiner.examine(WorkloadName("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90")
         assert row.failure is None, row.failure
         found = max(row.reports, key=lambda one: one.bytes_needed or 0)
         assert isinstance(found, GpuReport)

@@ -19,7 +19,7 @@ import pytest
 import static_kernels
 from static_kernels import GOLDEN, LENGTHS
 
-from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, workloads
+from palladion.benchmarks.static import Examination, Examiner, KernelReport, WorkloadName, examine, workloads
 from palladion.benchmarks.static.kernel_calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
@@ -29,8 +29,8 @@ from palladion.benchmarks.static.tpu.scalar_core import Execution, Operand, Scal
 from palladion.benchmarks.static.tpu.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
 from palladion.benchmarks.static.tpu.table import TABLE, believed
 from palladion.benchmarks.static.tpu.traffic import _shares as divide
-from palladion.benchmarks.static.tpu.traffic import traffic
-from palladion.benchmarks.static.tpu.transfers import Moved, Rate, Transfers
+from palladion.benchmarks.static.tpu.traffic import count_traffic
+from palladion.benchmarks.static.tpu.transfers import Rate, Traffic, Transfers
 from palladion.kernels.devices import tpu_chips
 
 needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
@@ -66,9 +66,9 @@ def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:
 
 
 @functools.cache
-def examined(name: str, chip: str = "v6e") -> Row:
+def examined(name: str, chip: str = "v6e") -> Examination:
     """What comes out for a function of static_kernels.py."""
-    return examiner.examine(Reference("", name, KERNELS), chip)
+    return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "v6e") -> KernelReport:
@@ -80,10 +80,10 @@ def report(name: str, chip: str = "v6e") -> KernelReport:
     return found
 
 
-def asked(name: str, **options: Any) -> dict[str, Moved]:
+def asked(name: str, **options: Any) -> dict[str, Traffic]:
     function, arguments, *_ = getattr(static_kernels, name)(**options)
     (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v6e"))
-    return traffic(call)
+    return count_traffic(call)
 
 
 class TestSchedule:
@@ -237,27 +237,27 @@ class TestTraffic:
 
     def test_blocks(self):
         counted = asked("blocks", rows=1000, block=128)
-        assert counted == {"hbm_to_vmem": Moved(7, 7 * BLOCK_BYTES), "vmem_to_hbm": Moved(7, 7 * BLOCK_BYTES)}
+        assert counted == {"hbm_to_vmem": Traffic(7, 7 * BLOCK_BYTES), "vmem_to_hbm": Traffic(7, 7 * BLOCK_BYTES)}
 
     @pytest.mark.parametrize(("lengths", "units"), [(LENGTHS, 11), ((0, 0, 0, 0), 0), ((128, 129, 256, 257), 8)])
     def test_transfers_of_the_kernel_itself(self, lengths: tuple[int, ...], units: int):
         counted = asked("ring", lengths=lengths)
-        assert counted.get("hbm_to_vmem", Moved()) == Moved(units, units * UNIT_BYTES)
-        assert counted["vmem_to_hbm"] == Moved(4, 4 * 1024)
+        assert counted.get("hbm_to_vmem", Traffic()) == Traffic(units, units * UNIT_BYTES)
+        assert counted["vmem_to_hbm"] == Traffic(4, 4 * 1024)
 
     def test_blocks_move_when_their_index_changes(self):
         counted = asked("revisits")
         # Of x [40, 128] in blocks of 16 rows: 16, 16 and 8 rows, each for two steps in a row, for both columns of
         # blocks. The table is fetched once. Of the sums, one block for each column of blocks.
         assert counted == {
-            "hbm_to_vmem": Moved(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
-            "vmem_to_hbm": Moved(2, 2 * 8 * 128 * 4),
+            "hbm_to_vmem": Traffic(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
+            "vmem_to_hbm": Traffic(2, 2 * 8 * 128 * 4),
         }
 
     def test_a_core_fetches_what_it_needs(self):
         function, arguments = static_kernels.revisits()
         (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v5p"))
-        assert traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
+        assert count_traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
 
     @pytest.mark.parametrize(
         ("grid", "semantics", "shares"),
@@ -382,7 +382,7 @@ class TestExamine:
         assert "ValueError: bytes_needed: got 5 for a function with 2 kernels: blocks." in failure
 
     def test_again(self):
-        assert examiner.examine(Reference("", "blocks", KERNELS), "v6e") == examined("blocks")
+        assert examiner.examine(WorkloadName("", "blocks", KERNELS), "v6e") == examined("blocks")
 
     def test_it_must_be_asked_in_time(self, monkeypatch: pytest.MonkeyPatch):
         tpu_compiler.device("v6e")
@@ -402,19 +402,19 @@ class TestExamine:
 class TestWorkloads:
     def test_cases_of_models_are_the_default(self):
         everything = workloads.select(None, None)
-        assert Reference("decode_attention", "llama-3-8b") in everything
+        assert WorkloadName("decode_attention", "llama-3-8b") in everything
         assert {one.operation for one in everything} == set(workloads.operations())
         assert {one.operation for one in workloads.select(None, "quantized_matmul")} == {"quantized_matmul"}
         assert workloads.select(["gqa", "gqa*"], None) == workloads.select(["gqa*"], None)
 
     def test_scalars_of_a_case_are_known(self):
-        made = workloads.load(Reference("decode_attention", "paged-layers"))
+        made = workloads.load(WorkloadName("decode_attention", "paged-layers"))
         (inputs,) = made.arguments
         assert inputs.lengths.tolist() == [65, 300]
         assert inputs.page_table.shape == (2, 4)
         assert int(inputs.layer) == 1
         assert not isinstance(inputs.k, np.ndarray)
-        full = workloads.load(Reference("decode_attention", "llama-3-8b"))
+        full = workloads.load(WorkloadName("decode_attention", "llama-3-8b"))
         assert made.bytes_needed is not None
         assert full.bytes_needed == attention_cases["llama-3-8b"].problem().bytes_moved()
         assert made.bytes_needed < attention_cases["paged-layers"].problem().bytes_moved()
@@ -458,34 +458,34 @@ class TestSimulator:
         transfer = "  %7 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1_s1, /*size_in_granules=*/4096, /*vmem=*/%s2_s2\n"
         (tmp_path / "blocks.1_bundles.txt").write_text(f"0x1 :\n{transfer}0x2 :\n{transfer}")
         (listed,) = simulator.read(tmp_path, "v5e", ["blocks.1"])
-        assert listed.moved == {"hbm_to_vmem": Moved(2, 2 * BLOCK_BYTES)}
+        assert listed.moved == {"hbm_to_vmem": Traffic(2, 2 * BLOCK_BYTES)}
         (tmp_path / "blocks.1_bundles.txt").write_text(transfer.replace("4096", "%s3_s3"))
         assert simulator.read(tmp_path, "v5e", ["blocks.1"])[0].moved is None
 
     @needs_libtpu
     def test_it_is_believed_where_it_moves_what_is_due(self):
         found = report("blocks")
-        eight = Moved(8, 8 * BLOCK_BYTES)
+        eight = Traffic(8, 8 * BLOCK_BYTES)
         right = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": eight, "vmem_to_hbm": eight})
-        wrong = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": Moved(1, BLOCK_BYTES), "vmem_to_hbm": eight})
+        wrong = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": Traffic(1, BLOCK_BYTES), "vmem_to_hbm": eight})
         assert believed(found, right) is True
         assert believed(found, wrong) is False
         assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
-        row = Row(Reference("", "blocks"), "v6e", (found,), None, (wrong,))
+        row = Examination(WorkloadName("", "blocks"), "v6e", (found,), None, (wrong,))
         assert any("is not believed: it moves" in line for line in TABLE.lines(row))
         (kernel,) = TABLE.record(row)["simulations"]
         assert kernel["believed"] is False
 
     @needs_libtpu
     def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self):
-        (simulated,) = simulator.simulate(Reference("", "compute_bound", KERNELS), "v6e")
+        (simulated,) = simulator.simulate(WorkloadName("", "compute_bound", KERNELS), "v6e")
         found = report("compute_bound")
         assert found.instruction == simulated.name
         assert found.cycles == pytest.approx(simulated.cycles, rel=0.02)
 
     def test_there_is_none_for_v4(self):
         with pytest.raises(simulator.SimulatorFailed, match="no simulator for v4"):
-            simulator.simulate(Reference("", "blocks", KERNELS), "v4")
+            simulator.simulate(WorkloadName("", "blocks", KERNELS), "v4")
 
 
 @needs_libtpu
@@ -507,11 +507,11 @@ class TestCommand:
 
     def test_pictures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         rows = [
-            Row(Reference("", name), chip, (report(name, chip),), None)
+            Examination(WorkloadName("", name), chip, (report(name, chip),), None)
             for name in ("blocks", "ring")
             for chip in ("v5e", "v6e")
         ]
-        unknown = Row(Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
+        unknown = Examination(WorkloadName("", "unknown"), "v6e", (report("decided_by_data"),), None)
         if importlib.util.find_spec("matplotlib"):
             written = TABLE.plot([*rows, unknown], tmp_path / "roofline.png")
             assert [path.name for path in written] == ["roofline-v5e.png", "roofline-v6e.png"]

@@ -1,11 +1,11 @@
-r"""Checks on this device that every kernel is as right as the reference, case by case; nothing is timed.
+r"""Checks the results of every kernel on this device, case by case, against the float64 oracle; nothing is timed.
 
   python -m palladion.benchmarks check --minutes=2 --json=check.jsonl
   python -m palladion.benchmarks check quantized_matmul --cases='int4*' --interpret
 
-The cases are those of the tests: small, each with something that goes wrong easily. Compiling takes most of the time:
-as many cases are checked side by side as there are cores. Operations take turns, so that a check which ends early has
-seen some of each.
+The cases are the small ones of the tests, which cover what goes wrong easily. Most of the time is spent on compiling,
+so cases are checked in parallel on all cores. Operations take turns, so that a check which ends early has covered some
+of each.
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from palladion.benchmarks.commands import options as workloads
-from palladion.benchmarks.measure import bench, machine
-from palladion.benchmarks.measure import records as results
-from palladion.benchmarks.measure.operations import OPERATIONS, Operation, operation
+from palladion.benchmarks.commands import PROGRAM, options
+from palladion.benchmarks.commands.progress import report_progress, seconds_left
+from palladion.benchmarks.measure import bench, machine, records
+from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation, operation
 from palladion.benchmarks.measure.parallel import cores, side_by_side
-from palladion.benchmarks.measure.records import Row
+from palladion.benchmarks.measure.records import Measurement
 from palladion.kernels.checks import check
 
 HELP: Final = "checks on this device that every kernel is as right as the reference"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Adds the command's options."""
     parser.add_argument("operation", nargs="?", help=f"{', '.join(OPERATIONS)}; all by default")
-    parser.add_argument("--cases", type=workloads.names, metavar="NAMES", help="names or patterns (all of the tests)")
-    parser.add_argument("--backends", type=workloads.names, metavar="NAMES", help="of kernels (those of this platform)")
+    parser.add_argument("--cases", type=options.names, metavar="NAMES", help="names or patterns (all of the tests)")
+    parser.add_argument(
+        "--backends", type=options.names, metavar="NAMES", help="kernels to check (those of this platform)"
+    )
     parser.add_argument("--interpret", action="store_true", help="interpret kernels for other platforms")
     parser.add_argument(
         "--workers", type=int, default=cores(), metavar="N", help=f"cases side by side ({cores()}, all cores)"
     )
     parser.add_argument("--minutes", type=float, default=60.0, metavar="N", help="no case begins later (60)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came out, JSON lines")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, as JSON lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Checks; prints what is not right, and how many are."""
+    """Checks the cases; prints those that are not right, and the counts."""
     chosen = list(OPERATIONS.values()) if arguments.operation is None else [operation(arguments.operation)]
     known = {row.name for one in chosen for row in one.table if row.platform is not None}
     for name in arguments.backends or ():
@@ -56,14 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     check(bool(tasks), "--cases", arguments.cases, "patterns of the names of test cases")
     deadline = time.perf_counter() + 60 * arguments.minutes
     counts: Counter[str] = Counter()
-    provenance = machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}")
-    # Nothing is timed: what the machine can do at best does not matter.
-    limits = results.Limits(bandwidth=0.0, matrix_rate=0.0, matrix_dtype="")
+    provenance = machine.provenance(f"{PROGRAM} {shlex.join(arguments.command_line)}")
+    # Nothing is timed, so the limits of the machine do not matter.
+    limits = records.Limits(bandwidth=0.0, matrix_rate=0.0, matrix_dtype="")
     done = 0
-    # The interpreter of TPU kernels keeps what it simulates in one place.
+    # The interpreter of TPU kernels has global state.
     workers = 1 if arguments.interpret else arguments.workers
-    jobs = [functools.partial(_checked, one, case, arguments, deadline) for one, case in tasks]
-    with results.Writer(arguments.json, provenance, limits) as writer:
+    jobs = [functools.partial(_check_case, one, case, arguments, deadline) for one, case in tasks]
+    with records.Writer(arguments.json, provenance, limits) as writer:
         for (one, case), rows in zip(tasks, side_by_side(jobs, workers), strict=True):
             if isinstance(rows, bench.DeviceLostError):
                 print(f"{one.name} {case.name}: {rows}\nNothing can be checked after it in this process")
@@ -82,40 +84,43 @@ def run(arguments: argparse.Namespace) -> int:
                     print(f"{one.name} {case.name}: {row.contender} {row.status}: {row.reason}", flush=True)
             done += 1
             if done % 20 == 0:
-                bench.progress(f"{done} of {len(tasks)} cases: {_said(counts)}")
-    print(f"{done} of {len(tasks)} cases checked: {_said(counts)}")
+                report_progress(f"{done} of {len(tasks)} cases: {_summary(counts)}")
+    print(f"{done} of {len(tasks)} cases checked: {_summary(counts)}")
     return 1 if counts["wrong"] or counts["failed"] else 0
 
 
-def _checked(one: Operation, case: Any, arguments: argparse.Namespace, deadline: float) -> list[Row] | None:
-    """What came out of a case; None where there is no time left for it."""
-    if bench.seconds_left(deadline) <= 0:
+def _check_case(
+    chosen: Operation, case: Case, arguments: argparse.Namespace, deadline: float
+) -> list[Measurement] | None:
+    """Returns the results of a case; None if there is no time left for it."""
+    if seconds_left(deadline) <= 0:
         return None
-    kernels = [row.name for row in one.table if row.platform is not None]
-    turn: list[str | None] = []
-    plan = bench.Plan(
+    kernels = [one.name for one in chosen.table if one.platform is not None]
+    turns: list[str | None] = []
+    run_options = bench.RunOptions(
         backends=tuple(name for name in arguments.backends or kernels if name in kernels),
         interpret=arguments.interpret,
         rounds=0,
-        before=turn.append,
+        on_turn=turns.append,
     )
     try:
-        return bench.run_workload(one, case, plan)
+        return bench.run_workload(chosen, case, run_options)
     except bench.DeviceLostError as error:
-        raise bench.DeviceLostError(f"{turn[-1]}: {error}") from error
+        raise bench.DeviceLostError(f"{turns[-1]}: {error}") from error
 
 
-def _said(counts: Counter[str]) -> str:
+def _summary(counts: Counter[str]) -> str:
+    """Formats the counts: "12 right, 1 wrong"."""
     order = ("right", "wrong", "failed", "skipped")
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "nothing"
 
 
-def _in_turns(chosen: list[Operation], patterns: tuple[str, ...] | None) -> Iterator[tuple[Operation, Any]]:
-    """A case of each operation after the other."""
+def _in_turns(chosen: list[Operation], patterns: tuple[str, ...] | None) -> Iterator[tuple[Operation, Case]]:
+    """Yields the matching cases: the first one of each operation, then the second one of each, and so on."""
 
-    def cases(one: Operation) -> list[Any]:
+    def cases(one: Operation) -> list[Case]:
         wanted = patterns or ("*",)
         return [case for case in one.cases.TESTS if any(fnmatch.fnmatchcase(case.name, each) for each in wanted)]
 
-    for row in itertools.zip_longest(*(cases(one) for one in chosen)):
-        yield from ((one, case) for one, case in zip(chosen, row, strict=True) if case is not None)
+    for round_ in itertools.zip_longest(*(cases(one) for one in chosen)):
+        yield from ((one, case) for one, case in zip(chosen, round_, strict=True) if case is not None)

@@ -2,9 +2,9 @@ r"""Decodes one sequence with Palladion, llama.cpp and transformers in turns, an
 
   python -m palladion.benchmarks decode_peers --rounds=8 --tokens=96 --json=decode.json
 
-All read the same GGUF file; transformers, which has no 4-bit weights on a CPU, decodes it to float32 and to bfloat16.
-Turns are short and repeated: a machine that is slow for a minute is slow for all. The ratio of each round counts, not
-the best of each. A peer that is not installed is left out.
+All decoders read the same GGUF file; transformers, which has no 4-bit weights on a CPU, dequantizes it to float32 and
+to bfloat16. Turns are short and repeated, so that a machine that is slow for a minute is slow for all decoders, and
+ratios are medians over the rounds. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.measure import bench, machine
-from palladion.benchmarks.measure import records as results
-from palladion.benchmarks.measure.bench import progress
+from palladion.benchmarks import text
+from palladion.benchmarks.commands import PROGRAM
+from palladion.benchmarks.commands.progress import report_progress
+from palladion.benchmarks.measure import machine, records
 from palladion.kernels.checks import check
 from palladion.model.checkpoint import find_model
 from palladion.model.generator import Generator
@@ -32,7 +33,7 @@ HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and 
 HEADINGS: Final = ("decoder", "tokens/s", "worst to best", "palladion is faster by")
 
 Turn = Callable[[], float]
-"""Decodes once; returns tokens per second."""
+"""A function that decodes once and returns tokens per second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Decoder:
     """A decoder and its speed.
 
     Attributes:
-      name: what it is called in the results.
+      name: its name in the results.
       turn: decodes once.
-      rates: tokens per second of every turn.
+      rates: tokens per second in every turn.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Decoder:
 
 
 def palladion(path: Path, prompt: str, tokens: int, quantize: str | None = None) -> Iterator[Decoder]:
-    """Ours, on whatever JAX finds; weights quantized anew, or as the file has them."""
+    """Yields Palladion's generator on JAX's default device, with the file's weights or requantized ones."""
     generator = Generator.load(path, quantize=quantize)
 
     def turn() -> float:
@@ -62,7 +63,7 @@ def palladion(path: Path, prompt: str, tokens: int, quantize: str | None = None)
 
 
 def llama_cpp(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
-    """llama-cpp-python, one thread for each core."""
+    """Yields llama-cpp-python, with a thread for each core."""
     from llama_cpp import Llama
 
     model = Llama(str(path), n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
@@ -81,7 +82,7 @@ def llama_cpp(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
 
 
 def transformers(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
-    """Hugging Face transformers on torch, one thread for each core."""
+    """Yields Hugging Face transformers on torch in two dtypes, with a thread for each core."""
     import torch
     import transformers as library
 
@@ -98,7 +99,7 @@ def transformers(path: Path, prompt: str, tokens: int) -> Iterator[Decoder]:
             model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
             return time.perf_counter() - start
 
-        # The prompt's share is what one token takes.
+        # A run of one token takes as long as the prompt.
         return lambda: tokens / (seconds(tokens + 1) - seconds(1))
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -109,22 +110,22 @@ PEERS: Final = (llama_cpp, transformers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Adds the command's options."""
     parser.add_argument("--model", default="smollm2", help="a .gguf file, or the packaged model 'smollm2'")
     parser.add_argument("--prompt", default="The capital of France is", help="what every decoder continues")
-    parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of a turn, after the first (96)")
+    parser.add_argument("--tokens", type=int, default=96, metavar="N", help="tokens in a turn, after the first (96)")
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="turns of each decoder (8)")
-    parser.add_argument("--quantize", metavar="SCHEME", help="our weights, instead of as the file has them")
+    parser.add_argument("--quantize", metavar="SCHEME", help="requantize our weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the turns and prints the comparison; a decoder that fails is left out from there on."""
+    """Runs the turns and prints the comparison; a peer that fails in its first turn is left out."""
     for name in ("tokens", "rounds"):
         check(getattr(arguments, name) >= 1, f"--{name}", getattr(arguments, name), "at least 1")
     warnings.simplefilter("ignore")
-    if warning := machine.warn_if_busy():
-        progress(f"warning: {warning}")
+    if warning := machine.busy_warning():
+        report_progress(f"warning: {warning}")
     path = find_model(arguments.model)
     given = (path, arguments.prompt, arguments.tokens)
     decoders = list(palladion(*given, arguments.quantize))
@@ -136,43 +137,43 @@ def run(arguments: argparse.Namespace) -> int:
                 decoder.turn()
             decoders += found
         except ImportError as error:
-            progress(f"{make.__name__}: left out ({error})")
+            report_progress(f"{make.__name__}: left out ({error})")
         except Exception as error:  # whatever a peer raises costs that peer alone
-            progress(f"{make.__name__}: left out, it failed ({type(error).__name__}: {error})")
+            report_progress(f"{make.__name__}: left out, it failed ({type(error).__name__}: {error})")
     try:
         for _ in range(arguments.rounds):
             turns = [decoder.turn() for decoder in decoders]
             for decoder, rate in zip(decoders, turns, strict=True):
                 decoder.rates.append(rate)
     except KeyboardInterrupt:
-        progress(f"interrupted after {len(decoders[0].rates)} of {arguments.rounds} rounds")
+        report_progress(f"interrupted after {len(decoders[0].rates)} of {arguments.rounds} rounds")
     if not decoders[0].rates:
         return 1
     record = {
         "model": path.name,
         "prompt": arguments.prompt,
         "tokens": arguments.tokens,
-        "provenance": machine.provenance(f"python -m palladion.benchmarks {shlex.join(arguments.command_line)}"),
-        "limits": dataclasses.asdict(bench.limits()),
+        "provenance": machine.provenance(f"{PROGRAM} {shlex.join(arguments.command_line)}"),
+        "limits": dataclasses.asdict(machine.limits()),
         "tokens_per_second": {decoder.name: decoder.rates for decoder in decoders},
     }
     headings, lines = table_of(record)
-    print(results.table(headings, lines))
+    print(text.table(headings, lines))
     if arguments.json:
-        results.write_record(arguments.json, record)
+        records.write_record(arguments.json, record)
     return 0
 
 
 def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
-    """Headings and lines of the table of a record that this command has written; ours is its first decoder."""
+    """Returns headings and lines of the table of a record that this command has written; Palladion is first in it."""
     rates: dict[str, list[float]] = record["tokens_per_second"]
     ours = next(iter(rates.values()))
     return HEADINGS, [
         (
             name,
-            f"{statistics.median(of):.1f}",
-            f"{min(of):.1f} to {max(of):.1f}",
-            f"{statistics.median(mine / theirs for mine, theirs in zip(ours, of, strict=True)):.2f} x",
+            f"{statistics.median(turns):.1f}",
+            f"{min(turns):.1f} to {max(turns):.1f}",
+            f"{statistics.median(mine / theirs for mine, theirs in zip(ours, turns, strict=True)):.2f} x",
         )
-        for name, of in rates.items()
+        for name, turns in rates.items()
     ]

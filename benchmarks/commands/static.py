@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip, even where there is one
     target, tasks = _tasks(arguments)
     table = target.table
-    rows: list[examiner.Row] = []
+    rows: list[examiner.Examination] = []
     interrupted = False
     try:
         for row in examiner.run(tasks, simulated=arguments.simulate):
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if all(row.failure is not None for row in rows) else 0
 
 
-def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.Reference, str]]]:
+def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.WorkloadName, str]]]:
     """Returns the platform, and the workloads with the chips to examine them for."""
     platform = arguments.platform or "nothing"
     check(platform in TARGETS, "the compiler to ask", platform, ", ".join(TARGETS))
@@ -129,7 +129,7 @@ def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.
     return target, [(workload, chip) for workload in chosen for chip in chips]
 
 
-def _print(table: Table, row: examiner.Row, before: Sequence[examiner.Row]) -> None:
+def _print(table: Table, row: examiner.Examination, before: Sequence[examiner.Examination]) -> None:
     if not before:
         print(table.heading())
     if not before or before[-1].workload != row.workload:
@@ -138,7 +138,7 @@ def _print(table: Table, row: examiner.Row, before: Sequence[examiner.Row]) -> N
         print(line, flush=True)
 
 
-def _write(rows: Sequence[examiner.Row], target: Target, arguments: argparse.Namespace) -> None:
+def _write(rows: Sequence[examiner.Examination], target: Target, arguments: argparse.Namespace) -> None:
     """Writes the files that are asked for."""
     table = target.table
     if arguments.json:

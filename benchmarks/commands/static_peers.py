@@ -28,8 +28,7 @@ import jax
 
 from palladion.benchmarks.commands import INTERRUPTED, options
 from palladion.benchmarks.static.examiner import MOST_SECONDS, Examiner
-from palladion.benchmarks.static.peers import estimates as results
-from palladion.benchmarks.static.peers import packages, table
+from palladion.benchmarks.static.peers import estimates, packages, table
 from palladion.benchmarks.static.peers.by_name import CONTESTS
 from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for package in missing:
         print(f"{package} is left out, it is not installed: {packages.how_to_get(package)}")
-    found: list[results.Result] = []
+    found: list[estimates.Estimate] = []
     interrupted = False
     with Examiner(arguments.most_seconds) as examiner:
         try:
@@ -96,9 +95,9 @@ def _hold(
     chosen: Sequence[Contest],
     examiner: Examiner,
     missing: Sequence[str],
-    known: Sequence[results.Result],
+    known: Sequence[estimates.Estimate],
     arguments: argparse.Namespace,
-) -> Iterator[list[results.Result]]:
+) -> Iterator[list[estimates.Estimate]]:
     """Holds contests and prints them; yields all results so far, after each."""
 
     def takes_part(contender: Contender) -> bool:
@@ -106,10 +105,12 @@ def _hold(
         return named and contender.package not in missing
 
     print(table.heading())
-    done: list[results.Result] = []  # of earlier contests and chips
-    current: list[results.Result] = []
+    done: list[estimates.Estimate] = []  # of earlier contests and chips
+    current: list[estimates.Estimate] = []
     shown = None
-    for contest, chip, on_chip in results.run(chosen, arguments.chips, examiner, takes_part=takes_part, known=known):
+    for contest, chip, on_chip in estimates.hold_contests(
+        chosen, arguments.chips, examiner, takes_part=takes_part, known=known
+    ):
         if current and (current[0].contest, current[0].chip) != (contest.name, chip):
             done += current
             shown = _show(current, shown)
@@ -118,7 +119,7 @@ def _hold(
     _show(current, shown)
 
 
-def _show(on_chip: Sequence[results.Result], before: str | None) -> str | None:
+def _show(on_chip: Sequence[estimates.Estimate], before: str | None) -> str | None:
     """Prints the rows of a chip, under the contest's name where it is a new one; returns the contest's name."""
     if not on_chip:
         return before
@@ -128,7 +129,7 @@ def _show(on_chip: Sequence[results.Result], before: str | None) -> str | None:
     return on_chip[0].contest
 
 
-def record(versions: dict[str, str], missing: Sequence[str], found: Sequence[results.Result]) -> dict[str, Any]:
+def record(versions: dict[str, str], missing: Sequence[str], found: Sequence[estimates.Estimate]) -> dict[str, Any]:
     """Returns what `--json` writes."""
     return {
         "benchmark": "static_tpu_peers",
@@ -158,7 +159,7 @@ def _chosen(arguments: argparse.Namespace) -> list[Contest]:
     return list(chosen.values())
 
 
-def _known(files: Sequence[str], versions: dict[str, str]) -> list[results.Result]:
+def _known(files: Sequence[str], versions: dict[str, str]) -> list[estimates.Estimate]:
     """Returns others' results in the files of earlier runs, which must have used the same versions."""
     found = []
     for name in files:
@@ -167,5 +168,5 @@ def _known(files: Sequence[str], versions: dict[str, str]) -> list[results.Resul
             if package != "palladion":
                 given, here = earlier["versions"].get(package), versions.get(package)
                 check(given == here or here is None, f"--known={name}", f"{package} {given}", f"{package} {here}")
-        found += [results.from_record(one) for one in earlier["results"]]
+        found += [estimates.from_record(one) for one in earlier["results"]]
     return [one for one in found if not one.is_ours]

@@ -1,13 +1,13 @@
-r"""Everything that this machine can say of the kernels, in so many minutes, as data in one folder.
+r"""Runs all benchmarks of this machine's kernels within a time limit, and keeps the results in one folder.
 
   PYTHONPATH=src python -m palladion.benchmarks suite --minutes=10 --out=results
 
-needs jax with the accelerator's plugin, numpy and absl-py; with matplotlib there are pictures, with torch more peers.
-Phase by phase, each a command of its own in a process of its own: is every kernel right on this device? how fast is it
-beside the reference and the peers that are installed? which block sizes are better? what does a decode step of a model
-take, and where does its time go? Each phase has its share of the minutes, and what it leaves goes to the next ones; one
-that takes longer is interrupted, and what it has measured is kept. --tiny goes through all of it on a CPU, with small
-shapes and interpreted kernels: to see that it works.
+It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch adds peers. Each phase is
+a command in a process of its own: whether kernels are right on this device, how fast they are beside the reference and
+the installed peers, which block sizes are better, how long a decode step takes and where its time goes. A phase gets
+its share of the minutes, and leaves what it does not need to the next ones; a phase that takes longer is interrupted,
+and what it has measured is kept. --tiny runs all phases on a CPU, with small shapes and interpreted kernels, to try
+them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from pathlib import Path
 from typing import Final
 
 import palladion
-from palladion.benchmarks.measure import bench, machine
+from palladion.benchmarks.commands import report
+from palladion.benchmarks.commands.progress import report_progress, seconds_left
+from palladion.benchmarks.measure import machine
 from palladion.kernels import tuning
 from palladion.kernels.checks import check
 
 HELP: Final = "everything this machine can say in --minutes: right? how fast? better block sizes? a decode step?"
 
 LEAST_SECONDS: Final = 15.0
-"""Of a phase: with less left it is not begun."""
+"""Time that must be left for a phase to begin."""
 
 GRACE_SECONDS: Final = 20.0
-"""From an interruption to the end."""
+"""Time that a phase has between an interruption and its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,10 @@ class Phase:
     """A command, and its share of the time.
 
     Attributes:
-      name: of its files.
-      weight: of the time that is left, in parts of the weights that are left; on a GPU the seconds that it should take.
-      command: its arguments, run in the folder of results; "{name}" is its name, "{minutes}" what it has of them.
+      name: name of its files.
+      weight: its share of the remaining time, relative to the weights of the phases that follow; on a GPU the seconds
+        that it should take.
+      command: the command line, run in the folder of results; "{name}" and "{minutes}" are filled in.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Phase:
 
 
 def phases(platform: str, *, tiny: bool) -> list[Phase]:
-    """What is run on a platform, in order."""
+    """Returns the phases for a platform, in order."""
     if tiny:
         return _tiny()
     if platform == "cpu":
@@ -72,7 +75,7 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
         "--profile={name}",
     )
     tune = ("tune", "--trials=30", "--minutes={minutes}")
-    # What is appended costs the same in a short cache, which is filled and compared in less time.
+    # Appending costs the same in a short cache, which takes less time to fill and to compare.
     append = ("--model=llama3-8b", "--batch=1,64", "--kv-len=1024", "--json={name}.jsonl")
     return [
         Phase("check", 60, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
@@ -95,7 +98,7 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
 
 
 def _on_cpu() -> list[Phase]:
-    """The reference and its peers on a CPU; float32 is what its arithmetic is."""
+    """Returns the phases for a CPU: the reference and its peers, in float32 as CPUs compute."""
     small = ("--model=smollm2-135m", "--dtype=float32", "--rounds=5", "--json={name}.jsonl")
     return [
         Phase("attention", 2, ("run", "decode_attention", *small, "--batch=1,8", "--kv-len=2048")),
@@ -115,7 +118,7 @@ def _on_cpu() -> list[Phase]:
 
 
 def _tiny() -> list[Phase]:
-    """Every phase, with interpreted kernels and shapes that take a second."""
+    """Returns every phase with interpreted kernels and shapes that take a second."""
     heads = ("--q-heads=4", "--kv-heads=2", "--head-dim=64", "--dtype=float32", "--kv-len=128", "--batch=2")
     layer = ("--in=128", "--out=128", "--rows=2", "--dtype=float32", "--scheme=int8")
     quick = ("--interpret", "--rounds=2", "--sample-ms=1", "--json={name}.jsonl", "--peers=jax-nn-xla,dense-dot")
@@ -144,17 +147,17 @@ def _tiny() -> list[Phase]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for everything (10)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where all results go")
-    parser.add_argument("--only", metavar="NAMES", help="phases, with commas between")
+    """Adds the command's options."""
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all phases together (10)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for all results")
+    parser.add_argument("--only", metavar="NAMES", help="names of phases, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="small shapes and interpreted kernels, on a CPU")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the phases; returns 1 where one of them failed."""
+    """Runs the phases; returns 1 if one of them failed."""
     check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a process after the other, and this one
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     chosen = phases("cpu" if arguments.tiny else _platform(), tiny=arguments.tiny)
     if arguments.only:
         names = [phase.name for phase in chosen]
@@ -167,7 +170,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _platform() -> str:
-    """The platform of JAX's default device, asked in a process of its own: this one takes nothing of a GPU's memory."""
+    """Returns the platform of JAX's default device.
+
+    Another process asks for it, so that this one takes none of a GPU's memory.
+    """
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     said = subprocess.run(asked, capture_output=True, text=True, check=False)
     if said.returncode:
@@ -179,19 +185,19 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
     """Runs phases one after the other, each within its share of what is left.
 
     Args:
-      chosen: in order.
-      out: where results and logs go; `suite.json` says what became of each phase.
-      minutes: for everything.
-      tiny: on the CPU whatever else is here.
+      chosen: the phases, in order.
+      out: folder for results and logs; `suite.json` has the outcome of each phase.
+      minutes: time for all phases together.
+      tiny: runs on the CPU even if there is an accelerator, and without a time limit.
 
     Returns:
-      0, or 1 where a phase failed or could not begin.
+      The exit status: 1 if a phase failed or could not begin, otherwise 0.
     """
     deadline = time.perf_counter() + 60 * minutes
     summary: list[dict[str, object]] = []
     try:
         for number, phase in enumerate(chosen):
-            left = bench.seconds_left(deadline)
+            left = seconds_left(deadline)
             share = left * phase.weight / sum(one.weight for one in chosen[number:])
             if left < LEAST_SECONDS and not tiny:
                 status: int | str = "no time left"
@@ -200,9 +206,9 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
                 start = time.perf_counter()
                 status = _run_phase(phase, out, share, tiny=tiny)
                 seconds = time.perf_counter() - start
-            bench.progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
+            report_progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
             summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
-            # Written after each: an interrupted suite has said what it did.
+            # Written after each phase, so that an interrupted suite leaves it.
             (out / "suite.json").write_text(
                 json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
             )
@@ -212,11 +218,11 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
 
 
 def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | str:
-    """Runs a command; its words go to the terminal and to a log. Returns its exit status, or what went wrong."""
+    """Runs a phase, and prints and logs its output; returns its exit status, or why it was interrupted."""
     minutes = f"{max(seconds - GRACE_SECONDS, seconds / 2) / 60:.2f}"
     given = [part.format(minutes=minutes, name=phase.name) for part in phase.command]
-    bench.progress(f"\n=== {phase.name}, {seconds:.0f} s: {shlex.join(given)}")
-    # Found from another folder, too, where PYTHONPATH is relative.
+    report_progress(f"\n=== {phase.name}, {seconds:.0f} s: {shlex.join(given)}")
+    # The command runs in another folder, where a relative PYTHONPATH would not work.
     here = [str(Path(palladion.__file__).absolute().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         tuning.CACHE: os.environ.get(tuning.CACHE, str(out)),
@@ -226,7 +232,7 @@ def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | 
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-m", "palladion.benchmarks", *given]
     with (out / f"{phase.name}.log").open("w") as log:
-        # A group of its own: what it starts is interrupted with it.
+        # A session of its own, so that its child processes are interrupted with it.
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=out
         )
@@ -244,7 +250,7 @@ def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts a command, which keeps what it has, and ends it if it does not."""
+    """Interrupts a command, which then keeps what it has; kills it if it does not end."""
     for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -255,10 +261,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _report(out: Path, names: Sequence[str]) -> None:
-    """The page of everything that phases have written, in their order, where there is anything."""
-    from palladion.benchmarks.commands import report
-
-    # A check has no times.
+    """Makes the page of everything that the phases have written, in their order, if there is anything."""
+    # A check measures no times.
     files = [path for name in names if name != "check" for path in sorted(out.glob(f"{name}.json*"))]
     if not files:
         return
@@ -267,5 +271,5 @@ def _report(out: Path, names: Sequence[str]) -> None:
     bare = [] if importlib.util.find_spec("matplotlib") else ["--without-pictures"]
     try:
         report.run(parser.parse_args([*map(str, files), f"--out={out / 'README.md'}", *bare]))
-    except ValueError as error:  # a file that was cut off
-        bench.progress(f"no page: {error}")
+    except ValueError as error:  # a file may have been cut off
+        report_progress(f"no page: {error}")

@@ -1,32 +1,36 @@
-"""Measures what can run a workload, in turns: kernels, the reference and peers; what is wrong is never timed."""
+"""Measures a workload: every contender's result is checked first, and those that are right are timed in turns."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
-from palladion.benchmarks.measure.machine import datasheet
-from palladion.benchmarks.measure.operations import Operation, Verdict
+from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, Verdict
 from palladion.benchmarks.measure.parallel import side_by_side
-from palladion.benchmarks.measure.peers import Contender, Peer
-from palladion.benchmarks.measure.records import Limits, Row
-from palladion.benchmarks.measure.timing import JaxRunner, Program, Runner, measure, memory_probe, probe_bytes
-from palladion.kernels.backend import Implementation, Unsupported, record_choices
-from palladion.kernels.devices import measured_bandwidth, measured_matrix_rate
+from palladion.benchmarks.measure.peers import Peer
+from palladion.benchmarks.measure.records import Measurement
+from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, Runner, measure, memory_probe, probe_bytes
+from palladion.kernels.backend import Implementation, Problem, Unsupported, record_choices
 from palladion.reference.platforms import target_platform
 
 REASON_LENGTH: Final = 300
-"""Characters of an error that are kept."""
+"""Characters of an error message that are kept."""
 
-LOST: Final = ("ILLEGAL_ADDRESS", "illegal memory access", "LAUNCH_FAILED", "unspecified launch failure")
-"""What a GPU says after which nothing works any more in this process."""
+DEVICE_LOST_MESSAGES: Final = (
+    "ILLEGAL_ADDRESS",
+    "illegal memory access",
+    "LAUNCH_FAILED",
+    "unspecified launch failure",
+)
+"""Messages of a GPU after which nothing works any more in this process."""
 
 COMPILING: Final = "compiling ahead"
-"""Whose turn it is while `compile_ahead` is at work; among `Plan.crashed`, it does nothing."""
+"""The turn that `compile_ahead` announces; where `RunOptions.crashed` has it, nothing is compiled ahead."""
+
+WorkloadKey = tuple[str, str, str]
+"""Names of an operation, a case and an implementation."""
 
 
 class DeviceLostError(RuntimeError):
@@ -34,35 +38,34 @@ class DeviceLostError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One of an operation's implementations, compiled for a workload.
+class CompiledImplementation:
+    """An implementation of an operation, compiled for a workload.
 
     Attributes:
-      program: its calls.
-      config: the block sizes that it has taken, in short.
-      config_source: where they come from, one of `tuning.SOURCES`.
+      calls: the compiled calls.
+      config: the block sizes, as text.
+      config_source: where the block sizes come from, one of `tuning.SOURCES`.
     """
 
-    program: Program
+    calls: CompiledCalls
     config: str
     config_source: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What takes part, and for how long.
+class RunOptions:
+    """Who takes part in a measurement, and for how long.
 
     Attributes:
-      backends: names of implementations; the reference is always there to judge by, and timed where it is named.
-      peers: of the operation.
-      interpret: whether kernels that do not run here are interpreted, to see whether they are right: that says nothing
-        of their speed, so that they are not timed.
+      backends: names of implementations. The reference always judges results; it is timed where it is named here.
+      peers: other packages' implementations of the operation.
+      interpret: interprets kernels that do not run on this platform, to check their results; they are not timed.
       config: block sizes for kernels, or None.
-      rounds: samples of each contender; 0 judges them only.
-      sample_seconds: how long a sample takes at least.
-      crashed: contenders that have ended their process, and how: they are not touched again.
-      before: told of each contender before it is touched, and None when the workload is done.
-      compiled: what `compile_ahead` has made.
+      rounds: samples of each contender; 0 only checks results.
+      sample_seconds: minimum length of a sample.
+      crashed: contenders that ended an earlier process, and how; they are not run again.
+      on_turn: called with each contender's name before it runs, and with None when the workload is done.
+      compiled: what `compile_ahead` returned.
     """
 
     backends: tuple[str, ...]
@@ -72,241 +75,253 @@ class Plan:
     rounds: int = 7
     sample_seconds: float = 0.02
     crashed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    before: Callable[[str | None], None] = lambda _: None
-    compiled: Mapping[tuple[str, str, str], Compiled] = dataclasses.field(default_factory=dict)
+    on_turn: Callable[[str | None], None] = lambda _: None
+    compiled: Mapping[WorkloadKey, CompiledImplementation] = dataclasses.field(default_factory=dict)
+
+    def call_options(self, backend: str, interpret: bool | None) -> CallOptions:
+        """Returns the options of an implementation's calls; an explicit `config` does not apply to the reference."""
+        return {"backend": backend, "config": None if backend == "xla" else self.config, "interpret": interpret}
 
 
-def limits() -> Limits:
-    """What this machine can do: measured, and from its datasheet where it has one."""
-    dtype = "float32" if target_platform() == "cpu" else "bfloat16"
-    sheet = datasheet()
-    return Limits(
-        bandwidth=measured_bandwidth(),
-        matrix_rate=measured_matrix_rate(dtype),
-        matrix_dtype=dtype,
-        datasheet=None if sheet is None else sheet.name,
-        datasheet_bandwidth=None if sheet is None else sheet.bytes_per_second,
-        datasheet_flops=None if sheet is None else sheet.flops_per_second,
-    )
-
-
-def run_workload(operation: Operation, case: Any, plan: Plan) -> list[Row]:
-    """Judges and measures every contender on a workload.
+def run_workload(operation: Operation, case: Case, options: RunOptions) -> list[Measurement]:
+    """Checks and times every contender on a workload.
 
     Args:
-      operation: what is done.
-      case: on what.
-      plan: who takes part.
+      operation: the operation.
+      case: the workload.
+      options: who takes part, and for how long.
 
     Returns:
-      A row for each of them, the reference last of ours, then peers.
+      A measurement of each contender: implementations in the order of their table, the reference last, then peers.
 
     Raises:
-      DeviceLostError: the device does nothing any more; `plan.before` was told whose turn it was.
+      DeviceLostError: the device does nothing any more; the last call of `options.on_turn` names the contender.
     """
-    inputs = operation.inputs(case)
-    problem = case.problem()
-    blank = Row(
-        operation=operation.name,
-        workload=case.name,
-        shape=str(problem),
-        contender="",
-        kind="peer",
-        status="failed",
-        bytes=operation.bytes_moved(case),
-        flops=operation.flops(case),
-    )
-    plan.before("xla")
-    reference = _ours(operation, case, inputs, "xla", plan)
-    rows: dict[str, Row] = {}
-    runners: dict[str, Runner] = {}
+    workload = _Workload(operation, case, options)
+    for implementation in operation.table:
+        if implementation.name in options.backends:
+            workload.check_implementation(implementation)
+    for peer in options.peers:
+        workload.check_peer(peer)
+    workload.time()
+    options.on_turn(None)
+    return list(workload.measurements.values())
 
-    def judged(row: Row, contender: Contender, right: Callable[[Verdict], bool]) -> Row:
-        verdict = operation.judge(case, inputs, contender.result, reference[0].result)
-        row = dataclasses.replace(row, units=verdict.units, error=verdict.error)
-        if not right(verdict):
-            return dataclasses.replace(row, status="wrong", reason=verdict.said)
-        return dataclasses.replace(row, status="ok")
 
-    for row_of_table in operation.table:
-        if row_of_table.name not in plan.backends:
-            continue
-        row = dataclasses.replace(
-            blank, contender=row_of_table.name, kind="reference" if row_of_table.platform is None else "kernel"
+class _Workload:
+    """A workload while it is measured.
+
+    Attributes:
+      measurements: what is known of each contender so far, by name.
+    """
+
+    def __init__(self, operation: Operation, case: Case, options: RunOptions) -> None:
+        self.measurements: dict[str, Measurement] = {}
+        self._operation, self._case, self._options = operation, case, options
+        self._inputs = operation.inputs(case)
+        self._problem = case.problem()
+        self._runners: dict[str, Runner] = {}
+        self._blank = Measurement(
+            operation=operation.name,
+            workload=case.name,
+            shape=str(self._problem),
+            contender="",
+            kind="peer",
+            status="failed",
+            bytes=operation.bytes_moved(case),
+            flops=operation.flops(case),
         )
-        if row.contender in plan.crashed:
-            rows[row.contender] = dataclasses.replace(row, reason=plan.crashed[row.contender])
-            continue
-        plan.before(row.contender)
-        refused, interpreted = _not_here(row_of_table, problem, plan)
-        if refused is not None:
-            rows[row.contender] = dataclasses.replace(row, status="skipped", reason=refused)
-            continue
-        try:
-            if row.kind == "reference":
-                contender, chosen = reference
-            else:
-                contender, chosen = _ours(operation, case, inputs, row.contender, plan, interpreted)
-            row = dataclasses.replace(row, **chosen)
-            row = judged(row, contender, lambda verdict: verdict.right)
-        except Unsupported as error:
-            row = dataclasses.replace(row, status="skipped", reason=in_a_line(error))
-        except Exception as error:  # a kernel that does not compile costs its own row
-            row = dataclasses.replace(row, reason=in_a_line(error))
-        if row.status == "ok" and interpreted:
-            row = dataclasses.replace(row, status="untimed", reason="interpreted, which says nothing of its speed")
-        elif row.status == "ok":
-            runners[row.contender] = contender.runner
-        rows[row.contender] = row
+        options.on_turn("xla")
+        self._reference, self._reference_config = self._prepare("xla")
 
-    for peer in plan.peers:
-        row = dataclasses.replace(blank, contender=peer.name)
-        if peer.name in plan.crashed:
-            rows[peer.name] = dataclasses.replace(row, reason=plan.crashed[peer.name])
-            continue
-        plan.before(peer.name)
-        try:
-            reason = peer.missing() or peer.refuses(case)
+    def check_implementation(self, implementation: Implementation) -> None:
+        """Compiles and runs an implementation once, and judges its result."""
+
+        def check(measurement: Measurement) -> tuple[Measurement, Runner | None]:
+            reason, interpreted = _unavailable(implementation, self._problem, self._options)
             if reason is not None:
-                row = dataclasses.replace(row, status="skipped", reason=reason)
+                return dataclasses.replace(measurement, status="skipped", reason=reason), None
+            if measurement.kind == "reference":
+                runner, config = self._reference, self._reference_config
             else:
-                contender = peer.make(peer.name, case, inputs)
-                row = judged(row, contender, lambda verdict: verdict.comparable)
-                if row.status == "ok":
-                    runners[peer.name] = contender.runner
-        except Exception as error:  # whatever a peer raises costs its own row
-            row = dataclasses.replace(row, status="failed", reason=in_a_line(error))
-        rows[peer.name] = row
+                runner, config = self._prepare(implementation.name, interpreted)
+            measurement = self._judge(measurement, runner, lambda verdict: verdict.right)
+            measurement = dataclasses.replace(measurement, config=config[0], config_source=config[1])
+            if measurement.status == "ok" and interpreted:
+                reason = "interpreted, which says nothing of its speed"
+                return dataclasses.replace(measurement, status="untimed", reason=reason), None
+            return measurement, runner
 
-    def failed(runner: Runner, error: Exception) -> None:
-        rows[runner.name] = dataclasses.replace(rows[runner.name], status="failed", reason=in_a_line(error))
+        kind = "reference" if implementation.platform is None else "kernel"
+        self._check(dataclasses.replace(self._blank, contender=implementation.name, kind=kind), check)
 
-    if runners and plan.rounds:
-        plan.before("measuring")
+    def check_peer(self, peer: Peer) -> None:
+        """Runs a peer's implementation once, and judges its result."""
+
+        def check(measurement: Measurement) -> tuple[Measurement, Runner | None]:
+            reason = peer.unavailable() or peer.unsupported(self._case)
+            if reason is not None:
+                return dataclasses.replace(measurement, status="skipped", reason=reason), None
+            runner = peer.make(peer.name, self._case, self._inputs)
+            return self._judge(measurement, runner, lambda verdict: verdict.comparable), runner
+
+        self._check(dataclasses.replace(self._blank, contender=peer.name), check)
+
+    def time(self) -> None:
+        """Times all contenders whose results are right, in turns."""
+        options = self._options
+        if not self._runners or not options.rounds:
+            return
+        options.on_turn("measuring")
         probe = memory_probe()
         samples = measure(
-            [probe, *runners.values()], rounds=plan.rounds, sample_seconds=plan.sample_seconds, failed=failed
+            [probe, *self._runners.values()],
+            rounds=options.rounds,
+            sample_seconds=options.sample_seconds,
+            failed=lambda runner, error: self._update(runner.name, status="failed", reason=one_line(error)),
         )
         bandwidth = probe_bytes() / samples.pop(probe.name).p20
-        for name, one in samples.items():
-            rows[name] = dataclasses.replace(rows[name], seconds=one.seconds, calls=one.calls, bandwidth=bandwidth)
-    plan.before(None)
-    return list(rows.values())
+        for name, taken in samples.items():
+            self._update(name, seconds=taken.seconds, calls=taken.calls, bandwidth=bandwidth)
+
+    def _check(
+        self, measurement: Measurement, check: Callable[[Measurement], tuple[Measurement, Runner | None]]
+    ) -> None:
+        """Keeps what `check` returns for a contender; an error costs that contender alone."""
+        name, options = measurement.contender, self._options
+        if name in options.crashed:
+            self.measurements[name] = dataclasses.replace(measurement, reason=options.crashed[name])
+            return
+        options.on_turn(name)
+        runner: Runner | None = None
+        try:
+            measurement, runner = check(measurement)
+        except Unsupported as error:
+            measurement = dataclasses.replace(measurement, status="skipped", reason=one_line(error))
+        except Exception as error:  # compilers and peers raise what they like
+            measurement = dataclasses.replace(measurement, reason=one_line(error))
+        if runner is not None and measurement.status == "ok":
+            self._runners[name] = runner
+        self.measurements[name] = measurement
+
+    def _judge(self, measurement: Measurement, runner: Runner, accepted: Callable[[Verdict], bool]) -> Measurement:
+        verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference.result)
+        measurement = dataclasses.replace(measurement, units=verdict.units, error=verdict.error)
+        if not accepted(verdict):
+            return dataclasses.replace(measurement, status="wrong", reason=verdict.description)
+        return dataclasses.replace(measurement, status="ok")
+
+    def _prepare(self, backend: str, interpret: bool | None = None) -> tuple[JaxRunner, tuple[str, str]]:
+        """Returns an implementation, run once, with its block sizes and their source."""
+        operation, case, options = self._operation, self._case, self._options
+        compiled = options.compiled.get((operation.name, case.name, backend))
+        if compiled is None:
+            call = options.call_options(backend, interpret)
+            compiled = compile_implementation(operation, case, timed=options.rounds > 0, **call)
+        runner = warm_runner(operation, backend, compiled.calls, self._inputs)
+        return runner, (compiled.config, compiled.config_source)
+
+    def _update(self, name: str, **changes: Any) -> None:
+        self.measurements[name] = dataclasses.replace(self.measurements[name], **changes)
 
 
-def program_of(operation: Operation, case: Any, *, timed: bool = True, **how: Any) -> Program:
+def compile_calls(
+    operation: Operation, case: Case, *, timed: bool = True, **call: Unpack[CallOptions]
+) -> CompiledCalls:
     """Compiles calls of an operation for a workload, from the shapes of its inputs.
 
     Args:
-      operation: what is done.
-      case: on what.
-      timed: whether they will be; what is only judged is called once.
-      **how: backend, config and interpret.
+      operation: the operation.
+      case: the workload.
+      timed: whether the calls will be timed; without, one copy of the inputs is enough.
+      **call: options of the calls.
     """
     donated, rest = operation.split(case.shapes())
-    once = not timed or how.get("interpret")
-    return Program.of(operation.function(case, **how), rest, donated, copies=1 if once else None)
+    once = not timed or call.get("interpret")
+    return CompiledCalls.compile(operation.function(case, **call), rest, donated, copies=1 if once else None)
 
 
-def ready(operation: Operation, name: str, program: Program, inputs: Any) -> JaxRunner:
-    """A contender of that name: a program of `program_of`, with inputs of the workload that it was compiled for."""
+def warm_runner(operation: Operation, name: str, calls: CompiledCalls, inputs: Any) -> JaxRunner:
+    """Runs calls that `compile_calls` returned for the first time, on inputs of the same workload."""
     donated, rest = operation.split(inputs)
-    return JaxRunner(name, program, rest, donated=donated)
+    return JaxRunner(name, calls, rest, donated=donated)
 
 
-def compiled(operation: Operation, case: Any, **how: Any) -> Compiled:
-    """Compiles an implementation for a workload, and notes its block sizes; arguments are those of `program_of`."""
+def compile_implementation(
+    operation: Operation, case: Case, *, timed: bool = True, **call: Unpack[CallOptions]
+) -> CompiledImplementation:
+    """Compiles an implementation for a workload and records its block sizes; for arguments see `compile_calls`."""
     with record_choices() as choices:
-        program = program_of(operation, case, **how)
+        calls = compile_calls(operation, case, timed=timed, **call)
     (choice, *_) = choices
-    return Compiled(program, config_text(choice.config), choice.config_source)
+    return CompiledImplementation(calls, config_text(choice.config), choice.config_source)
 
 
-def compile_ahead(tasks: Sequence[tuple[Operation, Any, Plan]]) -> dict[tuple[str, str, str], Compiled]:
-    """Compiles what takes part in workloads, of ours, side by side: one by one that takes most of the time.
+def compile_ahead(
+    tasks: Sequence[tuple[Operation, Case, RunOptions]],
+) -> dict[WorkloadKey, CompiledImplementation]:
+    """Compiles the implementations of several workloads on all cores, before anything is timed.
 
-    On an accelerator only: on a CPU there are few cores, and little to compile. What does not compile is left out, to
-    be tried again and told of in its turn.
+    This saves most of the time of a measurement on an accelerator. On a CPU, with few cores and little to compile,
+    nothing is compiled ahead. What does not compile is left out: it is tried again, and reported, in its turn.
 
     Args:
       tasks: operations, cases and who takes part.
 
     Returns:
-      For `Plan.compiled`, by operation, case and implementation.
+      The value for `RunOptions.compiled`.
     """
-    wanted: dict[tuple[str, str, str], Callable[[], Compiled]] = {}
-    for operation, case, plan in tasks:
-        if target_platform() == "cpu" or COMPILING in plan.crashed:
+    jobs: dict[WorkloadKey, Callable[[], CompiledImplementation]] = {}
+    for operation, case, options in tasks:
+        if target_platform() == "cpu" or COMPILING in options.crashed:
             continue
-        plan.before(COMPILING)
+        options.on_turn(COMPILING)
         problem = case.problem()
-        for row in operation.table:
-            if row.name != "xla" and (row.name not in plan.backends or row.name in plan.crashed):
-                continue  # the reference is always there
-            refused, interpreted = _not_here(row, problem, plan)
-            if refused is None:
-                how = _how(row.name, plan, interpreted)
-                wanted[operation.name, case.name, row.name] = functools.partial(compiled, operation, case, **how)
-    made = dict(zip(wanted, side_by_side(list(wanted.values())), strict=True))
-    for _, _, plan in tasks:
-        plan.before(None)
-    return {key: one for key, one in made.items() if isinstance(one, Compiled)}
+        for implementation in operation.table:
+            name = implementation.name
+            if name != "xla" and (name not in options.backends or name in options.crashed):
+                continue  # the reference always takes part
+            reason, interpreted = _unavailable(implementation, problem, options)
+            if reason is None:
+                call = options.call_options(name, interpreted)
+                jobs[operation.name, case.name, name] = functools.partial(
+                    compile_implementation, operation, case, timed=options.rounds > 0, **call
+                )
+    compiled = dict(zip(jobs, side_by_side(list(jobs.values())), strict=True))
+    for _, _, options in tasks:
+        options.on_turn(None)
+    return {key: found for key, found in compiled.items() if isinstance(found, CompiledImplementation)}
 
 
-def _how(backend: str, plan: Plan, interpret: Any) -> dict[str, Any]:
-    """How an implementation is compiled; block sizes that are insisted on are not the reference's."""
-    config = None if backend == "xla" else plan.config
-    return {"backend": backend, "config": config, "interpret": interpret, "timed": plan.rounds > 0}
+def _unavailable(
+    implementation: Implementation, problem: Problem, options: RunOptions
+) -> tuple[str | None, bool | None]:
+    """Returns why an implementation cannot take part, or None; and the `interpret` that its calls need."""
+    elsewhere = implementation.platform not in (None, target_platform())
+    if elsewhere and not options.interpret:
+        return f"runs on a {implementation.platform} (--interpret sees whether it is right)", None
+    return implementation.unsupported(problem), elsewhere or None
 
 
-def _ours(
-    operation: Operation, case: Any, inputs: Any, backend: str, plan: Plan, interpret: Any = None
-) -> tuple[Contender, dict[str, Any]]:
-    """A contender of the operation's own table, and which block sizes it has taken."""
-    made = plan.compiled.get((operation.name, case.name, backend))
-    if made is None:
-        made = compiled(operation, case, **_how(backend, plan, interpret))
-    runner = ready(operation, backend, made.program, inputs)
-    return Contender(runner, runner.result), {"config": made.config, "config_source": made.config_source}
+def local_backends(operation: Operation) -> Sequence[str]:
+    """Returns the names of the implementations that run on this platform, the reference last."""
+    return [one.name for one in operation.table if one.platform in (None, target_platform())]
 
 
 def config_text(config: Any) -> str:
-    """Block sizes in short: "block_kv=256 splits=8"."""
+    """Formats block sizes as text: "block_kv=256 splits=8"."""
     if config is None:
         return ""
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
 
 
-def _not_here(row: Implementation, problem: Any, plan: Plan) -> tuple[str | None, bool | None]:
-    """Why an implementation cannot take part, or None; and whether it is interpreted."""
-    elsewhere = row.platform not in (None, target_platform())
-    if elsewhere and not plan.interpret:
-        return f"runs on a {row.platform} (--interpret sees whether it is right)", None
-    return row.unsupported(problem), elsewhere or None
-
-
-def in_a_line(error: Exception) -> str:
-    """An error in one line, not too long.
+def one_line(error: Exception) -> str:
+    """Formats an error as one line of limited length.
 
     Raises:
-      DeviceLostError: it is one after which nothing works any more.
+      DeviceLostError: nothing works any more in this process after such an error.
     """
     text = " ".join(str(error).split())
-    if any(sign in text for sign in LOST):
+    if any(sign in text for sign in DEVICE_LOST_MESSAGES):
         raise DeviceLostError(text[:REASON_LENGTH]) from error
     return f"{type(error).__name__}: {text}"[:REASON_LENGTH]
-
-
-def progress(message: str) -> None:
-    """Says something beside the results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def seconds_left(deadline: float | None) -> float:
-    """Until a deadline of `time.perf_counter()`; infinity where there is none."""
-    return float("inf") if deadline is None else deadline - time.perf_counter()
-
-
-def kernels_here(operation: Operation) -> Sequence[str]:
-    """The implementations that run on this platform, the reference last."""
-    return [row.name for row in operation.table if row.platform in (None, target_platform())]

@@ -1,4 +1,4 @@
-"""Where and with what something was measured, and what that machine could do at best."""
+"""The machine: where and with what something is measured, and what the machine can do at best."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 
-from palladion.kernels.devices import target_chip, target_gpu
+from palladion.benchmarks.measure.records import Limits, Provenance
+from palladion.kernels.devices import measured_bandwidth, measured_matrix_rate, target_chip, target_gpu
+from palladion.reference.platforms import target_platform
 
 PACKAGES: Final = (
     "jax",
@@ -30,20 +32,20 @@ PACKAGES: Final = (
     "flashinfer-python",
     "flash-attn",
 )
-"""Whose versions may decide how fast something is."""
+"""Packages whose versions may affect how fast something is."""
 
 BUSY: Final = 0.5
-"""Processes that want a core, for each core, from which on a machine is called busy."""
+"""Load per core above which a machine is called busy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasheet:
-    """What a datasheet says of a device.
+    """Figures of a device from its datasheet.
 
     Attributes:
       name: "h200", "v6e", …
-      bytes_per_second: of its memory; None where it is not known.
-      flops_per_second: of its matrix units in bfloat16; None where it is not known.
+      bytes_per_second: memory bandwidth; None if unknown.
+      flops_per_second: peak rate of the matrix units in bfloat16; None if unknown.
     """
 
     name: str
@@ -52,18 +54,32 @@ class Datasheet:
 
 
 def datasheet() -> Datasheet | None:
-    """The datasheet of JAX's default device; None where nothing is known of it, as of CPUs."""
+    """Returns the datasheet of JAX's default device; None for CPUs and unknown devices."""
     chip = target_chip() or target_gpu()
     if chip is None:
         return None
     return Datasheet(chip.name, chip.hbm_bytes_per_second, chip.bf16_flops_per_second)
 
 
-def provenance(command: str = "") -> dict[str, Any]:
-    """Device, driver, versions, commit and time: what belongs to every result.
+def limits() -> Limits:
+    """Returns what this machine can do at best: measured, and from its datasheet if there is one."""
+    dtype = "float32" if target_platform() == "cpu" else "bfloat16"
+    sheet = datasheet()
+    return Limits(
+        bandwidth=measured_bandwidth(),
+        matrix_rate=measured_matrix_rate(dtype),
+        matrix_dtype=dtype,
+        datasheet=None if sheet is None else sheet.name,
+        datasheet_bandwidth=None if sheet is None else sheet.bytes_per_second,
+        datasheet_flops=None if sheet is None else sheet.flops_per_second,
+    )
+
+
+def provenance(command: str = "") -> Provenance:
+    """Returns device, driver, versions, commit and time, which are kept with every result.
 
     Args:
-      command: with which it was measured.
+      command: the command line that measures.
     """
     device = jax.devices()[0]
     return {
@@ -83,13 +99,13 @@ def provenance(command: str = "") -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """What JAX's default device is called; of a CPU the processor, and how many of its cores are here."""
+    """Returns the name of JAX's default device; for a CPU the processor and its number of cores."""
     device = jax.devices()[0]
     return device.device_kind if device.platform != "cpu" else f"{_processor()}, {os.cpu_count()} cores"
 
 
-def warn_if_busy() -> str | None:
-    """A warning where other processes want this machine's cores, which makes any time doubtful; else None."""
+def busy_warning() -> str | None:
+    """Returns a warning if other processes use this machine's cores, which makes times doubtful; else None."""
     load, cores = _load(), os.cpu_count() or 1
     if load is None or load / cores < BUSY:
         return None
@@ -97,7 +113,7 @@ def warn_if_busy() -> str | None:
 
 
 def _load() -> float | None:
-    """Processes that wanted a core in the last minute."""
+    """Returns the load of the last minute: the average number of processes that were ready to run."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -122,22 +138,24 @@ def _versions() -> dict[str, str]:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's name of the GPU, its version and limits, as `nvidia-smi` has them."""
+    """Returns the GPU's name, driver version and limits as `nvidia-smi` prints them, or None."""
     fields = "name,driver_version,power.limit,clocks.max.sm,clocks.max.memory,memory.total"
-    return _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") if shutil.which("nvidia-smi") else None
+    return (
+        _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") if shutil.which("nvidia-smi") else None
+    )
 
 
 def commit() -> str | None:
-    """The commit that the code was taken from, "+" where it was changed since; None where there is none."""
+    """Returns the commit of this checkout, followed by "+" if files have changed since; None if there is none."""
     here = str(Path(__file__).resolve().parent)
-    commit = _said("git", "-C", here, "rev-parse", "--short=12", "HEAD") if shutil.which("git") else None
+    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD") if shutil.which("git") else None
     if commit is None:
         return None
-    return commit + ("+" if _said("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else "")
+    return commit + ("+" if _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else "")
 
 
-def _said(*command: str) -> str | None:
-    """What a program says, or None where it fails."""
+def _output(*command: str) -> str | None:
+    """Returns a program's output, or None if it fails or prints nothing."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

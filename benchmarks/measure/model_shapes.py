@@ -1,7 +1,6 @@
-"""Real models as data: their shapes, the calls of each operation that a decode step makes, and what it must read.
+"""Shapes of real models, the calls of each operation in a decode step, and the bytes that a step must read.
 
-A formula stands in one place: bytes and FLOPs of a call are those of the operation's `Problem`, and those of a model
-are sums over its calls.
+Bytes and FLOPs of a call come from the operation's `Problem`; those of a model are sums over its calls.
 """
 
 from __future__ import annotations
@@ -28,30 +27,30 @@ from palladion.reference.quantization import Scheme
 ACTIVATIONS: Final = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 DENSE: Final = ("float32", "bfloat16", "float16")
-"""What weights may be stored in that are not quantized."""
+"""Dtypes of weights that are not quantized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder's shapes; those of the models known here stand in `models.json`.
+    """A decoder's shapes; `model_shapes.json` has those of known models.
 
     Attributes:
-      name: "llama3-8b" for example.
+      name: the model's name, "llama3-8b" for example.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the MLP, or of one expert.
+      intermediate_size: width of the MLP, or of one expert's.
       num_layers: decoder layers.
       q_heads: query heads.
       kv_heads: key/value heads.
       head_dim: width of a head.
       vocab_size: rows of the embedding.
       tied_embedding: whether the output head is the embedding.
-      sliding_window: tokens that a query sees in layers with a window; None where no layer has one.
-      window_period: every so many layers one sees everything; the others have the window.
+      sliding_window: visible tokens in layers with a window; None where no layer has one.
+      window_period: one layer in so many has no window.
       logits_soft_cap: bound of the attention logits, or None.
       sinks: whether heads have attention sinks.
-      activation: of the gate, a name in `ACTIVATIONS`.
-      experts: MLPs of a layer.
-      experts_per_token: of which a token takes so many.
+      activation: activation of the gate, a name in `ACTIVATIONS`.
+      experts: MLPs in a layer.
+      experts_per_token: MLPs that a token takes.
     """
 
     name: str
@@ -73,16 +72,16 @@ class ModelShape:
 
     @property
     def qkv_features(self) -> int:
-        """Channels of the joined query, key and value projections."""
+        """Output channels of the joined query, key and value projections."""
         return (self.q_heads + 2 * self.kv_heads) * self.head_dim
 
     @property
     def global_layers(self) -> int:
-        """Layers whose queries see everything."""
+        """Number of layers without a window."""
         return self.num_layers if self.sliding_window is None else self.num_layers // self.window_period
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """`[in, out]` of a layer's linear layers, of one expert's MLP, and of the head."""
+        """Returns `(in, out)` of a layer's linear layers, of one expert's MLP, and of the output head."""
         return {
             "qkv": (self.hidden_size, self.qkv_features),
             "output": (self.q_heads * self.head_dim, self.hidden_size),
@@ -92,54 +91,56 @@ class ModelShape:
         }
 
     def parameters(self) -> int:
-        """Weights of all linear layers, embeddings and norms; routers and biases, which are small, are left out."""
+        """Returns the number of weights of all linear layers, embeddings and norms, without routers and biases."""
         norms = (2 * self.num_layers + 1) * self.hidden_size
         embedding = 0 if self.tied_embedding else self.vocab_size * self.hidden_size
         return embedding + norms + sum(self._count(name, self.experts) for name in self.linears())
 
     def active_parameters(self) -> int:
-        """Weights that a token is multiplied with: of experts only those that it takes, and no embedding."""
+        """Returns the number of weights that a token is multiplied by: only those of its experts, and no embedding."""
         return sum(self._count(name, self.experts_per_token) for name in self.linears())
 
     def _count(self, name: str, experts: int) -> int:
-        """Weights of a linear layer in all layers of the model."""
+        """Returns the number of weights of a linear layer, in all layers of the model."""
         inputs, outputs = self.linears()[name]
         times = 1 if name == "head" else self.num_layers
         return inputs * outputs * times * (experts if name in ("gate-up", "down") else 1)
 
     def weight_bytes(self, scheme: str) -> int:
-        """Bytes of all weights that a decode step of a large batch reads: every linear layer, and all experts.
+        """Returns the bytes of weights that a decode step of a large batch reads: all linear layers, with all experts.
 
         Args:
-          scheme: how linear layers are stored, of `palladion.quantize` or a float dtype.
+          scheme: scheme of the linear layers for `palladion.quantize`, or a float dtype.
         """
         return sum(self._stored(name, scheme, self.experts) for name in self.linears())
 
     def stored_bytes(self, scheme: str) -> int:
-        """Bytes of all weights in memory: an untied embedding, which a step hardly reads, is kept in bfloat16."""
+        """Returns the bytes of all weights in memory, with an untied embedding in bfloat16."""
         embedding = 0 if self.tied_embedding else self.vocab_size * self.hidden_size * jnp.dtype("bfloat16").itemsize
         return self.weight_bytes(scheme) + embedding
 
     def step_weight_bytes(self, scheme: str, batch: int) -> int:
-        """Bytes of weights that a decode step reads; of experts those that the tokens of a batch are expected to take.
+        """Returns the expected bytes of weights that a decode step reads.
 
-        A token takes its experts independently of the others, each with the same probability: an expert is read with
-        probability 1 - (1 - taken / all) ** batch.
+        Tokens choose experts independently and uniformly: an expert is read with probability
+        1 - (1 - experts_per_token / experts) ** batch.
         """
         share = 1 - (1 - self.experts_per_token / self.experts) ** batch
         return sum(round(self._stored(name, scheme, self.experts * share)) for name in self.linears())
 
     def _stored(self, name: str, scheme: str, experts: float) -> int:
+        """Returns the bytes of a linear layer in all layers of the model, with so many experts."""
         inputs, outputs = self.linears()[name]
         times = (1 if name == "head" else self.num_layers) * (experts if name in ("gate-up", "down") else 1)
         return round(_matrix_bytes(inputs, outputs, scheme) * times)
 
     def cache_bytes_per_token(self, kv_dtype: str, context: int | None = None) -> float:
-        """Bytes that a token of context takes in the cache of all layers, scales included.
+        """Returns the bytes of a token in the cache of all layers, scales included.
 
         Args:
-          kv_dtype: of the cache.
-          context: tokens of context, from which on layers with a window read no more; None takes none as long as that.
+          kv_dtype: dtype of the cache.
+          context: length of the context, to count only what a step reads of it: layers with a window read no more than
+            the window. None counts every layer fully.
         """
         seen: float = self.num_layers
         if self.sliding_window is not None and context is not None:
@@ -148,8 +149,8 @@ class ModelShape:
         return bytes_per_token(self.kv_heads, self.head_dim, kv_dtype) * seen
 
     def prefill_flops(self, tokens: int) -> int:
-        """Floating-point operations of reading a prompt: all weights for each token, and causal attention."""
-        head = self._count("head", 1)  # of the last token only
+        """Returns the floating-point operations of a prefill: all weights for each token, and causal attention."""
+        head = self._count("head", 1)  # applied to the last token only
         linear = 2 * tokens * (self.active_parameters() - head) + 2 * head
         pairs = tokens * (tokens + 1) // 2
         window = min(self.sliding_window or tokens, tokens)
@@ -158,10 +159,10 @@ class ModelShape:
         return linear + 4 * self.q_heads * self.head_dim * (layers[0] * pairs + layers[1] * windowed_pairs)
 
     def config(self, max_positions: int) -> ModelConfig:
-        """As the minimal LLM takes it.
+        """Returns the configuration for the minimal LLM.
 
         Raises:
-          ValueError: it has what the minimal LLM has not.
+          ValueError: the minimal LLM does not support the model.
         """
         plain = self.experts == 1 and not self.sinks and self.logits_soft_cap is None and self.window_period == 1
         check(plain, "model", self.name, "a plain decoder: no experts, sinks, soft-cap or layers of two kinds")
@@ -181,7 +182,7 @@ class ModelShape:
     def attention_cases(
         self, batch: int, max_len: int, *, dtype: str = "bfloat16", kv_dtype: str | None = None, **changes: Any
     ) -> list[AttentionCase]:
-        """What a decode step asks of decode_attention: a case for layers that see everything, one for a window."""
+        """Returns the cases of decode_attention in a decode step: one without a window, and one with it, if any."""
         windows = [None] if self.sliding_window is None else [None, self.sliding_window]
         return [
             AttentionCase(
@@ -204,7 +205,7 @@ class ModelShape:
     def append_cases(
         self, batch: int, max_len: int, *, dtype: str = "bfloat16", kv_dtype: str | None = None, **changes: Any
     ) -> list[AppendCase]:
-        """What a decode step asks of append_kv."""
+        """Returns the case of append_kv in a decode step."""
         return [
             AppendCase(
                 name=self.name,
@@ -221,14 +222,14 @@ class ModelShape:
     def append_qkv_cases(
         self, batch: int, max_len: int, *, dtype: str = "bfloat16", kv_dtype: str | None = None, **changes: Any
     ) -> list[JoinedCase]:
-        """What a decode step asks of append_qkv."""
+        """Returns the case of append_qkv in a decode step."""
         (case,) = self.append_cases(batch, max_len, dtype=dtype, kv_dtype=kv_dtype, **changes)
         return [JoinedCase(**dataclasses.asdict(case), q_heads=self.q_heads)]
 
     def matmul_cases(
         self, rows: int, scheme: str, *, dtype: str = "bfloat16", scale_dtype: str = "float32", head: bool = True
     ) -> list[MatmulCase]:
-        """What a decode step asks of quantized_matmul: its linear layers, the MLP's of one expert, and the head."""
+        """Returns the cases of quantized_matmul in a decode step: linear layers, one expert's MLP, and the head."""
         gate: Any = {"gated": True, "activation": ACTIVATIONS[self.activation]}
         return [
             MatmulCase(
@@ -246,8 +247,8 @@ class ModelShape:
         ]
 
     def dense_cases(self, rows: int, *, dtype: str = "bfloat16") -> list[DenseCase]:
-        """What a decode step asks of matmul where weights are dense: the same layers, with what is fused into them."""
-        around: dict[str, Any] = {
+        """Returns the cases of matmul in a decode step with dense weights: the same layers, with fused operations."""
+        fused: dict[str, Any] = {
             "qkv": {"norm": True},
             "output": {"residual": True},
             "gate-up": {"norm": True, "gated": True, "activation": ACTIVATIONS[self.activation]},
@@ -261,14 +262,14 @@ class ModelShape:
                 in_features=inputs,
                 out_features=outputs,
                 dtype=dtype,
-                **around[name],
+                **fused[name],
             )
             for name, (inputs, outputs) in self.linears().items()
         ]
 
 
 def _matrix_bytes(in_features: int, out_features: int, scheme: str) -> int:
-    """Bytes of a matrix, with scales in bfloat16."""
+    """Returns the bytes of a matrix, with scales in bfloat16."""
     if scheme in DENSE:
         return in_features * out_features * jnp.dtype(scheme).itemsize
     return Scheme.parse(scheme).nbytes(in_features, out_features)
@@ -276,16 +277,16 @@ def _matrix_bytes(in_features: int, out_features: int, scheme: str) -> int:
 
 @functools.cache
 def models() -> dict[str, ModelShape]:
-    """The models that are known here, by name."""
+    """Returns the known models by name."""
     data = json.loads(importlib.resources.files(__package__).joinpath("model_shapes.json").read_text())
     return {name: ModelShape(name=name, **shape) for name, shape in data["models"].items()}
 
 
 def model(name: str) -> ModelShape:
-    """A model by name.
+    """Returns the model of that name.
 
     Raises:
-      ValueError: there is none of that name; the message lists them.
+      ValueError: there is none; the message lists the names.
     """
     check(name in models(), "model", repr(name), ", ".join(models()))
     return models()[name]

@@ -1,4 +1,4 @@
-"""Work on all cores: XLA traces in Python, one at a time, and compiles outside of its lock, side by side."""
+"""Work on all cores: JAX traces one function at a time, but XLA compiles several at once, outside of Python's lock."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def side_by_side(jobs: Sequence[Callable[[], T]], workers: int | None = None) -> Iterator[T | Exception]:
-    """Does jobs in threads, and yields what each returned or raised, in their order.
+    """Runs jobs in threads, and yields in order what each of them returned or raised.
 
-    Who stops listening, by an error or an interruption, keeps those from beginning that have not begun.
+    If the caller stops iterating, because of an error or an interruption, jobs that have not begun are cancelled.
 
     Args:
       jobs: functions that do not wait for each other.
-      workers: threads, at most; None means as many as there are cores. With 1 each job is done when it is asked for.
+      workers: maximum number of threads; None means the number of cores. With 1 each job runs when it is asked for.
     """
     workers = workers or cores()
     if workers == 1:
@@ -38,5 +38,5 @@ def side_by_side(jobs: Sequence[Callable[[], T]], workers: int | None = None) ->
 def _outcome(job: Callable[[], T]) -> T | Exception:
     try:
         return job()
-    except Exception as error:  # whoever asked for the job knows what it means
+    except Exception as error:  # the caller knows what it means
         return error

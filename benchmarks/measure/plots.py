@@ -1,27 +1,21 @@
-"""Pictures of results: how close to the bandwidth each contender comes, rooflines, steps of growing batches."""
+"""Pictures of measurements: shares of the bandwidth, rooflines, decode steps by batch size, decoders."""
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.measure.records import Limits, Row
+from palladion.benchmarks.measure.records import Limits, Measurement
+from palladion.benchmarks.plotting import require_matplotlib
 
 COLORS: Final = {"kernel": "#c0392b", "reference": "#2c3e50", "peer": "#7f8c8d"}
 DOTS_PER_INCH: Final = 100
 
 
-def require_matplotlib() -> None:
-    """Raises ImportError, with what to do, where there is nothing to draw with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("pictures need matplotlib: pip install 'palladion[bench]', or pip install matplotlib")
-
-
-def bars(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
-    """Draws, for each workload, the share of the measured bandwidth that each contender reaches; thin lines: p20, p80.
+def bandwidth(measurements: Sequence[Measurement], device: str, path: Path) -> None:
+    """Draws the share of the measured bandwidth that each contender reaches; thin lines are p20 and p80.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -29,20 +23,19 @@ def bars(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    del limits
-    timed = [row for row in rows if row.samples is not None and row.bandwidth]
-    labels = [f"{row.workload}  {row.contender}" for row in timed]
+    timed = [one for one in measurements if one.samples is not None and one.bandwidth]
+    labels = [f"{one.workload}  {one.contender}" for one in timed]
     figure = Figure(figsize=(9, 1.2 + 0.24 * max(len(timed), 1)), layout="constrained")
     axes = figure.subplots()
     shares, errors = [], ([], [])  # type: tuple[list[float], tuple[list[float], list[float]]]
-    for row in timed:
-        samples, best = row.samples, row.bytes / (row.bandwidth or 1.0)
+    for one in timed:
+        samples, best = one.samples, one.bytes / (one.bandwidth or 1.0)
         assert samples is not None
         shares.append(100 * best / samples.median)
         errors[0].append(100 * best * (1 / samples.median - 1 / samples.p80))
         errors[1].append(100 * best * (1 / samples.p20 - 1 / samples.median))
     axes.barh(
-        range(len(timed)), shares, xerr=errors, color=[COLORS[row.kind] for row in timed], height=0.7, ecolor="#555555"
+        range(len(timed)), shares, xerr=errors, color=[COLORS[one.kind] for one in timed], height=0.7, ecolor="#555555"
     )
     axes.set_yticks(range(len(timed)), labels, fontsize=7)
     axes.invert_yaxis()
@@ -52,8 +45,8 @@ def bars(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
     _save(figure, path)
 
 
-def roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
-    """Draws FLOP/s over FLOPs a byte, below what this machine's memory and arithmetic allow.
+def roofline(measurements: Sequence[Measurement], limits: Limits, device: str, path: Path) -> None:
+    """Draws FLOP/s over FLOPs per byte, below the roof of the machine's memory and arithmetic.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -61,18 +54,18 @@ def roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> No
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    timed = [row for row in rows if row.samples is not None and row.flops]
+    timed = [one for one in measurements if one.samples is not None and one.flops]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     ridge = limits.matrix_rate / limits.bandwidth
-    intensities = [row.flops / row.bytes for row in timed] or [ridge]
+    intensities = [one.flops / one.bytes for one in timed] or [ridge]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     axes.plot([left, ridge, right], [left * limits.bandwidth, limits.matrix_rate, limits.matrix_rate], color="black")
-    contenders = list(dict.fromkeys(row.contender for row in timed))
+    contenders = list(dict.fromkeys(one.contender for one in timed))
     for number, contender in enumerate(contenders):
-        mine = [row for row in timed if row.contender == contender]
-        heights = [row.flops / row.samples.median for row in mine if row.samples is not None]
-        axes.scatter([row.flops / row.bytes for row in mine], heights, s=18, color=f"C{number}", label=contender)
+        own = [one for one in timed if one.contender == contender]
+        heights = [one.flops / one.samples.median for one in own if one.samples is not None]
+        axes.scatter([one.flops / one.bytes for one in own], heights, s=18, color=f"C{number}", label=contender)
     axes.set(
         xscale="log",
         yscale="log",
@@ -86,13 +79,14 @@ def roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> No
 
 
 def scaling(points: Mapping[int, Mapping[str, float]], device: str, title: str, path: Path) -> None:
-    """Draws what a decode step takes, and how many tokens a second come out, over the batch.
+    """Draws the time of a decode step and the tokens per second over the batch size.
 
     Args:
-      points: by batch, "step", "limit" (the bytes that must be read over the bandwidth) and "tokens" a second.
-      device: where that was measured.
+      points: by batch size: "step" and "limit" (bytes that must be read, at the bandwidth) in seconds, "tokens" a
+        second.
+      device: where it was measured.
       title: what was measured.
-      path: of the picture.
+      path: the picture.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -117,13 +111,13 @@ def scaling(points: Mapping[int, Mapping[str, float]], device: str, title: str, 
 
 
 def decoders(rates: Mapping[str, Sequence[float]], device: str, title: str, path: Path) -> None:
-    """Draws the median tokens a second of each decoder; thin lines: its worst and its best turn.
+    """Draws the median tokens per second of each decoder; thin lines are its worst and its best turn.
 
     Args:
-      rates: by decoder, of every turn; ours is the first.
-      device: where that was measured.
+      rates: tokens per second in every turn, by decoder; Palladion is the first.
+      device: where it was measured.
       title: what was decoded.
-      path: of the picture.
+      path: the picture.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -133,10 +127,10 @@ def decoders(rates: Mapping[str, Sequence[float]], device: str, title: str, path
 
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rates)), layout="constrained")
     axes = figure.subplots()
-    medians = [statistics.median(of) for of in rates.values()]
+    medians = [statistics.median(turns) for turns in rates.values()]
     errors = (
-        [median - min(of) for median, of in zip(medians, rates.values(), strict=True)],
-        [max(of) - median for median, of in zip(medians, rates.values(), strict=True)],
+        [median - min(turns) for median, turns in zip(medians, rates.values(), strict=True)],
+        [max(turns) - median for median, turns in zip(medians, rates.values(), strict=True)],
     )
     colors = [COLORS["reference"], *[COLORS["peer"]] * (len(rates) - 1)]
     axes.barh(range(len(rates)), medians, xerr=errors, color=colors, height=0.6, ecolor="#555555")
@@ -149,5 +143,5 @@ def decoders(rates: Mapping[str, Sequence[float]], device: str, title: str, path
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No date inside: the same figures are the same file.
+    # Without a date the same figures give the same file.
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})

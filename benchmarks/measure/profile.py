@@ -1,4 +1,4 @@
-"""Where the device's time goes, by the names of its kernels: from JAX's own profiler, without another package."""
+"""Time that a device spends in each kernel, from JAX's own profiler."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, Final
 import jax
 
 LINES: Final = {"/device:GPU": "Stream", "/device:TPU": "XLA Ops"}
-"""How the lines of a trace begin that hold what a device ran, by how the device's name begins."""
+"""Prefix of the trace lines that list what a device ran, by prefix of the device's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelTime:
-    """What the calls of a kernel took.
+    """Time of all calls of a kernel.
 
     Attributes:
-      name: as the profiler has it, numbers of instances left out.
-      calls: how often it ran.
-      seconds: of all calls.
+      name: its name in the profile, without the numbers that tell instances apart.
+      calls: number of calls.
+      seconds: time of all calls together.
     """
 
     name: str
@@ -32,14 +32,14 @@ class KernelTime:
 
 
 def device_times(function: Callable[[], Any], folder: Path | None = None) -> list[KernelTime]:
-    """Runs a function under the profiler and adds up what the device did, the longest first.
+    """Runs a function under the profiler and adds up the device's time by kernel.
 
     Args:
-      function: dispatches work, and waits for it.
-      folder: where the trace is kept, for other tools; None keeps none.
+      function: dispatches work and waits for it.
+      folder: keeps the trace there, for other tools; None keeps none.
 
     Returns:
-      Times by kernel; nothing where the profiler shows no device.
+      Times by kernel, the longest first; empty if the profiler shows no device.
     """
     with tempfile.TemporaryDirectory(prefix="palladion_profile_") as temporary:
         place = folder or Path(temporary)
@@ -55,9 +55,9 @@ def device_times(function: Callable[[], Any], folder: Path | None = None) -> lis
 
 
 def _events(data: Any) -> Iterator[tuple[str, float]]:
-    """What the device ran: in the streams of a GPU, or the operations of a TPU; of a CPU the trace shows too little."""
+    """Yields name and seconds of everything that a GPU ran in its streams, or a TPU in its operations."""
     for plane in data.planes:
-        # Other lines say the same again, by program or by step.
+        # Other lines list the same time again, by program or by step.
         wanted = next((lines for device, lines in LINES.items() if plane.name.startswith(device)), None)
         for line in plane.lines if wanted else ():
             if line.name.startswith(wanted):

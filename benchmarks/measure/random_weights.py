@@ -1,4 +1,4 @@
-"""A model of a known shape with random weights: its speed is that of the trained one, and there is nothing to load."""
+"""Random weights in the shapes of a model: as fast as the trained ones, and nothing has to be loaded."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from palladion.reference.platforms import target_platform
 
 
 def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positions: int = 8192) -> Parameters:
-    """Normal-distributed weights, in the form in which the generator would hold a checkpoint's.
+    """Returns normal-distributed weights, in the form in which `Generator` holds those of a checkpoint.
 
     Args:
-      shape: of the model.
-      scheme: how linear layers are stored, of `palladion.quantize` or a float dtype.
-      dtype: of an embedding that is not tied, and of scales.
-      max_positions: the longest context.
+      shape: the model's shapes.
+      scheme: scheme of the linear layers for `palladion.quantize`, or a float dtype.
+      dtype: dtype of an untied embedding and of scales.
+      max_positions: maximum context length.
 
     Raises:
-      ValueError: there is no such scheme, or the minimal LLM has not all that this model has.
+      ValueError: there is no such scheme, or the minimal LLM does not support the model.
     """
     config = shape.config(max_positions)
-    # As `Generator.load` does: a GPU's XLA would copy dense weights out of a stack.
+    # As in `Generator.load`: XLA on a GPU would copy dense weights out of a stack.
     layers = LayerStack(config.num_layers, stacked=target_platform() != "gpu")
     linears = shape.linears()
 
     def linear(name: str, number: int) -> Weight:
-        key = jax.random.fold_in(jax.random.key(number), hash_of(name))
+        key = jax.random.fold_in(jax.random.key(number), stable_hash(name))
         return _weight(key, *linears[name], scheme, dtype)
 
     for number in range(config.num_layers):
@@ -61,8 +61,8 @@ def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positio
     )
 
 
-def hash_of(name: str) -> int:
-    """A number for a name, the same in every process."""
+def stable_hash(name: str) -> int:
+    """Returns a number for a name that is the same in every process."""
     return int.from_bytes(name.encode()[:4], "little")
 
 

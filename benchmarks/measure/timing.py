@@ -1,21 +1,21 @@
-"""Times that can be trusted: contenders in turns, inputs that no cache still holds, every sample kept.
+"""Timing that can be trusted: contenders take turns, inputs are in no cache, and every sample is kept.
 
-A `Runner` is a contender that is compiled, warmed up, and owns several copies of its inputs. `measure` gives each as
-many calls as make a sample long enough for the clock, and then takes samples in turns, forwards and backwards, so that
-a machine that is slow for a minute is slow for all. What a call takes is told by `Samples`: a median, and where the
-fifth and the four fifths of the samples lie.
+A `Runner` is a contender that is compiled and warmed up, and owns several copies of its inputs. `measure` finds how
+many calls make a sample long enough for the clock, and then takes samples of all contenders in turns, forwards and
+backwards: a machine that is slow for a minute is slow for all of them.
 
-On a CPU a call is waited for before the next one starts. On an accelerator several calls make one program, on inputs
-of their own, and programs are dispatched without a pause: what counts is the device, not Python. Programs are compiled
-from shapes alone, so that many may be, side by side (`parallel.py`), before there is an array of any.
+On a CPU each call is waited for. On an accelerator several calls, on different inputs, are compiled as one program, and
+programs are dispatched without a pause, so that the device is timed and not Python. Programs are compiled from shapes
+alone: several can be compiled at the same time, before their arrays exist (`parallel.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import jax
@@ -25,42 +25,52 @@ from palladion.kernels.devices import READ_BYTES, cpu_compiler_options
 from palladion.reference.platforms import target_platform
 
 SAMPLE_SECONDS: Final = 0.02
-"""How long a sample takes at least: far above the resolution of the clock and the cost of asking it."""
+"""Minimum length of a sample: far above the resolution of the clock and the cost of reading it."""
 
 CACHE_BYTES: Final = {"cpu": 64 * 2**20, "gpu": 256 * 2**20, "tpu": 256 * 2**20}
-"""What passes by between two uses of the same input: more than a last-level cache, several times where it is known."""
+"""Bytes that are read between two uses of the same input: more than the last-level cache of any known device."""
 
 MOST_COPIES: Final = 128
+"""Maximum number of copies of a contender's inputs."""
+
 MOST_BYTES: Final = 4 * 2**30
-"""Of all copies of a contender's inputs."""
+"""Maximum size of all copies of a contender's inputs together."""
 
 CALLS_IN_A_PROGRAM: Final = 32
-"""On an accelerator, at most: what a dispatch costs, tens of microseconds, is divided among so many."""
+"""Maximum number of calls in a program on an accelerator, among which the cost of a dispatch is divided."""
 
 PROGRAM_BYTES: Final = 2**30
-"""On an accelerator: calls of a program have inputs of so much together, where they are not more than that many. It
-takes the fastest of memories 150 µs or more to read them, and the host less to dispatch the next program."""
+"""Size of the inputs of a program on an accelerator, where `CALLS_IN_A_PROGRAM` allows it.
+
+The fastest memory takes more than 150 µs to read them, and the host takes less to dispatch the next program.
+"""
 
 NOISY: Final = 0.15
-"""(p80 - p20) / median from which on a machine is called noisy."""
+"""Spread of the samples above which a measurement is called noisy."""
 
 
 class Runner(Protocol):
-    """A contender, ready to run."""
+    """A contender that is compiled and warmed up.
+
+    Attributes:
+      name: its name.
+      result: result of its first call, in the operation's form.
+    """
 
     name: str
+    result: Any
 
     def seconds(self, calls: int) -> float:
-        """Runs so many calls or a few more, over its inputs in turns; returns what one of them took, in seconds."""
+        """Runs at least `calls` calls, on different copies of the inputs in turn; returns the seconds of one call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What calls of a contender took.
+    """Times of a contender's calls.
 
     Attributes:
-      seconds: of a call, one entry for each sample, in the order in which they were taken.
-      calls: in a sample.
+      seconds: seconds of a call, one entry for each sample, in the order in which they were taken.
+      calls: calls in a sample.
     """
 
     seconds: tuple[float, ...]
@@ -68,17 +78,17 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """Half of the samples took longer."""
+        """Median of the samples, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def p20(self) -> float:
-        """A fifth of the samples was faster."""
+        """20th percentile of the samples, in seconds."""
         return quantile(self.seconds, 0.2)
 
     @property
     def p80(self) -> float:
-        """A fifth of the samples took longer."""
+        """80th percentile of the samples, in seconds."""
         return quantile(self.seconds, 0.8)
 
     @property
@@ -88,12 +98,12 @@ class Samples:
 
     @property
     def noisy(self) -> bool:
-        """Whether the samples differ so much that a median of them says little."""
+        """Whether the samples differ so much that their median says little."""
         return self.spread > NOISY
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the values lies, between neighbours in proportion."""
+    """Returns the value below which a share of the values lies, linearly interpolated."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -101,10 +111,10 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def ratio(of: Samples, to: Samples) -> float:
-    """How much longer a call of one takes than of the other: the median over the rounds, which both shared."""
-    pairs = zip(of.seconds, to.seconds, strict=False)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+def ratio(numerator: Samples, denominator: Samples) -> float:
+    """Returns how many times as long a call takes as another: the median over the rounds that both took part in."""
+    pairs = zip(numerator.seconds, denominator.seconds, strict=False)
+    return statistics.median(one / other for one, other in pairs)
 
 
 def measure(
@@ -118,71 +128,72 @@ def measure(
     """Takes samples of contenders in turns.
 
     Args:
-      runners: of different names.
+      runners: contenders with different names.
       rounds: samples of each.
-      sample_seconds: how long a sample takes at least.
-      deadline: of `time.perf_counter()`: no round begins later, but for the first.
-      failed: told of a contender that raises; it is left out from there on. None lets the error pass.
+      sample_seconds: minimum length of a sample.
+      deadline: `time.perf_counter()` after which no round begins, except for the first.
+      failed: called with a contender that raises, and its error; the contender takes no further part. None lets errors
+        pass.
 
     Returns:
-      The samples of each by its name, of those that did not fail.
+      Samples by contender's name, without those that failed.
     """
     calls: dict[str, int] = {}
     taken: dict[str, list[float]] = {}
-    left = list(runners)
+    remaining = list(runners)
 
-    def attempt(runner: Runner, step: Callable[[], None]) -> None:
+    def attempt(runner: Runner, step: Callable[[Runner], None]) -> None:
         try:
-            step()
+            step(runner)
         except Exception as error:  # whatever a peer raises costs that peer alone
             if failed is None:
                 raise
-            left.remove(runner)
+            remaining.remove(runner)
             taken.pop(runner.name, None)
             failed(runner, error)
 
     def calibrate(runner: Runner) -> None:
-        calls[runner.name] = _calls(runner, sample_seconds)
+        calls[runner.name] = _calls_in_a_sample(runner, sample_seconds)
         taken[runner.name] = []
 
     def sample(runner: Runner) -> None:
         taken[runner.name].append(runner.seconds(calls[runner.name]))
 
     for runner in runners:
-        attempt(runner, lambda runner=runner: calibrate(runner))  # type: ignore[misc]
+        attempt(runner, calibrate)
     for number in range(rounds):
         if number and deadline is not None and time.perf_counter() > deadline:
             break
-        # There and back: nobody always follows the same one.
-        for runner in list(left) if number % 2 == 0 else list(reversed(left)):
-            attempt(runner, lambda runner=runner: sample(runner))  # type: ignore[misc]
+        # Forwards and backwards: nobody always follows the same contender.
+        for runner in list(remaining) if number % 2 == 0 else list(reversed(remaining)):
+            attempt(runner, sample)
     return {name: Samples(tuple(seconds), calls[name]) for name, seconds in taken.items() if seconds}
 
 
-def _calls(runner: Runner, sample_seconds: float) -> int:
-    """How many calls take that long; also warms up."""
+def _calls_in_a_sample(runner: Runner, sample_seconds: float) -> int:
+    """Returns the number of calls that take that long; also warms the runner up."""
     calls = 1
     while (spent := runner.seconds(calls) * calls) < sample_seconds / 2:
-        # Not all at once: the first calls may be slow.
+        # Step by step, because the first calls may be slow.
         calls = min(8 * calls, max(calls + 1, round(calls * sample_seconds / max(spent, 1e-9))))
     return max(1, round(calls * sample_seconds / spent))
 
 
 def copies_of(nbytes: int, platform: str | None = None) -> int:
-    """How many copies of inputs of that size no cache holds, as far as memory allows."""
-    passing = CACHE_BYTES[platform or target_platform()]
-    wanted = -(-passing // max(nbytes, 1)) + 1
+    """Returns how many copies of inputs of that size exceed every cache, as far as memory allows."""
+    cache_bytes = CACHE_BYTES[platform or target_platform()]
+    wanted = -(-cache_bytes // max(nbytes, 1)) + 1
     return max(1, min(wanted, MOST_COPIES, MOST_BYTES // max(nbytes, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How calls are put into programs.
+    """How calls are grouped into programs.
 
     Attributes:
-      width: calls of a program, one after the other, each with inputs of its own.
-      held: copies of what is donated to a program; calls take turns with them where they are fewer.
-      groups: programs in turns, each with inputs of its own.
+      width: calls in a program, one after the other, each with inputs of its own.
+      held: copies of what is donated to a program; calls take turns with them where they are fewer than calls.
+      groups: sets of inputs that the program is run with in turn.
     """
 
     width: int
@@ -190,13 +201,13 @@ class Layout:
     groups: int
 
     @classmethod
-    def of(cls, nbytes: int, donated_bytes: int = 0, *, copies: int | None = None) -> Layout:
-        """For a call's inputs of that size.
+    def choose(cls, nbytes: int, donated_bytes: int = 0, *, copies: int | None = None) -> Layout:
+        """Chooses a layout for inputs of that size.
 
         Args:
-          nbytes: of what is not donated.
-          donated_bytes: of what is; a call may touch little of it.
-          copies: of everything; None takes as many as no cache holds.
+          nbytes: size of the inputs that are not donated.
+          donated_bytes: size of those that are; a call may touch little of them.
+          copies: copies of everything; None takes more than a cache holds.
         """
         if target_platform() == "cpu":
             width = 1
@@ -207,12 +218,12 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Calls of a function, compiled as one program.
+class CompiledCalls:
+    """Several calls of a function, compiled as one program.
 
     Attributes:
-      run: takes a tuple of what is donated, where anything is, and one of inputs; returns a tuple of results, of what
-        was donated where anything was.
+      run: the program. It takes a tuple of donated arguments, if anything is donated, and a tuple of inputs; it returns
+        a tuple of results, or of the updated donated arguments.
       layout: how many of each.
     """
 
@@ -220,29 +231,28 @@ class Program:
     layout: Layout
 
     @classmethod
-    def of(
+    def compile(
         cls, function: Callable[..., Any], inputs: Any, donated: Any = None, *, copies: int | None = None
-    ) -> Program:
+    ) -> CompiledCalls:
         """Compiles calls of a function of arrays for JAX's default device.
 
         Args:
-          function: takes one pytree, or two where something is donated: `function(inputs)`,
-            `function(donated, inputs)`.
-          inputs: of a call, a pytree of arrays or of `jax.ShapeDtypeStruct`s.
-          donated: the same of what the function updates in place and returns; or None.
-          copies: of everything; None takes as many as no cache holds.
+          function: takes one pytree, `function(inputs)`, or two if something is donated, `function(donated, inputs)`.
+          inputs: inputs of a call, a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+          donated: likewise what the function updates in place and returns, or None.
+          copies: copies of everything; None takes more than a cache holds.
         """
-        layout = Layout.of(_nbytes(inputs), _nbytes(donated), copies=copies)
+        layout = Layout.choose(_nbytes(inputs), _nbytes(donated), copies=copies)
         arguments = [] if donated is None else [(donated,) * layout.held]
         arguments.append((inputs,) * layout.width)
         return cls(calls_of(function, donates=donated is not None).lower(*arguments).compile(), layout)
 
 
 def calls_of(function: Callable[..., Any], *, donates: bool) -> Any:
-    """Calls of a function one after the other, as a jitted function that takes what `Program.run` takes.
+    """Returns a jitted function that makes several calls, and takes what `CompiledCalls.run` takes.
 
-    They wait for each other, as in a model: XLA would fuse what does not depend on each other. However many there are,
-    the function is traced once.
+    Each call waits for the one before, as in a model: XLA would fuse calls that do not depend on each other. The
+    function is traced once, however many calls there are.
     """
     call = jax.jit(function)
 
@@ -266,34 +276,34 @@ def calls_of(function: Callable[..., Any], *, donates: bool) -> Any:
 
 
 class JaxRunner:
-    """A function of arrays on JAX's default device.
+    """Calls of a function of arrays on JAX's default device.
 
     Args:
-      name: of the contender.
-      program: its calls.
-      inputs: of every call, a pytree as the program was compiled for; copies are made of it.
-      donated: the same of what is updated in place; copies are made of it too.
+      name: the contender's name.
+      calls: the compiled calls.
+      inputs: inputs of every call, a pytree as the calls were compiled for; they are copied.
+      donated: likewise what is updated in place; it is copied, too.
 
     Attributes:
-      result: of the first call; where something is donated, what has become of it after the calls of one program.
+      result: result of the first call; if something is donated, its value after the calls of one program.
     """
 
-    def __init__(self, name: str, program: Program, inputs: Any, *, donated: Any = None) -> None:
+    def __init__(self, name: str, calls: CompiledCalls, inputs: Any, *, donated: Any = None) -> None:
         self.name = name
-        self._program = program
-        layout = program.layout
-        # Arguments are distinct arrays: XLA would compute twice the same only once.
+        self._calls = calls
+        layout = calls.layout
+        # Distinct arrays: XLA would compute a call twice on the same arguments only once.
         self._inputs = [tuple(_copied(inputs) for _ in range(layout.width)) for _ in range(layout.groups)]
         self._donated: list[tuple[Any, ...]] | None = None
         if donated is not None:
             self._donated = [tuple(_copied(donated) for _ in range(layout.held)) for _ in range(layout.groups)]
         self._next = 0
-        self.result = jax.block_until_ready(self._step())[0]
+        self.result = jax.block_until_ready(self._run_program())[0]
         if self._donated is not None:
             self.result = _copied(self.result)
 
     @classmethod
-    def of(
+    def compile(
         cls,
         name: str,
         function: Callable[..., Any],
@@ -302,27 +312,27 @@ class JaxRunner:
         donated: Any = None,
         copies: int | None = None,
     ) -> JaxRunner:
-        """Compiles a function and makes it ready; arguments are those of `Program.of`."""
-        return cls(name, Program.of(function, inputs, donated, copies=copies), inputs, donated=donated)
+        """Compiles a function and warms it up; for arguments see `CompiledCalls.compile`."""
+        return cls(name, CompiledCalls.compile(function, inputs, donated, copies=copies), inputs, donated=donated)
 
-    def _step(self) -> tuple[Any, ...]:
-        """One program on the next inputs."""
+    def _run_program(self) -> tuple[Any, ...]:
+        """Dispatches the program on the next group of inputs."""
         group = self._next
         self._next = (group + 1) % len(self._inputs)
         if self._donated is None:
-            return self._program.run(self._inputs[group])
-        results = self._program.run(self._donated[group], self._inputs[group])
+            return self._calls.run(self._inputs[group])
+        results = self._calls.run(self._donated[group], self._inputs[group])
         self._donated[group] = results
         return results
 
     def seconds(self, calls: int) -> float:
-        """As `Runner` has it."""
-        width = self._program.layout.width
+        """Implements `Runner.seconds`."""
+        width = self._calls.layout.width
         programs = -(-calls // width)
         one_by_one = target_platform() == "cpu"
         start = time.perf_counter()
         for _ in range(programs):
-            results = self._step()
+            results = self._run_program()
             if one_by_one:
                 jax.block_until_ready(results)  # a CPU would run several at a time
         jax.block_until_ready(results)
@@ -330,13 +340,13 @@ class JaxRunner:
 
 
 class CallRunner:
-    """Any function that returns when its work is done; it is called with one argument after the other.
+    """Calls of any function that returns when its work is done, with one argument after the other.
 
     Args:
-      name: of the contender.
-      function: of one argument.
-      arguments: in turns.
-      synchronize: called before the clock is asked, where `function` returns before its work is done.
+      name: the contender's name.
+      function: a function of one argument.
+      arguments: arguments, taken in turn.
+      synchronize: called before the clock is read, if `function` returns before its work is done.
     """
 
     def __init__(
@@ -344,44 +354,43 @@ class CallRunner:
         name: str,
         function: Callable[[Any], Any],
         arguments: Sequence[Any],
-        synchronize: Callable[[], object] | None = None,
+        synchronize: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = name
         self._function = function
-        self._turns = _endlessly(arguments)
-        self._synchronize = synchronize or (lambda: None)
+        self._arguments = itertools.cycle(arguments)
+        self._synchronize = synchronize
+
+    def call(self, calls: int) -> None:
+        """Makes calls without waiting for them."""
+        for argument in itertools.islice(self._arguments, calls):
+            self._function(argument)
 
     def seconds(self, calls: int) -> float:
-        """As `Runner` has it."""
+        """Implements `Runner.seconds`."""
         self._synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            self._function(next(self._turns))
+        self.call(calls)
         self._synchronize()
         return (time.perf_counter() - start) / calls
 
 
 def memory_probe(name: str = "memory") -> JaxRunner:
-    """A contender that reads memory as fast as XLA can: its bytes over its time are the bandwidth of this very minute.
+    """Returns a contender that reads `probe_bytes()` of memory as fast as XLA can.
 
-    `probe_bytes` says how many bytes a call reads.
+    Timed in turns with others, it gives the memory bandwidth in the same minutes.
     """
     x = jnp.ones((probe_bytes() // (4 * 512), 512), jnp.float32)
-    return JaxRunner.of(name, lambda x: jnp.max(x, axis=0), x, copies=1)
+    return JaxRunner.compile(name, lambda x: jnp.max(x, axis=0), x, copies=1)
 
 
 def probe_bytes() -> int:
-    """Bytes that a call of `memory_probe` reads."""
+    """Returns the bytes that a call of `memory_probe` reads."""
     return READ_BYTES[target_platform()]
 
 
-def _endlessly(values: Sequence[Any]) -> Iterator[Any]:
-    while True:
-        yield from values
-
-
 def _after(result: Any, inputs: Any) -> Any:
-    """Inputs that are not there before a result is: the first of their arrays waits for it."""
+    """Returns the inputs, made to depend on a result: the first of their arrays waits for it."""
     (first, *others), structure = jax.tree.flatten(inputs)
     first, _ = jax.lax.optimization_barrier((first, result))
     return jax.tree.unflatten(structure, [first, *others])

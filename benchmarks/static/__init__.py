@@ -1,8 +1,17 @@
 """What the compilers say of kernels without the chip: estimates, no measurements."""
 
-from palladion.benchmarks.static.examiner import Examiner, Row
+from palladion.benchmarks.static.examiner import Examination, Examiner
 from palladion.benchmarks.static.gpu.roofline import GpuReport, examine_for_gpu
 from palladion.benchmarks.static.tpu.roofline import KernelReport, LoopReport, examine
-from palladion.benchmarks.static.workloads import Reference
+from palladion.benchmarks.static.workloads import WorkloadName
 
-__all__ = ["Examiner", "GpuReport", "KernelReport", "LoopReport", "Reference", "Row", "examine", "examine_for_gpu"]
+__all__ = [
+    "Examination",
+    "Examiner",
+    "GpuReport",
+    "KernelReport",
+    "LoopReport",
+    "WorkloadName",
+    "examine",
+    "examine_for_gpu",
+]

@@ -19,7 +19,7 @@ import jax
 from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.roofline import GpuReport, examine_for_gpu
-from palladion.benchmarks.static.processes import why_it_ended
+from palladion.benchmarks.static.processes import exit_reason
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu.roofline import KernelReport, examine
 from palladion.benchmarks.static.tpu.simulator import Simulation, SimulatorFailed, simulate
@@ -45,7 +45,7 @@ Report = KernelReport | GpuReport
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Examination:
     """What came out for a workload on a chip.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row:
       simulations: what libtpu's simulator says of them, or why it does not; None where it was not asked.
     """
 
-    workload: workloads.Reference
+    workload: workloads.WorkloadName
     chip: str
     reports: tuple[Report, ...]
     failure: str | None
@@ -68,11 +68,11 @@ def architectures() -> dict[str, int]:
     return {ARCHITECTURE.format(arch): arch for arch in gpu_compiler.ARCHITECTURES}
 
 
-def run(tasks: Sequence[tuple[workloads.Reference, str]], *, simulated: bool = False) -> Iterator[Row]:
+def run(tasks: Sequence[tuple[workloads.WorkloadName, str]], *, simulated: bool = False) -> Iterator[Examination]:
     """Examines workloads on chips, one after the other; rows come as they are ready.
 
     Args:
-      tasks: workloads, and for which chips: see `Row`.
+      tasks: workloads, and for which chips: see `Examination`.
       simulated: whether libtpu's simulator is asked, too.
     """
     with Examiner() as examiner:
@@ -81,7 +81,7 @@ def run(tasks: Sequence[tuple[workloads.Reference, str]], *, simulated: bool = F
             yield _simulated(row) if simulated and row.failure is None else row
 
 
-def _simulated(row: Row) -> Row:
+def _simulated(row: Examination) -> Examination:
     try:
         return dataclasses.replace(row, simulations=tuple(simulate(row.workload, row.chip)))
     except SimulatorFailed as failure:
@@ -93,7 +93,7 @@ class Examiner:
 
     Example:
       with Examiner() as examiner:
-          row = examiner.examine(Reference("decode_attention", "llama-3-8b"), "v6e")
+          row = examiner.examine(WorkloadName("decode_attention", "llama-3-8b"), "v6e")
 
     Attributes:
       most_seconds: what a workload may take.
@@ -109,12 +109,12 @@ class Examiner:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def examine(self, workload: workloads.Reference, chip: str) -> Row:
+    def examine(self, workload: workloads.WorkloadName, chip: str) -> Examination:
         """Examines a workload."""
         self._worker = self._worker or _Worker()
         row = self._worker.examine(workload, chip, self.most_seconds)
         if row is None:
-            row = Row(workload, chip, (), self._worker.last_words(self.most_seconds))
+            row = Examination(workload, chip, (), self._worker.last_words(self.most_seconds))
             self.stop()
         return row
 
@@ -139,7 +139,7 @@ class _Worker:
             start_new_session=True,  # an interrupt is for the process that started this one
         )
 
-    def examine(self, workload: workloads.Reference, chip: str, most_seconds: float) -> Row | None:
+    def examine(self, workload: workloads.WorkloadName, chip: str, most_seconds: float) -> Examination | None:
         """The result; None where the process did not survive it, or was too slow."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -147,7 +147,7 @@ class _Worker:
             pickle.dump((workload, chip), self._process.stdin)
             self._process.stdin.flush()
             if select.select([self._process.stdout], [], [], most_seconds)[0]:
-                row: Row = pickle.load(self._process.stdout)
+                row: Examination = pickle.load(self._process.stdout)
                 return row
         except (EOFError, BrokenPipeError):
             self._process.wait()
@@ -159,7 +159,7 @@ class _Worker:
             return f"took longer than {most_seconds:.0f} s"
         log = Path(self._folder.name) / LOG
         words = log.read_text(errors="replace") if log.exists() else ""
-        return f"the compiler ended its process: {why_it_ended(self._process.returncode, words)}"
+        return f"the compiler ended its process: {exit_reason(self._process.returncode, words)}"
 
     def stop(self) -> None:
         """Ends the process."""
@@ -189,7 +189,7 @@ def serve() -> None:
         rows.flush()
 
 
-def _examine(workload: workloads.Reference, chip: str) -> Row:
+def _examine(workload: workloads.WorkloadName, chip: str) -> Examination:
     try:
         arch = architectures().get(chip)
         made = workloads.load(workload, "tpu" if arch is None else "gpu")
@@ -199,10 +199,10 @@ def _examine(workload: workloads.Reference, chip: str) -> Row:
         else:
             found = examine_for_gpu(made.function, *made.arguments, arch=arch, bytes_needed=made.bytes_needed)
     except Unsupported as error:
-        return Row(workload, chip, (), str(error))
+        return Examination(workload, chip, (), str(error))
     except Exception as error:  # whatever the user's function or the compiler raises is the answer
-        return Row(workload, chip, (), _message(error))
-    return Row(workload, chip, tuple(found), None if found else NO_KERNEL if arch is None else NO_TRITON_KERNEL)
+        return Examination(workload, chip, (), _message(error))
+    return Examination(workload, chip, tuple(found), None if found else NO_KERNEL if arch is None else NO_TRITON_KERNEL)
 
 
 def _message(error: Exception) -> str:

@@ -59,7 +59,7 @@ class KernelCall:
         return names or ("arbitrary",) * len(self.grid)
 
 
-def what_bounds(memory_seconds: float | None, compute_seconds: float | None) -> str:
+def limiting_resource(memory_seconds: float | None, compute_seconds: float | None) -> str:
     """Whether "memory" or "compute" takes a kernel longer; "UNKNOWN" where that is not known."""
     if memory_seconds is None or compute_seconds is None:
         return "UNKNOWN"
@@ -123,7 +123,7 @@ def _follow(
         elif not _has_kernels(parameters):
             results = _computed(equation, values)
         elif name == "scan":
-            constant = values[: scan_parts(equation)[0]]
+            constant = values[: scan_operand_counts(equation)[0]]
             inside = constant + [None] * (len(values) - len(constant))
             repeated = None if times is None else times * parameters["length"]
             _follow(parameters["jaxpr"].jaxpr, _constants(parameters["jaxpr"]), inside, repeated, found)
@@ -145,7 +145,7 @@ def _follow(
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def scan_parts(equation: Any) -> tuple[int, int]:
+def scan_operand_counts(equation: Any) -> tuple[int, int]:
     """How many of a scan's arguments are constants, and how many are carried; the rest it goes through.
 
     JAX's own numbers of them are kept in other ways from version to version. What is gone through, and what is stacked
@@ -160,7 +160,7 @@ def scan_parts(equation: Any) -> tuple[int, int]:
     return same(equation.invars, body.invars) - carried, carried
 
 
-def inner_programs(parameters: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(parameters: dict[str, Any]) -> list[Any]:
     """The programs that an equation runs: bodies of loops, branches, functions that it calls."""
     found = []
     for parameter in parameters.values():
@@ -173,7 +173,7 @@ def inner_programs(parameters: dict[str, Any]) -> list[Any]:
 def _has_kernels(parameters: dict[str, Any]) -> bool:
     return any(
         equation.primitive.name == "pallas_call" or _has_kernels(equation.params)
-        for program in inner_programs(parameters)
+        for program in inner_jaxprs(parameters)
         for equation in program.eqns
     )
 

@@ -10,7 +10,7 @@ LONGEST: Final = 240
 """Characters of a message that are shown."""
 
 
-def why_it_ended(status: int, written: str) -> str:
+def exit_reason(status: int, written: str) -> str:
     """Why a process ended, in one line.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from palladion.benchmarks.static.examiner import Row
+from palladion.benchmarks.static.examiner import Examination
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Table:
     headings: tuple[tuple[str, int], ...]
     legend: str
     cells: Callable[[Any], Sequence[str]]
-    notes: Callable[[Any, Row], Iterable[str]]
+    notes: Callable[[Any, Examination], Iterable[str]]
     fields: Callable[[Any], dict[str, Any]]
     figures_of: Callable[[Any], dict[str, Any]]
-    about_row: Callable[[Row], dict[str, Any]]
+    about_row: Callable[[Examination], dict[str, Any]]
     roof: Callable[[str], Roof]
     bytes_per_cycle: Callable[[Any], float]
 
@@ -57,7 +57,7 @@ class Table:
         """Names of the columns."""
         return "".join(f"{name:>{width}s}" for name, width in self.headings) + "  kernel"
 
-    def lines(self, row: Row) -> list[str]:
+    def lines(self, row: Examination) -> list[str]:
         """The rows of the table for a workload on a chip, and what there is to say of them."""
         width = self.headings[0][1]
         margin = " " * (width + 2)
@@ -73,7 +73,7 @@ class Table:
             found += [f"{margin}{named}{note}" for note in self.notes(report, row)]
         return found
 
-    def record(self, row: Row) -> dict[str, Any]:
+    def record(self, row: Examination) -> dict[str, Any]:
         """A row as JSON has it."""
         return {
             "workload": str(row.workload),
@@ -82,7 +82,7 @@ class Table:
             "kernels": [self.fields(report) | {"estimated": True} for report in row.reports],
         } | self.about_row(row)
 
-    def figures(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def figures(self, rows: Sequence[Examination]) -> list[dict[str, Any]]:
         """What is worth keeping and comparing, in short: one entry for each kernel, or failure."""
         found = []
         for row in rows:
@@ -92,7 +92,7 @@ class Table:
             found += [place | {"kernel": report.name} | self.figures_of(report) for report in row.reports]
         return found
 
-    def plot(self, rows: Sequence[Row], path: Path) -> list[Path]:
+    def plot(self, rows: Sequence[Examination], path: Path) -> list[Path]:
         """Draws a roofline for each chip, with all kernels whose times are known.
 
         Across: bytes that move for each cycle of computing. Up: bytes that must move a second. A kernel can be no

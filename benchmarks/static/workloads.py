@@ -22,7 +22,7 @@ from palladion.kernels.checks import check
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class WorkloadName:
     """Which workload is meant, in words that another process understands.
 
     Attributes:
@@ -75,7 +75,7 @@ def named_cases(operation: str) -> dict[str, Any]:
     return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
 
 
-def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[Reference]:
+def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[WorkloadName]:
     """The cases that are asked for.
 
     Args:
@@ -90,11 +90,11 @@ def select(names: Sequence[str] | None, operation: str | None, platform: str | N
     check(operation is None or operation in known, "--operation", operation, ", ".join(known))
     chosen = known if operation is None else [operation]
     if names is None:
-        return [Reference(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
+        return [WorkloadName(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
     found = []
     for pattern in names:
         meant = [
-            Reference(one, name) for one in chosen for name in named_cases(one) if fnmatch.fnmatchcase(name, pattern)
+            WorkloadName(one, name) for one in chosen for name in named_cases(one) if fnmatch.fnmatchcase(name, pattern)
         ]
         listed = "\n".join(f"  {one}: {', '.join(named_cases(one))}" for one in chosen)
         check(bool(meant), "--cases", pattern, f"patterns, or names of\n{listed}")
@@ -102,7 +102,7 @@ def select(names: Sequence[str] | None, operation: str | None, platform: str | N
     return list(dict.fromkeys(found))
 
 
-def load(reference: Reference, platform: str = "tpu") -> Workload:
+def load(reference: WorkloadName, platform: str = "tpu") -> Workload:
     """Makes a workload.
 
     Args:
@@ -116,7 +116,7 @@ def load(reference: Reference, platform: str = "tpu") -> Workload:
     return _from_file(reference) if reference.path else _from_case(reference, platform)
 
 
-def from_argument(text: str) -> Reference:
+def from_argument(text: str) -> WorkloadName:
     """The workload that `path/to/file.py:function` means; it is made to see whether it exists.
 
     Raises:
@@ -124,12 +124,12 @@ def from_argument(text: str) -> Reference:
     """
     path, colon, name = text.rpartition(":")
     check(bool(colon), "--file", text, "path/to/file.py:function")
-    reference = Reference("", name, str(Path(path).resolve()))
+    reference = WorkloadName("", name, str(Path(path).resolve()))
     load(reference)
     return reference
 
 
-def _from_case(reference: Reference, platform: str) -> Workload:
+def _from_case(reference: WorkloadName, platform: str) -> Workload:
     case = named_cases(reference.operation)[reference.name]
     problem = case.problem()
     rows = [row for row in _module(reference.operation, "api").IMPLEMENTATIONS if row.platform == platform]
@@ -170,7 +170,7 @@ def with_scalars(shapes: Any, case: Any) -> Any:
     return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def _from_file(reference: Reference) -> Workload:
+def _from_file(reference: WorkloadName) -> Workload:
     path = Path(reference.path)
     check(path.is_file(), "--file", reference.path, "a Python file that exists")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -1,7 +1,7 @@
-"""Peers: what others offer for an operation, each behind one small interface, at its best.
+"""Peers: other packages' implementations of an operation, each behind one small interface.
 
-A peer gets its operands in the layout and the dtypes that it likes, prepared outside of what is timed. What it is not
-asked to do for that (transposing, dequantizing, packing) is not held against it.
+A peer gets its operands in the layout and the dtypes that suit it best, prepared before anything is timed: transposing,
+dequantizing and packing are not counted against it.
 """
 
 from __future__ import annotations
@@ -11,60 +11,49 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
+import jax
 import numpy as np
 
 from palladion.benchmarks.measure.timing import Runner
 from palladion.kernels.checks import check
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """What takes part in a comparison, compiled and warmed up.
-
-    Attributes:
-      runner: runs it.
-      result: of its first call, as the operation returns it.
-    """
-
-    runner: Runner
-    result: Any
+from palladion.kernels.decode_attention.cases import Case as AttentionCase
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One way of others to do what an operation does.
+    """Another package's implementation of an operation.
 
     Attributes:
-      name: in tables.
-      operation: which.
-      missing: why it cannot be used on this machine, or None.
-      refuses: what of a case it does not cover, or None.
-      make: builds it for a case and its inputs.
+      name: its name in tables.
+      operation: the operation's name.
+      unavailable: returns why it cannot be used on this machine, or None.
+      unsupported: returns why it does not cover a case, or None.
+      make: compiles it for a case and its inputs; the runner's result has the operation's form.
     """
 
     name: str
     operation: str
-    missing: Callable[[], str | None]
-    refuses: Callable[[Any], str | None]
-    make: Callable[[str, Any, Any], Contender]
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[Any], str | None]
+    make: Callable[[str, Any, Any], Runner]
 
 
 MODULES: Final = ("jax_peers", "torch_peers", "flash_peers")
-"""Where peers are listed, each module as its `PEERS`."""
+"""Modules of this package that list peers as `PEERS`."""
 
 
 def peers() -> dict[str, Peer]:
-    """All peers by name."""
+    """Returns all peers by name."""
     modules = [importlib.import_module(f"{__name__}.{name}") for name in MODULES]
     return {peer.name: peer for module in modules for peer in module.PEERS}
 
 
 def select(names: list[str] | None, operation: str) -> list[Peer]:
-    """The peers of an operation that are asked for.
+    """Returns the named peers of an operation.
 
     Args:
-      names: of peers; ["all"] takes all of this operation, ["none"] none; None takes all.
-      operation: those of other operations are left out.
+      names: names of peers; None or ["all"] takes all of this operation, ["none"] none.
+      operation: peers of other operations are left out.
 
     Raises:
       ValueError: there is no peer of that name; the message lists them.
@@ -76,15 +65,15 @@ def select(names: list[str] | None, operation: str) -> list[Peer]:
     return [known[name] for name in chosen if known[name].operation == operation]
 
 
-def first(*reasons: str | None) -> str | None:
-    """The first reason that there is."""
+def first_reason(*reasons: str | None) -> str | None:
+    """Returns the first reason that is not None, or None."""
     return next((reason for reason in reasons if reason), None)
 
 
-def plain_attention(case: Any) -> str | None:
-    """What of a case most attention functions do not cover: they know one dtype, and neither soft-cap nor sinks."""
+def unsupported_attention(case: AttentionCase) -> str | None:
+    """Returns why most attention functions do not cover a case: they have one dtype, no soft-cap and no sinks."""
     kv_dtype = case.kv_dtype or case.dtype
-    return first(
+    return first_reason(
         f"a cache in {kv_dtype} with queries in {case.dtype}" if kv_dtype != case.dtype else None,
         "a soft-cap" if case.logits_soft_cap is not None else None,
         "sinks" if case.sinks else None,
@@ -94,7 +83,17 @@ def plain_attention(case: Any) -> str | None:
     )
 
 
-def seen(part: Any, lengths: Any) -> Any:
-    """A dense cache whose dead tokens are zero: peers may multiply what nobody sees by a weight of zero."""
-    alive = np.arange(part.shape[2])[None, :] < np.asarray(lengths)[:, None]
-    return np.where(alive[:, None, :, None], np.asarray(part), 0).astype(part.dtype)
+def unsupported_dense(case: AttentionCase) -> str | None:
+    """Returns why attention over a plain dense cache does not cover a case."""
+    return first_reason("pages" if case.page_size is not None else None, unsupported_attention(case))
+
+
+def unsupported_paged(case: AttentionCase) -> str | None:
+    """Returns why attention over a plain paged cache does not cover a case."""
+    return first_reason("a dense cache" if case.page_size is None else None, unsupported_attention(case))
+
+
+def zero_dead_tokens(cache: jax.Array, lengths: jax.Array) -> np.ndarray:
+    """Returns a dense cache with zeros beyond each length: peers may multiply masked values by a weight of zero."""
+    alive = np.arange(cache.shape[2])[None, :] < np.asarray(lengths)[:, None]
+    return np.where(alive[:, None, :, None], np.asarray(cache), 0).astype(cache.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,94 +11,99 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.measure.peers import Contender, Peer, first, plain_attention, seen
-from palladion.benchmarks.measure.timing import copies_of
+from palladion.benchmarks.measure.peers import Peer, first_reason, unsupported_dense, zero_dead_tokens
+from palladion.benchmarks.measure.timing import CallRunner, copies_of
+from palladion.kernels.decode_attention import Inputs as AttentionInputs
+from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.devices import target_gpu
+from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.reference import dequantize
 from palladion.reference.bits import bits_dtype
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import codes_of
 
 INNER_K_TILES: Final = 8
-"""Of torch's 4-bit layout."""
+"""Parameter of torch's 4-bit layout on a GPU."""
 
 FLOAT8_ROWS: Final = 16
-"""Of what torch's float8 product takes, a multiple."""
+"""Rows of torch's float8 product must be a multiple of this."""
 
 
 class TorchRunner:
-    """A function of tensors; on a GPU its calls are a CUDA graph where it can be one, timed by the device's events.
+    """A function of tensors. On a GPU its calls are a CUDA graph if it can be captured, timed by CUDA events.
 
     Args:
-      name: of the contender.
-      function: of tensors.
-      tensors: its arguments; copies are made, as many as no cache holds.
+      name: the contender's name.
+      function: the function.
+      tensors: its arguments; copies are made, more than a cache holds.
+      as_result: brings the function's result into the operation's form.
+
+    Attributes:
+      result: result of the first call, in the operation's form.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], tensors: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        tensors: tuple[Any, ...],
+        as_result: Callable[[Any], np.ndarray],
+    ) -> None:
         import torch
 
         self.name = name
         self._torch = torch
-        self._function = function
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self._copies = [tuple(tensor.clone() for tensor in tensors) for _ in range(copies_of(nbytes))]
-        self._next = 0
+        self._function = function
+        self._eager = CallRunner(name, lambda copy: function(*copy), self._copies)
         self._graph: Any = None
         with torch.inference_mode():
-            self.result = function(*self._copies[0])
+            self.result = as_result(function(*self._copies[0]))
             if target_platform() == "gpu":
-                for copy in self._copies:
-                    function(*copy)
+                self._call_all()
                 torch.cuda.synchronize()
                 self._graph = self._captured()
 
+    def _call_all(self) -> None:
+        for copy in self._copies:
+            self._function(*copy)
+
     def _captured(self) -> Any:
+        """Returns a CUDA graph of a call on every copy; None where the function synchronizes."""
         graph = self._torch.cuda.CUDAGraph()
         try:
             with self._torch.cuda.graph(graph):
-                for copy in self._copies:
-                    self._function(*copy)
-        except RuntimeError:  # what synchronizes cannot be captured: its calls are made one by one
+                self._call_all()
+        except RuntimeError:
             self._torch.cuda.synchronize()
             return None
         return graph
 
     def seconds(self, calls: int) -> float:
-        """As `timing.Runner` has it."""
+        """Implements `Runner.seconds`."""
         with self._torch.inference_mode():
-            return self._on_gpu(calls) if target_platform() == "gpu" else self._on_cpu(calls)
-
-    def _call(self) -> None:
-        self._function(*self._copies[self._next])
-        self._next = (self._next + 1) % len(self._copies)
-
-    def _on_cpu(self, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            self._call()
-        return (time.perf_counter() - start) / calls
+            return self._on_gpu(calls) if target_platform() == "gpu" else self._eager.seconds(calls)
 
     def _on_gpu(self, calls: int) -> float:
         events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        rounds = -(-calls // len(self._copies))
         events[0].record()
         if self._graph is not None:
+            rounds = -(-calls // len(self._copies))
             for _ in range(rounds):
                 self._graph.replay()
             calls = rounds * len(self._copies)
         else:
-            for _ in range(calls):
-                self._call()
+            self._eager.call(calls)
         events[1].record()
         self._torch.cuda.synchronize()
         return float(events[0].elapsed_time(events[1])) / 1e3 / calls
 
 
 def needs_torch(*, gpu: bool = False) -> Callable[[], str | None]:
-    """What a peer that needs torch, on a GPU or anywhere, lacks on this machine."""
+    """Returns a `Peer.unavailable` for peers that need torch, on a GPU or on any platform."""
 
-    def missing() -> str | None:
+    def unavailable() -> str | None:
         if importlib.util.find_spec("torch") is None:
             return "torch is not installed"
         import torch
@@ -112,11 +116,11 @@ def needs_torch(*, gpu: bool = False) -> Callable[[], str | None]:
             return "runs on a GPU only" if gpu else "torch does not run on a TPU here"
         return None
 
-    return missing
+    return unavailable
 
 
 def as_tensor(array: Any) -> Any:
-    """A jax or NumPy array as a tensor on the same device, by its bits: torch knows the same narrow floats."""
+    """Copies a jax or NumPy array to a tensor on the same device, bit by bit; torch has the same narrow floats."""
     import torch
 
     array = jnp.asarray(array)
@@ -127,32 +131,22 @@ def as_tensor(array: Any) -> Any:
 
 
 def as_array(tensor: Any, dtype: str) -> np.ndarray:
-    """A result of torch as the array that it stands for."""
+    """Copies a tensor to a NumPy array of a dtype."""
     import torch
 
     return np.asarray(tensor.detach().to(torch.float32).cpu().numpy()).astype(jnp.dtype(dtype))
 
 
-def _contender(name: str, function: Callable[..., Any], tensors: tuple[Any, ...], dtype: str) -> Contender:
-    runner = TorchRunner(name, function, tensors)
-    return Contender(runner, as_array(runner.result, dtype))
-
-
 # --- Attention ---
 
 
-def dense_only(case: Any) -> str | None:
-    """What attention over a plain dense cache does not cover of a case."""
-    return first("pages" if case.page_size is not None else None, plain_attention(case))
-
-
-def _sdpa(name: str, case: Any, inputs: Any) -> Contender:
+def _sdpa(name: str, case: AttentionCase, inputs: AttentionInputs) -> TorchRunner:
     import torch
 
     scale = case.problem().scale
     tensors = [
         as_tensor(jnp.swapaxes(inputs.q, 1, 2)),
-        *(as_tensor(seen(x, inputs.lengths)) for x in (inputs.k, inputs.v)),
+        *(as_tensor(zero_dead_tokens(x, inputs.lengths)) for x in (inputs.k, inputs.v)),
     ]
     if min(case.filled) < case.max_len:
         tensors.append(
@@ -163,11 +157,10 @@ def _sdpa(name: str, case: Any, inputs: Any) -> Contender:
         attention = torch.nn.functional.scaled_dot_product_attention
         return attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=case.q_heads != case.kv_heads)
 
-    runner = TorchRunner(name, attend, tuple(tensors))
-    return Contender(runner, as_array(runner.result, case.dtype).swapaxes(1, 2))
+    return TorchRunner(name, attend, tuple(tensors), lambda out: as_array(out, case.dtype).swapaxes(1, 2))
 
 
-def _flex(name: str, case: Any, inputs: Any) -> Contender:
+def _flex(name: str, case: AttentionCase, inputs: AttentionInputs) -> TorchRunner:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -186,17 +179,16 @@ def _flex(name: str, case: Any, inputs: Any) -> Contender:
 
     tensors = (
         as_tensor(jnp.swapaxes(inputs.q, 1, 2)),
-        *(as_tensor(seen(x, inputs.lengths)) for x in (inputs.k, inputs.v)),
+        *(as_tensor(zero_dead_tokens(x, inputs.lengths)) for x in (inputs.k, inputs.v)),
     )
-    runner = TorchRunner(name, attend, tensors)
-    return Contender(runner, as_array(runner.result, case.dtype).swapaxes(1, 2))
+    return TorchRunner(name, attend, tensors, lambda out: as_array(out, case.dtype).swapaxes(1, 2))
 
 
 # --- Products ---
 
 
-def _finish(case: Any) -> Callable[[Any], Any]:
-    """Activation and gate, as torch has them: functions of their own."""
+def _finish(case: MatmulCase) -> Callable[[Any], Any]:
+    """Returns the activation and the gate as torch has them, which are functions of their own."""
     import torch
 
     functional = torch.nn.functional
@@ -217,10 +209,10 @@ def _finish(case: Any) -> Callable[[Any], Any]:
     return finish
 
 
-def _product(case: Any) -> str | None:
-    """What of a case torch's products do not cover."""
+def _unsupported_product(case: MatmulCase) -> str | None:
+    """Returns why torch's products do not cover a case."""
     known = (None, jax.nn.silu, jax.nn.relu, jax.nn.gelu)
-    return first(
+    return first_reason(
         "a stack of layers" if case.num_layers is not None else None,
         "a bias" if case.bias else None,
         "another activation" if case.activation not in known else None,
@@ -228,45 +220,50 @@ def _product(case: Any) -> str | None:
     )
 
 
-def _weight_only(case: Any) -> str | None:
-    return first("quantized activations" if case.quantize_x is not None else None, _product(case))
+def _unsupported_weight_only(case: MatmulCase) -> str | None:
+    return first_reason("quantized activations" if case.quantize_x is not None else None, _unsupported_product(case))
 
 
-def _linear(name: str, case: Any, inputs: Any) -> Contender:
+def _linear(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
     finish = _finish(case)
     weight = as_tensor(dequantize(inputs.w, jnp.dtype(case.dtype)).T)  # [out, in]
-    return _contender(
+    return TorchRunner(
         name,
         lambda x, w: finish(torch.nn.functional.linear(x, w)),
         (as_tensor(inputs.x), weight.contiguous()),
-        case.dtype,
+        lambda out: as_array(out, case.dtype),
     )
 
 
 def _only(scheme: Callable[[str], bool], what: str) -> Callable[[Any], str | None]:
-    def refuses(case: Any) -> str | None:
-        return first(
+    def unsupported(case: MatmulCase) -> str | None:
+        return first_reason(
             None if scheme(case.scheme) else f"{case.scheme}: {what} only",
             "activations that are not bfloat16" if case.dtype != "bfloat16" else None,
-            _weight_only(case),
+            _unsupported_weight_only(case),
         )
 
-    return refuses
+    return unsupported
 
 
-def _int8(name: str, case: Any, inputs: Any) -> Contender:
+def _int8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
     finish = _finish(case)
     codes = as_tensor(inputs.w.values.T).contiguous()  # [out, in]
     scales = as_tensor(inputs.w.scales[0].astype(jnp.bfloat16))
     product = torch._weight_int8pack_mm
-    return _contender(name, lambda x, w, s: finish(product(x, w, s)), (as_tensor(inputs.x), codes, scales), case.dtype)
+    return TorchRunner(
+        name,
+        lambda x, w, s: finish(product(x, w, s)),
+        (as_tensor(inputs.x), codes, scales),
+        lambda out: as_array(out, case.dtype),
+    )
 
 
-def _int4(name: str, case: Any, inputs: Any) -> Contender:
+def _int4(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
     finish, group = _finish(case), inputs.w.scheme.group_size
@@ -279,22 +276,25 @@ def _int4(name: str, case: Any, inputs: Any) -> Contender:
     else:
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
         product = torch._weight_int4pack_mm_for_cpu
-    return _contender(
-        name, lambda x, w, s: finish(product(x, w, group, s)), (as_tensor(inputs.x), packed, factors), case.dtype
+    return TorchRunner(
+        name,
+        lambda x, w, s: finish(product(x, w, group, s)),
+        (as_tensor(inputs.x), packed, factors),
+        lambda out: as_array(out, case.dtype),
     )
 
 
-def _float8_missing() -> str | None:
+def _float8_unavailable() -> str | None:
     gpu = target_gpu()
-    return first(needs_torch(gpu=True)(), None if gpu is None or gpu.float8 else f"{gpu.name} has no float8")
+    return first_reason(needs_torch(gpu=True)(), None if gpu is None or gpu.float8 else f"{gpu.name} has no float8")
 
 
-def _float8_refuses(case: Any) -> str | None:
+def _float8_unsupported(case: MatmulCase) -> str | None:
     both = case.scheme == "float8_e4m3fn" and case.quantize_x == "float8_e4m3fn"
-    return first(None if both else "float8 weights and activations only", _product(case))
+    return first_reason(None if both else "float8 weights and activations only", _unsupported_product(case))
 
 
-def _float8(name: str, case: Any, inputs: Any) -> Contender:
+def _float8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
     finish, largest = _finish(case), float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -309,7 +309,7 @@ def _float8(name: str, case: Any, inputs: Any) -> Contender:
         return finish(out)[: case.rows]
 
     x = torch.nn.functional.pad(as_tensor(inputs.x), (0, 0, 0, padding))
-    return _contender(name, multiply, (x, weight, scales), case.dtype)
+    return TorchRunner(name, multiply, (x, weight, scales), lambda out: as_array(out, case.dtype))
 
 
 def _groups(scheme: str) -> bool:
@@ -317,11 +317,11 @@ def _groups(scheme: str) -> bool:
 
 
 PEERS: Final = (
-    Peer("torch-sdpa", "decode_attention", needs_torch(), dense_only, _sdpa),
-    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), dense_only, _flex),
-    Peer("torch-linear", "quantized_matmul", needs_torch(), _weight_only, _linear),
+    Peer("torch-sdpa", "decode_attention", needs_torch(), unsupported_dense, _sdpa),
+    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), unsupported_dense, _flex),
+    Peer("torch-linear", "quantized_matmul", needs_torch(), _unsupported_weight_only, _linear),
     Peer("torch-int8", "quantized_matmul", needs_torch(), _only(lambda s: s == "int8", "int8 per channel"), _int8),
     Peer("torch-int4", "quantized_matmul", needs_torch(), _only(_groups, "int4 in groups, symmetric"), _int4),
-    Peer("torch-float8", "quantized_matmul", _float8_missing, _float8_refuses, _float8),
+    Peer("torch-float8", "quantized_matmul", _float8_unavailable, _float8_unsupported, _float8),
 )
-"""`torch-linear` has dense weights in the dtype of x; on a GPU it is cuBLAS."""
+"""torch's implementations. "torch-linear" reads dense weights in the dtype of x; on a GPU it is cuBLAS."""

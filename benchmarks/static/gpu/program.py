@@ -54,7 +54,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A function as XLA has compiled it.
 
     Attributes:
@@ -86,7 +86,7 @@ def device(arch: int) -> Any:
     return topology.devices[0]
 
 
-def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -> Program:
+def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -> CompiledProgram:
     """Compiles a function for a GPU that need not be there, by the backends that it takes on one.
 
     Args:
@@ -106,7 +106,7 @@ def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -
         (listing,) = Path(folder).glob("*thunk_sequence.txt")
         launches = launches_in(listing.read_text())
     memory: Any = compiled.memory_analysis()
-    return Program(launches, memory.temp_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text() or "")
+    return CompiledProgram(launches, memory.temp_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text() or "")
 
 
 STEP: Final = re.compile(

@@ -45,7 +45,7 @@ _STORES: Final = ("st", "bra", "ret", "exit", "bar", "barrier", "membar", "fence
 
 
 @dataclasses.dataclass(frozen=True)
-class Trips:
+class TripCounts:
     """How often the loops of a kernel run.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Statement:
     type: str
 
 
-def count_trips(ptx: str, grid: Sequence[int], values: Sequence[np.ndarray | None], num_warps: int) -> Trips:
+def count_trips(ptx: str, grid: Sequence[int], values: Sequence[np.ndarray | None], num_warps: int) -> TripCounts:
     """Counts how often each loop of a kernel runs.
 
     Args:
@@ -173,7 +173,7 @@ class _Kernel:
                 return True
         return any(needed.intersection(one.written) for one in self._statements[here + 1 : target])
 
-    def trips(self, grid: Sequence[int]) -> Trips:
+    def trips(self, grid: Sequence[int]) -> TripCounts:
         """Runs the programs; of those that decide alike, one."""
         read = {
             name
@@ -190,7 +190,7 @@ class _Kernel:
             for number, count in enumerate(counts):
                 total[number] += alike * count
                 most[number] = max(most[number], count)
-        return Trips(
+        return TripCounts(
             self.loops,
             tuple(total),
             tuple(most),

@@ -34,11 +34,11 @@ from palladion.benchmarks.static.gpu.sass import (
     WARP,
     Code,
     Instruction,
+    by_loop,
     bytes_awaited,
-    in_turn,
     parse,
 )
-from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, what_bounds
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, limiting_resource
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import Gpu
 
@@ -64,7 +64,7 @@ FLOAT_LANES_80: Final = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Trip:
+class LoopTrip:
     """A trip of the innermost loop that matters, of one program; of the whole kernel where it has no loop.
 
     Attributes:
@@ -135,7 +135,7 @@ class GpuReport:
     narrow_loads: int
     tensor: int
     bytes_needed: int | None
-    trip: Trip
+    trip: LoopTrip
     cycles: dict[str, float]
     unknown: str | None
 
@@ -222,8 +222,8 @@ class GpuReport:
 
     @property
     def bound(self) -> str:
-        """See `what_bounds`."""
-        return what_bounds(self.memory_seconds, self.compute_seconds)
+        """See `limiting_resource`."""
+        return limiting_resource(self.memory_seconds, self.compute_seconds)
 
     @property
     def roofline(self) -> float | None:
@@ -281,7 +281,7 @@ def _report(
 ) -> GpuReport:
     kernel, code = compiled.kernel, parse(compiled.code)
     trips, unknown = _trips(compiled, call, code)
-    parts = in_turn(code)
+    parts = by_loop(code)
     costs = [_use(instructions, gpu) for _, instructions in parts]
     cycles = (
         {}
@@ -340,7 +340,7 @@ def _trip(
     costs: Sequence[dict[str, float]],
     trips: dict[Loop, tuple[int, int]] | None,
     kernel: gpu_compiler.TritonKernel,
-) -> Trip:
+) -> LoopTrip:
     """Of the loop that issues most in all; of those whose trips are not known, in a trip."""
 
     def issued(number: int) -> tuple[int, int]:
@@ -356,7 +356,7 @@ def _trip(
     total, most = (math.prod(kernel.grid), 1) if loop is None else (None, None) if trips is None else trips[loop]
     use = {unit: taken * kernel.num_warps for unit, taken in costs[chosen].items()}
     copies = any(one.asynchronous and one.thread_bytes != 0 for one in instructions)
-    return Trip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
+    return LoopTrip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
 
 
 def _trips(
@@ -387,7 +387,7 @@ def _trips(
 
 
 def _unrolled(instructions: Sequence[Instruction], loads: int, products: int) -> float:
-    """Trips of a loop as Triton wrote it in one of the machine code."""
+    """TripCounts of a loop as Triton wrote it in one of the machine code."""
     loaded = sum(one.thread_bytes != 0 for one in instructions)
     if loads and loaded:
         return loaded / loads

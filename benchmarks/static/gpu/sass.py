@@ -203,6 +203,6 @@ def _waits(instructions: Sequence[Instruction]) -> bool:
     return waits and not any(one.pipe in ("tensor", "float") or one.thread_bytes != 0 for one in instructions)
 
 
-def in_turn(code: Code) -> list[tuple[Loop | None, list[Instruction]]]:
+def by_loop(code: Code) -> list[tuple[Loop | None, list[Instruction]]]:
     """All instructions, by the innermost loop that they belong to; None for those outside of all."""
     return [(loop, code.inside(loop)) for loop in itertools.chain([None], code.loops)]

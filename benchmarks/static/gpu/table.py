@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
-from palladion.benchmarks.static.examiner import Row, architectures
+from palladion.benchmarks.static.examiner import Examination, architectures
 from palladion.benchmarks.static.gpu.compiler import gpu_of
 from palladion.benchmarks.static.gpu.roofline import GpuReport
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
@@ -50,7 +50,7 @@ All of it is estimated from compiled code; nothing was measured. Times are lower
   busiest    the unit that has most to do, and for which share of that time"""
 
 
-def _notes(report: GpuReport, row: Row) -> Iterable[str]:
+def _notes(report: GpuReport, row: Examination) -> Iterable[str]:
     del row
     said = []
     if report.unknown is not None:

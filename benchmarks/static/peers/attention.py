@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, chip_in_sight, seeing_the_chip
+from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, traced_chip, with_target_device
 from palladion.benchmarks.static.peers.packages import kernels_of
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.decode_attention.cases import Case
@@ -80,10 +80,10 @@ def _paged_attention(case: Case, setting: str) -> Workload:
             lengths,
             page_table,
             pages_per_compute_block=int(setting.split()[0]),
-            megacore_mode="kv_head" if chip_in_sight().cores > 1 else None,
+            megacore_mode="kv_head" if traced_chip().cores > 1 else None,
         )
 
-    return seeing_the_chip(function), (_queries(case), cache, cache, _lengths(case), table)
+    return with_target_device(function), (_queries(case), cache, cache, _lengths(case), table)
 
 
 def _queries(case: Case) -> jax.ShapeDtypeStruct:
@@ -106,13 +106,13 @@ def _ragged(case: Case, setting: str) -> Workload:
     scales = {} if case.kv_dtype is None else {"k_scale": 0.5, "v_scale": 0.5}
 
     def function(*arrays: Any) -> Any:
-        limit = int(chip_in_sight().vmem_bytes * VMEM_SHARE)
+        limit = int(traced_chip().vmem_bytes * VMEM_SHARE)
         return ragged_paged_attention(*arrays, sm_scale=case.head_dim**-0.5, vmem_limit_bytes=limit, **blocks, **scales)
 
     cache = _array((table.size, case.page_size, 2 * case.kv_heads, case.head_dim), case.kv_dtype or case.dtype)
     first = np.arange(case.batch + 1, dtype=np.int32)
     count = np.array([case.batch], np.int32)
-    return seeing_the_chip(function), (_queries(case), cache, _lengths(case), table, first, count)
+    return with_target_device(function), (_queries(case), cache, _lengths(case), table, first, count)
 
 
 def _fused_arguments(case: Case) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ def _ragged_3(case: Case, setting: str) -> Workload:
     def function(*arrays: Any) -> Any:
         return module.ragged_paged_attention(*arrays, **_fused_options(case), **blocks)
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 def _batched_settings(case: Case) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _batched(case: Case, _: str) -> Workload:
     def function(*arrays: Any) -> Any:
         return module.ragged_paged_attention(*arrays, kv_layout=layout, **_fused_options(case))
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 def _tokamax_batched(case: Case, _: str) -> Workload:
@@ -178,7 +178,7 @@ def _tokamax_batched(case: Case, _: str) -> Workload:
             **_fused_options(case),
         )
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 CONTENDERS: Final = (

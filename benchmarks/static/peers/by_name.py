@@ -8,16 +8,16 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.peers import attention, matmul
 from palladion.benchmarks.static.peers.contests import Contender, Contest
-from palladion.benchmarks.static.workloads import Reference
+from palladion.benchmarks.static.workloads import WorkloadName
 
 SEPARATOR: Final = " | "
 
 CONTESTS: Final = {contest.name: contest for contest in (*attention.CONTESTS, *matmul.CONTESTS)}
 
 
-def reference(contest: Contest, contender: Contender, setting: str) -> Reference:
+def reference(contest: Contest, contender: Contender, setting: str) -> WorkloadName:
     """What an `Examiner` has to be asked for."""
-    return Reference("", SEPARATOR.join((contest.name, contender.name, setting)), __file__)
+    return WorkloadName("", SEPARATOR.join((contest.name, contender.name, setting)), __file__)
 
 
 def _workload(contest: Contest, contender: Contender, setting: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:

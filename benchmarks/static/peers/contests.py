@@ -58,21 +58,21 @@ class Contest:
         return moved
 
 
-def chip_in_sight() -> Chip:
+def traced_chip() -> Chip:
     """The TPU that is being traced for."""
     chip = target_chip()
     assert chip is not None, "peers are traced for a TPU"
     return chip
 
 
-def seeing_the_chip(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_target_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced where `jax.devices()` is the TPU that is compiled for.
 
     Peers look there for their tuned block sizes, and take untuned ones on a CPU.
     """
 
     def traced(*arguments: Any) -> Any:
-        with _devices(tpu_compiler.device(chip_in_sight().name)):
+        with _devices(tpu_compiler.device(traced_chip().name)):
             return function(*arguments)
 
     return traced

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
-from palladion.benchmarks.static.examiner import Report, Row
+from palladion.benchmarks.static.examiner import Examination, Report
 from palladion.benchmarks.static.peers.by_name import reference
 from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
-from palladion.benchmarks.static.workloads import Reference
+from palladion.benchmarks.static.workloads import WorkloadName
 from palladion.kernels.devices import tpu_chips
 
 LONGEST: Final = 150
@@ -19,7 +19,7 @@ LONGEST: Final = 150
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Estimate:
     """What the instrument says of a contender in a contest on a chip; times are estimates, None where not known.
 
     Attributes:
@@ -78,15 +78,15 @@ class Result:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived} | {"estimated": True}
 
 
-FIELDS: Final = tuple(field.name for field in dataclasses.fields(Result))
+FIELDS: Final = tuple(field.name for field in dataclasses.fields(Estimate))
 
 
-def from_record(record: dict[str, Any]) -> Result:
-    """The inverse of `Result.record`."""
-    return Result(**{name: record[name] for name in FIELDS})
+def from_record(record: dict[str, Any]) -> Estimate:
+    """The inverse of `Estimate.record`."""
+    return Estimate(**{name: record[name] for name in FIELDS})
 
 
-def result_of(row: Row, contest: Contest, contender: Contender, setting: str) -> Result:
+def result_of(row: Examination, contest: Contest, contender: Contender, setting: str) -> Estimate:
     """Adds up what the instrument says of a contender's kernels."""
     reports = row.reports
     unknown = next((one.unknown for one in reports if one.unknown is not None), None)
@@ -94,7 +94,7 @@ def result_of(row: Row, contest: Contest, contender: Contender, setting: str) ->
     if unknown is None and any(one.times is None and one.grid for one in reports):
         unknown = "how often a kernel is called is decided at run time"
     known = row.failure is None and unknown is None
-    return Result(
+    return Estimate(
         contest=contest.name,
         chip=row.chip,
         contender=contender.name,
@@ -106,7 +106,7 @@ def result_of(row: Row, contest: Contest, contender: Contender, setting: str) ->
         compute_seconds=_total(reports, "compute_seconds") if known else None,
         seconds=_total(reports, "seconds") if known else None,
         unknown=unknown,
-        failure=None if row.failure is None else in_short(row.failure),
+        failure=None if row.failure is None else short_message(row.failure),
     )
 
 
@@ -117,7 +117,7 @@ def _total(reports: Sequence[Report], name: str) -> Any:
     return sum(value * (1 if one.times is None else one.times) for one, value in zip(reports, values, strict=True))
 
 
-def in_short(message: str) -> str:
+def short_message(message: str) -> str:
     """What a compiler or a package says, in one line."""
     line = " ".join(message.split())
     line = re.sub(r"Mosaic failed to compile TPU kernel with MLIR module name `\S*`( HLO name `\S*`)?: ", "", line)
@@ -126,21 +126,21 @@ def in_short(message: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 2]} …"
 
 
-class Asks(Protocol):
+class WorkloadExaminer(Protocol):
     """Whoever examines workloads: an `Examiner`."""
 
-    def examine(self, workload: Reference, chip: str) -> Row:
+    def examine(self, workload: WorkloadName, chip: str) -> Examination:
         """Examines a workload."""
 
 
-def run(
+def hold_contests(
     contests: Sequence[Contest],
     chips: Sequence[str],
-    examiner: Asks,
+    examiner: WorkloadExaminer,
     *,
     takes_part: Callable[[Contender], bool] = lambda _: True,
-    known: Sequence[Result] = (),
-) -> Iterator[tuple[Contest, str, list[Result]]]:
+    known: Sequence[Estimate] = (),
+) -> Iterator[tuple[Contest, str, list[Estimate]]]:
     """Holds contests, one chip after the other.
 
     Args:
@@ -157,7 +157,7 @@ def run(
     for contest in contests:
         contenders = [contender for contender in contest.contenders if takes_part(contender)]
         for chip in chips:
-            results: list[Result] = []
+            results: list[Estimate] = []
             for contender in contenders:
                 for setting in contender.settings(contest.case):
                     found = of_earlier.get(_key(contest.name, chip, contender.name, setting))
@@ -172,33 +172,33 @@ def _key(*names: str) -> tuple[str, ...]:
     return names
 
 
-def best_of_each(results: Sequence[Result]) -> list[Result]:
+def best_of_each(results: Sequence[Estimate]) -> list[Estimate]:
     """Of each contender the setting that takes least; where no times are known, one that says why."""
-    found: dict[str, Result] = {}
+    found: dict[str, Estimate] = {}
     for one in results:
         if one.contender not in found or _rank(one) < _rank(found[one.contender]):
             found[one.contender] = one
     return list(found.values())
 
 
-def _rank(one: Result) -> tuple[bool, bool, float]:
+def _rank(one: Estimate) -> tuple[bool, bool, float]:
     """What is better comes first: known times, then kernels that there are, then short times."""
     return one.seconds is None, one.failure is not None, math.inf if one.seconds is None else one.seconds
 
 
-def best_peer(results: Sequence[Result]) -> Result | None:
+def best_peer(results: Sequence[Estimate]) -> Estimate | None:
     """The fastest of the others whose times are known."""
     others = [one for one in results if not one.is_ours and one.seconds is not None]
     return min(others, key=_rank, default=None)
 
 
-def ours(results: Sequence[Result]) -> Result | None:
+def ours(results: Sequence[Estimate]) -> Estimate | None:
     """Our fastest."""
     mine = [one for one in results if one.is_ours]
     return min(mine, key=_rank, default=None)
 
 
-def ratio(theirs: Result | None, mine: Result | None) -> float | None:
+def ratio(theirs: Estimate | None, mine: Estimate | None) -> float | None:
     """How many times as long theirs takes; None where one is not known. Below 1 ours loses."""
     if theirs is None or mine is None or theirs.seconds is None or mine.seconds is None:
         return None

@@ -12,7 +12,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, seeing_the_chip
+from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, with_target_device
 from palladion.benchmarks.static.peers.packages import kernels_of
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.kernels.quantized_matmul.cases import LAYERS, Case
@@ -58,7 +58,7 @@ def _tpu_inference(case: Case, setting: str) -> Workload:
         )
 
     weight = jax.ShapeDtypeStruct((case.out_features, case.in_features), jnp.dtype(case.scheme))
-    return seeing_the_chip(function), (_activations(case, rows), weight, _scales(case))
+    return with_target_device(function), (_activations(case, rows), weight, _scales(case))
 
 
 def _tokamax_float8(case: Case, _: str) -> Workload:
@@ -71,7 +71,7 @@ def _tokamax_float8(case: Case, _: str) -> Workload:
         return module.fused_fp8_matmul_pallas(x, w, scales, bm=height, bk=depth, bn=width, return_xq=False)
 
     weight = jax.ShapeDtypeStruct((case.in_features, case.out_features), jnp.float8_e4m3fn)
-    return seeing_the_chip(function), (_activations(case, rows), weight, _scales(case))
+    return with_target_device(function), (_activations(case, rows), weight, _scales(case))
 
 
 def _activations(case: Case, rows: int) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from palladion.benchmarks.static.peers.contests import Contest
-from palladion.benchmarks.static.peers.estimates import Result, best_of_each, best_peer, ours, ratio
+from palladion.benchmarks.static.peers.estimates import Estimate, best_of_each, best_peer, ours, ratio
 from palladion.kernels.devices import tpu_chips
 
 HEADINGS: Final = (
@@ -40,7 +40,7 @@ def heading() -> str:
     return _row([name for name, _ in HEADINGS], HEADINGS, "kernel")
 
 
-def lines(results: Sequence[Result]) -> list[str]:
+def lines(results: Sequence[Estimate]) -> list[str]:
     """The rows of a contest on a chip: the best of each contender, and what is to be said of it."""
     mine = ours(results)
     found = []
@@ -59,7 +59,7 @@ def _row(cells: Sequence[str], columns: Sequence[tuple[str, int]], who: str) -> 
     return "".join(f"{cell:>{width}s}" for cell, (_, width) in zip(cells, columns, strict=True)) + f"  {who}"
 
 
-def _cells(one: Result, mine: Result | None) -> tuple[str, ...]:
+def _cells(one: Estimate, mine: Estimate | None) -> tuple[str, ...]:
     moved = one.bytes_moved
     memory = f">={one.needed_seconds * 1e6:.1f}" if one.memory_seconds is None else f"{one.memory_seconds * 1e6:.1f}"
     return (
@@ -78,7 +78,7 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} x"
 
 
-def summary(contests: Sequence[Contest], results: Sequence[Result]) -> list[str]:
+def summary(contests: Sequence[Contest], results: Sequence[Estimate]) -> list[str]:
     """Ours and the best of the others, for each contest and each chip."""
     found = [_row([name for name, _ in SUMMARY], SUMMARY, "best peer")]
     for contest in contests:
@@ -101,7 +101,7 @@ def summary(contests: Sequence[Contest], results: Sequence[Result]) -> list[str]
     return found
 
 
-def markdown(operation: str, results: Sequence[Result]) -> str:
+def markdown(operation: str, results: Sequence[Estimate]) -> str:
     """A table of an operation's contests: on each chip how many times as long the best of the others takes."""
     of_operation = [one for one in results if one.contest.startswith(f"{operation}/")]
     chips = [chip for chip in tpu_chips() if chip in {one.chip for one in of_operation}]
@@ -114,7 +114,7 @@ def markdown(operation: str, results: Sequence[Result]) -> str:
     return "\n".join(found) + "\n"
 
 
-def _contest(results: Sequence[Result]) -> str:
+def _contest(results: Sequence[Estimate]) -> str:
     """Our time, and whose is the next."""
     mine, theirs = ours(results), best_peer(results)
     if mine is None or mine.seconds is None:

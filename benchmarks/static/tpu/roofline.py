@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, what_bounds
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, limiting_resource
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu.scalar_core import Execution, Operand, ScalarCore
-from palladion.benchmarks.static.tpu.schedule import Loop, Schedule, parse_schedule, parse_vmem_report
-from palladion.benchmarks.static.tpu.traffic import traffic
-from palladion.benchmarks.static.tpu.transfers import Moved, Rate
+from palladion.benchmarks.static.tpu.schedule import Schedule, ScheduleLoop, parse_schedule, parse_vmem_report
+from palladion.benchmarks.static.tpu.traffic import count_traffic
+from palladion.benchmarks.static.tpu.transfers import Rate, Traffic
 from palladion.kernels.devices import Chip, tpu_chips
 
 
@@ -45,7 +45,7 @@ class LoopReport:
       use: of each unit, the share of its slots that those cycles use.
     """
 
-    loop: Loop
+    loop: ScheduleLoop
     trips: int | None
     cycles: float
     use: dict[str, float]
@@ -89,8 +89,8 @@ class KernelReport:
     times: int | None
     cores: int
     bytes_needed: int | None
-    moved: dict[str, Moved] | None
-    asked: dict[str, Moved] | None
+    moved: dict[str, Traffic] | None
+    asked: dict[str, Traffic] | None
     busy_cycles: int | None
     cycles: float | None
     stalls: dict[str, float]
@@ -132,8 +132,8 @@ class KernelReport:
 
     @property
     def bound(self) -> str:
-        """See `what_bounds`."""
-        return what_bounds(self.memory_seconds, self.compute_seconds)
+        """See `limiting_resource`."""
+        return limiting_resource(self.memory_seconds, self.compute_seconds)
 
     @property
     def roofline(self) -> float | None:
@@ -155,7 +155,7 @@ class KernelReport:
         return found
 
 
-def agree(moved: dict[str, Moved], asked: dict[str, Moved]) -> bool:
+def agree(moved: dict[str, Traffic], asked: dict[str, Traffic]) -> bool:
     """Whether these are the transfers that a kernel asks for.
 
     The compiler may split a transfer, and pads arrays to whole tiles. What it moves to SMEM before a kernel begins is
@@ -163,7 +163,7 @@ def agree(moved: dict[str, Moved], asked: dict[str, Moved]) -> bool:
     """
 
     def same(direction: str) -> bool:
-        one, other = moved.get(direction, Moved()), asked.get(direction, Moved())
+        one, other = moved.get(direction, Traffic()), asked.get(direction, Traffic())
         return one.bytes == other.bytes or (one.transfers == other.transfers and one.bytes > other.bytes)
 
     return all(same(direction) for direction in {*moved, *asked} if "smem" not in direction)
@@ -264,25 +264,25 @@ def _rate(chip: Chip, sharing: int) -> Rate:
     )
 
 
-def _asked(call: KernelCall | None, chip: Chip) -> dict[str, Moved] | None:
+def _asked(call: KernelCall | None, chip: Chip) -> dict[str, Traffic] | None:
     """The transfers that a kernel asks for as it is written."""
     if call is None:
         return None
     try:
-        return traffic(call, cores=chip.cores)
+        return count_traffic(call, cores=chip.cores)
     except Undecided:
         return None
 
 
-def _sum(executions: Sequence[Execution]) -> dict[str, Moved]:
-    moved: dict[str, Moved] = {}
+def _sum(executions: Sequence[Execution]) -> dict[str, Traffic]:
+    moved: dict[str, Traffic] = {}
     for execution in executions:
         for direction, one in execution.moved.items():
-            moved[direction] = moved.get(direction, Moved()) + one
+            moved[direction] = moved.get(direction, Traffic()) + one
     return moved
 
 
-def _loop_report(schedule: Schedule, loop: Loop, execution: Execution | None) -> LoopReport:
+def _loop_report(schedule: Schedule, loop: ScheduleLoop, execution: Execution | None) -> LoopReport:
     first, end = loop.first, loop.last + 1
     if execution is None or execution.counts[first] == 0:
         counts = [1] * len(schedule.bundles)
@@ -305,7 +305,7 @@ def _total(one: LoopReport) -> float:
     return one.cycles * (1 if one.trips is None else one.trips)
 
 
-def _inside(inner: Loop, outer: Loop) -> bool:
+def _inside(inner: ScheduleLoop, outer: ScheduleLoop) -> bool:
     return inner != outer and outer.first <= inner.first and inner.last <= outer.last
 
 

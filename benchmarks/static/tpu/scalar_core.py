@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
 from palladion.benchmarks.static.tpu.schedule import Schedule
-from palladion.benchmarks.static.tpu.transfers import Moved, Rate, Transfers
+from palladion.benchmarks.static.tpu.transfers import Rate, Traffic, Transfers
 from palladion.benchmarks.static.tpu.translation import HBM, HBM_STRIDE, MASK, Translation
 
 MOST_BLOCKS: Final = 20_000_000
@@ -52,7 +52,7 @@ class Execution:
 
     cycles: float
     counts: tuple[int, ...]
-    moved: Mapping[str, Moved]
+    moved: Mapping[str, Traffic]
     stalls: Mapping[str, float]
 
     @property

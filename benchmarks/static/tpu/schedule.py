@@ -85,7 +85,7 @@ class Bundle:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
+class ScheduleLoop:
     """A loop of the schedule.
 
     Attributes:
@@ -135,7 +135,7 @@ class Schedule:
     use: tuple[tuple[int, ...], ...]
     delay_slots: int
 
-    def loops(self) -> list[Loop]:
+    def loops(self) -> list[ScheduleLoop]:
         """Its loops, by where they begin, outer ones first."""
         found = []
         for number, bundle in enumerate(self.bundles):
@@ -144,7 +144,7 @@ class Schedule:
                 continue
             body = self.bundles[branch.target : number + 1]
             last = min(number + self.delay_slots, len(self.bundles) - 1)
-            found.append(Loop(branch.target, last, body[0].depth, _trips(body)))
+            found.append(ScheduleLoop(branch.target, last, body[0].depth, _trips(body)))
         return sorted(found, key=lambda loop: (loop.first, -loop.last))
 
     def transfers(self) -> list[Transfer]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from palladion.benchmarks.static import workloads
-from palladion.benchmarks.static.processes import why_it_ended
+from palladion.benchmarks.static.processes import exit_reason
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
-from palladion.benchmarks.static.tpu.transfers import Moved
+from palladion.benchmarks.static.tpu.transfers import Traffic
 from palladion.kernels.devices import tpu_chips
 
 CYCLES: Final = "--xla_jf_dump_static_llo_profile_to={folder}"
@@ -47,10 +47,10 @@ class Simulation:
 
     name: str
     cycles: int
-    moved: dict[str, Moved] | None
+    moved: dict[str, Traffic] | None
 
 
-def simulate(workload: workloads.Reference, chip: str) -> list[Simulation]:
+def simulate(workload: workloads.WorkloadName, chip: str) -> list[Simulation]:
     """Simulates the kernels of a workload.
 
     Raises:
@@ -75,7 +75,7 @@ def simulate(workload: workloads.Reference, chip: str) -> list[Simulation]:
             status, said = run.returncode, run.stderr
             if "nknown" not in said and "nrecognized" not in said:
                 break
-    raise SimulatorFailed(f"libtpu's simulator ended its process: {why_it_ended(status, said)}")
+    raise SimulatorFailed(f"libtpu's simulator ended its process: {exit_reason(status, said)}")
 
 
 def read(folder: Path, chip: str, kernels: list[str]) -> list[Simulation]:
@@ -98,16 +98,16 @@ def read(folder: Path, chip: str, kernels: list[str]) -> list[Simulation]:
     ]
 
 
-def _moved(path: Path, chip: str) -> dict[str, Moved] | None:
+def _moved(path: Path, chip: str) -> dict[str, Traffic] | None:
     if not path.exists():
         return None
     granule = tpu_chips()[chip].dma_granule_bytes
-    moved: dict[str, Moved] = {}
+    moved: dict[str, Traffic] = {}
     form = r"= dma\.(\w+_to_\w+) .*?/\*size_in_granules=\*/(\d+)?"
     for direction, granules in re.findall(form, path.read_text()):
         if not granules:
             return None  # decided at run time
-        one = moved.setdefault(direction, Moved())
+        one = moved.setdefault(direction, Traffic())
         one.transfers += 1
         one.bytes += int(granules) * granule
     return moved
@@ -115,7 +115,7 @@ def _moved(path: Path, chip: str) -> dict[str, Moved] | None:
 
 def _main(workload: str, chip: str) -> None:
     """Compiles a workload in a process whose libtpu simulates; prints the names of its kernels."""
-    made = workloads.load(workloads.Reference(**json.loads(workload)))
+    made = workloads.load(workloads.WorkloadName(**json.loads(workload)))
     compiled = tpu_compiler.compile_for_tpu(made.function, *made.arguments, chip=chip)
     print(json.dumps(tpu_compiler.kernel_names(compiled)))
 

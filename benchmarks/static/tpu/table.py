@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
-from palladion.benchmarks.static.examiner import Row
+from palladion.benchmarks.static.examiner import Examination
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
 from palladion.benchmarks.static.tpu.roofline import KernelReport, agree
 from palladion.benchmarks.static.tpu.simulator import Simulation
@@ -44,7 +44,7 @@ All times are estimated from the compiled schedule; nothing was measured.
   spills     vector stores and loads in the listing for want of registers"""
 
 
-def _notes(report: KernelReport, row: Row) -> Iterable[str]:
+def _notes(report: KernelReport, row: Examination) -> Iterable[str]:
     """What else there is to say of a kernel."""
     said = []
     if report.unknown is not None:
@@ -90,7 +90,7 @@ def _figures(report: KernelReport) -> dict[str, Any]:
     }
 
 
-def _simulations(row: Row) -> dict[str, Any]:
+def _simulations(row: Examination) -> dict[str, Any]:
     if not isinstance(row.simulations, tuple):
         return {"simulations": row.simulations}
     by_name = {report.instruction: report for report in row.reports if isinstance(report, KernelReport)}

@@ -22,9 +22,9 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from palladion.benchmarks.static.kernel_calls import KernelCall, inner_programs, item_bits, scan_parts
+from palladion.benchmarks.static.kernel_calls import KernelCall, inner_jaxprs, item_bits, scan_operand_counts
 from palladion.benchmarks.static.opaque import Opaque, Undecided
-from palladion.benchmarks.static.tpu.transfers import Moved
+from palladion.benchmarks.static.tpu.transfers import Traffic
 
 MOST_OPERATIONS: Final = 20_000_000
 """Operations that are interpreted before a kernel is given up."""
@@ -97,7 +97,7 @@ class _Array:
         return self.values[index].item()
 
 
-def traffic(call: KernelCall, *, cores: int = 1) -> dict[str, Moved]:
+def count_traffic(call: KernelCall, *, cores: int = 1) -> dict[str, Traffic]:
     """Counts what a kernel moves, by direction ("hbm_to_vmem", …), all cores together.
 
     Args:
@@ -153,11 +153,11 @@ class _Counter:
     """Goes through the grid of a kernel and counts."""
 
     def __init__(self, call: KernelCall, grid: Sequence[int]):
-        self.moved: dict[str, Moved] = collections.defaultdict(Moved)
+        self.moved: dict[str, Traffic] = collections.defaultdict(Traffic)
         self._grid = grid
         self._index: tuple[int, ...] = ()
         self._operations = 0
-        self._programs: dict[int, list[_Step]] = {}
+        self._programs: dict[int, list[_Equation]] = {}
         self._matters: dict[int, bool] = {}
         mapping = call.parameters["grid_mapping"]
         self._kernel = call.parameters["jaxpr"]
@@ -236,7 +236,7 @@ class _Counter:
     def _run(self, jaxpr: Any, arguments: Sequence[Any], constants: Sequence[Any] = ()) -> list[Any]:
         steps = self._programs.get(id(jaxpr))
         if steps is None:
-            steps = self._programs[id(jaxpr)] = [_Step(one) for one in jaxpr.eqns if self._is_relevant(one)]
+            steps = self._programs[id(jaxpr)] = [_Equation(one) for one in jaxpr.eqns if self._is_relevant(one)]
         known: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=False))
         known.update(zip(jaxpr.invars, arguments, strict=True))
         self._operations += len(steps)
@@ -250,18 +250,18 @@ class _Counter:
 
     def _is_relevant(self, equation: Any) -> bool:
         """Whether an equation computes scalars, or runs other programs, or moves memory."""
-        if equation.primitive.name in _HANDLERS or list(inner_programs(equation.params)):
+        if equation.primitive.name in _HANDLERS or list(inner_jaxprs(equation.params)):
             return True
         return any(not getattr(variable.aval, "shape", ()) for variable in equation.outvars)
 
-    def _step(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _step(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         handler = _HANDLERS.get(step.name)
         if handler is not None:
             return handler(self, step, values)
         operation = _ARITHMETIC.get(step.name)
         if operation is not None:
             return [_scalar(operation, step, values)]
-        programs = inner_programs(step.equation.params)
+        programs = inner_jaxprs(step.equation.params)
         if len(programs) == 1 and len(programs[0].invars) == len(values):
             return self._run(programs[0], values, getattr(_program(step.equation.params), "consts", ()))
         if any(map(self._matter, programs)):
@@ -275,25 +275,25 @@ class _Counter:
             known = self._matters[id(jaxpr)] = any(
                 one.primitive.name == "dma_start"
                 or (one.primitive.name in ("swap", "addupdate") and _space(one.invars[0].aval) == "smem")
-                or any(map(self._matter, inner_programs(one.params)))
+                or any(map(self._matter, inner_jaxprs(one.params)))
                 for one in jaxpr.eqns
             )
         return known
 
-    def _program_id(self, step: _Step, _: list[Any]) -> Sequence[Any]:
+    def _program_id(self, step: _Equation, _: list[Any]) -> Sequence[Any]:
         return [self._index[step.equation.params["axis"]]]
 
-    def _num_programs(self, step: _Step, _: list[Any]) -> Sequence[Any]:
+    def _num_programs(self, step: _Equation, _: list[Any]) -> Sequence[Any]:
         return [self._grid[step.equation.params["axis"]]]
 
-    def _get(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _get(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         array = values[0]
         scalar = not getattr(step.equation.outvars[0].aval, "shape", ())
         if not isinstance(array, _Array) or array.space != "smem" or not scalar:
             return [_VECTOR]
         return [array.read(step.place(values[1:]))]
 
-    def _swap(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _swap(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         array = values[0]
         if not isinstance(array, _Array) or array.space != "smem":
             return [_VECTOR]
@@ -306,7 +306,7 @@ class _Counter:
         array.written[place] = values[1] if step.name == "swap" else before + values[1]
         return [before]
 
-    def _dma_start(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _dma_start(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         source, destination = jax.tree.unflatten(step.equation.params["tree"], values)[:2]
         arrays = [getattr(one, "ref", one) for one in (source, destination)]
         if not all(isinstance(array, _Array) for array in arrays):
@@ -320,7 +320,7 @@ class _Counter:
             arrays[1].written.clear()
         return []
 
-    def _cond(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _cond(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         branches = step.equation.params["branches"]
         if type(values[0]) is Opaque:
             if any(self._matter(branch.jaxpr) for branch in branches):
@@ -329,7 +329,7 @@ class _Counter:
         branch = branches[min(max(int(values[0]), 0), len(branches) - 1)]
         return self._run(branch.jaxpr, values[1:], branch.consts)
 
-    def _while(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _while(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         parameters = step.equation.params
         condition, body = parameters["cond_jaxpr"], parameters["body_jaxpr"]
         first, second = parameters["cond_nconsts"], parameters["body_nconsts"]
@@ -345,9 +345,9 @@ class _Counter:
                 return carried
             carried = self._run(body.jaxpr, [*of_body, *carried], body.consts)
 
-    def _scan(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _scan(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         body, length = step.equation.params["jaxpr"], step.equation.params["length"]
-        constants, carried_count = scan_parts(step.equation)
+        constants, carried_count = scan_operand_counts(step.equation)
         constant, carried = values[:constants], list(values[constants : constants + carried_count])
         through = [_VECTOR] * (len(values) - constants - carried_count)
         for _ in range(length):
@@ -355,7 +355,7 @@ class _Counter:
             carried = results[:carried_count]
         return [*carried, *[_VECTOR] * (len(step.equation.outvars) - carried_count)]
 
-    def _run_scoped(self, step: _Step, values: list[Any]) -> Sequence[Any]:
+    def _run_scoped(self, step: _Equation, values: list[Any]) -> Sequence[Any]:
         program = step.equation.params["jaxpr"]
         scratch = [
             _Array(_space(one.aval), item_bits(one.aval.dtype) if _is_number(one.aval) else 0, one.aval.shape)
@@ -364,7 +364,7 @@ class _Counter:
         return self._run(program, scratch, values)
 
 
-class _Step:
+class _Equation:
     """An equation, prepared to be run many times."""
 
     def __init__(self, equation: Any):
@@ -390,7 +390,7 @@ class _Leaf:
     number: int
 
 
-_HANDLERS: Final[dict[str, Callable[[_Counter, _Step, list[Any]], Sequence[Any]]]] = {
+_HANDLERS: Final[dict[str, Callable[[_Counter, _Equation, list[Any]], Sequence[Any]]]] = {
     "program_id": _Counter._program_id,
     "num_programs": _Counter._num_programs,
     "get": _Counter._get,
@@ -414,7 +414,7 @@ def _literal(atom: Any) -> Any:
     return value.item() if value.shape == () and value.dtype.kind in "iufb" else _VECTOR
 
 
-def _scalar(operation: Callable[..., Any], step: _Step, values: list[Any]) -> Any:
+def _scalar(operation: Callable[..., Any], step: _Equation, values: list[Any]) -> Any:
     """The result of an operation on scalars, in its dtype."""
     aval = step.equation.outvars[0].aval
     for value in values:

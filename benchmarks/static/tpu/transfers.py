@@ -32,7 +32,7 @@ class Rate:
 
 
 @dataclasses.dataclass
-class Moved:
+class Traffic:
     """Transfers of one direction.
 
     Attributes:
@@ -43,11 +43,11 @@ class Moved:
     transfers: int = 0
     bytes: int = 0
 
-    def __add__(self, other: Moved) -> Moved:
-        return Moved(self.transfers + other.transfers, self.bytes + other.bytes)
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.transfers + other.transfers, self.bytes + other.bytes)
 
-    def __mul__(self, times: int) -> Moved:
-        return Moved(self.transfers * times, self.bytes * times)
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.transfers * times, self.bytes * times)
 
 
 class Transfers:
@@ -59,7 +59,7 @@ class Transfers:
     """
 
     def __init__(self, rate: Rate):
-        self.moved: dict[str, Moved] = collections.defaultdict(Moved)
+        self.moved: dict[str, Traffic] = collections.defaultdict(Traffic)
         self.stalls: dict[str, float] = collections.defaultdict(float)
         self._rate = rate
         self._free = 0.0  # when the HBM has time again
