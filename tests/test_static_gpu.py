@@ -18,12 +18,12 @@ from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
 from palladion.benchmarks.static import Examination, Examiner, GpuReport, WorkloadName, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
-from palladion.benchmarks.static.gpu import ptx
 from palladion.benchmarks.static.gpu.compiler import gpu_of
 from palladion.benchmarks.static.gpu.loops import natural_loops
 from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
 from palladion.benchmarks.static.gpu.sass import Code, Instruction, parse
 from palladion.benchmarks.static.gpu.table import TABLE
+from palladion.benchmarks.static.gpu.trip_counts import TripCounts, count_trips
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import gpus
 
@@ -49,9 +49,9 @@ def golden(arch: int) -> Code:
     return parse((GOLDEN / f"sums_sm_{arch}.sass").read_text())
 
 
-def trips(arch: int, lengths: tuple[int, ...] | None) -> ptx.TripCounts:
+def trips(arch: int, lengths: tuple[int, ...] | None) -> TripCounts:
     known = None if lengths is None else np.asarray(lengths, np.int32)
-    return ptx.count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
+    return count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
 
 
 @functools.cache
@@ -190,7 +190,7 @@ class TestTrips:
         text = f".visible .entry kernel(\n.param .u64 .ptr .global .align 1 kernel_param_0\n)\n{{{body}}}\n"
         # (n >> 1 >> 1) & 3 trips, and 5 for what is below 0.
         values = np.array([99, 12, -8, 3], np.int32)
-        found = ptx.count_trips(text, (3, 1, 1), [values], 1)
+        found = count_trips(text, (3, 1, 1), [values], 1)
         assert (found.total, found.most, found.loads) == ((3 + 5,), (5,), (1,))
 
 

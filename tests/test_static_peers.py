@@ -12,7 +12,7 @@ import palladion.kernels
 from palladion.benchmarks.static import Examination, Examiner, WorkloadName, workloads
 from palladion.benchmarks.static.peers import estimates, packages, table
 from palladion.benchmarks.static.peers.attention import CONTESTS as ATTENTION
-from palladion.benchmarks.static.peers.by_name import CONTESTS, reference
+from palladion.benchmarks.static.peers.by_name import CONTESTS, workload_name
 from palladion.benchmarks.static.peers.contests import OURS, Contest
 from palladion.benchmarks.static.peers.estimates import Estimate
 from palladion.benchmarks.static.peers.matmul import CONTESTS as MATMUL
@@ -65,10 +65,10 @@ def test_every_name_leads_to_its_workload():
     for contest in (CONTEST, MATMUL[0]):
         (ours,) = (contender for contender in contest.contenders if contender.name == OURS)
         for setting in ours.settings(contest.case):
-            made = workloads.load(reference(contest, ours, setting))
+            made = workloads.load(workload_name(contest, ours, setting))
             assert callable(made.function)
     with pytest.raises(ValueError, match="--file"):
-        workloads.load(dataclasses.replace(reference(CONTEST, ours, ""), name="nobody"))
+        workloads.load(dataclasses.replace(workload_name(CONTEST, ours, ""), name="nobody"))
 
 
 def test_results_come_one_by_one_and_are_not_asked_for_twice():

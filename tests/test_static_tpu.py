@@ -24,12 +24,11 @@ from palladion.benchmarks.static.kernel_calls import kernel_calls
 from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu import simulator
-from palladion.benchmarks.static.tpu.roofline import words_in_memory
+from palladion.benchmarks.static.tpu.layouts import words_in_memory
 from palladion.benchmarks.static.tpu.scalar_core import Execution, Operand, ScalarCore
 from palladion.benchmarks.static.tpu.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
 from palladion.benchmarks.static.tpu.table import TABLE, believed
-from palladion.benchmarks.static.tpu.traffic import _shares as divide
-from palladion.benchmarks.static.tpu.traffic import count_traffic
+from palladion.benchmarks.static.tpu.traffic import count_traffic, divide_among_cores
 from palladion.benchmarks.static.tpu.transfers import Rate, Traffic, Transfers
 from palladion.kernels.devices import tpu_chips
 
@@ -270,8 +269,8 @@ class TestTraffic:
     )
     def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
         names = ["parallel" if one == "p" else "arbitrary" for one in semantics]
-        assert divide(grid, names, 2)[0] == [step for steps in shares for step in steps]
-        assert {step for share in divide(grid, names, 2) for step in share} == set(np.ndindex(*grid))
+        assert divide_among_cores(grid, names, 2)[0] == [step for steps in shares for step in steps]
+        assert {step for share in divide_among_cores(grid, names, 2) for step in share} == set(np.ndindex(*grid))
 
     @pytest.mark.parametrize("name", ["odd_grid", "odd_grid_of_two"])
     def test_cores_that_cannot_share_evenly(self, name: str):

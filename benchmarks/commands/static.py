@@ -31,10 +31,11 @@ from typing import Final
 import jax
 
 from palladion.benchmarks.commands import INTERRUPTED, options
+from palladion.benchmarks.plotting import require_matplotlib
 from palladion.benchmarks.static import examiner, figures, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import table as gpu_table
-from palladion.benchmarks.static.table import Table, require_matplotlib
+from palladion.benchmarks.static.table import Table
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu import table as tpu_table
 from palladion.kernels.checks import check
@@ -88,21 +89,21 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip, even where there is one
     target, tasks = _tasks(arguments)
     table = target.table
-    rows: list[examiner.Examination] = []
+    examinations: list[examiner.Examination] = []
     interrupted = False
     try:
-        for row in examiner.run(tasks, simulated=arguments.simulate):
-            rows.append(row)  # before it is printed: whoever interrupts on reading it finds it in the files
-            _print(table, row, rows[:-1])
+        for found in examiner.examine_all(tasks, simulated=arguments.simulate):
+            examinations.append(found)  # before it is printed: whoever interrupts on reading it finds it in the files
+            _print(table, found, examinations[:-1])
     except KeyboardInterrupt:
         interrupted = True
-        print(f"\ninterrupted after {len(rows)} of {len(tasks)}", file=sys.stderr)
-    if rows:
+        print(f"\ninterrupted after {len(examinations)} of {len(tasks)}", file=sys.stderr)
+    if examinations:
         print(f"\n{table.legend}")
-        _write(rows, target, arguments)
+        _write(examinations, target, arguments)
     if interrupted:
         return INTERRUPTED
-    return 1 if all(row.failure is not None for row in rows) else 0
+    return 1 if all(one.failure is not None for one in examinations) else 0
 
 
 def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.WorkloadName, str]]]:
@@ -121,7 +122,7 @@ def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.
     alone = not (arguments.cases or arguments.operation)
     check(arguments.file is None or alone, "--file", arguments.file, "without --cases and --operation")
     if arguments.plot:
-        require_matplotlib()
+        require_matplotlib("--plot")
     if arguments.file:
         chosen = [workloads.from_argument(arguments.file)]
     else:
@@ -129,23 +130,24 @@ def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.
     return target, [(workload, chip) for workload in chosen for chip in chips]
 
 
-def _print(table: Table, row: examiner.Examination, before: Sequence[examiner.Examination]) -> None:
+def _print(table: Table, found: examiner.Examination, before: Sequence[examiner.Examination]) -> None:
+    """Prints an examination, under headings where it is the first one, or the first one of its workload."""
     if not before:
         print(table.heading())
-    if not before or before[-1].workload != row.workload:
-        print(f"\n{row.workload}")
-    for line in table.lines(row):
+    if not before or before[-1].workload != found.workload:
+        print(f"\n{found.workload}")
+    for line in table.lines(found):
         print(line, flush=True)
 
 
-def _write(rows: Sequence[examiner.Examination], target: Target, arguments: argparse.Namespace) -> None:
+def _write(examinations: Sequence[examiner.Examination], target: Target, arguments: argparse.Namespace) -> None:
     """Writes the files that are asked for."""
     table = target.table
     if arguments.json:
-        arguments.json.write_text(json.dumps([table.record(row) for row in rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([table.record(one) for one in examinations], indent=1) + "\n")
     if arguments.figures:
         versions = {"jax": jax.__version__, target.package: importlib.metadata.version(target.package)}
-        figures.write(arguments.figures, versions, table.figures(rows))
+        figures.write(arguments.figures, versions, table.figures(examinations))
     if arguments.plot:
-        for file in table.plot(rows, arguments.plot):
+        for file in table.plot(examinations, arguments.plot):
             print(f"wrote {file}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The Pallas kernels that a function calls, and what is known of their arguments before anything is compiled."""
+"""Finds the Pallas kernels that a function calls, with the values of their arguments as far as they are known."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import numpy as np
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 
 LARGEST_KNOWN: Final = 2**20
-"""Elements of an array whose values are followed: tables and lengths are, weights and caches are not."""
+"""Maximum size of arrays whose values are followed: page tables and lengths, but not weights and caches."""
 
 _Known = Callable[[], np.ndarray] | None
-"""Computes an array of the program from the arguments that were given; None where that cannot be done."""
+"""A function that computes an array of the program from the given arguments; None if that is not possible."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A `pallas_call`, as it is traced for a chip.
+    """A `pallas_call`, traced for a chip.
 
     Attributes:
-      name: of the kernel.
-      operands: shapes and dtypes of its arguments; scalars that are prefetched come first.
-      results: shapes and dtypes of what it returns.
-      values: of each argument that is integers, where they are known.
-      times: how often the function calls it; None where that is decided at run time.
-      parameters: of the call, as JAX keeps them: "grid_mapping", "jaxpr", "compiler_params", …
+      name: the kernel's name.
+      operands: shapes and dtypes of its arguments, prefetched scalars first.
+      results: shapes and dtypes of its results.
+      values: value of each integer argument; None if it is not known.
+      times: how often the function calls it; None if that is decided at run time.
+      parameters: JAX's parameters of the call: "grid_mapping", "jaxpr", "compiler_params", …
     """
 
     name: str
@@ -43,36 +43,36 @@ class KernelCall:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Its grid; 0 for a bound that is decided at run time."""
+        """Bounds of its grid; 0 for a bound that is decided at run time."""
         return tuple(bound if isinstance(bound, int) else 0 for bound in self.parameters["grid_mapping"].grid)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all arguments and results, each once."""
+        """Bytes of all arguments and results together."""
         return sum(size_in_bytes(array) for array in (*self.operands, *self.results))
 
     @property
     def semantics(self) -> tuple[str, ...]:
-        """Of each dimension of the grid, whether it is "parallel" or "arbitrary"."""
+        """For each dimension of the grid "parallel" or "arbitrary"."""
         given = getattr(self.parameters["compiler_params"], "dimension_semantics", None) or ()
         names = tuple(str(getattr(one, "value", one)).lower() for one in given)
         return names or ("arbitrary",) * len(self.grid)
 
 
 def limiting_resource(memory_seconds: float | None, compute_seconds: float | None) -> str:
-    """Whether "memory" or "compute" takes a kernel longer; "UNKNOWN" where that is not known."""
+    """Returns "memory" or "compute", whichever takes longer; "UNKNOWN" if a time is not known."""
     if memory_seconds is None or compute_seconds is None:
         return "UNKNOWN"
     return "memory" if memory_seconds >= compute_seconds else "compute"
 
 
 def size_in_bytes(array: Any) -> int:
-    """Bytes of an array, those of narrow numbers packed."""
+    """Returns the bytes of an array, with numbers of less than a byte packed."""
     return math.prod(array.shape) * item_bits(array.dtype) // 8
 
 
 def item_bits(dtype: Any) -> int:
-    """Bits of a number."""
+    """Returns the bits of a number of a dtype."""
     name = jax.numpy.dtype(dtype).name
     return {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}.get(
         name, 8 * jax.numpy.dtype(dtype).itemsize
@@ -82,12 +82,12 @@ def item_bits(dtype: Any) -> int:
 def kernel_calls(
     function: Callable[..., Any], arguments: Sequence[Any], tracing: contextlib.AbstractContextManager[None]
 ) -> list[KernelCall]:
-    """Finds the Pallas kernels that a function calls when it is traced for a chip, in order.
+    """Returns the Pallas kernels that a function calls when it is traced for a chip, in order.
 
     Args:
-      function: of arrays.
+      function: a function of arrays.
       arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree; the values of small arrays are followed.
-      tracing: for which chip, `tpu_compiler.tracing_for` or that of `gpu_compiler`.
+      tracing: `tracing_for` of `tpu.compiler` or `gpu.compiler`, which says for which chip.
     """
     avals = jax.tree.map(tpu_compiler.described, tuple(arguments))
     with tracing:
@@ -98,7 +98,7 @@ def kernel_calls(
 
 
 def _known(value: Any) -> _Known:
-    """An array that is there and not too large."""
+    """Returns a function that returns a value, if it is an array and not too large."""
     if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)) or np.size(value) > LARGEST_KNOWN:
         return None
     return lambda: np.asarray(value)
@@ -107,7 +107,7 @@ def _known(value: Any) -> _Known:
 def _follow(
     jaxpr: Any, constants: Sequence[_Known], arguments: Sequence[_Known], times: int | None, found: list[KernelCall]
 ) -> list[_Known]:
-    """Walks through a program, keeps track of what can be computed from what is known, and collects kernels."""
+    """Walks through a jaxpr, follows values that can be computed, and collects kernels; returns its results."""
     known: dict[Any, _Known] = dict(zip(jaxpr.constvars, constants, strict=True))
     known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
@@ -146,10 +146,10 @@ def _follow(
 
 
 def scan_operand_counts(equation: Any) -> tuple[int, int]:
-    """How many of a scan's arguments are constants, and how many are carried; the rest it goes through.
+    """Returns how many of a scan's operands are constants, and how many are carried; the others are scanned over.
 
-    JAX's own numbers of them are kept in other ways from version to version. What is gone through, and what is stacked
-    up, has a dimension more outside than inside.
+    JAX stores these numbers differently from version to version. Operands that are scanned over, and results that are
+    stacked, have a dimension more outside than inside.
     """
     body = equation.params["jaxpr"].jaxpr
 
@@ -161,7 +161,7 @@ def scan_operand_counts(equation: Any) -> tuple[int, int]:
 
 
 def inner_jaxprs(parameters: dict[str, Any]) -> list[Any]:
-    """The programs that an equation runs: bodies of loops, branches, functions that it calls."""
+    """Returns the jaxprs that an equation runs: bodies of loops, branches, functions that it calls."""
     found = []
     for parameter in parameters.values():
         for one in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
@@ -179,7 +179,7 @@ def _has_kernels(parameters: dict[str, Any]) -> bool:
 
 
 def _inner(parameters: dict[str, Any]) -> Any:
-    """The program that a call, a custom derivative or a shard_map runs."""
+    """Returns the jaxpr that a call, a custom derivative or a shard_map runs."""
     return next((parameters[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in parameters), None)
 
 
@@ -192,7 +192,7 @@ def _constants(program: Any) -> list[_Known]:
 
 
 def _computed(equation: Any, values: Sequence[_Known]) -> list[_Known]:
-    """The results of an operation on known arrays; computed when they are asked for."""
+    """Returns the results of an operation on known arrays, which are computed when they are needed."""
     given = [value for value in values if value is not None]
     sizes = [math.prod(getattr(variable.aval, "shape", ())) for variable in equation.outvars]
     if len(given) < len(values) or equation.effects or max(sizes, default=0) > LARGEST_KNOWN:

@@ -1,1 +1,1 @@
-"""What the GPU compilers say of kernels without a GPU."""
+"""Static examination of GPU kernels by Triton, NVIDIA's assembler and XLA."""

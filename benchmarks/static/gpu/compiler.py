@@ -1,6 +1,6 @@
-"""The Triton compiler on a machine without a GPU: PyPI's triton compiles what Pallas hands to it, for any GPU.
+"""Compiles Pallas-Triton kernels on a machine without a GPU, with the triton package from PyPI; nothing is executed.
 
-XLA carries a Triton of its own, so that small differences from what runs on a chip are possible. Nothing is executed.
+XLA contains a Triton of its own, so that small differences from what runs on a chip are possible.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jaxlib.mlir import ir
 from palladion.kernels.devices import Gpu, gpus
 
 ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NVIDIA B200"}
-"""Compute capabilities, and a GPU of each as JAX names it."""
+"""Compute capabilities, and for each the GPU, as JAX names it, that it is examined as."""
 
 TRITON_CALL: Final = "__gpu$xla.gpu.triton"
-"""What XLA calls a Pallas-Triton kernel."""
+"""Target name of a Pallas-Triton kernel's custom call in XLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class TritonKernel:
     """A kernel as Pallas lowers it.
 
     Attributes:
-      name: the `pallas_call`'s.
+      name: name of the `pallas_call`.
       grid: programs along each axis.
       num_warps: warps of a program.
-      num_stages: what the compiler pipelines loops into.
-      operands: of the arrays that it takes, how many numbers each has, and of which type ("i8", "bf16", …).
+      num_stages: stages of pipelined loops.
+      operands: number of elements and element type ("i8", "bf16", …) of each argument.
       source: Triton's intermediate representation, as text.
     """
 
@@ -54,15 +54,15 @@ class TritonKernel:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledKernel:
-    """What the compiler made of a kernel.
+    """A compiled kernel.
 
     Attributes:
       kernel: the kernel.
-      registers: that a thread takes, of 255.
-      spilled: bytes of a thread that did not fit into registers and lie in memory.
-      shared: bytes of shared memory that a program takes.
-      instructions: of the machine code, how often each occurs.
-      ptx: what Triton has handed to NVIDIA's assembler.
+      registers: registers of a thread, of at most 255.
+      spilled: bytes of registers that a thread spills to memory.
+      shared: bytes of shared memory of a program.
+      instructions: number of occurrences of each opcode in the machine code.
+      ptx: the PTX that Triton hands to NVIDIA's assembler.
       code: the machine code, as `nvdisasm -c` lists it.
     """
 
@@ -75,17 +75,17 @@ class CompiledKernel:
     code: str = dataclasses.field(repr=False)
 
     def count(self, prefix: str) -> int:
-        """Instructions whose name begins so: "HMMA" are tensor cores, "LDG" loads, "LDGSTS" asynchronous copies."""
+        """Counts the instructions with a prefix: "HMMA" for tensor cores, "LDG" loads, "LDGSTS" asynchronous copies."""
         return sum(count for name, count in self.instructions.items() if name.startswith(prefix))
 
 
 def installed() -> bool:
-    """Whether there is a triton to compile with."""
+    """Whether triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def gpu_of(arch: int) -> Gpu:
-    """The GPU that an architecture is compiled for and examined as: the one that `ARCHITECTURES` names.
+    """Returns the GPU that an architecture is compiled for and examined as, which `ARCHITECTURES` names.
 
     Raises:
       ValueError: there is no such architecture.
@@ -97,7 +97,7 @@ def gpu_of(arch: int) -> Gpu:
 
 @contextlib.contextmanager
 def tracing_for(arch: int) -> Iterator[None]:
-    """While a function is traced here, whoever asks for the device is told of this GPU: it takes the Triton kernels.
+    """Traces functions as if they ran on this GPU, so that they take the Triton kernels.
 
     Args:
       arch: one of `ARCHITECTURES`.
@@ -111,10 +111,10 @@ def tracing_for(arch: int) -> Iterator[None]:
 
 
 def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[TritonKernel]:
-    """The Pallas-Triton kernels of a function.
+    """Returns the Pallas-Triton kernels of a function.
 
     Args:
-      function: of arrays; jitted (with donated arguments, say) or not.
+      function: a function of arrays, jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
       arch: one of `ARCHITECTURES`.
 
@@ -125,12 +125,12 @@ def lower_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> 
 
 
 def stablehlo_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> Any:
-    """The module that XLA is given for a GPU, traced as by `tracing_for`; arguments are those of `lower_for_gpu`."""
+    """Returns the StableHLO module of a function, traced for a GPU; for arguments see `lower_for_gpu`."""
     return lowered_for_gpu(function, *avals, arch=arch).compiler_ir()
 
 
 def lowered_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> jax.stages.Lowered:
-    """What XLA is to compile; arguments are those of `lower_for_gpu`."""
+    """Lowers a function for a GPU; for arguments see `lower_for_gpu`."""
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with tracing_for(arch), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -139,17 +139,17 @@ def lowered_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -
 
 
 def kernels_in(module: Any) -> list[TritonKernel]:
-    """The Pallas-Triton kernels of a module, in its order."""
+    """Returns the Pallas-Triton kernels of a module, in order."""
     return [_kernel_of(operation) for operation in operations_in(module.operation) if _is_triton(operation)]
 
 
 def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
-    """Compiles the Pallas-Triton kernels of a function for a GPU; arguments are those of `lower_for_gpu`."""
+    """Compiles the Pallas-Triton kernels of a function for a GPU; for arguments see `lower_for_gpu`."""
     return [compile_kernel(kernel, arch) for kernel in lower_for_gpu(function, *avals, arch=arch)]
 
 
 def operations_in(operation: Any) -> Iterator[Any]:
-    """All operations inside an operation of MLIR."""
+    """Yields all operations inside an MLIR operation, at any depth."""
     for region in operation.regions:
         for block in region:
             for inner in block:
@@ -168,12 +168,12 @@ def _kernel_of(operation: Any) -> TritonKernel:
 
     config = operation.attributes["mhlo.backend_config"]
     types = [ir.RankedTensorType(operand.type) for operand in operation.operands]
-    operands = tuple((math.prod(of.shape), str(of.element_type)) for of in types)
+    operands = tuple((math.prod(one.shape), str(one.element_type)) for one in types)
     context = ir.Context()
     context.allow_unregistered_dialects = True
     with context:
         dialects.dialect.register_dialect(context)  # type: ignore[attr-defined]  # not exported, and all there is
-        # The kernel itself is bytecode in an attribute.
+        # The kernel is MLIR bytecode in an attribute.
         module = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)
         source = str(module.operation.get_asm(enable_debug_info=False))
 
@@ -192,7 +192,7 @@ def _kernel_of(operation: Any) -> TritonKernel:
 
 def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
     """Compiles a kernel for a GPU of this compute capability."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as XLA has it
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as in XLA
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -225,7 +225,7 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
 
 
 def _simplified(source: Path, target: Any, options: dict[str, Any]) -> str:
-    """The passes over Triton's own representation: `triton.compile` skips them for a file, XLA does not."""
+    """Runs the passes over Triton's own representation, which XLA runs and `triton.compile` skips for a file."""
     from triton._C.libtriton import ir as triton_ir
     from triton.backends.nvidia.compiler import CUDABackend
 

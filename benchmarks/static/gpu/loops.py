@@ -1,4 +1,4 @@
-"""Loops of a program that is a list of instructions with branches: found by which instruction comes before which."""
+"""Finds natural loops in a list of instructions with branches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A natural loop: entered at one place only, and left or begun again from others.
+    """A natural loop, which is entered at one instruction only.
 
     Attributes:
       first: number of the instruction that it is entered at.
-      body: numbers of its instructions, those of inner loops included. Compilers may put some of them elsewhere.
-      depth: 1 for an outermost loop.
+      body: numbers of its instructions, including inner loops; they need not be consecutive.
+      depth: nesting depth, 1 for an outermost loop.
     """
 
     first: int
@@ -21,15 +21,15 @@ class Loop:
     depth: int = 1
 
     def contains(self, other: Loop) -> bool:
-        """Whether another loop lies inside."""
+        """Whether another loop lies inside this one."""
         return other.body < self.body
 
 
 def natural_loops(successors: Sequence[Sequence[int]]) -> tuple[Loop, ...]:
-    """The loops of a program, in the order of their beginnings, outer ones before what they contain.
+    """Returns the loops of a program in the order of their first instructions, outer loops before inner ones.
 
     Args:
-      successors: of each instruction, which ones may follow it; the first instruction begins.
+      successors: for each instruction, those that may follow it; the program begins at the first instruction.
     """
     order = _reverse_postorder(successors)
     before: dict[int, list[int]] = {number: [] for number in order}
@@ -42,24 +42,24 @@ def natural_loops(successors: Sequence[Sequence[int]]) -> tuple[Loop, ...]:
         for following in successors[number]:
             if _dominates(following, number, dominator):
                 body = bodies.setdefault(following, {following})
-                left = [number]
-                while left:
-                    one = left.pop()
+                pending = [number]
+                while pending:
+                    one = pending.pop()
                     if one not in body:
                         body.add(one)
-                        left += before[one]
+                        pending += before[one]
     loops = [Loop(first, frozenset(body)) for first, body in bodies.items()]
     loops.sort(key=lambda loop: (loop.first, -len(loop.body)))
     return with_depths(loops)
 
 
 def with_depths(loops: Sequence[Loop]) -> tuple[Loop, ...]:
-    """Loops with their depths counted among themselves."""
+    """Returns loops with the nesting depths that they have among themselves."""
     return tuple(dataclasses.replace(loop, depth=1 + sum(other.contains(loop) for other in loops)) for loop in loops)
 
 
 def _reverse_postorder(successors: Sequence[Sequence[int]]) -> list[int]:
-    """What can be reached, each instruction after those that come before it but for branches back."""
+    """Returns the reachable instructions in reverse postorder: predecessors first, except for backward branches."""
     seen, order = {0}, []
     stack = [(0, iter(successors[0]))]
     while stack:
@@ -76,7 +76,7 @@ def _reverse_postorder(successors: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _dominators(order: Sequence[int], before: dict[int, list[int]]) -> dict[int, int]:
-    """Of each instruction, the last one that every way to it goes through (Cooper, Harvey and Kennedy, 2001)."""
+    """Returns the immediate dominator of each instruction (Cooper, Harvey and Kennedy, 2001)."""
     place = {number: at for at, number in enumerate(order)}
     dominator = {order[0]: order[0]}
     changed = True

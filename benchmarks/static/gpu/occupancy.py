@@ -1,7 +1,7 @@
-"""How many programs of a kernel a multiprocessor keeps at a time, and what limits it.
+"""Occupancy: how many programs of a kernel a multiprocessor holds at a time, and what limits it.
 
-The arithmetic is NVIDIA's (CUDA C++ Best Practices Guide, "Calculating Occupancy"): registers are given to warps in
-units of 256, to four warps at a time, and shared memory to programs in units of 128 bytes, with 1 KiB for the system.
+The arithmetic is NVIDIA's (CUDA C++ Best Practices Guide, "Calculating Occupancy"): registers are allocated to warps in
+units of 256, for four warps at a time, and shared memory to programs in units of 128 bytes, with 1 KiB for the system.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SYSTEM_SHARED_BYTES: Final = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Occupancy:
-    """What a multiprocessor keeps.
+    """Occupancy of a multiprocessor.
 
     Attributes:
-      programs: at a time; 0 where not even one fits.
-      limit: what does not allow more: "registers", "shared memory", "warps" or "programs".
-      warps: at a time, of all its programs.
+      programs: programs at a time; 0 if not even one fits.
+      limit: what limits them: "registers", "shared memory", "warps" or "programs".
+      warps: warps of all these programs.
     """
 
     programs: int
@@ -33,20 +33,20 @@ class Occupancy:
 
 
 def occupancy(gpu: Gpu, *, registers: int, shared_bytes: int, num_warps: int) -> Occupancy:
-    """How many programs a multiprocessor keeps.
+    """Calculates the occupancy of a multiprocessor.
 
     Args:
-      gpu: which one.
-      registers: of a thread.
-      shared_bytes: that a program asks for.
-      num_warps: of a program.
+      gpu: the GPU.
+      registers: registers of a thread.
+      shared_bytes: shared memory that a program asks for.
+      num_warps: warps of a program.
     """
-    of_warp = _up(max(registers, 1) * 32, REGISTER_UNIT)
-    of_program = _up(shared_bytes + SYSTEM_SHARED_BYTES, SHARED_UNIT)
+    warp_registers = _round_up(max(registers, 1) * 32, REGISTER_UNIT)
+    program_bytes = _round_up(shared_bytes + SYSTEM_SHARED_BYTES, SHARED_UNIT)
     fits = shared_bytes <= gpu.program_shared_bytes
     limits = {
-        "registers": gpu.registers // of_warp // WARP_UNIT * WARP_UNIT // num_warps,
-        "shared memory": gpu.shared_bytes // of_program if fits else 0,
+        "registers": gpu.registers // warp_registers // WARP_UNIT * WARP_UNIT // num_warps,
+        "shared memory": gpu.shared_bytes // program_bytes if fits else 0,
         "warps": gpu.warps // num_warps,
         "programs": gpu.programs,
     }
@@ -54,5 +54,5 @@ def occupancy(gpu: Gpu, *, registers: int, shared_bytes: int, num_warps: int) ->
     return Occupancy(limits[limit], limit, limits[limit] * num_warps)
 
 
-def _up(value: int, unit: int) -> int:
+def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

@@ -1,8 +1,8 @@
-"""XLA's compiler for GPUs on a machine without one: a whole program, with all that XLA adds to the kernels.
+"""Compiles a whole program for a GPU on a machine without one, with XLA's own compiler.
 
-`gpu_compiler` compiles kernels one by one. What runs on a chip is a program: launches of those kernels, of XLA's own,
-and copies, one after the other. JAX's plugin for CUDA compiles for a GPU that is only described, XLA's own Triton
-included. There is no chip to try variants on: which of several algorithms multiplies a dense matrix may differ there.
+`compiler.py` compiles single kernels. A chip runs a program: launches of those kernels, of XLA's own kernels, and
+copies, one after the other. JAX's CUDA plugin compiles for a GPU that is only described, with XLA's own Triton. Without
+a chip XLA cannot autotune: on a chip it may choose other algorithms for dense products.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from palladion.benchmarks.static.tpu.compiler import described
 from palladion.kernels.devices import Gpu
 
 PLUGINS: Final = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+"""Modules of JAX's CUDA plugins."""
 
 L2_BYTES: Final = {80: 40 * 2**20, 90: 50 * 2**20, 100: 126 * 2**20}
-"""Of the GPUs of `gpu_compiler.ARCHITECTURES`, by NVIDIA's datasheets."""
+"""Size of the L2 cache of the GPUs in `compiler.ARCHITECTURES`, from NVIDIA's datasheets."""
 
 CONTROL: Final = ("While", "Conditional", "Sequential", "CommandBuffer")
-"""Steps of a program that launch nothing themselves."""
+"""Kinds of steps that launch nothing themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Something that a program starts on the GPU.
+    """A kernel or a copy that a program starts on the GPU.
 
     Attributes:
-      name: of the kernel; of a copy its kind.
-      kind: what XLA calls it: "CustomKernel", "Copy", "Memzero", …
-      loops: how many loops it is in.
-      grid: programs along each axis; None where it is no kernel.
-      threads: of a program.
-      shared: bytes of shared memory that a program takes.
+      name: the kernel's name, or the kind of copy.
+      kind: XLA's name for the kind: "CustomKernel", "Copy", "Memzero", …
+      loops: number of loops around it.
+      grid: programs along each axis; None if it is no kernel.
+      threads: threads of a program along each axis; None if it is no kernel.
+      shared: bytes of shared memory of a program.
     """
 
     name: str
@@ -55,12 +56,12 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A function as XLA has compiled it.
+    """A function compiled by XLA.
 
     Attributes:
-      launches: in the order of the program.
-      temporary_bytes: of memory beside arguments and results.
-      aliased_bytes: of results that lie where donated arguments were.
+      launches: launches in order.
+      temporary_bytes: memory beside arguments and results.
+      aliased_bytes: bytes of results that take the place of donated arguments.
       text: the optimized program (HLO).
     """
 
@@ -71,13 +72,13 @@ class CompiledProgram:
 
 
 def installed() -> bool:
-    """Whether there is a plugin to compile with."""
+    """Whether one of JAX's CUDA plugins is installed."""
     return importlib.util.find_spec("jax_plugins") is not None and any(map(importlib.util.find_spec, PLUGINS))
 
 
 @functools.cache
 def device(arch: int) -> Any:
-    """The GPU of an architecture, to compile for; nothing can be put on it.
+    """Returns a device to compile for; nothing can run on it.
 
     Raises:
       ValueError: there is no such architecture.
@@ -87,19 +88,19 @@ def device(arch: int) -> Any:
 
 
 def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -> CompiledProgram:
-    """Compiles a function for a GPU that need not be there, by the backends that it takes on one.
+    """Compiles a function for a GPU that need not be there, with the backends that it takes on that GPU.
 
     Args:
-      function: of arrays; jitted (with donated arguments, say) or not.
+      function: a function of arrays, jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      arch: one of `gpu_compiler.ARCHITECTURES`.
+      arch: one of `compiler.ARCHITECTURES`.
 
     Raises:
       ValueError: there is no such architecture.
-      jax.errors.JaxRuntimeError: XLA does not compile it.
+      jax.errors.JaxRuntimeError: XLA refuses the function.
     """
-    there = jax.sharding.SingleDeviceSharding(device(arch))
-    arguments = jax.tree.map(lambda leaf: described(leaf, there), avals)
+    sharding = jax.sharding.SingleDeviceSharding(device(arch))
+    arguments = jax.tree.map(lambda leaf: described(leaf, sharding), avals)
     lowered = lowered_for_gpu(function, *arguments, arch=arch)
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
@@ -113,13 +114,14 @@ STEP: Final = re.compile(
     r"(?P<indent> *)\d+: k(?P<kind>\w+) +\[[^\]]*\] *(?P<name>\S*)"
     r"( grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\] +shared_memory: (?P<shared>\d+) bytes)?"
 )
-"""A line of XLA's listing; a loop's condition and body are indented."""
+"""A line of XLA's listing, in which a loop's condition and body are indented."""
 
 INDENT: Final = 4
+"""Spaces of indentation for each loop."""
 
 
 def launches_in(listing: str) -> tuple[Launch, ...]:
-    """The launches of a program as XLA lists its steps ("thunks")."""
+    """Parses the launches of a program from XLA's listing of its steps ("thunks")."""
     found = []
     for step in map(STEP.match, listing.splitlines()):
         if step is None or step["kind"] in CONTROL:
@@ -142,7 +144,7 @@ def _numbers(listed: str | None) -> tuple[int, ...] | None:
 
 
 def _target(gpu: Gpu) -> str:
-    """A GPU as XLA wants it described."""
+    """Returns XLA's description of a GPU, as a text proto."""
     major, minor = divmod(gpu.compute_capability, 10)
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # wgmma and tcgen05
     figures: dict[str, Any] = {

@@ -1,33 +1,32 @@
-"""What a Triton kernel would take on a GPU, put together from what the compilers say of it: estimates, no measurements.
+"""Examines Triton kernels for a GPU that need not be there: estimates from compiled code, no measurements.
 
-The kernel is compiled to machine code. How often its loops run follows from its PTX (`ptx.py`); what a trip of them
-costs, from the machine code (`sass.py`); how many programs a multiprocessor keeps, from registers and shared memory
-(`occupancy.py`). From these:
+The kernel is compiled to machine code. Its PTX gives how often its loops run (`trip_counts.py`), the machine code the
+cost of a trip (`sass.py`), registers and shared memory the number of programs on a multiprocessor (`occupancy.py`).
+From these:
 
     memory    bytes that must move / bandwidth of the device memory
-    compute   of the busiest multiprocessor: instructions of all its programs / what its schedulers, or the pipe that
-              has most to do, take in a second
+    compute   on the busiest multiprocessor: instructions of all its programs / the rate of its schedulers, or of its
+              busiest pipe
     at least  the longer of the two
     roofline  memory / at least: the share of the bandwidth that the kernel can reach at most
 
-Both are lower bounds. What is not in them: waits of too few programs for memory and for each other, conflicts in shared
-memory, bytes that are read twice and missed in the L2 cache, programs of unequal length. A kernel near 100 % here may
-be slower on a chip; one that is far from it cannot be fast. What branches go around is counted as if it were executed,
-and loads as if all threads did them.
+Both times are lower bounds. They leave out waits of too few programs for memory and for each other, bank conflicts in
+shared memory, bytes that are read twice and miss the L2 cache, and programs of unequal length. A kernel near 100 % here
+may be slower on a chip; one that is far from it cannot be fast. Instructions that branches skip count as if they were
+executed, and loads as if all threads took part.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from palladion.benchmarks.static.gpu import compiler as gpu_compiler
-from palladion.benchmarks.static.gpu import ptx
+from palladion.benchmarks.static.gpu import compiler
 from palladion.benchmarks.static.gpu.loops import Loop
-from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu.occupancy import occupancy
+from palladion.benchmarks.static.gpu.report import SCHEDULERS, GpuReport, LoopTrip
 from palladion.benchmarks.static.gpu.sass import (
     ISSUE,
     LOAD_STORE,
@@ -38,12 +37,10 @@ from palladion.benchmarks.static.gpu.sass import (
     bytes_awaited,
     parse,
 )
-from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls, limiting_resource
+from palladion.benchmarks.static.gpu.trip_counts import count_trips
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import Gpu
-
-SCHEDULERS: Final = 4
-"""Of a multiprocessor: each issues an instruction of a warp in a cycle."""
 
 LANES: Final = {
     "integer": 64,
@@ -51,223 +48,52 @@ LANES: Final = {
     "float": 128,
     "special": 16,
 }
-"""Threads whose instruction a multiprocessor's pipe takes in a cycle: from sm_86 on.
+"""Threads whose instruction a multiprocessor's pipe takes in a cycle, from sm_86 on.
 
-Sources: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; which instruction goes to which
-pipe, Nsight Compute's "Pipelines". For loads and stores see `Instruction.load_store_cycles`. What tensor cores take
-follows from the GPU's peak rate, which the older HMMA does not quite reach where there are newer instructions (sm_90,
-sm_100).
+Sources: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; for the pipe of each instruction,
+Nsight Compute's "Pipelines". For loads and stores see `Instruction.load_store_cycles`. The rate of tensor cores follows
+from the GPU's peak rate, which the older HMMA does not quite reach where there are newer instructions (sm_90, sm_100).
 """
 
 FLOAT_LANES_80: Final = 64
-"""Of sm_80's float pipe, which is half as wide."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopTrip:
-    """A trip of the innermost loop that matters, of one program; of the whole kernel where it has no loop.
-
-    Attributes:
-      instructions: of a warp.
-      bytes_loaded: from global memory, by all warps, at most; None where the listing does not say.
-      copies: whether it does so asynchronously, ahead of its use.
-      awaited: bytes that a thread waits for at a time, at most, where it does not.
-      use: of each unit, the cycles of a multiprocessor that the program takes of it.
-      total: trips of all programs together; None where that is not known.
-      most: of the program that has most.
-    """
-
-    instructions: int
-    bytes_loaded: int | None
-    copies: bool
-    awaited: int
-    use: dict[str, float]
-    total: int | None
-    most: int | None
-
-    @property
-    def busiest(self) -> str:
-        """The unit that it takes longest of."""
-        return max(self.use, key=lambda unit: self.use[unit])
-
-    def instructions_per_byte(self, num_warps: int) -> float | None:
-        """Instructions of a thread for each byte that is loaded; None where nothing is, or it is not known how much."""
-        return self.instructions * num_warps * WARP / self.bytes_loaded if self.bytes_loaded else None
-
-
-@dataclasses.dataclass(frozen=True)
-class GpuReport:
-    """What is known of a kernel on a GPU before it runs. Times are lower bounds; None where they are not known.
-
-    Attributes:
-      name: of the kernel.
-      gpu: for which it was compiled.
-      grid: programs along each axis.
-      times: how often the function calls it, where that is known.
-      num_warps: of a program.
-      num_stages: into which loops are pipelined.
-      registers: of a thread.
-      spilled: bytes of a thread that lie in memory for want of registers.
-      shared_bytes: shared memory of a program.
-      occupancy: programs that a multiprocessor keeps.
-      wide_loads: instructions that load 128 bits or more of global memory for each thread, into registers.
-      wide_copies: the same, asynchronously into shared memory.
-      narrow_loads: all other loads of global memory.
-      tensor: instructions of tensor cores.
-      bytes_needed: that must move between device memory and the chip.
-      trip: of the loop that matters.
-      cycles: of each unit, those that the busiest multiprocessor takes of it; empty where that is not known.
-      unknown: why times are not known; None where they are.
-    """
-
-    name: str
-    gpu: Gpu
-    grid: tuple[int, ...]
-    times: int | None
-    num_warps: int
-    num_stages: int
-    registers: int
-    spilled: int
-    shared_bytes: int
-    occupancy: Occupancy
-    wide_loads: int
-    wide_copies: int
-    narrow_loads: int
-    tensor: int
-    bytes_needed: int | None
-    trip: LoopTrip
-    cycles: dict[str, float]
-    unknown: str | None
-
-    @property
-    def programs(self) -> int:
-        """Of the grid."""
-        return math.prod(self.grid)
-
-    @property
-    def waves(self) -> float | None:
-        """Programs of the grid over those that all multiprocessors keep at a time; None where not one fits."""
-        slots = self.occupancy.programs * self.gpu.multiprocessors
-        return self.programs / slots if slots else None
-
-    @property
-    def idle_in_last_wave(self) -> float | None:
-        """The share of the places for programs that are empty in the last wave."""
-        return None if self.waves is None else math.ceil(self.waves) - self.waves
-
-    @property
-    def idle_multiprocessors(self) -> int:
-        """Multiprocessors without any program at all."""
-        return max(self.gpu.multiprocessors - self.programs, 0)
-
-    @property
-    def bytes_loaded(self) -> int | None:
-        """Bytes that the loop that matters loads in all programs, at most, from the L2 cache or beyond."""
-        if self.trip.total is None or self.trip.bytes_loaded is None:
-            return None
-        return self.trip.total * self.trip.bytes_loaded
-
-    @property
-    def bytes_in_flight(self) -> int | None:
-        """Bytes that a multiprocessor's programs wait for at a time, at most; None where they are not known.
-
-        A pipelined loop copies as many trips ahead as it has stages, less the one that it works on; what is loaded into
-        registers is on its way until the first use of it.
-        """
-        if self.trip.bytes_loaded is None:
-            return None
-        at_once = min(self.occupancy.programs, math.ceil(self.programs / self.gpu.multiprocessors))
-        if self.trip.copies:
-            return at_once * max(self.num_stages - 1, 1) * self.trip.bytes_loaded
-        return at_once * self.trip.awaited * WARP * self.num_warps
-
-    @property
-    def instructions_per_byte(self) -> float | None:
-        """Instructions of a thread for each byte that the loop that matters loads."""
-        return self.trip.instructions_per_byte(self.num_warps)
-
-    @property
-    def affordable_instructions_per_byte(self) -> float | None:
-        """What the schedulers issue meanwhile, at the full bandwidth of the memory."""
-        if self.gpu.clock_hertz is None or self.gpu.hbm_bytes_per_second is None:
-            return None
-        rate = WARP * SCHEDULERS * self.gpu.multiprocessors * self.gpu.clock_hertz
-        return rate / self.gpu.hbm_bytes_per_second
-
-    @property
-    def busiest(self) -> str | None:
-        """The unit that takes longest."""
-        return max(self.cycles, key=lambda unit: self.cycles[unit], default=None)
-
-    @property
-    def memory_seconds(self) -> float | None:
-        """What moving the bytes that must move takes at the full bandwidth."""
-        if self.bytes_needed is None or self.gpu.hbm_bytes_per_second is None:
-            return None
-        return self.bytes_needed / self.gpu.hbm_bytes_per_second
-
-    @property
-    def compute_seconds(self) -> float | None:
-        """What the busiest unit of the busiest multiprocessor takes."""
-        if self.busiest is None or self.gpu.clock_hertz is None:
-            return None
-        return self.cycles[self.busiest] / self.gpu.clock_hertz
-
-    @property
-    def seconds(self) -> float | None:
-        """What the kernel takes at least."""
-        if self.memory_seconds is None or self.compute_seconds is None:
-            return None
-        return max(self.memory_seconds, self.compute_seconds)
-
-    @property
-    def bound(self) -> str:
-        """See `limiting_resource`."""
-        return limiting_resource(self.memory_seconds, self.compute_seconds)
-
-    @property
-    def roofline(self) -> float | None:
-        """The share of the bandwidth at which the bytes that must move can do so at most."""
-        if self.seconds is None or self.memory_seconds is None:
-            return None
-        return self.memory_seconds / self.seconds
+"""Lanes of sm_80's float pipe, which is half as wide."""
 
 
 def examine_for_gpu(
     function: Callable[..., Any], *arguments: Any, arch: int = 90, bytes_needed: int | None = None
 ) -> list[GpuReport]:
-    """Compiles the Pallas-Triton kernels of a function for a GPU that need not be there, and reports on each.
+    """Compiles the Pallas-Triton kernels of a function for a GPU that need not be there, and examines each.
 
     Args:
-      function: of arrays; jitted or not.
-      arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree. The values of integer arrays count: lengths and page
+      function: a function of arrays, jitted or not.
+      arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree. Integer arrays should have values: lengths and page
         tables decide how often loops run.
-      arch: one of `gpu_compiler.ARCHITECTURES`.
-      bytes_needed: that must move between device memory and the chip, in the whole function: those of its kernel with
-        the largest arguments. By default, and for the other kernels, each argument and result once.
+      arch: one of `compiler.ARCHITECTURES`.
+      bytes_needed: bytes that must move between device memory and the chip, for the kernel with the largest arguments.
+        By default, and for other kernels, every argument and result moves once.
 
     Returns:
-      A report for each kernel; none where there are no Pallas-Triton kernels.
+      A report for each Pallas-Triton kernel.
 
     Raises:
       ValueError: there is no such architecture.
-      Exception: whatever the compiler raises where it refuses the function.
+      Exception: whatever the compiler raises if it refuses the function.
     """
-    gpu = gpu_compiler.gpu_of(arch)
-    left = kernel_calls(function, arguments, gpu_compiler.tracing_for(arch))
-    kernels = gpu_compiler.lower_for_gpu(function, *arguments, arch=arch)
+    gpu = compiler.gpu_of(arch)
+    left = kernel_calls(function, arguments, compiler.tracing_for(arch))
+    kernels = compiler.lower_for_gpu(function, *arguments, arch=arch)
     calls = [_take(kernel, left) for kernel in kernels]
     own = [None if call is None else call.bytes for call in calls]
     if bytes_needed is not None and kernels:
         own[max(range(len(own)), key=lambda number: own[number] or 0)] = bytes_needed
     return [
-        _report(gpu_compiler.compile_kernel(kernel, arch), call, gpu, needed)
+        _report(compiler.compile_kernel(kernel, arch), call, gpu, needed)
         for kernel, call, needed in zip(kernels, calls, own, strict=True)
     ]
 
 
-def _take(kernel: gpu_compiler.TritonKernel, calls: list[KernelCall]) -> KernelCall | None:
-    """The call that a kernel comes from: of its shapes, and of its name if there is one; taken out of `calls`."""
+def _take(kernel: compiler.TritonKernel, calls: list[KernelCall]) -> KernelCall | None:
+    """Removes and returns the call that a kernel comes from: same shapes, and same name if there is one."""
     sizes = [size for size, _ in kernel.operands]
     alike = [call for call in calls if [math.prod(array.shape) for array in call.operands] == sizes]
     found = next((call for call in alike if call.name == kernel.name), next(iter(alike), None))
@@ -277,7 +103,7 @@ def _take(kernel: gpu_compiler.TritonKernel, calls: list[KernelCall]) -> KernelC
 
 
 def _report(
-    compiled: gpu_compiler.CompiledKernel, call: KernelCall | None, gpu: Gpu, bytes_needed: int | None
+    compiled: compiler.CompiledKernel, call: KernelCall | None, gpu: Gpu, bytes_needed: int | None
 ) -> GpuReport:
     kernel, code = compiled.kernel, parse(compiled.code)
     trips, unknown = _trips(compiled, call, code)
@@ -315,12 +141,12 @@ def _report(
 
 
 def _busiest(
-    kernel: gpu_compiler.TritonKernel,
+    kernel: compiler.TritonKernel,
     gpu: Gpu,
     costs: Sequence[tuple[Loop | None, dict[str, float]]],
     trips: dict[Loop, tuple[int, int]],
 ) -> dict[str, float]:
-    """Cycles that the busiest multiprocessor takes of each unit, at least."""
+    """Returns the least cycles of each unit on the busiest multiprocessor."""
     programs = math.prod(kernel.grid)
     total: dict[str, float] = collections.defaultdict(float)
     longest: dict[str, float] = collections.defaultdict(float)
@@ -329,7 +155,7 @@ def _busiest(
         for unit, taken in cost.items():
             total[unit] += taken * of_all * kernel.num_warps
             longest[unit] += taken * of_one * kernel.num_warps
-    # Programs that are alike can be dealt out as whole ones only.
+    # If all programs are alike, the busiest multiprocessor runs a whole number of them.
     alike = all(of_all == of_one * programs for of_all, of_one in trips.values())
     share = math.ceil(programs / gpu.multiprocessors) / programs if alike else 1 / gpu.multiprocessors
     return {unit: max(total[unit] * share, longest[unit]) for unit in total}
@@ -339,9 +165,9 @@ def _trip(
     parts: Sequence[tuple[Loop | None, Sequence[Instruction]]],
     costs: Sequence[dict[str, float]],
     trips: dict[Loop, tuple[int, int]] | None,
-    kernel: gpu_compiler.TritonKernel,
+    kernel: compiler.TritonKernel,
 ) -> LoopTrip:
-    """Of the loop that issues most in all; of those whose trips are not known, in a trip."""
+    """Returns a trip of the loop that issues most instructions, in all trips if their number is known, else in one."""
 
     def issued(number: int) -> tuple[int, int]:
         loop, instructions = parts[number]
@@ -360,21 +186,21 @@ def _trip(
 
 
 def _trips(
-    compiled: gpu_compiler.CompiledKernel, call: KernelCall | None, code: Code
+    compiled: compiler.CompiledKernel, call: KernelCall | None, code: Code
 ) -> tuple[dict[Loop, tuple[int, int]] | None, str | None]:
-    """Of each loop of the code, trips in all programs and in the one that has most; or why they are not known."""
+    """Returns for each loop its trips in all programs and in the one that has most; or None and the reason."""
     kernel = compiled.kernel
     if not code.loops:
         return {}, None
     values = [None] * len(kernel.operands) if call is None else call.values
     try:
-        counted = ptx.count_trips(compiled.ptx, kernel.grid, values, kernel.num_warps)
+        counted = count_trips(compiled.ptx, kernel.grid, values, kernel.num_warps)
     except Undecided as reason:
         return None, str(reason)
     loops = code.loops
     found: dict[Loop, tuple[int, int]] = {}
     if len(counted.loops) == 1 < len(loops):
-        # The assembler has unrolled it, and does what is left over in a loop of its own.
+        # The assembler has unrolled the loop, and runs the remaining trips in a loop of its own.
         main = max(loops, key=lambda loop: len(code.inside(loop)))
         found, loops = dict.fromkeys(loops, (0, 0)), (main,)
     if [loop.depth for loop in counted.loops] != [loop.depth for loop in loops]:
@@ -387,7 +213,7 @@ def _trips(
 
 
 def _unrolled(instructions: Sequence[Instruction], loads: int, products: int) -> float:
-    """TripCounts of a loop as Triton wrote it in one of the machine code."""
+    """Returns how many trips of Triton's loop a trip in the machine code makes."""
     loaded = sum(one.thread_bytes != 0 for one in instructions)
     if loads and loaded:
         return loaded / loads
@@ -396,7 +222,7 @@ def _unrolled(instructions: Sequence[Instruction], loads: int, products: int) ->
 
 
 def _use(instructions: Sequence[Instruction], gpu: Gpu) -> dict[str, float]:
-    """Cycles of a multiprocessor that a warp takes of each unit."""
+    """Returns the cycles of each of a multiprocessor's units that a warp takes."""
     use: dict[str, float] = {ISSUE: len(instructions) / SCHEDULERS}
     rate = None
     if gpu.bf16_flops_per_second is not None and gpu.clock_hertz is not None:

@@ -1,8 +1,8 @@
-"""Machine code of a GPU kernel as nvdisasm lists it: its instructions, its loops, what moves, and which units work.
+"""Reads the machine code of a GPU kernel as nvdisasm lists it: its instructions, its loops, and the units they use.
 
-A multiprocessor has four schedulers, and each of them issues one instruction of one warp in a cycle. Behind them are
-pipes that take an instruction of 32 threads in one cycle or in several, and that is why not every instruction costs the
-same: a conversion of an integer takes as long as eight additions.
+A multiprocessor has four schedulers, each of which issues one instruction of a warp in a cycle. The pipes behind them
+take one cycle or several for the 32 threads of an instruction, so that instructions differ in cost: a conversion of an
+integer takes as long as eight additions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Final
 from palladion.benchmarks.static.gpu.loops import Loop, natural_loops, with_depths
 
 WARP: Final = 32
-"""Threads that execute an instruction together."""
+"""Threads of a warp, which execute an instruction together."""
 
 ISSUE: Final = "issue"
-"""The schedulers, which every instruction needs, in the names of units."""
+"""Name of the schedulers, which every instruction needs, among the units."""
 
 LOAD_STORE: Final = "load/store"
-"""The pipe to shared memory, and over L1 to global memory."""
+"""Name of the pipe to shared memory, and through L1 to global memory."""
 
 _INSTRUCTION: Final = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);"
@@ -31,7 +31,7 @@ _LABEL: Final = re.compile(r"(?P<label>\.L\w*):")
 _TARGET: Final = re.compile(r"`\((?P<label>\.L\w*)\)")
 
 _WIDTHS: Final = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-"""Bytes of a thread by the opcode's modifier; without one, four."""
+"""Bytes per thread by the opcode's modifier; four without one."""
 
 _PIPES: Final[tuple[tuple[str, str], ...]] = (
     (r"HMMA|IMMA|QMMA|OMMA|DMMA|BMMA|[HIQB]GMMA|UTC\w*MMA", "tensor"),
@@ -42,7 +42,7 @@ _PIPES: Final[tuple[tuple[str, str], ...]] = (
     (r"BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|BAR|DEPBAR|LDGDEPBAR|WARPSYNC|YIELD|NOP|NANOSLEEP|ERRBAR", ISSUE),
     (r"MEMBAR|CCTL|FENCE|SYNCS|ACQBULK|ARRIVES|S2R|CS2R|LDCU?|R2UR|S2UR|WARPGROUP\w*|ELECT|U[A-Z0-9]+", ISSUE),
 )
-"""Which pipe takes an instruction, by the first part of its opcode; the others are the integer unit's."""
+"""Pipes by the first part of the opcode; all other instructions go to the integer pipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Instruction:
 
     Attributes:
       opcode: "LDG.E.128".
-      guard: the predicate that it is executed under, "P0", "!UP1"; "" where there is none.
-      operands: as they are written.
-      target: the label that a branch goes to.
+      guard: the predicate that it is executed under, "P0", "!UP1"; "" if there is none.
+      operands: its operands as written.
+      target: the label that a branch goes to, or None.
     """
 
     opcode: str
@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def never(self) -> bool:
-        """Whether it has no effect: the assembler leaves such instructions as fillers."""
+        """Whether it is never executed: the assembler leaves such instructions as padding."""
         return self.guard == "!PT"
 
     @property
@@ -78,9 +78,9 @@ class Instruction:
 
     @property
     def thread_bytes(self) -> int | None:
-        """Bytes that it reads from global memory for each thread, at most; None where the listing does not say.
+        """Maximum bytes that it reads from global memory per thread; None if the listing does not say.
 
-        The addresses of threads may coincide, and a guard may exclude some: then it is less.
+        It reads less if addresses of threads coincide, or its guard excludes some threads.
         """
         if self.name in ("UTMALDG", "UBLKCP"):
             return None
@@ -90,7 +90,7 @@ class Instruction:
 
     @property
     def load_store_cycles(self) -> int:
-        """Cycles that this pipe takes for a warp: it moves 128 bytes to or from shared memory and L1 in each."""
+        """Cycles of the load/store pipe for a warp: it moves 128 bytes per cycle to or from shared memory and L1."""
         width = next((_WIDTHS[part] for part in self.opcode.split(".")[1:] if part in _WIDTHS), 4)
         if self.name in ("LDSM", "STSM"):  # 1, 2 or 4 matrices of 128 bytes
             width = 4 * {"2": 2, "4": 4}.get(self.opcode.rpartition(".")[2], 1)
@@ -98,26 +98,26 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        """What takes it: "integer", "multiply", "float", "special", "tensor", `LOAD_STORE`; else `ISSUE`."""
+        """The pipe that it goes to: "integer", "multiply", "float", "special", "tensor", `LOAD_STORE` or `ISSUE`."""
         return next((pipe for form, pipe in _PIPES if re.fullmatch(form, self.name)), "integer")
 
     @property
     def tensor_flops(self) -> float:
-        """What a warp's share of it takes of tensor cores, as operations in bfloat16; 0 where that is not known."""
+        """Cost of a warp's share on tensor cores, in bfloat16 operations; 0 if it is not known."""
         narrow = 2.0 if self.name[0] in "IQ" else 0.5 if "TF32" in self.opcode else 1.0
         group = re.match(r"\w+\.64x(?P<n>\d+)x(?P<k>\d+)", self.opcode)
-        if group is not None:  # four warps do it together, 16 rows each
+        if group is not None:  # four warps take 16 rows each
             return 2 * 16 * int(group["n"]) * int(group["k"]) / narrow
         shape = re.match(r"[HIQ]MMA\.(?:SP\.)?(?P<m>16)(?P<n>8)(?P<k>\d{1,2})\b", self.opcode)
         return 2 * 16 * 8 * int(shape["k"]) / narrow if shape is not None else 0.0
 
 
 def bytes_awaited(instructions: Sequence[Instruction]) -> int:
-    """Bytes that a thread waits for at a time, at most: of loads into registers, before anything of them is used.
+    """Returns the maximum bytes that a thread waits for at a time, in loads to registers before their first use.
 
-    A load that stands right before its use is waited for alone, however many there are.
+    A load right before its use is waited for alone, however many loads there are.
     """
-    waiting: dict[int, tuple[range, int]] = {}  # by register: those of the load, and its bytes
+    waiting: dict[int, tuple[range, int]] = {}  # first register: registers of the load, and its bytes
     most = 0
     for one in instructions:
         operands = one.operands.split(",")
@@ -135,18 +135,18 @@ def bytes_awaited(instructions: Sequence[Instruction]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """The code of a kernel.
+    """The machine code of a kernel.
 
     Attributes:
-      instructions: in the order of their addresses.
-      loops: outer ones before what they contain.
+      instructions: instructions in the order of their addresses.
+      loops: loops, outer ones before inner ones.
     """
 
     instructions: tuple[Instruction, ...]
     loops: tuple[Loop, ...]
 
     def inside(self, loop: Loop | None) -> list[Instruction]:
-        """The instructions that belong to a loop and to none inside it; those outside of all loops for None."""
+        """Returns the instructions of a loop without its inner loops; None means those outside of all loops."""
         numbers = set(range(len(self.instructions))) if loop is None else set(loop.body)
         for other in self.loops:
             if loop is None or loop.contains(other):
@@ -155,10 +155,10 @@ class Code:
 
 
 def parse(listing: str) -> Code:
-    """Reads what `nvdisasm -c` writes of one kernel.
+    """Parses the output of `nvdisasm -c` for one kernel.
 
     Raises:
-      ValueError: there are no instructions in it.
+      ValueError: it has no instructions.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -189,7 +189,7 @@ def parse(listing: str) -> Code:
 
 
 def _following(number: int, one: Instruction, target: int | None, end: int) -> list[int]:
-    """Which instructions may come after an instruction."""
+    """Returns the instructions that may follow an instruction."""
     found = [] if target is None or target >= end else [target]
     ends = one.name in ("EXIT", "RET") or (one.name in ("BRA", "JMP") and one.operands.startswith("`"))
     if not (ends and not one.guard) and number + 1 < end:
@@ -198,11 +198,11 @@ def _following(number: int, one: Instruction, target: int | None, end: int) -> l
 
 
 def _waits(instructions: Sequence[Instruction]) -> bool:
-    """Whether a loop only waits, for a barrier in shared memory or for room in tensor memory."""
+    """Whether a loop only waits for a barrier in shared memory, or for tensor memory."""
     waits = any("TRYWAIT" in one.opcode or one.name == "NANOSLEEP" for one in instructions)
     return waits and not any(one.pipe in ("tensor", "float") or one.thread_bytes != 0 for one in instructions)
 
 
 def by_loop(code: Code) -> list[tuple[Loop | None, list[Instruction]]]:
-    """All instructions, by the innermost loop that they belong to; None for those outside of all."""
+    """Groups all instructions by their innermost loop; None stands for those outside of all loops."""
     return [(loop, code.inside(loop)) for loop in itertools.chain([None], code.loops)]

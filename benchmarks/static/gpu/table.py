@@ -1,4 +1,4 @@
-"""What is known of kernels for GPUs, as `table.py` shows it."""
+"""The table of GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.examiner import Examination, architectures
 from palladion.benchmarks.static.gpu.compiler import gpu_of
-from palladion.benchmarks.static.gpu.roofline import GpuReport
+from palladion.benchmarks.static.gpu.report import GpuReport
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
 
 HEADINGS: Final = (
@@ -31,7 +31,7 @@ HEADINGS: Final = (
     ("roofline", 10),
     ("busiest", 18),
 )
-"""Columns, and how wide they are; the kernel's name and grid follow."""
+"""Names and widths of the columns; the kernel's name and grid follow."""
 
 LEGEND: Final = """\
 All of it is estimated from compiled code; nothing was measured. Times are lower bounds.
@@ -50,19 +50,20 @@ All of it is estimated from compiled code; nothing was measured. Times are lower
   busiest    the unit that has most to do, and for which share of that time"""
 
 
-def _notes(report: GpuReport, row: Examination) -> Iterable[str]:
-    del row
-    said = []
+def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
+    """Returns remarks on a kernel."""
+    del found
+    notes = []
     if report.unknown is not None:
-        said.append(f"times are UNKNOWN: {report.unknown}")
+        notes.append(f"times are UNKNOWN: {report.unknown}")
     if not report.occupancy.programs:
-        said.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
+        notes.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
     if report.idle_multiprocessors:
-        idle, of = report.idle_multiprocessors, report.gpu.multiprocessors
-        said.append(f"{idle} of {of} multiprocessors have nothing to do")
+        idle, total = report.idle_multiprocessors, report.gpu.multiprocessors
+        notes.append(f"{idle} of {total} multiprocessors have nothing to do")
     if report.wide_loads + report.wide_copies == 0 and report.narrow_loads:
-        said.append("no load is 128 bits wide")
-    return [*said, *about_times(report.times)]
+        notes.append("no load is 128 bits wide")
+    return [*notes, *about_times(report.times)]
 
 
 def _cells(report: GpuReport) -> list[str]:
@@ -156,7 +157,7 @@ TABLE: Final = Table(
     notes=_notes,
     fields=_record,
     figures_of=_figures,
-    about_row=lambda _: {},
+    about=lambda _: {},
     roof=_roof,
     bytes_per_cycle=_intensity,
 )

@@ -1,6 +1,6 @@
-"""Decode attention: ours, JAX's own paged attentions, and those of tpu-inference and tokamax.
+"""Contests of decode attention: ours, JAX's own paged attentions, and those of tpu-inference and tokamax.
 
-All attend to the newest token of each sequence; nobody writes new keys and values into the cache here.
+All compute attention of the newest token of each sequence; new keys and values are not written to the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from palladion.reference.caches import QUANTIZED_CACHE_DTYPES
 Workload = tuple[Callable[..., Any], tuple[Any, ...]]
 
 VMEM_SHARE: Final = 0.75
-"""Of the chip's VMEM that is granted where a kernel has to be told."""
+"""Share of the chip's VMEM that is granted to kernels which have to be told."""
 
 
 def _lengths(case: Case) -> np.ndarray:
@@ -31,7 +31,7 @@ def _lengths(case: Case) -> np.ndarray:
 
 
 def _pages(case: Case) -> np.ndarray:
-    """The page table `[batch, pages_per_seq]`, pages in no order."""
+    """Returns the page table `[batch, pages_per_seq]`, with shuffled pages."""
     assert case.page_size is not None
     count = case.max_len // case.page_size
     order = np.random.default_rng(0).permutation(case.batch * count)
@@ -116,7 +116,10 @@ def _ragged(case: Case, setting: str) -> Workload:
 
 
 def _fused_arguments(case: Case) -> tuple[Any, ...]:
-    """What the third ragged paged attention and its successors take: K and V by turns, packed in 32-bit words."""
+    """Returns the arguments of ragged paged attention v3 and its successors.
+
+    Keys and values alternate in the cache, packed in 32-bit words.
+    """
     assert case.page_size is not None
     dtype = case.kv_dtype or case.dtype
     packing = 4 // jnp.dtype(dtype).itemsize
@@ -165,7 +168,7 @@ def _batched(case: Case, _: str) -> Workload:
 def _tokamax_batched(case: Case, _: str) -> Workload:
     folder = "_src.ops.batched_rpa.kernel"
     module, configs = (kernels_of("tokamax", f"{folder}.{name}") for name in ("wrapper", "configs"))
-    # What its operation takes where it is not autotuned.
+    # The block sizes of its operation without autotuning.
     decode = configs.BlockSizes(bq_sz=1, bq_c_sz=1, bkv_sz=512, batch_size=8, n_buffer=3)
     prefill = configs.BlockSizes(bq_sz=128, bq_c_sz=64, bkv_sz=512, batch_size=2, n_buffer=3)
 
@@ -192,7 +195,7 @@ CONTENDERS: Final = (
 
 
 def _contests() -> Iterator[Contest]:
-    """Llama-3-8B as it decodes, from latency to capacity, and a model with twice the query heads."""
+    """Yields Llama-3-8B's decode attention from latency to capacity, and a model with twice the query heads."""
     sizes = ((8, 4096, 32), (1, 4096, 32), (64, 1024, 32), (8, 4096, 64))
     pages_and_dtypes = ((64, None), (16, None), *((64, dtype) for dtype in QUANTIZED_CACHE_DTYPES[:2]))
     for (batch, max_len, q_heads), (page_size, kv_dtype) in itertools.product(sizes, pages_and_dtypes):

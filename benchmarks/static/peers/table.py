@@ -1,4 +1,4 @@
-"""Contests as text: a table for each, and a summary."""
+"""Tables of contests, and their summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADINGS: Final = (
     ("roofline", 10),
     ("of ours", 9),
 )
-"""Columns, and how wide they are; whose kernel it is follows."""
+"""Names and widths of the columns; the contender's name follows."""
 
 SUMMARY: Final = (("chip", 5), ("ours µs", 10), ("roofline", 10), ("peer µs", 10), ("of ours", 9))
 
@@ -36,12 +36,12 @@ shown."""
 
 
 def heading() -> str:
-    """Names of the columns."""
+    """Formats the names of the columns."""
     return _row([name for name, _ in HEADINGS], HEADINGS, "kernel")
 
 
 def lines(results: Sequence[Estimate]) -> list[str]:
-    """The rows of a contest on a chip: the best of each contender, and what is to be said of it."""
+    """Formats the contenders in a contest on a chip, each with its best setting."""
     mine = ours(results)
     found = []
     for one in best_of_each(results):
@@ -79,7 +79,7 @@ def _times(value: float | None) -> str:
 
 
 def summary(contests: Sequence[Contest], results: Sequence[Estimate]) -> list[str]:
-    """Ours and the best of the others, for each contest and each chip."""
+    """Formats our estimate and the best of the others, for each contest and chip."""
     found = [_row([name for name, _ in SUMMARY], SUMMARY, "best peer")]
     for contest in contests:
         of_contest = [one for one in results if one.contest == contest.name]
@@ -95,14 +95,12 @@ def summary(contests: Sequence[Contest], results: Sequence[Estimate]) -> list[st
                 _times(ratio(theirs, mine)),
             )
             who = "none that is known" if theirs is None else f"{theirs.contender}, {theirs.setting}"
-            found.append(
-                "".join(f"{cell:>{width}s}" for cell, (_, width) in zip(cells, SUMMARY, strict=True)) + f"  {who}"
-            )
+            found.append(_row(cells, SUMMARY, who))
     return found
 
 
 def markdown(operation: str, results: Sequence[Estimate]) -> str:
-    """A table of an operation's contests: on each chip how many times as long the best of the others takes."""
+    """Formats a Markdown table of an operation's contests: our time, and the best of the others in parts of it."""
     of_operation = [one for one in results if one.contest.startswith(f"{operation}/")]
     chips = [chip for chip in tpu_chips() if chip in {one.chip for one in of_operation}]
     found = [f"| ours in µs, the best peer's in parts of it | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
@@ -115,7 +113,7 @@ def markdown(operation: str, results: Sequence[Estimate]) -> str:
 
 
 def _contest(results: Sequence[Estimate]) -> str:
-    """Our time, and whose is the next."""
+    """Formats our time and the best of the others."""
     mine, theirs = ours(results), best_peer(results)
     if mine is None or mine.seconds is None:
         return "-"

@@ -1,1 +1,1 @@
-"""What the TPU compiler says of kernels without a TPU."""
+"""Static examination of TPU kernels by libtpu."""

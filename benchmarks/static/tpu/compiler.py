@@ -1,9 +1,9 @@
-"""The TPU compiler on a machine without a TPU: libtpu compiles for every generation wherever it is installed.
+"""Compiles for TPUs on a machine without one: libtpu compiles for every generation wherever it is installed.
 
-What compiles here is what runs on the chip: XLA, Mosaic and their limits of registers and VMEM. Nothing is executed.
+The result is what runs on the chip, within the limits of its registers and VMEM. Nothing is executed.
 
-libtpu can also list what it has scheduled, bundle by bundle. It is told so by flags that it reads once, when it is
-loaded: `keep_listings` must come before the first compilation of a process, which then takes about a tenth longer.
+libtpu can also list its schedule, bundle by bundle. Flags tell it to, which it reads once, when it is loaded:
+`keep_listings` must be called before the first compilation in a process, which then takes about a tenth longer.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ ENVIRONMENT: Final = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at a time
 }
-"""What libtpu reads when it is loaded."""
+"""Environment variables that libtpu reads when it is loaded."""
 
 LISTINGS: Final = {
     "bundles": "packed-bundles-post-ra",
     "utilization": "pre-delay_hlo-static-per-bundle-utilization",
 }
-"""The passes of the compiler whose result is listed."""
+"""Passes of the compiler whose results are listed, by attribute of `Listing`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What the compiler lists of a kernel; `static/schedule.py` reads it.
+    """The compiler's listings of a kernel, which `schedule.py` parses.
 
     Attributes:
-      name: of the instruction in the compiled program, "decode_attention_q1_kv512.1".
+      name: name of the instruction in the compiled program, "decode_attention_q1_kv512.1".
       bundles: the instructions of every cycle.
-      utilization: how much of each unit every cycle uses.
-      vmem_report: what lies in VMEM, of all kernels of the program.
+      utilization: the slots of each unit that every cycle uses.
+      vmem_report: the use of VMEM by all kernels of the program.
     """
 
     name: str
@@ -62,13 +62,13 @@ _listings: Path | None = None
 
 
 def installed() -> bool:
-    """Whether there is a libtpu to compile with."""
+    """Whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 @functools.cache
 def device(chip: str) -> Any:
-    """A description of a TPU that need not be there.
+    """Returns a device to compile for; nothing can run on it.
 
     Args:
       chip: a name in `tpu_chips()`.
@@ -85,14 +85,13 @@ def device(chip: str) -> Any:
 
 
 def keep_listings(folder: Path | None = None) -> None:
-    """Has libtpu list what it schedules in this process.
+    """Makes libtpu list its schedules in this process.
 
     Args:
-      folder: where, in an empty folder that nobody else uses; by default a temporary one, removed at exit. Nothing
-        stays there after a compilation.
+      folder: an empty folder for the listings, which are removed after each compilation; by default a temporary one.
 
     Raises:
-      RuntimeError: libtpu was loaded before, without being told so.
+      RuntimeError: libtpu is loaded already, without these flags.
     """
     global _listings
     if _listings is not None:
@@ -117,7 +116,7 @@ def keep_listings(folder: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def tracing_for(chip: str) -> Iterator[None]:
-    """While a function is traced here, whoever asks for the device is told of this one: it takes the TPU kernels."""
+    """Traces functions as if they ran on this TPU, so that they take the TPU kernels."""
     target = device(chip)
     kind = jax.sharding.AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
@@ -128,7 +127,7 @@ def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e"
     """Compiles a function for a TPU, traced as by `tracing_for`.
 
     Args:
-      function: of arrays; jitted (with donated arguments, say) or not.
+      function: a function of arrays, jitted (with donated arguments, say) or not.
       avals: its arguments, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
       chip: a name in `tpu_chips()`.
     """
@@ -139,15 +138,15 @@ def compile_for_tpu(function: Callable[..., Any], *avals: Any, chip: str = "v6e"
 def list_kernels(
     function: Callable[..., Any], *avals: Any, chip: str = "v6e"
 ) -> tuple[jax.stages.Compiled, list[Listing]]:
-    """Compiles a function for a TPU and returns what the compiler lists of its Pallas kernels, in the program's order.
+    """Compiles a function for a TPU, and returns the listings of its Pallas kernels, in the program's order.
 
-    Arguments are those of `compile_for_tpu`.
+    For arguments see `compile_for_tpu`.
 
     Raises:
-      RuntimeError: `keep_listings` was not called in time, or the compiler has listed something else than it used to.
+      RuntimeError: `keep_listings` was not called in time, or listings are missing.
     """
     keep_listings()
-    # What JAX has compiled before it would not compile again, and nothing would be listed.
+    # A new function, because JAX would not compile the same one again, and nothing would be listed.
     with _compiled(lambda *arguments: function(*arguments), avals, chip) as compiled:
         files = {path.name: path for path in _written()}
         report = next((path.read_text() for name, path in files.items() if name.endswith("vmem_report.html")), "")
@@ -155,14 +154,14 @@ def list_kernels(
 
 
 def described(aval: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, the latter as jit takes it: NumPy's 64 bits become 32."""
-    is_extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)  # PRNG keys, whose dtype is nobody else's
+    """Returns shape and dtype of an array as jit takes them: 64-bit dtypes become 32-bit ones."""
+    is_extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)  # PRNG keys have dtypes of their own
     dtype = aval.dtype if is_extended else jax.dtypes.canonicalize_dtype(aval.dtype)
     return jax.ShapeDtypeStruct(aval.shape, dtype, sharding=sharding)
 
 
 def kernel_names(compiled: jax.stages.Compiled) -> list[str]:
-    """Names of the Pallas kernels in a compiled program, in its order."""
+    """Returns the names of the Pallas kernels in a compiled program, in order."""
     return re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text() or "")
 
 
@@ -180,13 +179,13 @@ def _listing(kernel: str, files: dict[str, Path], vmem_report: str) -> Listing:
 
 @contextlib.contextmanager
 def _compiled(function: Callable[..., Any], avals: tuple[Any, ...], chip: str) -> Iterator[jax.stages.Compiled]:
-    """Compiles; what libtpu has written meanwhile stays as long as the context."""
+    """Compiles a function; listings are removed at the end of the context."""
     on_target = functools.partial(described, sharding=jax.sharding.SingleDeviceSharding(device(chip)))
     with tracing_for(chip):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         lowered = jitted.lower(*jax.tree.map(on_target, avals))
     try:
-        # Otherwise XLA parks small arrays in VMEM, and the kernel reads them for nothing.
+        # Otherwise XLA may place small arrays in VMEM, where the kernel reads them without a transfer.
         yield lowered.compile(compiler_options={"xla_msa_enable": "false"})
     finally:
         for path in _written():
@@ -198,6 +197,6 @@ def _written() -> list[Path]:
 
 
 def _loaded() -> bool:
-    """Whether this process has libtpu in its memory."""
+    """Whether this process has loaded libtpu."""
     maps = Path("/proc/self/maps")
     return maps.exists() and "libtpu.so" in maps.read_text()

@@ -1,12 +1,12 @@
-"""Executes the scalar instructions of a schedule: which bundles run how often, what is moved, and what waits for what.
+"""Executes the scalar instructions of a schedule, to find how often bundles run, what is moved, and what is waited for.
 
 A tensor core has one instruction stream. Its scalar unit decides on everything that takes time: branches, and with them
-loops and conditionals; transfers, their sizes and the waits for them. Vector values never matter, unless a kernel moves
-one to the scalar unit. So a kernel is executed here without its data: scalars are real, whatever comes from a vector is
-opaque. Where a branch or a transfer depends on something opaque, or on a scalar argument that was not given, the
+loops and conditionals; transfers, their sizes, and the waits for them. Vector values do not matter, unless a kernel
+moves one to the scalar unit. So a kernel is executed without its data: scalars are real, and whatever comes from a
+vector is opaque. If a branch or a transfer depends on something opaque, or on a scalar argument that was not given, the
 execution ends as `Undecided`, which is better than a guess.
 
-The instructions are translated to Python (`translation.py`); a million blocks of them run in a second or so.
+The instructions are translated to Python (`translation.py`); a million blocks run in about a second.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from palladion.benchmarks.static.tpu.transfers import Rate, Traffic, Transfers
 from palladion.benchmarks.static.tpu.translation import HBM, HBM_STRIDE, MASK, Translation
 
 MOST_BLOCKS: Final = 20_000_000
-"""Blocks that are executed before a kernel is given up."""
+"""Blocks after which executing a kernel is given up."""
 
 SIGN: Final = 2**31
+"""Sign bit of a 32-bit word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Operand:
     """An argument of a kernel.
 
     Attributes:
-      words: its 32-bit words as they lie in memory; None where they are not known.
-      description: what to call it where it should have been known.
+      words: its 32-bit words in memory; None if they are not known.
+      description: its name in messages.
     """
 
     words: tuple[int, ...] | None
@@ -41,13 +42,13 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """What a core did.
+    """An execution of a kernel on a core.
 
     Attributes:
-      cycles: from the first bundle to the last one, waits included.
-      counts: for each bundle, how often it was executed.
-      moved: by direction, the transfers.
-      stalls: by direction, cycles in which the core waited for transfers.
+      cycles: cycles from the first bundle to the last one, waits included.
+      counts: number of executions of each bundle.
+      moved: transfers by direction.
+      stalls: cycles in which the core waited for transfers, by direction.
     """
 
     cycles: float
@@ -57,18 +58,18 @@ class Execution:
 
     @property
     def busy(self) -> int:
-        """Bundles executed: the cycles that it would take if nothing were ever waited for."""
+        """Number of bundles executed: the cycles without any wait."""
         return sum(self.counts)
 
 
 class ScalarCore:
-    """A schedule, ready to be executed.
+    """A schedule, translated and ready to be executed.
 
     Args:
-      schedule: of the kernel.
+      schedule: the kernel's schedule.
 
     Raises:
-      Undecided: it branches in a way that is not known here.
+      Undecided: a branch is not understood.
     """
 
     def __init__(self, schedule: Schedule):
@@ -79,19 +80,19 @@ class ScalarCore:
 
     @property
     def reads_core_number(self) -> bool:
-        """Whether cores do different work."""
+        """Whether the kernel reads the core's number, so that cores do different work."""
         return any("core id" in one.comment for bundle in self._schedule.bundles for one in bundle.instructions)
 
     def run(self, operands: Mapping[int, Operand], *, rate: Rate, core: int = 0) -> Execution:
         """Executes the kernel.
 
         Args:
-          operands: arguments of the kernel, by number.
-          rate: how fast transfers are.
-          core: which one of the device it is.
+          operands: the kernel's arguments, by number.
+          rate: speed of transfers.
+          core: number of the core.
 
         Raises:
-          Undecided: what is executed depends on something that is not known.
+          Undecided: the execution depends on something that is not known.
         """
         transfers = Transfers(rate)
         memory = _Scalars(operands, core, rate.granule_bytes)
@@ -136,7 +137,7 @@ class ScalarCore:
 
 
 class _Scalars:
-    """The memory of scalars, and the arguments that may be copied to it."""
+    """The memory of scalars (SMEM), and the arguments that may be copied to it."""
 
     def __init__(self, operands: Mapping[int, Operand], core: int, granule_bytes: int):
         self._operands = operands
@@ -151,7 +152,7 @@ class _Scalars:
         return Opaque("a scalar is read that was never written") if found is None else found
 
     def store(self, condition: Any, address: Any, value: Any) -> None:
-        # Checks store what went wrong where something did, which is not known here.
+        # Assertions store an error code under a condition that is not known here.
         if type(condition) is Opaque:
             self._memory[address] = condition
         elif condition:
@@ -166,10 +167,10 @@ class _Scalars:
         return found.words[0]
 
     def copy(self, source: Any, destination: Any, granules: int) -> None:
-        """Copies from HBM."""
+        """Copies words from HBM to SMEM."""
         number, offset = -1, 0
         if type(source) is int and source >= HBM:
-            # Some generations count larger units, and shift addresses to granules before they use them.
+            # Some generations count in larger units, and shift addresses to granules before they use them.
             shift = source.bit_length() - HBM.bit_length()
             number, offset = divmod((source >> shift) - HBM, HBM_STRIDE)
             offset <<= shift

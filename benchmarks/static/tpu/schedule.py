@@ -1,9 +1,9 @@
-"""What the TPU compiler scheduled, read from its listings: pure functions of text.
+"""Parses the TPU compiler's listings of a kernel's schedule.
 
 A TPU's tensor core executes one bundle of instructions a cycle. `packed-bundles-post-ra` lists the bundles of a kernel
-as they are executed, empty ones included; `pre-delay_hlo-static-per-bundle-utilization` has a row for each, with how
-many slots of each unit it uses; the `vmem_report` says what lies in VMEM. Only scalar instructions and transfers are
-parsed: they decide which bundles run how often. Of vector instructions the utilization says enough.
+as they are executed, including empty ones; `pre-delay_hlo-static-per-bundle-utilization` has a row for each bundle with
+the slots of each unit that it uses; the `vmem_report` has the use of VMEM. Only scalar instructions and transfers are
+parsed, because they decide how often each bundle runs; vector instructions appear in the utilization alone.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import re
 from typing import Final
 
 _HEADER: Final = re.compile(r"^ *(?:0x[0-9a-f]+|0)\s+(?:(?P<label>[A-Z]{2}))?\s*:[ \t]?(?P<depth>>*) ?\{", re.MULTILINE)
-# Names of arguments are comments too, and the only ones that are kept out of the way silently.
 _COMMENT: Final = re.compile(r"/\*.*?\*/", re.DOTALL)
 _PREDICATE: Final = re.compile(r"\((?P<not>!)?(?P<name>%p\w+)(?:, (?P<otherwise>%\w+))?\),?")
 _TARGET: Final = re.compile(r"target bundleno = (\d+)")
 _SCALAR_RESULT: Final = re.compile(r"%[sp]\d+_[sp]\d+$")
 _CONSTANT: Final = re.compile(r"\((?P<not>!?)(?P<value>[01])\),\s*")
 _EFFECTS: Final = ("sbr", "sst", "dma.", "sdivrem", "vsync", "vwait")
-"""What the opcodes of those other instructions that matter begin with."""
+"""Prefixes of opcodes of instructions that matter although they have no scalar result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Predicate:
     """The condition of an instruction.
 
     Attributes:
-      name: of the predicate, "%p12_p3".
-      negated: whether the instruction is executed where it is false.
-      otherwise: what the destination becomes where the instruction is not executed; None leaves it as it is.
+      name: name of the predicate, "%p12_p3".
+      negated: whether the instruction is executed if the predicate is false.
+      otherwise: value of the destination if the instruction is not executed; None leaves it unchanged.
     """
 
     name: str
@@ -44,11 +43,11 @@ class Instruction:
     """An instruction of the scalar unit, or one that starts a transfer or waits for one.
 
     Attributes:
-      opcode: "sadd.s32", "dma.hbm_to_vmem", …
-      destination: the name of its result, or "".
-      operands: names, numbers and addresses as they are listed.
-      predicate: its condition, if any.
-      comment: what the compiler remarks.
+      opcode: its opcode, "sadd.s32" or "dma.hbm_to_vmem" for example.
+      destination: name of its result, or "".
+      operands: names, numbers and addresses as listed.
+      predicate: its condition, or None.
+      comment: the compiler's remarks.
     """
 
     opcode: str
@@ -59,19 +58,19 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The bundle to which it branches."""
+        """Number of the bundle that it branches to, or None."""
         found = _TARGET.search(self.operands[0]) if self.opcode.startswith("sbr") and self.operands else None
         return int(found[1]) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What is executed in one cycle.
+    """The instructions of one cycle.
 
     Attributes:
-      label: "LB" where the body of a loop begins, "PF" after a conditional, …
-      depth: how many loops it is in.
-      instructions: of the scalar unit and of transfers.
+      label: "LB" at the beginning of a loop's body, "PF" after a conditional, …
+      depth: number of loops around it.
+      instructions: its scalar instructions and transfers.
     """
 
     label: str
@@ -80,7 +79,7 @@ class Bundle:
 
     @property
     def branch(self) -> Instruction | None:
-        """Its branch, if it has one."""
+        """Its branch, or None."""
         return next((one for one in self.instructions if one.target is not None), None)
 
 
@@ -89,11 +88,11 @@ class ScheduleLoop:
     """A loop of the schedule.
 
     Attributes:
-      first: its first bundle.
-      last: its last one.
-      depth: how many loops it is in, itself included.
-      trips: how often it is gone through each time, where the listing says so; a grid's pipeline takes two trips more
-        than the grid has steps.
+      first: number of its first bundle.
+      last: number of its last bundle.
+      depth: nesting depth, 1 for an outermost loop.
+      trips: trips of an execution, if the listing has them; the pipeline of a grid takes two more than the grid has
+        steps.
     """
 
     first: int
@@ -104,12 +103,12 @@ class ScheduleLoop:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """An instruction that moves memory.
+    """An instruction that starts a transfer.
 
     Attributes:
-      bundle: where it is.
+      bundle: number of its bundle.
       direction: "hbm_to_vmem", "vmem_to_hbm", …
-      granules: its size in the chip's granules; None where it is decided at run time.
+      granules: its size in the chip's granules; None if decided at run time.
     """
 
     bundle: int
@@ -119,13 +118,13 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A kernel as it is executed.
+    """The schedule of a kernel.
 
     Attributes:
-      bundles: in order.
-      units: "MXU", "VALU", "SALU", …
-      capacity: slots that a bundle has of each unit.
-      use: for each bundle, how many slots of each unit it uses.
+      bundles: bundles in order.
+      units: names of units, "MXU", "VALU", "SALU", …
+      capacity: slots of each unit in a bundle.
+      use: for each bundle, the slots of each unit that it uses.
       delay_slots: bundles after a branch that are executed whether it is taken or not.
     """
 
@@ -136,7 +135,7 @@ class Schedule:
     delay_slots: int
 
     def loops(self) -> list[ScheduleLoop]:
-        """Its loops, by where they begin, outer ones first."""
+        """Returns the loops by their first bundles, outer ones first."""
         found = []
         for number, bundle in enumerate(self.bundles):
             branch = bundle.branch
@@ -148,7 +147,7 @@ class Schedule:
         return sorted(found, key=lambda loop: (loop.first, -loop.last))
 
     def transfers(self) -> list[Transfer]:
-        """Its transfers, in order."""
+        """Returns the transfers in order."""
         return [
             Transfer(number, one.opcode.removeprefix("dma."), _integer(transfer_size(one)))
             for number, bundle in enumerate(self.bundles)
@@ -157,7 +156,7 @@ class Schedule:
         ]
 
     def spills(self) -> tuple[int, int]:
-        """Slots of stores to, and of loads from, the place for vectors that do not fit into registers."""
+        """Returns the slots of vector stores and of vector loads for register spills."""
         sums = [sum(column) for column in zip(*self.use, strict=True)] or [0] * len(self.units)
         by_unit = dict(zip(self.units, sums, strict=True))
         return by_unit.get("VSTORE:SPILL", 0), by_unit.get("VLOAD:FILL", 0)
@@ -169,21 +168,21 @@ def is_transfer(instruction: Instruction) -> bool:
 
 
 def transfer_size(instruction: Instruction) -> str:
-    """The operand of a transfer that gives its size in granules: a number or a register."""
-    place = 4 if instruction.opcode == "dma.smem_to_host_iova" else 1
-    return instruction.operands[place]
+    """Returns the operand of a transfer that gives its size in granules: a number or a register."""
+    number = 4 if instruction.opcode == "dma.smem_to_host_iova" else 1
+    return instruction.operands[number]
 
 
 def parse_schedule(bundles: str, utilization: str, delay_slots: int) -> Schedule:
-    """Reads a kernel's listings.
+    """Parses a kernel's listings.
 
     Args:
-      bundles: the text of `packed-bundles-post-ra`.
-      utilization: the text of `pre-delay_hlo-static-per-bundle-utilization`.
-      delay_slots: of the chip.
+      bundles: text of `packed-bundles-post-ra`.
+      utilization: text of `pre-delay_hlo-static-per-bundle-utilization`.
+      delay_slots: delay slots of the chip's branches.
 
     Raises:
-      ValueError: they are not what the compiler is known to write.
+      ValueError: the listings are not in the known form.
     """
     parsed = parse_bundles(bundles)
     units, capacity, use = parse_utilization(utilization)
@@ -193,7 +192,7 @@ def parse_schedule(bundles: str, utilization: str, delay_slots: int) -> Schedule
 
 
 def parse_bundles(text: str) -> tuple[Bundle, ...]:
-    """Reads `packed-bundles-post-ra`."""
+    """Parses `packed-bundles-post-ra`."""
     headers = list(_HEADER.finditer(text))
     if not headers:
         raise ValueError("the listing has no bundles")
@@ -207,7 +206,7 @@ def parse_bundles(text: str) -> tuple[Bundle, ...]:
 
 
 def parse_utilization(text: str) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Reads `pre-delay_hlo-static-per-bundle-utilization`: units, their capacity, and a row for each bundle."""
+    """Parses `pre-delay_hlo-static-per-bundle-utilization` to units, their capacity, and a row for each bundle."""
     head, _, body = text.partition("== UTILIZATION:\n")
     lines = head.strip().splitlines()
     if len(lines) != 3 or not body:
@@ -218,7 +217,7 @@ def parse_utilization(text: str) -> tuple[tuple[str, ...], tuple[int, ...], tupl
 
 
 def parse_vmem_report(html: str) -> dict[str, int]:
-    """Reads a `vmem_report`: bytes of VMEM that each kernel takes, by its name."""
+    """Parses a `vmem_report` to the bytes of VMEM that each kernel takes, by name."""
     _, found, data = html.partition("const DATA =")
     if not found:
         raise ValueError("the VMEM report has no data")
@@ -227,7 +226,7 @@ def parse_vmem_report(html: str) -> dict[str, int]:
 
 
 def _instructions(content: str) -> list[Instruction]:
-    # Comments may contain anything, braces and semicolons included; they are put back by number.
+    # Comments may contain braces and semicolons, so they are replaced by numbers while the text is split.
     comments: list[str] = []
 
     def keep(match: re.Match[str]) -> str:
@@ -240,7 +239,7 @@ def _instructions(content: str) -> list[Instruction]:
     for text in content.split(" ;; "):
         numbers = re.findall(r"\0(\d+)\0", text)
         text = re.sub(r"\0\d+\0", "", text).strip()
-        # Names of arguments, as in /*hbm=*/, say nothing that the place does not say.
+        # Names of arguments, as in /*hbm=*/, are left out.
         comment = " ".join(comments[int(n)] for n in numbers if not comments[int(n)].endswith("="))
         instruction = _instruction(text, comment)
         if instruction is not None:
@@ -262,7 +261,7 @@ def _instruction(text: str, comment: str) -> Instruction | None:
         rest = rest[: found.start()] + rest[found.end() :]
     constant = _CONSTANT.search(rest) if opcode.startswith("dma.") else None
     if constant:
-        # A transfer of which the compiler knows whether it takes place, and keeps it all the same.
+        # The condition is a constant: the transfer always takes place, or never.
         if (constant["value"] == "1") == bool(constant["not"]):
             return None
         rest = rest[: constant.start()] + rest[constant.end() :]
@@ -273,7 +272,7 @@ def _instruction(text: str, comment: str) -> Instruction | None:
         address, _, value = rest.strip().rpartition("]")
         operands = [address + "]", value.strip()]
     elif opcode.startswith("inlined_call_operand"):
-        # What it is, in words: "[shape: s32[8], index: 1, kind: input, shape index: {}]".
+        # A description: "[shape: s32[8], index: 1, kind: input, shape index: {}]".
         operands = [rest.strip()]
     else:
         operands = [operand.strip() for operand in rest.split(",")] if rest.strip() else []

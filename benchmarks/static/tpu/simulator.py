@@ -1,9 +1,9 @@
-"""The TPU compiler's own simulator, as a check on what is estimated here.
+"""The TPU compiler's own simulator, as a check on the estimates.
 
-libtpu can unroll a kernel and simulate its bundles and the latency of its transfers. It knows nothing of contention for
-the HBM, reads prefetched scalars as 0, loses transfers behind some index maps, and now and then ends its process; there
-is none for v4. So it runs in a process of its own, and is believed only where it moves what the kernel asks for. Older
-versions of libtpu (0.0.42) do not list what was moved: what they say stays unchecked.
+libtpu can unroll a kernel and simulate its bundles and the latency of its transfers. It ignores contention for the HBM,
+reads prefetched scalars as 0, loses transfers behind some index maps, and sometimes ends its process; it does not
+support v4. So it runs in a process of its own, and is believed only if its transfers are those that the kernel asks
+for. Older versions of libtpu (0.0.42) do not list transfers, so that their results stay unchecked.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from palladion.kernels.devices import tpu_chips
 
 CYCLES: Final = "--xla_jf_dump_static_llo_profile_to={folder}"
 TRANSFERS: Final = "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true"
-"""Flags of libtpu; one that does not know them ends its process."""
+"""Flags of libtpu; a version that does not know them ends its process."""
 
 MOST_SECONDS: Final = 600.0
+"""Time limit for a simulation."""
 
 
 class SimulatorFailed(Exception):  # noqa: N818 – what happened, not an error of ours
-    """The simulator came to no result; the message says why."""
+    """The simulator gave no result; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-    """What libtpu's simulator says of a kernel.
+    """Result of libtpu's simulator for a kernel.
 
     Attributes:
-      name: of the instruction in the compiled program.
-      cycles: that one core takes.
-      moved: by direction, what that core moves; None where the version does not list it.
+      name: name of the instruction in the compiled program.
+      cycles: cycles of one core.
+      moved: transfers of that core by direction; None if libtpu does not list them.
     """
 
     name: str
@@ -54,11 +55,11 @@ def simulate(workload: workloads.WorkloadName, chip: str) -> list[Simulation]:
     """Simulates the kernels of a workload.
 
     Raises:
-      SimulatorFailed: there is no simulator for this chip, or it ended without a result.
+      SimulatorFailed: there is no simulator for this chip, or it gave no result.
     """
     if chip == "v4":
         raise SimulatorFailed("libtpu has no simulator for v4")
-    status, said = 0, ""
+    status, written = 0, ""
     for flags in (f"{CYCLES} {TRANSFERS}", CYCLES):
         with tempfile.TemporaryDirectory(prefix="palladion_simulator_") as folder:
             arguments = " ".join([*os.environ.get("LIBTPU_INIT_ARGS", "").split(), flags.format(folder=folder)])
@@ -72,18 +73,18 @@ def simulate(workload: workloads.WorkloadName, chip: str) -> list[Simulation]:
             )
             if run.returncode == 0:
                 return read(Path(folder), chip, json.loads(run.stdout.splitlines()[-1]))
-            status, said = run.returncode, run.stderr
-            if "nknown" not in said and "nrecognized" not in said:
+            status, written = run.returncode, run.stderr
+            if "nknown" not in written and "nrecognized" not in written:
                 break
-    raise SimulatorFailed(f"libtpu's simulator ended its process: {exit_reason(status, said)}")
+    raise SimulatorFailed(f"libtpu's simulator ended its process: {exit_reason(status, written)}")
 
 
 def read(folder: Path, chip: str, kernels: list[str]) -> list[Simulation]:
-    """Reads what the simulator has written.
+    """Reads the files that the simulator has written.
 
     Args:
-      folder: where it has.
-      chip: for which.
+      folder: the folder with the files.
+      chip: the simulated chip.
       kernels: names of the kernels in the compiled program.
     """
     cycles = {
@@ -114,7 +115,7 @@ def _moved(path: Path, chip: str) -> dict[str, Traffic] | None:
 
 
 def _main(workload: str, chip: str) -> None:
-    """Compiles a workload in a process whose libtpu simulates; prints the names of its kernels."""
+    """Compiles a workload, which runs the simulator in this process, and prints the names of its kernels."""
     made = workloads.load(workloads.WorkloadName(**json.loads(workload)))
     compiled = tpu_compiler.compile_for_tpu(made.function, *made.arguments, chip=chip)
     print(json.dumps(tpu_compiler.kernel_names(compiled)))

@@ -1,4 +1,4 @@
-"""What is known of kernels for TPUs, as `table.py` shows it."""
+"""The table of TPU kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.examiner import Examination
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
-from palladion.benchmarks.static.tpu.roofline import KernelReport, agree
+from palladion.benchmarks.static.tpu.report import KernelReport, agree
 from palladion.benchmarks.static.tpu.simulator import Simulation
 from palladion.kernels.devices import tpu_chips
 
@@ -27,10 +27,10 @@ HEADINGS: Final = (
     ("VMEM MiB", 10),
     ("spills", 13),
 )
-"""Columns, and how wide they are; the kernel's name and grid follow."""
+"""Names and widths of the columns; the kernel's name and grid follow."""
 
 WAITS: Final = {"hbm_to_vmem": "reads", "vmem_to_hbm": "writes", "hbm_to_smem": "scalars"}
-"""What a core waits for, by the direction of transfers."""
+"""Names of what a core waits for, by direction of transfers."""
 
 LEGEND: Final = """\
 All times are estimated from the compiled schedule; nothing was measured.
@@ -44,20 +44,20 @@ All times are estimated from the compiled schedule; nothing was measured.
   spills     vector stores and loads in the listing for want of registers"""
 
 
-def _notes(report: KernelReport, row: Examination) -> Iterable[str]:
-    """What else there is to say of a kernel."""
-    said = []
+def _notes(report: KernelReport, found: Examination) -> Iterable[str]:
+    """Returns remarks on a kernel."""
+    notes = []
     if report.unknown is not None:
-        said.append(f"times are UNKNOWN: {report.unknown}")
+        notes.append(f"times are UNKNOWN: {report.unknown}")
     if report.chip.cores > 1 and report.cores == 1:
-        said.append(f"works on one of the device's {report.chip.cores} cores")
+        notes.append(f"works on one of the device's {report.chip.cores} cores")
     if report.agrees is False:
-        said.append(f"asks for {_moved(report.asked)}, but is compiled to {_moved(report.moved)}")
-    return [*said, *about_times(report.times), *_simulated(report, row.simulations)]
+        notes.append(f"asks for {_moved(report.asked)}, but is compiled to {_moved(report.moved)}")
+    return [*notes, *about_times(report.times), *_simulated(report, found.simulations)]
 
 
 def believed(report: KernelReport, simulation: Simulation) -> bool | None:
-    """Whether libtpu's simulator moves what the kernel asks for; None where that cannot be told."""
+    """Whether libtpu's simulator makes the transfers that the kernel's source asks for; None if not known."""
     if simulation.moved is None or report.asked is None:
         return None
     cores = report.cores
@@ -65,17 +65,21 @@ def believed(report: KernelReport, simulation: Simulation) -> bool | None:
 
 
 def _simulated(report: KernelReport, simulations: tuple[Simulation, ...] | str | None) -> list[str]:
+    """Returns a remark on the simulator's result."""
     if simulations is None or isinstance(simulations, str):
         return [simulations] if simulations else []
-    of = next((one for one in simulations if one.name == report.instruction), None)
-    if of is None:
+    simulation = next((one for one in simulations if one.name == report.instruction), None)
+    if simulation is None:
         return ["libtpu's simulator: no result"]
-    answer, time = believed(report, of), microseconds(of.cycles / report.chip.clock_hertz)
+    answer, time = believed(report, simulation), microseconds(simulation.cycles / report.chip.clock_hertz)
     if answer is None:
         return [f"libtpu's simulator says {time} µs, but not what it moves: not believed"]
     if not answer:
-        return [f"libtpu's simulator is not believed: it moves {_moved(of.moved)} where {_moved(report.asked)} are due"]
-    ratio = "" if report.cycles is None else f", the estimate is {report.cycles / of.cycles:.2f} times that"
+        return [
+            f"libtpu's simulator is not believed: it moves {_moved(simulation.moved)} "
+            f"where {_moved(report.asked)} are due"
+        ]
+    ratio = "" if report.cycles is None else f", the estimate is {report.cycles / simulation.cycles:.2f} times that"
     return [f"libtpu's simulator, which knows no contention: {time} µs{ratio}"]
 
 
@@ -90,13 +94,13 @@ def _figures(report: KernelReport) -> dict[str, Any]:
     }
 
 
-def _simulations(row: Examination) -> dict[str, Any]:
-    if not isinstance(row.simulations, tuple):
-        return {"simulations": row.simulations}
-    by_name = {report.instruction: report for report in row.reports if isinstance(report, KernelReport)}
+def _simulations(found: Examination) -> dict[str, Any]:
+    if not isinstance(found.simulations, tuple):
+        return {"simulations": found.simulations}
+    by_name = {report.instruction: report for report in found.reports if isinstance(report, KernelReport)}
     return {
         "simulations": [
-            dataclasses.asdict(one) | {"believed": believed(by_name[one.name], one)} for one in row.simulations
+            dataclasses.asdict(one) | {"believed": believed(by_name[one.name], one)} for one in found.simulations
         ]
     }
 
@@ -167,7 +171,7 @@ TABLE: Final = Table(
     notes=_notes,
     fields=_record,
     figures_of=_figures,
-    about_row=_simulations,
+    about=_simulations,
     roof=_roof,
     bytes_per_cycle=_intensity,
 )

@@ -1,8 +1,8 @@
-"""Transfers between HBM and the memories of a core, and the semaphores that say when they are done: a model in cycles.
+"""A model of the transfers between HBM and a core's memories, in cycles.
 
-Transfers of a core go through HBM one after the other, each at the full rate; a transfer is done when its last byte has
-gone through and the latency has passed. So small transfers cost their latency where the kernel waits for each, and
-their bytes where it does not.
+Transfers of a core pass through HBM one after the other, each at the full rate. A transfer is done a latency after its
+last byte has passed, and then signals its semaphore. So a small transfer costs its latency if the kernel waits for each
+one, and only its bytes if it does not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Final
 from palladion.benchmarks.static.opaque import Undecided
 
 WORDS: Final = 2**32
+"""Number of values of a 32-bit word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How fast transfers are.
+    """Speed of transfers.
 
     Attributes:
-      bytes_per_cycle: of HBM, for one core.
-      latency_cycles: from the last byte of a transfer to its arrival.
-      granule_bytes: unit in which sizes are given.
+      bytes_per_cycle: HBM bandwidth of one core.
+      latency_cycles: cycles from the last byte of a transfer to its completion.
+      granule_bytes: unit of transfer sizes.
     """
 
     bytes_per_cycle: float
@@ -33,11 +34,11 @@ class Rate:
 
 @dataclasses.dataclass
 class Traffic:
-    """Transfers of one direction.
+    """Transfers in one direction.
 
     Attributes:
-      transfers: how many.
-      bytes: in all of them.
+      transfers: number of transfers.
+      bytes: bytes of all transfers together.
     """
 
     transfers: int = 0
@@ -54,20 +55,20 @@ class Transfers:
     """The transfers that a core starts and waits for.
 
     Attributes:
-      moved: by direction ("hbm_to_vmem", …), what was moved.
-      stalls: by direction, cycles that the core has waited for transfers.
+      moved: transfers by direction ("hbm_to_vmem", …).
+      stalls: cycles that the core has waited for transfers, by direction.
     """
 
     def __init__(self, rate: Rate):
         self.moved: dict[str, Traffic] = collections.defaultdict(Traffic)
         self.stalls: dict[str, float] = collections.defaultdict(float)
         self._rate = rate
-        self._free = 0.0  # when the HBM has time again
-        # For each semaphore what comes, in order of time: [time, amount, direction].
-        self._coming: dict[int, collections.deque[tuple[float, int, str]]] = collections.defaultdict(collections.deque)
+        self._free = 0.0  # cycle at which the HBM is idle again
+        # Signals of each semaphore in order of time: (time, amount, direction).
+        self._signals: dict[int, collections.deque[tuple[float, int, str]]] = collections.defaultdict(collections.deque)
 
     def start(self, now: float, direction: str, granules: int, semaphore: int) -> None:
-        """Starts a transfer, which signals the semaphore with its size when it is done."""
+        """Starts a transfer, which adds its size to the semaphore when it is done."""
         size = granules * self._rate.granule_bytes
         moved = self.moved[direction]
         moved.transfers += 1
@@ -76,12 +77,12 @@ class Transfers:
         if "hbm" in direction:
             done = max(now, self._free) + size / self._rate.bytes_per_cycle
             self._free = done
-        self._coming[semaphore].append((done + self._rate.latency_cycles, granules, direction))
+        self._signals[semaphore].append((done + self._rate.latency_cycles, granules, direction))
 
     def wait(self, now: float, semaphore: int, amount: int) -> float:
-        """Waits until the semaphore has been signalled so much; returns when that is."""
+        """Waits until the semaphore has that amount; returns the cycle at which it has."""
         missing = amount
-        for time, signalled, direction in self._coming[semaphore]:
+        for time, signalled, direction in self._signals[semaphore]:
             missing -= signalled
             if missing <= 0:
                 if time > now:
@@ -93,18 +94,18 @@ class Transfers:
         return now
 
     def add(self, now: float, semaphore: int, amount: int) -> None:
-        """Adds to a semaphore, or takes from it: amounts are 32-bit numbers, negative ones wrapped around."""
-        coming = self._coming[semaphore]
+        """Adds an amount to a semaphore, or subtracts one: amounts are 32-bit words in two's complement."""
+        signals = self._signals[semaphore]
         if amount < WORDS // 2:
-            coming.append((now, amount, "signal"))
+            signals.append((now, amount, "signal"))
             return
-        left = WORDS - amount
-        while left > 0 and coming:
-            time, signalled, direction = coming.popleft()
-            if signalled > left:
-                coming.appendleft((time, signalled - left, direction))
-            left -= signalled
+        remaining = WORDS - amount
+        while remaining > 0 and signals:
+            time, signalled, direction = signals.popleft()
+            if signalled > remaining:
+                signals.appendleft((time, signalled - remaining, direction))
+            remaining -= signalled
 
     def reset(self, semaphore: int) -> None:
         """Sets a semaphore to zero."""
-        self._coming[semaphore].clear()
+        self._signals[semaphore].clear()

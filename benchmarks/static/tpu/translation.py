@@ -1,11 +1,11 @@
-"""Translates the scalar instructions of a schedule into Python: each block of bundles without a branch is a function.
+"""Translates the scalar instructions of a schedule to Python: a function for each block of bundles without a branch.
 
-The functions share global variables, one for each scalar: listed names are unique ("%s31_s20" becomes `s31`), so that
-no write comes too early, whatever the latency of what wrote it. Where paths meet, `sphi` takes what was last written to
-the register ("R_s20"). What is computed for vectors, addresses and checks alone is left out.
+The functions share global variables, one for each scalar. Listed names are unique ("%s31_s20" becomes `s31`), so that
+no write comes too early, whatever the latency of its instruction. Where paths meet, `sphi` takes what was last written
+to the register ("R_s20"). Scalars that are only used for vectors, addresses and assertions are left out.
 
-A block returns the number of the next one. Instructions that do more than to compute call functions that whoever runs
-the code provides: `load`, `store`, `copy`, `start`, `wait`, `add`, `reset`, `operand`; see `scalar_core.py`.
+A block returns the number of the next one. Instructions with effects call functions that `scalar_core.py` provides:
+`load`, `store`, `copy`, `start`, `wait`, `add`, `reset` and `operand`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MASK: Final = 2**32 - 1
 
 HBM: Final = 2**60
 HBM_STRIDE: Final = 2**40
-"""Operand n begins at HBM + n * HBM_STRIDE: an address says which operand it is in, whatever it is shifted by."""
+"""Operand n begins at HBM + n * HBM_STRIDE, so that an address tells its operand even when it is shifted."""
 
 ALLOCATION_STRIDE: Final = 2**20
-"""Allocation n begins at (n + 1) times this."""
+"""Distance between allocations: number n begins at (n + 1) times this."""
 
 # Expressions over operands {0}, {1}, {2}; scalars are unsigned 32-bit numbers, predicates are 0 or 1.
 _ARITHMETIC: Final = {
@@ -59,16 +59,16 @@ _NAME: Final = re.compile(r"%([sp]\d+)_[sp]\d+")
 
 
 class Translation:
-    """A schedule as Python.
+    """A schedule, translated to Python.
 
     Args:
-      schedule: of the kernel.
+      schedule: the kernel's schedule.
 
     Attributes:
-      blocks: runs of bundles that are executed together: the first of each, and the one after its last.
+      blocks: for each block of bundles its first bundle, and the one after its last.
 
     Raises:
-      Undecided: it branches in a way that is not known here.
+      Undecided: a branch is not understood.
     """
 
     def __init__(self, schedule: Schedule):
@@ -77,7 +77,7 @@ class Translation:
         self._defined = {
             one.destination: one for bundle in schedule.bundles for one in bundle.instructions if one.destination
         }
-        # What is kept in the memory of scalars for want of registers.
+        # Scalars that are spilled to SMEM.
         self._stored = {
             one.operands[0]: one.operands[1]
             for bundle in schedule.bundles
@@ -86,7 +86,7 @@ class Translation:
         }
 
     def source(self) -> str:
-        """Python for all blocks: `block_0` and so on."""
+        """Returns the functions of all blocks, `block_0` and so on, as source code."""
         by_first = {first: number for number, (first, _) in enumerate(self.blocks)}
         needed = self._needed()
         merged = {
@@ -122,7 +122,7 @@ class Translation:
         return "\n".join(lines)
 
     def _needed(self) -> set[str]:
-        """Results on which branches, transfers, waits and the memory of scalars depend."""
+        """Returns the scalars on which branches, transfers, waits and SMEM depend."""
         needed: set[str] = set()
         todo = [
             name
@@ -151,7 +151,7 @@ class Translation:
         return names
 
     def _statements(self, one: Instruction, offset: int, merged: set[str]) -> list[str]:
-        """Python for an instruction, `offset` bundles after the beginning of its block."""
+        """Translates an instruction that is `offset` bundles after the beginning of its block."""
         effect = self._effect(one, offset)
         if effect is not None:
             condition = _condition(one)
@@ -170,7 +170,7 @@ class Translation:
         return ["\n".join(lines)]
 
     def _effect(self, one: Instruction, offset: int) -> str | None:
-        """Python for an instruction that does something else than to compute a scalar."""
+        """Translates an instruction with an effect; returns None for one that only computes a scalar."""
         now, operands = f"now + {offset}" if offset else "now", one.operands
         if one.opcode == "sst":
             return f"store({_condition(one)}, {_address(operands[0])}, {_operand(operands[1])})"
@@ -192,7 +192,7 @@ class Translation:
         return None
 
     def _value(self, one: Instruction) -> str:
-        """A Python expression for the result of an instruction."""
+        """Returns a Python expression for the result of an instruction."""
         if one.opcode.startswith("inlined_call_operand"):
             return _argument(one)
         operands = [_operand(operand) for operand in one.operands]
@@ -200,10 +200,10 @@ class Translation:
             return _ARITHMETIC[one.opcode].format(*operands)
         kind, _, rest = one.opcode.partition(".")
         if kind == "scmp":
-            comparison, _, of = rest.partition(".")
-            if of == "u32.totalorder":
+            comparison, _, order = rest.partition(".")
+            if order == "u32.totalorder":
                 return f"{operands[0]} {_COMPARE[comparison]} {operands[1]}"
-            if of == "s32.totalorder":
+            if order == "s32.totalorder":
                 equality = comparison in ("eq", "ne")
                 a, b = operands if equality else [f"({operand} ^ 0x80000000)" for operand in operands]
                 return f"{a} {_COMPARE[comparison]} {b}"
@@ -227,7 +227,7 @@ class Translation:
         return f"{self._space(one.operands[0])}_to_{self._space(one.operands[2])}"
 
     def _space(self, name: str) -> str:
-        """In which memory the address is that a register holds."""
+        """Returns the memory that the address in a register refers to."""
         found = self._defined.get(name)
         if found is None or not found.operands:
             return "unknown"
@@ -242,7 +242,7 @@ class Translation:
 
 
 def _blocks(schedule: Schedule) -> list[tuple[int, int]]:
-    """Runs of bundles that are executed together: the first of each, and the one after its last."""
+    """Returns the first bundle of each block, and the one after its last."""
     starts, ends_by_branch = {0}, []
     for number, bundle in enumerate(schedule.bundles):
         branch = bundle.branch
@@ -259,15 +259,15 @@ def _blocks(schedule: Schedule) -> list[tuple[int, int]]:
 
 
 def _in_order(bundle: Bundle) -> list[Instruction]:
-    """Instructions such that those which need a result of the same bundle come after it."""
+    """Orders the instructions of a bundle such that each comes after those whose results it uses."""
     defined = {one.destination for one in bundle.instructions if one.opcode != "sphi"}
     ordered = [one for one in bundle.instructions if one.opcode == "sphi"]
-    left = [one for one in bundle.instructions if one.opcode != "sphi"]
-    while left:
-        waiting = {one.destination for one in left}
-        ready = [one for one in left if not (_used(one) & defined & waiting - {one.destination})] or left[:1]
+    pending = [one for one in bundle.instructions if one.opcode != "sphi"]
+    while pending:
+        waiting = {one.destination for one in pending}
+        ready = [one for one in pending if not (_used(one) & defined & waiting - {one.destination})] or pending[:1]
         ordered += ready
-        left = [one for one in left if one not in ready]
+        pending = [one for one in pending if one not in ready]
     return ordered
 
 
@@ -287,7 +287,7 @@ def _has_effect(one: Instruction) -> bool:
 
 
 def _semaphore(one: Instruction) -> str:
-    """The operand of a transfer that names the semaphore to signal."""
+    """Returns the operand of a transfer that names its semaphore."""
     return one.operands[3]
 
 
@@ -299,7 +299,7 @@ def _condition(one: Instruction) -> str:
 
 
 def _argument(one: Instruction) -> str:
-    """Where an argument of the kernel lies, or its value where it is passed in a register."""
+    """Returns the address of a kernel's argument, or its value if it is passed in a register."""
     found = re.search(r"index: (\d+), kind: (\w+)", one.operands[0])
     if found and found[2] == "input":
         by_value = one.operands[0].startswith("memory space>")  # inlined_call_operand.<no memory space>
@@ -323,7 +323,7 @@ def _register(name: str) -> str:
 
 
 def _operand(text: str) -> str:
-    """A number, a register or an address."""
+    """Translates a number, a register or an address."""
     if text.startswith("["):
         return _address(text)
     if _NAME.match(text):
@@ -334,7 +334,7 @@ def _operand(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    """An address such as `[smem:[#allocation5 + $0x4]]`, `[#allocation8]` or a register."""
+    """Translates an address such as `[smem:[#allocation5 + $0x4]]`, `[#allocation8]` or a register."""
     inner = text.replace("smem:", "").replace("[", "").replace("]", "").replace("sflag:", "")
     parts = []
     for part in inner.split(" + "):
