@@ -23,8 +23,8 @@ from palladion.benchmarks.measure.bench import DeviceLostError
 from palladion.benchmarks.measure.costs import MeasuredCost, certain_gain
 from palladion.benchmarks.measure.operations import OPERATIONS, Operation, Verdict
 from palladion.benchmarks.measure.parallel import side_by_side
+from palladion.benchmarks.measure.samples import Samples
 from palladion.benchmarks.measure.search import RejectedError, Trial, search, winner
-from palladion.benchmarks.measure.timing import Samples
 from palladion.kernels import tuning
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention import triton

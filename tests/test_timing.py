@@ -16,7 +16,8 @@ import pytest
 
 from palladion.benchmarks.measure import profile, timing
 from palladion.benchmarks.measure.parallel import side_by_side
-from palladion.benchmarks.measure.timing import CallRunner, JaxRunner, Samples, measure, quantile, ratio
+from palladion.benchmarks.measure.samples import Samples, quantile, ratio
+from palladion.benchmarks.measure.timing import CallRunner, JaxRunner, measure
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 

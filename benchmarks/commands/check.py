@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Checks the cases; prints those that are not right, and the counts."""
     chosen = list(OPERATIONS.values()) if arguments.operation is None else [operation(arguments.operation)]
-    known = {row.name for one in chosen for row in one.table if row.platform is not None}
+    known = {kernel.name for one in chosen for kernel in one.table if kernel.platform is not None}
     for name in arguments.backends or ():
         check(name in known, "--backends", name, ", ".join(sorted(known)))
     check(arguments.workers >= 1, "--workers", arguments.workers, "at least 1")
@@ -66,22 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
     workers = 1 if arguments.interpret else arguments.workers
     jobs = [functools.partial(_check_case, one, case, arguments, deadline) for one, case in tasks]
     with records.Writer(arguments.json, provenance, limits) as writer:
-        for (one, case), rows in zip(tasks, side_by_side(jobs, workers), strict=True):
-            if isinstance(rows, bench.DeviceLostError):
-                print(f"{one.name} {case.name}: {rows}\nNothing can be checked after it in this process")
+        for (one, case), found in zip(tasks, side_by_side(jobs, workers), strict=True):
+            if isinstance(found, bench.DeviceLostError):
+                print(f"{one.name} {case.name}: {found}\nNothing can be checked after it in this process")
                 if workers > 1:
                     print("It may be the fault of a case beside it: --workers=1 tells which")
                 return 1
-            if isinstance(rows, Exception):
-                raise rows
-            if rows is None:
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
                 continue
-            for row in rows:
-                writer.write(row)
-                right = row.status in ("ok", "untimed")
-                counts["right" if right else row.status] += 1
-                if row.status in ("wrong", "failed"):
-                    print(f"{one.name} {case.name}: {row.contender} {row.status}: {row.reason}", flush=True)
+            for measured in found:
+                writer.write(measured)
+                right = measured.status in ("ok", "untimed")
+                counts["right" if right else measured.status] += 1
+                if measured.status in ("wrong", "failed"):
+                    said = f"{measured.contender} {measured.status}: {measured.reason}"
+                    print(f"{one.name} {case.name}: {said}", flush=True)
             done += 1
             if done % 20 == 0:
                 report_progress(f"{done} of {len(tasks)} cases: {_summary(counts)}")

@@ -35,7 +35,7 @@ MOST_CHIPS: Final = 256
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What some chips can do with a model, calculated.
+    """A model on some chips: memory, step time and throughput, calculated from datasheets.
 
     Attributes:
       chip: name of the chips.

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     interrupted = False
     try:
         for found in examiner.examine_all(tasks, simulated=arguments.simulate):
-            examinations.append(found)  # before it is printed: whoever interrupts on reading it finds it in the files
+            examinations.append(found)  # before it is printed, so that an interruption keeps what was seen
             _print(table, found, examinations[:-1])
     except KeyboardInterrupt:
         interrupted = True

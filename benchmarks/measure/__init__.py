@@ -1,1 +1,1 @@
-"""How fast something is on this machine, and whether it is right."""
+"""Measurement of operations and models on this machine: accuracy and time."""

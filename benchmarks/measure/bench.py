@@ -54,7 +54,7 @@ class CompiledImplementation:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Who takes part in a measurement, and for how long.
+    """Options of a measurement: who takes part, and for how long.
 
     Attributes:
       backends: names of implementations. The reference always judges results; it is timed where it is named here.

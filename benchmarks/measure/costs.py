@@ -18,8 +18,9 @@ from palladion.benchmarks.measure.bench import compile_calls, one_line, warm_run
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, operation
 from palladion.benchmarks.measure.parallel import cores, side_by_side
+from palladion.benchmarks.measure.samples import Samples, ratio
 from palladion.benchmarks.measure.search import RejectedError
-from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, Samples, measure, ratio
+from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.workloads import with_scalars
 from palladion.kernels.backend import Implementation

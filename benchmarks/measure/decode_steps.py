@@ -12,7 +12,7 @@ import numpy as np
 
 from palladion.benchmarks.measure.model_shapes import ModelShape
 from palladion.benchmarks.measure.profile import device_times
-from palladion.benchmarks.measure.timing import Samples
+from palladion.benchmarks.measure.samples import Samples
 from palladion.kernels.devices import measured_bandwidth
 from palladion.kernels.tpu_layout import round_up
 from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions

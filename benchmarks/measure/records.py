@@ -16,22 +16,22 @@ import math
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from palladion.benchmarks.measure.timing import Samples
+from palladion.benchmarks.measure.samples import Samples
 
 Status = Literal["ok", "wrong", "failed", "skipped", "untimed"]
-"""What became of a contender.
+"""The outcome for a contender.
 
 "ok" was timed; "wrong" has a wrong result and was not timed; "failed" raised an error; "skipped" is not installed or
 does not cover the case; "untimed" is right, but its kernel was interpreted.
 """
 
 Provenance = dict[str, Any]
-"""Where and how something was measured, as `machine.provenance` returns it."""
+"""The origin of measurements, as `machine.provenance` returns it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a machine can do at best.
+    """The limits of a machine.
 
     Attributes:
       bandwidth: measured memory bandwidth, in bytes per second.

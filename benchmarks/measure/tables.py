@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from palladion.benchmarks.measure.records import Limits, Measurement
-from palladion.benchmarks.measure.timing import Samples, ratio
+from palladion.benchmarks.measure.samples import Samples, ratio
 from palladion.benchmarks.text import amount, duration
 
 HEADINGS: Final = (

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
@@ -21,6 +20,7 @@ from typing import Any, Final, Protocol
 import jax
 import jax.numpy as jnp
 
+from palladion.benchmarks.measure.samples import Samples
 from palladion.kernels.devices import READ_BYTES, cpu_compiler_options
 from palladion.reference.platforms import target_platform
 
@@ -45,9 +45,6 @@ PROGRAM_BYTES: Final = 2**30
 The fastest memory takes more than 150 µs to read them, and the host takes less to dispatch the next program.
 """
 
-NOISY: Final = 0.15
-"""Spread of the samples above which a measurement is called noisy."""
-
 
 class Runner(Protocol):
     """A contender that is compiled and warmed up.
@@ -62,59 +59,6 @@ class Runner(Protocol):
 
     def seconds(self, calls: int) -> float:
         """Runs at least `calls` calls, on different copies of the inputs in turn; returns the seconds of one call."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Times of a contender's calls.
-
-    Attributes:
-      seconds: seconds of a call, one entry for each sample, in the order in which they were taken.
-      calls: calls in a sample.
-    """
-
-    seconds: tuple[float, ...]
-    calls: int
-
-    @property
-    def median(self) -> float:
-        """Median of the samples, in seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def p20(self) -> float:
-        """20th percentile of the samples, in seconds."""
-        return quantile(self.seconds, 0.2)
-
-    @property
-    def p80(self) -> float:
-        """80th percentile of the samples, in seconds."""
-        return quantile(self.seconds, 0.8)
-
-    @property
-    def spread(self) -> float:
-        """(p80 - p20) / median."""
-        return (self.p80 - self.p20) / self.median
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the samples differ so much that their median says little."""
-        return self.spread > NOISY
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Returns the value below which a share of the values lies, linearly interpolated."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def ratio(numerator: Samples, denominator: Samples) -> float:
-    """Returns how many times as long a call takes as another: the median over the rounds that both took part in."""
-    pairs = zip(numerator.seconds, denominator.seconds, strict=False)
-    return statistics.median(one / other for one, other in pairs)
 
 
 def measure(
@@ -188,7 +132,7 @@ def copies_of(nbytes: int, platform: str | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How calls are grouped into programs.
+    """The grouping of calls into programs.
 
     Attributes:
       width: calls in a program, one after the other, each with inputs of its own.

@@ -53,7 +53,7 @@ class KernelCall:
 
     @property
     def semantics(self) -> tuple[str, ...]:
-        """For each dimension of the grid "parallel" or "arbitrary"."""
+        """Semantics of each dimension of the grid, "parallel" or "arbitrary"."""
         given = getattr(self.parameters["compiler_params"], "dimension_semantics", None) or ()
         names = tuple(str(getattr(one, "value", one)).lower() for one in given)
         return names or ("arbitrary",) * len(self.grid)

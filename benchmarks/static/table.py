@@ -29,7 +29,7 @@ class Roof:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """How the reports of a platform are shown.
+    """The presentation of a platform's reports.
 
     Attributes:
       headings: names and widths of the columns; the kernel's name and grid follow.

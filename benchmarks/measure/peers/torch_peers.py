@@ -1,4 +1,4 @@
-"""What torch offers, on the CPU or on the GPU that JAX works on."""
+"""Peers that come with torch, on the CPU or on the GPU that JAX uses."""
 
 from __future__ import annotations
 

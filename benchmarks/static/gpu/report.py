@@ -1,4 +1,4 @@
-"""What is known of a GPU kernel before it runs: its resources, and lower bounds of its time."""
+"""The report on a GPU kernel: its resources, and lower bounds of its time."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _ARGUMENT_STRIDE: Final = 2**44
 
 @dataclasses.dataclass(frozen=True)
 class TripCounts:
-    """How often the loops of a kernel run.
+    """Trip counts of a kernel's loops.
 
     Attributes:
       loops: the loops of the PTX, in the order of their first statements, outer ones first.

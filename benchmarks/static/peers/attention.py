@@ -23,7 +23,7 @@ from palladion.reference.caches import QUANTIZED_CACHE_DTYPES
 Workload = tuple[Callable[..., Any], tuple[Any, ...]]
 
 VMEM_SHARE: Final = 0.75
-"""Share of the chip's VMEM that is granted to kernels which have to be told."""
+"""Share of the chip's VMEM that is granted to kernels with a limit."""
 
 
 def _lengths(case: Case) -> np.ndarray:

@@ -257,7 +257,7 @@ _HANDLERS: Final[dict[str, Callable[[Interpreter, _Equation, list[Any]], Sequenc
     "scan": Interpreter._scan,
     "run_scoped": Interpreter._run_scoped,
 }
-"""How operations that are not arithmetic are interpreted, by the name of the primitive."""
+"""Handlers of operations that are not arithmetic, by the name of the primitive."""
 
 
 class _Equation:

@@ -1,4 +1,4 @@
-"""How XLA lays out arrays of integers in a TPU's memory."""
+"""XLA's layouts of integer arrays in a TPU's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a TPU kernel before it runs: its transfers, its loops, and estimates of its time."""
+"""The report on a TPU kernel: its transfers, its loops, and estimates of its time."""
 
 from __future__ import annotations
 
