@@ -25,6 +25,7 @@ from palladion.benchmarks.measure.operations import OPERATIONS, Operation, Verdi
 from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.samples import Samples
 from palladion.benchmarks.measure.search import RejectedError, Trial, search, winner
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels import tuning
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention import triton
@@ -250,7 +251,7 @@ def test_a_candidate_is_what_another_process_examines(tmp_path: Path, name: str)
     case = operation.named_cases()[name]
     (row,) = (row for row in operation.table if row.platform == "tpu")
     assert costs.decode_case(operation, json.loads(json.dumps(costs.encode_case(case)))) == case
-    with costs.tracing_as("v6e"):
+    with tpu_compiler.tracing_for("v6e"):
         assert target_device_kind() == tpu_chips()["v6e"].device_kind
         config = row.heuristic(case.problem())  # type: ignore[misc]
         path = tmp_path / "candidate.json"

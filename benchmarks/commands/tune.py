@@ -28,9 +28,10 @@ import jax
 from palladion.benchmarks.commands import options
 from palladion.benchmarks.commands.progress import report_progress, seconds_left
 from palladion.benchmarks.measure.bench import DeviceLostError, config_text
-from palladion.benchmarks.measure.costs import EstimatedCost, MeasuredCost, tracing_as
+from palladion.benchmarks.measure.costs import EstimatedCost, MeasuredCost
 from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation, operation
 from palladion.benchmarks.measure.search import CostModel, Trial, search, winner
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.text import duration
 from palladion.kernels import tuning
 from palladion.kernels.backend import Implementation
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         check(here, "device", target_platform(), "a GPU or TPU, or --chip for a TPU that is not here")
         return _tune(cases, arguments, None)
     check(arguments.chip in tpu_chips(), "--chip", arguments.chip, ", ".join(tpu_chips()))
-    with tracing_as(arguments.chip):
+    with tpu_compiler.tracing_for(arguments.chip):
         return _tune(cases, arguments, arguments.chip)
 
 

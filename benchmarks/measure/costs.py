@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import jax
 
 from palladion.benchmarks.measure.bench import compile_calls, one_line, warm_runner
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
@@ -202,12 +199,3 @@ def decode_case(chosen: Operation, fields: dict[str, Any]) -> Any:
     if given.get("activation") is not None:
         given["activation"] = ACTIVATIONS[given["activation"]]
     return chosen.cases.Case(**given)
-
-
-@contextlib.contextmanager
-def tracing_as(chip: str) -> Iterator[None]:
-    """Traces functions as if they ran on a TPU: `target_platform` and `target_chip` name it in this context."""
-    known = tpu_chips()[chip]
-    device = jax.sharding.AbstractDevice(device_kind=known.device_kind, num_cores=known.cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        yield

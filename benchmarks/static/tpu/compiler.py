@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from palladion.kernels.devices import tpu_chips
+from palladion.kernels.devices import Chip, tpu_chips
 
 ENVIRONMENT: Final = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask which TPU this is
@@ -76,12 +76,17 @@ def device(chip: str) -> Any:
     Raises:
       ValueError: there is no such chip.
     """
-    chips = tpu_chips()
-    if chip not in chips:
-        raise ValueError(f"chip: got {chip!r}; accepted: {', '.join(chips)}")
+    topology = _chip(chip).topology
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(chips[chip].topology, "tpu").devices[0]
+    return topologies.get_topology_desc(topology, "tpu").devices[0]
+
+
+def _chip(name: str) -> Chip:
+    chips = tpu_chips()
+    if name not in chips:
+        raise ValueError(f"chip: got {name!r}; accepted: {', '.join(chips)}")
+    return chips[name]
 
 
 def keep_listings(folder: Path | None = None) -> None:
@@ -116,10 +121,17 @@ def keep_listings(folder: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def tracing_for(chip: str) -> Iterator[None]:
-    """Traces functions as if they ran on this TPU, so that they take the TPU kernels."""
-    target = device(chip)
-    kind = jax.sharding.AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+    """Traces functions as if they ran on this TPU, so that they take the TPU kernels.
+
+    Args:
+      chip: a name in `tpu_chips()`.
+
+    Raises:
+      ValueError: there is no such chip.
+    """
+    known = _chip(chip)
+    device = jax.sharding.AbstractDevice(device_kind=known.device_kind, num_cores=known.cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         yield
 
 
