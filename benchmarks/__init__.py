@@ -1,1 +1,1 @@
-"""Benchmarks: how fast each step is, beside what it must read and beside the peers."""
+"""Benchmarks: commands, measurements, static examinations of compiled kernels, and studies of numerics."""

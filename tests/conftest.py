@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from palladion.kernels import devices
+
 # Lowered programs are not told which line of Python each operation comes from: nobody looks, and it takes a tenth of
 # the time. Nor does the collector find much among millions of objects: it looks less often.
 jax.config.update("jax_traceback_in_locations_limit", 0)
@@ -22,3 +24,13 @@ def compiled_programs_are_given_back() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measures what a machine can do in no time, on little memory and a small product."""
+    monkeypatch.setitem(devices.READ_BYTES, "cpu", 2**22)
+    monkeypatch.setitem(devices.SQUARE, "cpu", 64)
+    yield
+    devices.measured_bandwidth.cache_clear()
+    devices.measured_matrix_rate.cache_clear()

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.benchmarks import gpu_compiler
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 

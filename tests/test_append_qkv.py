@@ -17,7 +17,7 @@ import pytest
 from compiling import options_for
 
 from palladion import KVCache, Unsupported, append_kv, append_qkv, decode_attention
-from palladion.benchmarks.operations import OPERATIONS
+from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.kernels.append_kv.triton import Config
 from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_qkv.cases import Case
@@ -190,4 +190,4 @@ def test_the_judge_finds_what_is_wrong(name: str):
     # A number that nobody was to touch: the first one of the first layer, page or sequence.
     touched = dataclasses.replace(cache, v=cache.v.at[(0,) * cache.v.ndim].set(7))
     verdict = operation.judge(case, inputs, (q, touched), (q, cache))
-    assert verdict.said == "v differs where nothing was to be written"
+    assert verdict.description == "v differs where nothing was to be written"

@@ -14,9 +14,9 @@ from compiling import OF_OTHER_SIZES
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
-from palladion.benchmarks import gpu_compiler
-from palladion.benchmarks.gpu_compiler import CompiledKernel
-from palladion.benchmarks.static.sass import bytes_awaited, in_turn, parse
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu.compiler import CompiledKernel
+from palladion.benchmarks.static.gpu.sass import by_loop, bytes_awaited, parse
 from palladion.kernels import gpu_rows
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
@@ -135,7 +135,7 @@ def assert_reads_rows(kernel: CompiledKernel, rows: int) -> None:
 
 def assert_loads_together(kernel: CompiledKernel) -> None:
     """A multiprocessor waits for enough bytes at a time to be busy: an H200 for 29 KiB, if memory takes 0.8 µs."""
-    thread = max(bytes_awaited(instructions) for _, instructions in in_turn(parse(kernel.code)))
+    thread = max(bytes_awaited(instructions) for _, instructions in by_loop(parse(kernel.code)))
     warp, warps = 32 * thread, kernel.kernel.num_warps
     print(f"a thread waits for {thread} bytes, {warps} warps for {warp * warps >> 10} KiB")
     assert thread >= 8 * 16

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import quantize
-from palladion.benchmarks import gpu_compiler, tpu_compiler
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.parameters import Layer, Parameters

@@ -13,7 +13,7 @@ import pytest
 from compiling import OF_OTHER_SIZES
 
 from palladion import KVCache, append_kv, decode_attention, quantized_matmul
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases

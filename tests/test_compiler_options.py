@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from palladion.benchmarks import gpu_compiler
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.kernels.compat import known_options
 from palladion.kernels.devices import cpu_compiler_options, gpu_compiler_options
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from palladion.benchmarks.gpu_compiler import ARCHITECTURES
+from palladion.benchmarks.static.gpu.compiler import ARCHITECTURES
 from palladion.kernels import devices
 from palladion.kernels.devices import gpu_to_plan_for, gpus, target_gpu
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from palladion import append_kv, quantize, quantized_matmul
-from palladion.benchmarks import gpu_program, launches, models
-from palladion.benchmarks.__main__ import main
-from palladion.benchmarks.operations import OPERATIONS
-from palladion.benchmarks.timing import calls_of
+from palladion.benchmarks.commands import launches, main
+from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure.operations import OPERATIONS
+from palladion.benchmarks.measure.timing import calls_of
+from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
@@ -130,7 +131,9 @@ A_LAYER = ["matmul", "append_qkv", "decode_attention", "decode_attention_merge",
 def test_a_layer_is_seven_launches(scheme: str, arch: int):
     shape = models.model("llama3-8b")
     steps = [
-        launches.step_of(dataclasses.replace(shape, num_layers=count), scheme=scheme, batch=1, context=8192, arch=arch)
+        launches.compile_step(
+            dataclasses.replace(shape, num_layers=count), scheme=scheme, batch=1, context=8192, arch=arch
+        )
         for count in (1, 2)
     ]
     assert len(steps[1].launches) - len(steps[0].launches) == len(A_LAYER)
@@ -147,7 +150,7 @@ def test_many_sequences_take_no_more_than_xla_needs():
     shape = models.model("llama3-8b")
     counts = [
         len(
-            launches.step_of(
+            launches.compile_step(
                 dataclasses.replace(shape, num_layers=count), scheme="int8", batch=16, context=1024, arch=90
             ).launches
         )

@@ -16,7 +16,7 @@ import pytest
 from compiling import options_for
 
 from palladion import Unsupported, matmul, quantized_matmul, record_choices
-from palladion.benchmarks.operations.products import IN_NUMPY
+from palladion.benchmarks.measure.operations.products import IN_NUMPY
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul import IMPLEMENTATIONS, cases, triton
 from palladion.kernels.matmul.cases import Case

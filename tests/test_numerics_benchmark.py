@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from palladion import Scheme
-from palladion.benchmarks.numerics import command, figures, language_model, rounding, sums, tables
-from palladion.benchmarks.numerics.rounding import Method
+from palladion.benchmarks.commands import numerics as command
+from palladion.benchmarks.numerics import figures, language_model, rounding, sums, tables
+from palladion.benchmarks.numerics.rounding import SumMethod
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters
 from palladion.model.transformer import empty_cache, forward
@@ -31,7 +32,7 @@ from palladion.model.transformer import empty_cache, forward
 )
 def test_sums_of_sines_are_those_of_the_course(inputs: str, accumulator: str, in_order: float, shuffled: float):
     """Session 9 of High Performance LLMs from First Principles; the shuffle is Python's with seed 0."""
-    found = Method(inputs, accumulator, "one after the other").sum(np.stack([sums.sines(), sums.shuffled_sines()]))
+    found = SumMethod(inputs, accumulator, "one after the other").sum(np.stack([sums.sines(), sums.shuffled_sines()]))
     np.testing.assert_allclose(found, [in_order, shuffled], atol=1e-3 if accumulator == "bfloat16" else 1e-4)
 
 
@@ -39,7 +40,7 @@ def test_sums_of_sines_are_those_of_the_course(inputs: str, accumulator: str, in
 def test_every_order_adds_up_all(order: str):
     x = np.random.default_rng(0).standard_normal((3, 300), np.float32)
     dtype = "bfloat16" if order == "stochastic rounding" else "float32"
-    found = Method("float32", dtype, order).sum(x)
+    found = SumMethod("float32", dtype, order).sum(x)
     np.testing.assert_allclose(found, x.astype(np.float64).sum(axis=1), atol=1.5 if dtype == "bfloat16" else 1e-4)
 
 
@@ -48,7 +49,7 @@ def test_compensation_and_trees_help():
     exact = x.astype(np.float64).sum(axis=1)
 
     def error(order: str) -> float:
-        return float(np.abs(Method("float32", "float32", order).sum(x) - exact).mean())
+        return float(np.abs(SumMethod("float32", "float32", order).sum(x) - exact).mean())
 
     assert error("Kahan") < error("pairwise") < 0.3 * error("one after the other")
 
@@ -56,9 +57,9 @@ def test_compensation_and_trees_help():
 def test_codes_of_one_scale_know_no_order():
     x = np.random.default_rng(0).standard_normal((1, 1000), np.float32)
     shuffled = x[:, random.Random(0).sample(range(1000), 1000)]
-    method = Method("int8", "exact", "one scale")
+    method = SumMethod("int8", "exact", "one scale")
     np.testing.assert_array_equal(method.sum(x), method.sum(shuffled))
-    assert method.sum(x) != Method("int8", "exact", "scale per 128").sum(x)
+    assert method.sum(x) != SumMethod("int8", "exact", "scale per 128").sum(x)
 
 
 def test_stochastic_rounding_is_right_on_average():
@@ -109,12 +110,12 @@ RUN = {
 
 def test_results_are_tabulated_and_drawn(study: dict[str, Any], tmp_path: Path):
     pytest.importorskip("matplotlib")
-    text = tables.of_sums(study)
+    text = tables.sums_tables(study)
     assert "bfloat16 + bfloat16, one after the other" in text
     assert "accumulators float32, weights bfloat16, 1 splits" in text
     cache = RUN | {"name": "cache int8", "kind": "cache"}
     runs = {"int8": RUN, "int4": RUN | {"name": "int4", "weight_bytes": 5e7, "kl": 0.5}, "cache int8": cache}
-    assert "cache int8  0.01000  0.02000" in tables.of_model(runs)
+    assert "cache int8  0.01000  0.02000" in tables.model_tables(runs)
     figures.draw_sums(study, tmp_path)
     figures.draw_model(runs, tmp_path)
     pictures = sorted(tmp_path.glob("*.png"))

@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from scipy import special
 
 from palladion import QuantizedArray, Unsupported, dequantize, quantize, quantized_matmul, record_choices
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import Examiner, Reference
+from palladion.benchmarks.static import Examiner, WorkloadName
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
 from palladion.kernels.quantized_matmul import (
     IMPLEMENTATIONS,
@@ -186,7 +186,7 @@ def examiner() -> Iterator[Examiner]:
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 @pytest.mark.parametrize(("name", "chip", "least"), STATIC)
 def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: Examiner):
-    row = examiner.examine(Reference("quantized_matmul", name), chip)
+    row = examiner.examine(WorkloadName("quantized_matmul", name), chip)
     assert row.failure is None, row.failure
     (report,) = row.reports
     assert report.agrees

@@ -15,7 +15,7 @@ import pytest
 from compiling import options_for
 
 from palladion import quantized_matmul
-from palladion.benchmarks import gpu_compiler
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.kernels import gpu_rows
 from palladion.kernels.gpu_ptx import Program
 from palladion.kernels.quantized_matmul import cases, gpu_bytes, gpu_codes, gpu_vector, triton

@@ -16,9 +16,9 @@ from typing import Any, Final
 import pytest
 
 import palladion.kernels
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import Examiner, Reference, figures, workloads
-from palladion.benchmarks.static.report import TABLE
+from palladion.benchmarks.static import Examiner, WorkloadName, figures, workloads
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu.table import TABLE
 from palladion.kernels.devices import tpu_chips
 
 RESULTS: Final = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu.jsonl"
@@ -74,7 +74,7 @@ def test_nothing_has_become_slower(operation: str, name: str, chip: str):
     versions, found = kept()
     if importlib.metadata.version("libtpu") != versions["libtpu"]:
         pytest.skip(f"figures are of libtpu {versions['libtpu']}")
-    row = examiner.examine(Reference(operation, name), chip)
+    row = examiner.examine(WorkloadName(operation, name), chip)
     before = found[str(row.workload), chip]
     now = TABLE.figures([row])
     assert len(now) == len(before)

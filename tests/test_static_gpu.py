@@ -16,14 +16,15 @@ import pytest
 import static_gpu_kernels
 from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
-from palladion.benchmarks import gpu_compiler
-from palladion.benchmarks.gpu_compiler import gpu_of
-from palladion.benchmarks.static import Examiner, GpuReport, Reference, Row, ptx, workloads
-from palladion.benchmarks.static.flow import natural_loops
-from palladion.benchmarks.static.gpu_report import TABLE
-from palladion.benchmarks.static.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static import Examination, Examiner, GpuReport, WorkloadName, workloads
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu.compiler import gpu_of
+from palladion.benchmarks.static.gpu.loops import natural_loops
+from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu.sass import Code, Instruction, parse
+from palladion.benchmarks.static.gpu.table import TABLE
+from palladion.benchmarks.static.gpu.trip_counts import TripCounts, count_trips
 from palladion.benchmarks.static.opaque import Undecided
-from palladion.benchmarks.static.sass import Code, Instruction, parse
 from palladion.kernels.devices import gpus
 
 needs_triton = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
@@ -48,15 +49,15 @@ def golden(arch: int) -> Code:
     return parse((GOLDEN / f"sums_sm_{arch}.sass").read_text())
 
 
-def trips(arch: int, lengths: tuple[int, ...] | None) -> ptx.Trips:
+def trips(arch: int, lengths: tuple[int, ...] | None) -> TripCounts:
     known = None if lengths is None else np.asarray(lengths, np.int32)
-    return ptx.count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
+    return count_trips((GOLDEN / f"sums_sm_{arch}.ptx").read_text(), (4, 1, 1), (known, None), WARPS)
 
 
 @functools.cache
-def examined(name: str, chip: str = "sm_90") -> Row:
+def examined(name: str, chip: str = "sm_90") -> Examination:
     """What comes out for a function of static_gpu_kernels.py."""
-    return examiner.examine(Reference("", name, KERNELS), chip)
+    return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "sm_90") -> GpuReport:
@@ -189,7 +190,7 @@ class TestTrips:
         text = f".visible .entry kernel(\n.param .u64 .ptr .global .align 1 kernel_param_0\n)\n{{{body}}}\n"
         # (n >> 1 >> 1) & 3 trips, and 5 for what is below 0.
         values = np.array([99, 12, -8, 3], np.int32)
-        found = ptx.count_trips(text, (3, 1, 1), [values], 1)
+        found = count_trips(text, (3, 1, 1), [values], 1)
         assert (found.total, found.most, found.loads) == ((3 + 5,), (5,), (1,))
 
 
@@ -283,7 +284,7 @@ class TestExamine:
         assert examined("sums").failure is None
 
     def test_cases_of_operations(self):
-        row = examiner.examine(Reference("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90")
+        row = examiner.examine(WorkloadName("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90")
         assert row.failure is None, row.failure
         found = max(row.reports, key=lambda one: one.bytes_needed or 0)
         assert isinstance(found, GpuReport)

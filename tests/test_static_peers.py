@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 
 import palladion.kernels
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import Examiner, Reference, Row, workloads
-from palladion.benchmarks.static.peers import packages, results, table
+from palladion.benchmarks.static import Examination, Examiner, WorkloadName, workloads
+from palladion.benchmarks.static.peers import estimates, packages, table
 from palladion.benchmarks.static.peers.attention import CONTESTS as ATTENTION
-from palladion.benchmarks.static.peers.by_name import CONTESTS, reference
+from palladion.benchmarks.static.peers.by_name import CONTESTS, workload_name
 from palladion.benchmarks.static.peers.contests import OURS, Contest
+from palladion.benchmarks.static.peers.estimates import Estimate
 from palladion.benchmarks.static.peers.matmul import CONTESTS as MATMUL
-from palladion.benchmarks.static.peers.results import Result
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 
 FIGURES = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu_peers.json"
 
 CONTEST = CONTESTS["decode_attention/8x4096-32x8x128-bfloat16-pages-of-64"]
 
 
-def result(contender: str, setting: str = "", seconds: float | None = 1e-4, **changes: str | None) -> Result:
-    one = Result(
+def result(contender: str, setting: str = "", seconds: float | None = 1e-4, **changes: str | None) -> Estimate:
+    one = Estimate(
         contest=CONTEST.name,
         chip="v6e",
         contender=contender,
@@ -47,15 +47,15 @@ class Silent:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def examine(self, workload: Reference, chip: str) -> Row:
+    def examine(self, workload: WorkloadName, chip: str) -> Examination:
         self.asked.append(f"{workload.name} | {chip}")
-        return Row(workload, chip, (), "ValueError: INTERNAL: Mosaic is not asked")
+        return Examination(workload, chip, (), "ValueError: INTERNAL: Mosaic is not asked")
 
 
-def hold(*contests: Contest, examiner: Silent, **options: object) -> list[Result]:
+def hold(*contests: Contest, examiner: Silent, **options: object) -> list[Estimate]:
     """All results of contests on v6e."""
-    found: dict[tuple[str, str], list[Result]] = {}
-    for contest, chip, so_far in results.run(contests, ["v6e"], examiner, **options):  # type: ignore[arg-type]
+    found: dict[tuple[str, str], list[Estimate]] = {}
+    for contest, chip, so_far in estimates.hold_contests(contests, ["v6e"], examiner, **options):  # type: ignore[arg-type]
         found[contest.name, chip] = list(so_far)
     return [one for several in found.values() for one in several]
 
@@ -65,15 +65,15 @@ def test_every_name_leads_to_its_workload():
     for contest in (CONTEST, MATMUL[0]):
         (ours,) = (contender for contender in contest.contenders if contender.name == OURS)
         for setting in ours.settings(contest.case):
-            made = workloads.load(reference(contest, ours, setting))
+            made = workloads.load(workload_name(contest, ours, setting))
             assert callable(made.function)
     with pytest.raises(ValueError, match="--file"):
-        workloads.load(dataclasses.replace(reference(CONTEST, ours, ""), name="nobody"))
+        workloads.load(dataclasses.replace(workload_name(CONTEST, ours, ""), name="nobody"))
 
 
 def test_results_come_one_by_one_and_are_not_asked_for_twice():
     examiner = Silent()
-    sizes = [len(list(so_far)) for _, _, so_far in results.run([CONTEST], ["v6e"], examiner)]
+    sizes = [len(list(so_far)) for _, _, so_far in estimates.hold_contests([CONTEST], ["v6e"], examiner)]
     assert sizes == list(range(1, len(examiner.asked) + 1))
     everything = hold(CONTEST, examiner=Silent())
     assert {one.contender for one in everything} == {contender.name for contender in CONTEST.contenders}
@@ -100,11 +100,11 @@ def test_the_best_setting_of_each_is_compared():
     hidden = result("hidden", seconds=None, unknown="data decide")
     broken = result("broken", seconds=None, failure="not for this chip")
     everything = [*mine, *theirs, hidden, broken]
-    best = {one.contender: one.setting for one in results.best_of_each(everything)}
+    best = {one.contender: one.setting for one in estimates.best_of_each(everything)}
     assert (best[OURS], best["fast"]) == ("dense", "b")
-    assert results.ratio(results.best_peer(everything), results.ours(everything)) == pytest.approx(0.5)
-    assert results.best_peer([*mine, hidden, broken]) is None
-    assert results.ratio(None, mine[0]) is None
+    assert estimates.ratio(estimates.best_peer(everything), estimates.ours(everything)) == pytest.approx(0.5)
+    assert estimates.best_peer([*mine, hidden, broken]) is None
+    assert estimates.ratio(None, mine[0]) is None
     text = "\n".join(table.lines(everything))
     assert "0.50 x  fast, b" in text
     assert "4.00 x  slow" in text
@@ -115,18 +115,18 @@ def test_the_best_setting_of_each_is_compared():
 
 def test_messages_are_one_line():
     message = "ValueError: INTERNAL: Mosaic failed to compile TPU kernel with MLIR module name `f`: no such\n tile"
-    assert results.in_short(message) == "no such tile"
-    assert len(results.in_short("x" * 1000)) == results.LONGEST
+    assert estimates.short_message(message) == "no such tile"
+    assert len(estimates.short_message("x" * 1000)) == estimates.LONGEST
 
 
 def test_records_can_be_read_again():
     one = result("peer", "setting")
-    assert results.from_record(json.loads(json.dumps(one.record()))) == one
+    assert estimates.from_record(json.loads(json.dumps(one.record()))) == one
 
 
 def test_the_kept_table_is_of_contests_that_there_are():
     kept = json.loads(FIGURES.read_text())
-    found = [results.from_record(one) for one in kept["results"]]
+    found = [estimates.from_record(one) for one in kept["results"]]
     assert {one.contest for one in found} <= set(CONTESTS)
     for one in found:
         assert one.bytes_needed == CONTESTS[one.contest].bytes_needed
@@ -135,7 +135,7 @@ def test_the_kept_table_is_of_contests_that_there_are():
 
 @pytest.mark.parametrize("operation", ["decode_attention", "quantized_matmul"])
 def test_the_readme_has_the_kept_table(operation: str):
-    kept = [results.from_record(one) for one in json.loads(FIGURES.read_text())["results"]]
+    kept = [estimates.from_record(one) for one in json.loads(FIGURES.read_text())["results"]]
     expected = table.markdown(operation, kept)
     readme = Path(palladion.kernels.__path__[0]) / operation / "README.md"
     assert expected in readme.read_text(), expected
@@ -154,7 +154,7 @@ def test_ours_is_examined():
     """Through the process and the compiler, as the command does."""
     contest = CONTESTS["decode_attention/1x4096-32x8x128-bfloat16-pages-of-64"]
     with Examiner() as examiner:
-        *_, (_, _, found) = results.run(
+        *_, (_, _, found) = estimates.hold_contests(
             [contest], ["v6e"], examiner, takes_part=lambda contender: contender.name == OURS
         )
     assert [one.setting for one in found] == ["paged", "dense"]

@@ -17,25 +17,22 @@ from typing import Any
 import numpy as np
 import pytest
 import static_kernels
-from static_kernels import GOLDEN, LENGTHS
+from golden_schedules import golden
+from static_kernels import LENGTHS
 
-from palladion.benchmarks import tpu_compiler
-from palladion.benchmarks.static import Examiner, KernelReport, Reference, Row, examine, simulator, workloads
-from palladion.benchmarks.static.calls import kernel_calls
-from palladion.benchmarks.static.opaque import Opaque, Undecided, either, select
-from palladion.benchmarks.static.report import TABLE, believed
-from palladion.benchmarks.static.roofline import words_in_memory
-from palladion.benchmarks.static.scalar_core import Execution, Operand, ScalarCore
-from palladion.benchmarks.static.schedule import Schedule, parse_bundles, parse_schedule, parse_vmem_report
-from palladion.benchmarks.static.traffic import _shares as divide
-from palladion.benchmarks.static.traffic import traffic
-from palladion.benchmarks.static.transfers import Moved, Rate, Transfers
+from palladion.benchmarks.static import Examination, Examiner, KernelReport, WorkloadName, examine, workloads
+from palladion.benchmarks.static.kernel_calls import kernel_calls
+from palladion.benchmarks.static.opaque import Undecided
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.benchmarks.static.tpu import simulator
+from palladion.benchmarks.static.tpu.table import TABLE, believed
+from palladion.benchmarks.static.tpu.traffic import count_traffic, divide_among_cores
+from palladion.benchmarks.static.tpu.transfers import Traffic
 from palladion.kernels.devices import tpu_chips
 
 needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 CHIPS = tuple(tpu_chips())
 attention_cases = workloads.named_cases("decode_attention")
-RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
 UNIT_BYTES = 128 * 256 * 4
 """What the kernel `ring` moves at a time."""
 BLOCK_BYTES = UNIT_BYTES
@@ -53,21 +50,9 @@ def one_process_for_all() -> Iterator[None]:
 
 
 @functools.cache
-def golden(chip: str) -> Schedule:
-    """The compiler's listing of the kernel `ring`."""
-    texts = [(GOLDEN / f"ring_{chip}_{name}.txt").read_text() for name in ("bundles", "utilization")]
-    return parse_schedule(*texts, tpu_chips()[chip].branch_delay_slots)
-
-
-def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:
-    words = None if lengths is None else (*lengths, *[0] * (128 - len(lengths)))
-    return ScalarCore(golden(chip)).run({0: Operand(words, "the lengths")}, rate=RATE)
-
-
-@functools.cache
-def examined(name: str, chip: str = "v6e") -> Row:
+def examined(name: str, chip: str = "v6e") -> Examination:
     """What comes out for a function of static_kernels.py."""
-    return examiner.examine(Reference("", name, KERNELS), chip)
+    return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "v6e") -> KernelReport:
@@ -79,155 +64,10 @@ def report(name: str, chip: str = "v6e") -> KernelReport:
     return found
 
 
-def asked(name: str, **options: Any) -> dict[str, Moved]:
+def asked(name: str, **options: Any) -> dict[str, Traffic]:
     function, arguments, *_ = getattr(static_kernels, name)(**options)
     (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v6e"))
-    return traffic(call)
-
-
-class TestSchedule:
-    @pytest.mark.parametrize("chip", CHIPS)
-    def test_the_structure_of_a_kernel(self, chip: str):
-        schedule = golden(chip)
-        grid, inner = schedule.loops()
-        assert (grid.depth, inner.depth) == (1, 2)
-        assert grid.first < inner.first < inner.last < grid.last < len(schedule.bundles)
-        assert inner.trips is None  # it depends on the lengths
-        granule = tpu_chips()[chip].dma_granule_bytes
-        sizes = [(one.direction, (one.granules or 0) * granule) for one in schedule.transfers()]
-        assert sizes == [
-            ("hbm_to_smem", 512),
-            ("hbm_to_vmem", UNIT_BYTES),
-            ("hbm_to_vmem", UNIT_BYTES),
-            ("vmem_to_hbm", 1024),
-        ]
-        assert schedule.spills() == (0, 0)
-        assert len(schedule.use) == len(schedule.bundles)
-        assert "MXU" in schedule.units
-        assert all(used <= most for row in schedule.use for used, most in zip(row, schedule.capacity, strict=True))
-
-    def test_instructions(self):
-        text = (
-            "  0x10   : > { %s5_s20 = smov (!%p32_p0, %s31_s20), 7 /* a; comment } */  ;;"
-            "  %v1_v2 = vadd.f32 %v3_v4, %v5_v6 }\n"
-            "  0x11 LB: >> { %7 = sst [smem:[#allocation5 + $0x4]] %s5_s20  ;;"
-            "  %9 = sbr.rel (%p1_p2) target bundleno = 16 (0x10), region = 3 } /* End region 3 */\n"
-            "  0x12   :  {}\n"
-        )
-        first, second, third = parse_bundles(text)
-        (move,) = first.instructions
-        assert (move.opcode, move.destination, move.operands) == ("smov", "%s5_s20", ("7",))
-        assert move.predicate is not None
-        assert (move.predicate.name, move.predicate.negated, move.predicate.otherwise) == ("%p32_p0", True, "%s31_s20")
-        assert move.comment == "a; comment }"
-        store, branch = second.instructions
-        assert store.operands == ("[smem:[#allocation5 + $0x4]]", "%s5_s20")
-        assert branch.target == 16
-        assert (first.depth, second.depth, second.label, third.instructions) == (1, 2, "LB", ())
-
-    def test_transfers_that_never_take_place(self):
-        text = "  0   :  {{ %1 = dma.hbm_to_vmem [thread:$0]  {}/*hbm=*/%s1_s1, 256, %s2_s2, %s3_s3 }}\n"
-        for condition, count in (("", 1), ("(1), ", 1), ("(!0), ", 1), ("(0), ", 0), ("(!1), ", 0)):
-            (bundle,) = parse_bundles(text.format(condition))
-            assert [one.operands[1] for one in bundle.instructions] == ["256"] * count
-
-    def test_vmem(self):
-        sizes = parse_vmem_report((GOLDEN / "ring_v6e_vmem_report.html").read_text())
-        assert sizes["ring.1"] == 2 * UNIT_BYTES + 2 * 1024
-
-    def test_other_texts_are_refused(self):
-        with pytest.raises(ValueError, match="no bundles"):
-            parse_bundles("Schedule analysis:")
-        with pytest.raises(ValueError, match="the compiler lists 1 bundles, but the utilization of 2"):
-            parse_schedule("  0   :  {}\n", "== CAPACITY:\nMXU\n 2\n== UTILIZATION:\n0\n0\n", 4)
-
-
-class TestExecution:
-    @pytest.mark.parametrize("chip", CHIPS)
-    @pytest.mark.parametrize("lengths", [LENGTHS, (0, 0, 0, 0), (1, 1, 1, 1), (1024, 1024, 1024, 1024)])
-    def test_lengths_decide(self, chip: str, lengths: tuple[int, ...]):
-        units = sum(-(-length // 128) for length in lengths)
-        found = execute(chip, lengths)
-        moved = found.moved.get("hbm_to_vmem")
-        assert (0 if moved is None else moved.transfers) == units
-        grid, inner = golden(chip).loops()
-        assert found.counts[inner.first] == units
-        assert found.counts[grid.first] == len(lengths) + 1  # the pipeline of outputs takes a trip more
-        assert found.moved["vmem_to_hbm"].transfers == len(lengths)
-        assert found.cycles == pytest.approx(found.busy + sum(found.stalls.values()))
-
-    def test_time_grows_with_the_lengths(self):
-        short, medium, long = (execute("v6e", (units * 128,) * 4) for units in (2, 4, 8))
-        assert 2 * (medium.busy - short.busy) == long.busy - medium.busy > 0
-        assert short.cycles < medium.cycles < long.cycles
-
-    def test_what_was_not_given_is_not_guessed(self):
-        with pytest.raises(Undecided, match="depends on the values of the lengths, which were not given"):
-            execute("v6e", None)
-
-    def test_newer_compilers_name_the_type_of_a_move(self):
-        bundles, utilization = ((GOLDEN / f"ring_v6e_{name}.txt").read_text() for name in ("bundles", "utilization"))
-        schedule = parse_schedule(bundles.replace("= smov ", "= smov.u32 "), utilization, 4)
-        assert "smov.u32" in {one.opcode for bundle in schedule.bundles for one in bundle.instructions}
-        words = (*LENGTHS, *[0] * (128 - len(LENGTHS)))
-        assert ScalarCore(schedule).run({0: Operand(words, "the lengths")}, rate=RATE) == execute("v6e", LENGTHS)
-
-    def test_opaque_scalars(self):
-        unknown = Opaque("why")
-        assert (unknown & 0, 0 & unknown, either(unknown, 1), either(0, 1)) == (0, 0, 1, 1)
-        assert all(one is unknown for one in (unknown + 1, 1 - unknown, unknown < 2, select(unknown, 1, 2)))
-        assert all(one is unknown for one in (unknown >> 1, 1 << unknown))
-        assert either(unknown, 0) is unknown
-        with pytest.raises(Undecided, match="why"):
-            bool(unknown == 3)
-
-    def test_arrays_in_memory(self):
-        def of(value: np.ndarray, layout: str) -> tuple[int, ...]:
-            words = words_in_memory(value, layout)
-            assert words is not None
-            return words
-
-        value = np.arange(10 * 300, dtype=np.int32).reshape(10, 300)
-        words = of(value, "1,0:T(8,128)")
-        assert len(words) == 16 * 384
-        assert words[128 * 3] == value[3, 0]
-        assert words[8 * 128] == value[0, 128]
-        assert words[3 * 8 * 128 + 128] == value[9, 0]
-        assert of(value, "1,0")[300:302] == (300, 301)
-        assert of(np.int32(7), "") == (7,)
-        assert of(np.array([1, -1], np.int32), "0:T(128)") == (1, 2**32 - 1, *[0] * 126)
-        # Four rows of one-byte numbers share their words.
-        bytes_ = np.arange(2 * 5 * 3, dtype=np.int8).reshape(2, 5, 3)
-        words = of(bytes_, "2,1,0:T(8,128)(4,1)")
-        assert len(words) == 2 * 8 * 128 // 4
-        assert words[1] == sum(int(bytes_[0, row, 1]) << 8 * row for row in range(4))
-        assert words[128] == bytes_[0, 4, 0]
-        assert words[256] & 0xFF == bytes_[1, 0, 0]
-        for layout in ("0,1:T(8,128)", "1,0:T(8,128)(2,1)(2,1)", "1,0:X"):
-            assert words_in_memory(value, layout) is None
-
-
-class TestTransfers:
-    def test_transfers_share_the_bandwidth_and_overlap_their_latencies(self):
-        transfers = Transfers(RATE)
-        transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=1)  # 32 cycles of 1000 bytes
-        transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=2)
-        assert transfers.wait(0.0, 1, 1000) == pytest.approx(532)
-        assert transfers.wait(532.0, 2, 1000) == pytest.approx(564)
-        assert transfers.stalls["hbm_to_vmem"] == pytest.approx(564)
-        assert (transfers.moved["hbm_to_vmem"].transfers, transfers.moved["hbm_to_vmem"].bytes) == (2, 64_000)
-
-    def test_semaphores_count(self):
-        transfers = Transfers(RATE)
-        for _ in range(2):
-            transfers.start(0.0, "hbm_to_vmem", 1000, semaphore=1)
-        assert transfers.wait(0.0, 1, 2000) == pytest.approx(564)
-        transfers.add(600.0, 1, 2**32 - 1500)
-        assert transfers.wait(600.0, 1, 500) == 600
-        with pytest.raises(Undecided, match="waits for a signal"):
-            transfers.wait(600.0, 1, 501)
-        transfers.add(700.0, 1, 1)
-        assert transfers.wait(600.0, 1, 501) == 700
+    return count_traffic(call)
 
 
 @needs_libtpu
@@ -236,27 +76,27 @@ class TestTraffic:
 
     def test_blocks(self):
         counted = asked("blocks", rows=1000, block=128)
-        assert counted == {"hbm_to_vmem": Moved(7, 7 * BLOCK_BYTES), "vmem_to_hbm": Moved(7, 7 * BLOCK_BYTES)}
+        assert counted == {"hbm_to_vmem": Traffic(7, 7 * BLOCK_BYTES), "vmem_to_hbm": Traffic(7, 7 * BLOCK_BYTES)}
 
     @pytest.mark.parametrize(("lengths", "units"), [(LENGTHS, 11), ((0, 0, 0, 0), 0), ((128, 129, 256, 257), 8)])
     def test_transfers_of_the_kernel_itself(self, lengths: tuple[int, ...], units: int):
         counted = asked("ring", lengths=lengths)
-        assert counted.get("hbm_to_vmem", Moved()) == Moved(units, units * UNIT_BYTES)
-        assert counted["vmem_to_hbm"] == Moved(4, 4 * 1024)
+        assert counted.get("hbm_to_vmem", Traffic()) == Traffic(units, units * UNIT_BYTES)
+        assert counted["vmem_to_hbm"] == Traffic(4, 4 * 1024)
 
     def test_blocks_move_when_their_index_changes(self):
         counted = asked("revisits")
         # Of x [40, 128] in blocks of 16 rows: 16, 16 and 8 rows, each for two steps in a row, for both columns of
         # blocks. The table is fetched once. Of the sums, one block for each column of blocks.
         assert counted == {
-            "hbm_to_vmem": Moved(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
-            "vmem_to_hbm": Moved(2, 2 * 8 * 128 * 4),
+            "hbm_to_vmem": Traffic(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
+            "vmem_to_hbm": Traffic(2, 2 * 8 * 128 * 4),
         }
 
     def test_a_core_fetches_what_it_needs(self):
         function, arguments = static_kernels.revisits()
         (call,) = kernel_calls(function, arguments, tpu_compiler.tracing_for("v5p"))
-        assert traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
+        assert count_traffic(call, cores=2)["hbm_to_vmem"].transfers == 6 + 2
 
     @pytest.mark.parametrize(
         ("grid", "semantics", "shares"),
@@ -269,8 +109,8 @@ class TestTraffic:
     )
     def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
         names = ["parallel" if one == "p" else "arbitrary" for one in semantics]
-        assert divide(grid, names, 2)[0] == [step for steps in shares for step in steps]
-        assert {step for share in divide(grid, names, 2) for step in share} == set(np.ndindex(*grid))
+        assert divide_among_cores(grid, names, 2)[0] == [step for steps in shares for step in steps]
+        assert {step for share in divide_among_cores(grid, names, 2) for step in share} == set(np.ndindex(*grid))
 
     @pytest.mark.parametrize("name", ["odd_grid", "odd_grid_of_two"])
     def test_cores_that_cannot_share_evenly(self, name: str):
@@ -381,7 +221,7 @@ class TestExamine:
         assert "ValueError: bytes_needed: got 5 for a function with 2 kernels: blocks." in failure
 
     def test_again(self):
-        assert examiner.examine(Reference("", "blocks", KERNELS), "v6e") == examined("blocks")
+        assert examiner.examine(WorkloadName("", "blocks", KERNELS), "v6e") == examined("blocks")
 
     def test_it_must_be_asked_in_time(self, monkeypatch: pytest.MonkeyPatch):
         tpu_compiler.device("v6e")
@@ -401,19 +241,19 @@ class TestExamine:
 class TestWorkloads:
     def test_cases_of_models_are_the_default(self):
         everything = workloads.select(None, None)
-        assert Reference("decode_attention", "llama-3-8b") in everything
+        assert WorkloadName("decode_attention", "llama-3-8b") in everything
         assert {one.operation for one in everything} == set(workloads.operations())
         assert {one.operation for one in workloads.select(None, "quantized_matmul")} == {"quantized_matmul"}
         assert workloads.select(["gqa", "gqa*"], None) == workloads.select(["gqa*"], None)
 
     def test_scalars_of_a_case_are_known(self):
-        made = workloads.load(Reference("decode_attention", "paged-layers"))
+        made = workloads.load(WorkloadName("decode_attention", "paged-layers"))
         (inputs,) = made.arguments
         assert inputs.lengths.tolist() == [65, 300]
         assert inputs.page_table.shape == (2, 4)
         assert int(inputs.layer) == 1
         assert not isinstance(inputs.k, np.ndarray)
-        full = workloads.load(Reference("decode_attention", "llama-3-8b"))
+        full = workloads.load(WorkloadName("decode_attention", "llama-3-8b"))
         assert made.bytes_needed is not None
         assert full.bytes_needed == attention_cases["llama-3-8b"].problem().bytes_moved()
         assert made.bytes_needed < attention_cases["paged-layers"].problem().bytes_moved()
@@ -457,34 +297,34 @@ class TestSimulator:
         transfer = "  %7 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1_s1, /*size_in_granules=*/4096, /*vmem=*/%s2_s2\n"
         (tmp_path / "blocks.1_bundles.txt").write_text(f"0x1 :\n{transfer}0x2 :\n{transfer}")
         (listed,) = simulator.read(tmp_path, "v5e", ["blocks.1"])
-        assert listed.moved == {"hbm_to_vmem": Moved(2, 2 * BLOCK_BYTES)}
+        assert listed.moved == {"hbm_to_vmem": Traffic(2, 2 * BLOCK_BYTES)}
         (tmp_path / "blocks.1_bundles.txt").write_text(transfer.replace("4096", "%s3_s3"))
         assert simulator.read(tmp_path, "v5e", ["blocks.1"])[0].moved is None
 
     @needs_libtpu
     def test_it_is_believed_where_it_moves_what_is_due(self):
         found = report("blocks")
-        eight = Moved(8, 8 * BLOCK_BYTES)
+        eight = Traffic(8, 8 * BLOCK_BYTES)
         right = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": eight, "vmem_to_hbm": eight})
-        wrong = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": Moved(1, BLOCK_BYTES), "vmem_to_hbm": eight})
+        wrong = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": Traffic(1, BLOCK_BYTES), "vmem_to_hbm": eight})
         assert believed(found, right) is True
         assert believed(found, wrong) is False
         assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
-        row = Row(Reference("", "blocks"), "v6e", (found,), None, (wrong,))
+        row = Examination(WorkloadName("", "blocks"), "v6e", (found,), None, (wrong,))
         assert any("is not believed: it moves" in line for line in TABLE.lines(row))
         (kernel,) = TABLE.record(row)["simulations"]
         assert kernel["believed"] is False
 
     @needs_libtpu
     def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self):
-        (simulated,) = simulator.simulate(Reference("", "compute_bound", KERNELS), "v6e")
+        (simulated,) = simulator.simulate(WorkloadName("", "compute_bound", KERNELS), "v6e")
         found = report("compute_bound")
         assert found.instruction == simulated.name
         assert found.cycles == pytest.approx(simulated.cycles, rel=0.02)
 
     def test_there_is_none_for_v4(self):
         with pytest.raises(simulator.SimulatorFailed, match="no simulator for v4"):
-            simulator.simulate(Reference("", "blocks", KERNELS), "v4")
+            simulator.simulate(WorkloadName("", "blocks", KERNELS), "v4")
 
 
 @needs_libtpu
@@ -506,11 +346,11 @@ class TestCommand:
 
     def test_pictures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         rows = [
-            Row(Reference("", name), chip, (report(name, chip),), None)
+            Examination(WorkloadName("", name), chip, (report(name, chip),), None)
             for name in ("blocks", "ring")
             for chip in ("v5e", "v6e")
         ]
-        unknown = Row(Reference("", "unknown"), "v6e", (report("decided_by_data"),), None)
+        unknown = Examination(WorkloadName("", "unknown"), "v6e", (report("decided_by_data"),), None)
         if importlib.util.find_spec("matplotlib"):
             written = TABLE.plot([*rows, unknown], tmp_path / "roofline.png")
             assert [path.name for path in written] == ["roofline-v5e.png", "roofline-v6e.png"]

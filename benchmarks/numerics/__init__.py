@@ -1,1 +1,1 @@
-"""What each bit costs: sums, dot products and attention in few bits, and a language model under every scheme."""
+"""Studies of what each bit costs: sums, dot products and attention in few bits, and a language model per scheme."""

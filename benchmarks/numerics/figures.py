@@ -1,22 +1,23 @@
-"""The results as pictures: small PNG files for docs/numerics.md."""
+"""Pictures of the studies' results: small PNG files for docs/numerics.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from palladion.benchmarks.numerics.tables import Record, method_name, run_length
+from palladion.benchmarks.plotting import require_matplotlib
 
 DOTS_PER_INCH: Final = 90
 
 FRONT: Final = "tab:red"
-"""The colour of what nothing beats."""
+"""Colour of the runs on the Pareto front."""
 
 MANY_BITS: Final = 1.5
-"""Times the bytes of the smallest: what has more than 4 bits."""
+"""Bytes, in parts of the smallest run's, above which a run has more than 4 bits."""
 
 SHOWN: Final = {
     "float32 + float32, one after the other": ("black", "-"),
@@ -29,14 +30,13 @@ SHOWN: Final = {
     "float8_e4m3fn, one scale": ("tab:purple", "-"),
     "float8_e5m2, one scale": ("tab:pink", "-"),
 }
-"""Methods that the picture of dot products has, and how they are drawn."""
+"""Methods in the picture of dot products, with colour and line style."""
 
 
-def _plotting() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'palladion[bench]'") from error
+def _pyplot() -> Any:
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -44,8 +44,8 @@ def _plotting() -> Any:
 
 
 def draw_sums(study: dict[str, Any], folder: Path) -> None:
-    """numerics-sums.png: how far orders are apart. numerics-dots.png: errors by length."""
-    pyplot = _plotting()
+    """Draws numerics-sums.png, the sums in different orders, and numerics-dots.png, errors by length."""
+    pyplot = _pyplot()
     _draw_orders(pyplot, study["sums"], folder / "numerics-sums.png")
     pairs = list(dict.fromkeys(record["pair"] for record in study["dots"]))
     figure, axes = pyplot.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 4.2), sharey=True, squeeze=False)
@@ -81,8 +81,8 @@ def _draw_orders(pyplot: Any, records: Sequence[Record], path: Path) -> None:
 
 
 def draw_model(runs: dict[str, Record], folder: Path) -> None:
-    """numerics-model.png: quality against bytes. numerics-cache.png: what caches cost along the context."""
-    pyplot = _plotting()
+    """Draws numerics-model.png, quality over bytes, and numerics-cache.png, divergence of caches by position."""
+    pyplot = _pyplot()
     figure, (axis, narrow) = pyplot.subplots(1, 2, figsize=(10.5, 5))
     weights = [run for run in runs.values() if run["kind"] == "weights"]
     best = pareto(weights)
@@ -126,13 +126,10 @@ def _color(run: Record, best: set[str]) -> str:
 
 
 def pareto(runs: Sequence[Record]) -> set[str]:
-    """Names of the runs that no other one beats in both bytes and divergence."""
+    """Returns the names of the runs on the Pareto front of bytes and divergence."""
 
     def beaten(run: Record) -> bool:
-        beats: Callable[[Record], bool] = lambda other: (  # noqa: E731
-            other["weight_bytes"] <= run["weight_bytes"] and other["kl"] < run["kl"]
-        )
-        return any(map(beats, runs))
+        return any(other["weight_bytes"] <= run["weight_bytes"] and other["kl"] < run["kl"] for other in runs)
 
     return {run["name"] for run in runs if not beaten(run)}
 

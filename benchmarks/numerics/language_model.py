@@ -1,13 +1,13 @@
-"""A language model under every scheme: what weights, activations and caches in few bits do to its predictions.
+"""A language model under every scheme: the effect of weights, activations and caches in few bits on its predictions.
 
-Every run reads the same text, token by token as it is written, and is compared with float32 at every position:
+Every run reads the same text, and its prediction at every position is compared with that of float32:
 
-    perplexity   exp of the mean negative log-likelihood of the next token: what the model is worth on this text
-    KL           mean of sum_t p(t) log(p(t) / q(t)), in nats: how far a prediction moved, whatever the text says
+    perplexity   exp of the mean negative log-likelihood of the next token
+    KL           mean of sum_t p(t) log(p(t) / q(t)), in nats: the change of the prediction, whatever the text says
     agreement    share of positions at which the most likely token is the same
 
-Perplexity hides errors that cancel; KL is what to rank schemes by. A rounded weight is multiplied in float32 here: that
-is what the kernels compute, but for the order of their sums, and it needs one program for all weight schemes.
+Perplexity hides errors that cancel, so schemes are ranked by KL. Rounded weights are multiplied in float32 here:
+kernels compute the same but for the order of their sums, and one program serves all weight schemes.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from palladion.reference.quantization import quantize_rows
 from palladion.reference.quantizers import Method
 
 CHUNK: Final = 256
-"""Tokens of a call."""
+"""Tokens in a call of the model."""
 
 TOKENS: Final = 512
-"""Of the text, for weights and activations."""
+"""Tokens of the text in runs on weights and activations."""
 
 CACHE_TOKENS: Final = 1280
-"""Of the text, for caches: what they cost grows with the context, or does not."""
+"""Tokens of the text in runs on caches, whose error may grow with the context."""
 
 LINEAR: Final = ("qkv", "output", "gate_up", "down")
-"""The weights of a layer."""
+"""Names of a layer's weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One way to run the model.
+    """Settings under which the model is run.
 
     Attributes:
-      name: what it is called in results.
+      name: its name in results.
       kind: what is studied: "baseline", "weights", "activations" or "cache".
-      weights: a scheme, or a float dtype that weights are rounded to.
-      method: of `quantize`.
-      calibrated: whether errors in weights count by the activations of another text.
-      scale_dtype: of scales and minimums.
-      head: the scheme of output head and embedding; None means that of the weights.
-      activations: float32 or bfloat16 throughout, or int8 or float8_e4m3fn where they are multiplied.
+      weights: scheme of the weights, or a float dtype that they are rounded to.
+      method: method of `quantize`.
+      calibrated: whether errors of weights are weighted by the activations of another text.
+      scale_dtype: dtype of scales and minimums.
+      head: scheme of the output head and the embedding; None means that of the weights.
+      activations: float32 or bfloat16 throughout, or int8 or float8_e4m3fn as operands of products.
       cache: dtype of the cache.
-      tokens: of the text.
+      tokens: number of tokens of the text.
     """
 
     name: str
@@ -83,7 +83,7 @@ def _weights(name: str, *methods: str, **options: Any) -> Iterator[Run]:
 
 
 def runs() -> list[Run]:
-    """All runs, those that most depends on first."""
+    """Returns all runs, the baseline and the most important ones first."""
     found = [Run("float32", "baseline", tokens=CACHE_TOKENS)]
     for name in ("bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"):
         found += _weights(name)
@@ -108,16 +108,16 @@ def runs() -> list[Run]:
 
 
 def text(name: str) -> str:
-    """A text of the package: "evaluation" or "calibration"."""
+    """Returns one of the packaged texts: "evaluation" or "calibration"."""
     stored = json.loads((importlib.resources.files(__package__) / "texts.json").read_text())
     return "\n\n".join(stored[name]["paragraphs"])
 
 
 class LanguageModel:
-    """A model in float32, and what its predictions become under a `Run`.
+    """A model in float32, which can be evaluated under any `Run`.
 
     Args:
-      model: a checkpoint that `load_checkpoint` takes.
+      model: a checkpoint, as `load_checkpoint` takes it.
     """
 
     def __init__(self, model: str = "smollm2") -> None:
@@ -128,7 +128,7 @@ class LanguageModel:
 
     @property
     def parameters(self) -> Parameters:
-        """In float32, layers stacked."""
+        """Weights in float32, with layers stacked."""
         return self.checkpoint.parameters
 
     def _encode(self, name: str) -> np.ndarray:
@@ -143,7 +143,7 @@ class LanguageModel:
         return {name: parts[0] if name == "head" else jnp.stack(parts) for name, parts in mean_square.items()}
 
     def activations(self) -> list[tuple[str, jax.Array]]:
-        """What every weight is multiplied by over the calibration text: its name and `[tokens, in]`, layer by layer."""
+        """Returns each weight's name and the activations `[tokens, in]` that it is multiplied by, layer by layer."""
         stack = self.parameters.layers
         assert isinstance(stack, Layer)
         count = self.checkpoint.config.num_layers
@@ -160,19 +160,19 @@ class LanguageModel:
         tokens = self._encode("calibration")[None]
         cache = empty_cache(parameters, self.checkpoint.config, 1, tokens.shape[1], jnp.float32)
         lengths = jnp.array([tokens.shape[1]], jnp.int32)
-        # Not under jit: what is recorded are numbers.
+        # Not under jit, so that numbers are recorded.
         forward(
             parameters, self.checkpoint.config, jnp.asarray(tokens), lengths, cache, every_position=True, adapt=record
         )
         return found
 
     def rounded(self, run: Run) -> tuple[Parameters, int]:
-        """The weights as a run has them, back in float32; and the bytes of them that a decode step reads."""
+        """Returns the weights as a run rounds them, in float32, and the bytes of them that a decode step reads."""
         stack = self.parameters.layers
         assert isinstance(stack, Layer)
         nbytes = 0
 
-        def of(name: str, weight: Weight, scheme: str) -> jax.Array:
+        def round_weight(name: str, weight: Weight, scheme: str) -> jax.Array:
             nonlocal nbytes
             assert isinstance(weight, jax.Array)
             importance = self.importance[name] if run.calibrated and scheme == run.weights else None
@@ -180,17 +180,19 @@ class LanguageModel:
             nbytes += size
             return result
 
-        layers = dataclasses.replace(stack, **{name: of(name, getattr(stack, name), run.weights) for name in LINEAR})
-        head = of("head", self.parameters.head, run.head or run.weights)
+        layers = dataclasses.replace(
+            stack, **{name: round_weight(name, getattr(stack, name), run.weights) for name in LINEAR}
+        )
+        head = round_weight("head", self.parameters.head, run.head or run.weights)
         norms = (stack.attention_norm, stack.mlp_norm, self.parameters.final_norm)
         nbytes += sum(norm.nbytes for norm in norms)
         return dataclasses.replace(self.parameters, layers=layers, head=head), nbytes
 
     def evaluate(self, run: Run) -> dict[str, Any]:
-        """Runs the model over the text; the first run must be the baseline.
+        """Runs the model over the text; the baseline must be the first run.
 
         Returns:
-          Figures by name, ready for JSON.
+          Figures by name, as JSON takes them.
         """
         start = time.perf_counter()
         parameters, weight_bytes = (self.parameters, self.parameters.nbytes)
@@ -248,7 +250,7 @@ _dequantize = jax.jit(dequantize)
 
 @functools.cache
 def _program(config: Any, activations: str) -> Callable[..., Any]:
-    """Tokens to log-probabilities `[CHUNK, vocab]`, compiled once for each form of activations and of the cache."""
+    """Returns a function of tokens to log-probabilities `[CHUNK, vocab]`, compiled for each dtype of activations."""
 
     def quantized(x: jax.Array, weight: Weight) -> jax.Array:
         del weight
@@ -276,22 +278,22 @@ def _program(config: Any, activations: str) -> Callable[..., Any]:
 
 @jax.jit
 def _compare(expected: jax.Array, predicted: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Negative log-likelihoods, divergences and agreements at every position, of log-probabilities."""
+    """Returns negative log-likelihood, divergence and agreement at every position, from log-probabilities."""
     likelihood = -jnp.take_along_axis(predicted, targets[:, None], axis=-1)[:, 0]
     divergence = jnp.sum(jnp.exp(expected) * (expected - predicted), axis=-1)
     return likelihood, divergence, jnp.argmax(expected, axis=-1) == jnp.argmax(predicted, axis=-1)
 
 
 def study(path: Path, model: str = "smollm2", report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict:
-    """Makes every run that a file does not have yet, and writes the file after each.
+    """Evaluates every run that is not in a file yet, and writes the file after each.
 
     Args:
-      path: JSON, made where there is none. What it has of another model or text is made again.
+      path: a JSON file, which need not exist. Runs of another model or text in it are made again.
       model: a checkpoint.
       report: called with the figures of each run.
 
     Returns:
-      What the file then holds.
+      The content of the file.
     """
     asked = runs()
     setting = {"model": find_model(model).name, "text": text("evaluation")[:60], "chunk": CHUNK}
@@ -300,7 +302,7 @@ def study(path: Path, model: str = "smollm2", report: Callable[[dict[str, Any]],
     kept = {run.name: kept[run.name] for run in asked if run.name in kept and _same(run, kept[run.name])}
     if missing := [run for run in asked if run.name not in kept]:
         subject = LanguageModel(model)
-        # The baseline is what all others are compared with: its predictions are needed again.
+        # All runs are compared with the predictions of the baseline, so it is always evaluated first.
         for run in missing if missing[0].kind == "baseline" else [asked[0], *missing]:
             kept[run.name] = subject.evaluate(run)
             report(kept[run.name])

@@ -1,7 +1,7 @@
 """Narrow numbers and the ways of adding them up, emulated operation by operation in NumPy.
 
-Compilers keep float32 where bfloat16 was asked for, and reorder sums as it suits them. Here every operation rounds
-where it says so. Vectors are rows of a matrix, `[vectors, n]` in float32, all of them added up at the same time.
+Compilers may keep float32 where bfloat16 was asked for, and reorder sums. Here every operation rounds exactly where it
+says so. Vectors are rows of a matrix, `[vectors, n]` in float32, and are added up together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from palladion.reference.quantization import quantize_rows
 Array = np.ndarray
 
 BLOCK: Final = 128
-"""Elements that a two-level sum adds up first, and that share a scale where scales are of blocks: a vector register."""
+"""Elements of a block, of which two-level sums are made and which share a scale: the width of a vector register."""
 
 DTYPES: Final[dict[str, Any]] = {
     "float32": np.float32,
@@ -30,23 +30,23 @@ DTYPES: Final[dict[str, Any]] = {
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """To the nearest number of a dtype, ties to even; the result is float32 again."""
+    """Rounds to the nearest number of a dtype, ties to even; returns float32."""
     return x if dtype == "float32" else x.astype(DTYPES[dtype]).astype(np.float32)
 
 
 def stochastically_rounded(x: Array, generator: np.random.Generator) -> Array:
-    """To one of the two neighbouring bfloat16 numbers, the nearer one more often: right on average."""
+    """Rounds to one of the two neighbouring bfloat16 numbers at random, without bias."""
     bits = x.view(np.uint32) + generator.integers(0, 2**16, x.shape, np.uint32)
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def padded(x: Array, multiple: int) -> Array:
-    """With zeros behind each vector, so that it divides into blocks."""
+    """Appends zeros to each vector, up to a multiple of a length."""
     return np.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
 
 
 def sequential(x: Array, dtype: str) -> Array:
-    """One accumulator of that dtype."""
+    """Sums with one accumulator of that dtype."""
     total = np.zeros(len(x), np.float32)
     for column in np.ascontiguousarray(x.T):
         total = rounded(total + column, dtype)
@@ -54,7 +54,7 @@ def sequential(x: Array, dtype: str) -> Array:
 
 
 def stochastic(x: Array, dtype: str) -> Array:
-    """One bfloat16 accumulator that is rounded up or down by chance, always the same chance."""
+    """Sums with one bfloat16 accumulator and stochastic rounding, with a fixed seed."""
     assert dtype == "bfloat16"
     generator, total = np.random.default_rng(0), np.zeros(len(x), np.float32)
     for column in np.ascontiguousarray(x.T):
@@ -63,7 +63,7 @@ def stochastic(x: Array, dtype: str) -> Array:
 
 
 def pairwise(x: Array, dtype: str) -> Array:
-    """Neighbours are added, then neighbouring sums: a tree as deep as the logarithm of the length."""
+    """Sums neighbours, then neighbouring sums: a tree as deep as the logarithm of the length."""
     while x.shape[1] > 1:
         x = padded(x, 2)
         x = rounded(x[:, ::2] + x[:, 1::2], dtype)
@@ -71,7 +71,7 @@ def pairwise(x: Array, dtype: str) -> Array:
 
 
 def kahan(x: Array, dtype: str) -> Array:
-    """One accumulator, and a second one for what its roundings lost (Kahan 1965)."""
+    """Sums with one accumulator and a second one for its rounding errors (Kahan, 1965)."""
     total = lost = np.zeros(len(x), np.float32)
     for column in np.ascontiguousarray(x.T):
         number = rounded(column - lost, dtype)
@@ -82,7 +82,7 @@ def kahan(x: Array, dtype: str) -> Array:
 
 
 def lanes(x: Array, dtype: str) -> Array:
-    """What a vector unit does: an accumulator for each of 128 lanes, and a tree over the lanes."""
+    """Sums as a vector unit does: an accumulator for each of 128 lanes, then a tree over the lanes."""
     x = padded(x, BLOCK)
     total = np.zeros((len(x), BLOCK), np.float32)
     for start in range(0, x.shape[1], BLOCK):
@@ -91,7 +91,7 @@ def lanes(x: Array, dtype: str) -> Array:
 
 
 def blocked(x: Array, dtype: str) -> Array:
-    """Blocks are added up in that dtype, one element after the other, and their sums in float32."""
+    """Sums each block sequentially in that dtype, and the sums of blocks in float32."""
     x = padded(x, BLOCK)
     sums = sequential(x.reshape(-1, BLOCK), dtype).reshape(len(x), -1)
     return sequential(sums, "float32")
@@ -109,10 +109,10 @@ ORDERS: Final[dict[str, Callable[[Array, str], Array]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Vectors in codes, each block with a scale.
+    """Quantized vectors, with a scale for each block.
 
     Attributes:
-      codes: `[vectors, blocks, size]` float32, exactly what is stored.
+      codes: `[vectors, blocks, size]`, the stored codes exactly, in float32.
       scales: `[vectors, blocks]` float32.
     """
 
@@ -128,12 +128,12 @@ class Quantized:
         return cls(np.asarray(codes).astype(np.float32), np.asarray(scales))
 
     def sum(self) -> Array:
-        """Codes are added up exactly, as int32 does; scaled sums of blocks in float32."""
+        """Sums codes exactly, as int32 does, and the scaled sums of blocks in float32."""
         sums = self.codes.sum(axis=2, dtype=np.float64).astype(np.float32)
         return sequential(sums * self.scales, "float32")
 
     def dot(self, other: Quantized) -> Array:
-        """Products of codes are added up exactly; scaled sums of blocks in float32."""
+        """Sums products of codes exactly, and the scaled sums of blocks in float32."""
         sums = (self.codes.astype(np.float64) * other.codes).sum(axis=2).astype(np.float32)
         return sequential(sums * (self.scales * other.scales), "float32")
 
@@ -142,13 +142,13 @@ _quantize_rows = jax.jit(quantize_rows, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to hold vectors and to add them up.
+class SumMethod:
+    """A way to store vectors and to add them up.
 
     Attributes:
-      inputs: a float dtype, or int8, float8_e4m3fn or float8_e5m2 with scales.
+      inputs: dtype of the vectors: a float dtype, or int8, float8_e4m3fn or float8_e5m2 with scales.
       accumulator: a float dtype, or "exact" for codes, which int32 adds up without rounding.
-      order: one of `ORDERS`; for codes, what shares a scale: "one scale" or "scale per 128".
+      order: one of `ORDERS`; for codes "one scale" or "scale per 128".
     """
 
     inputs: str
@@ -160,17 +160,17 @@ class Method:
 
     @property
     def quantized(self) -> bool:
-        """Whether vectors are held in codes."""
+        """Whether vectors are stored as codes with scales."""
         return self.inputs not in DTYPES
 
     def sum(self, x: Array) -> Array:
-        """Adds up vectors `[vectors, n]`: `[vectors]`."""
+        """Sums vectors `[vectors, n]` to `[vectors]`."""
         if self.quantized:
             return self._codes(x).sum()
         return ORDERS[self.order](rounded(x, self.inputs), self.accumulator)
 
     def dot(self, x: Array, w: Array) -> Array:
-        """Products of vectors `[vectors, n]`, pair by pair: `[vectors]`. Each product is a float32."""
+        """Returns the dot products `[vectors]` of pairs of vectors `[vectors, n]`; each product is a float32."""
         if self.quantized:
             return self._codes(x).dot(self._codes(w))
         return ORDERS[self.order](rounded(x, self.inputs) * rounded(w, self.inputs), self.accumulator)
@@ -179,13 +179,16 @@ class Method:
         return Quantized.of(x, self.inputs, None if self.order == "one scale" else BLOCK)
 
 
-def methods() -> list[Method]:
-    """All that are studied: float32 first, the accumulator's precision, its order, and what the inputs are held in."""
-    found = [Method("float32", "float32", "one after the other")]
-    found += [Method("float32", "float32", order) for order in ("pairwise", "128 lanes", "Kahan")]
-    found += [Method("float32", "float16", "one after the other"), Method("float32", "bfloat16", "one after the other")]
-    found += [Method("bfloat16", "float32", "one after the other"), Method("bfloat16", "float32", "pairwise")]
-    found += [Method("bfloat16", "bfloat16", order) for order in ORDERS]
+def methods() -> list[SumMethod]:
+    """Returns all methods that are studied, float32 first; they vary accumulators, orders and dtypes of inputs."""
+    found = [SumMethod("float32", "float32", "one after the other")]
+    found += [SumMethod("float32", "float32", order) for order in ("pairwise", "128 lanes", "Kahan")]
+    found += [
+        SumMethod("float32", "float16", "one after the other"),
+        SumMethod("float32", "bfloat16", "one after the other"),
+    ]
+    found += [SumMethod("bfloat16", "float32", "one after the other"), SumMethod("bfloat16", "float32", "pairwise")]
+    found += [SumMethod("bfloat16", "bfloat16", order) for order in ORDERS]
     for dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
-        found += [Method(dtype, "exact", scale) for scale in ("one scale", "scale per 128")]
+        found += [SumMethod(dtype, "exact", scale) for scale in ("one scale", "scale per 128")]
     return found

@@ -1,7 +1,7 @@
-"""Sums, dot products and the online softmax in few bits: how far they are from float64, and what their order changes.
+"""Errors of sums, dot products and the online softmax in few bits, and how they depend on the order.
 
-Errors are relative to what chance would make of the terms, the root of the sum of their squares: 1 is an error as large
-as a sum of that many terms of random signs is itself.
+Errors are relative to the root of the sum of squares of the terms, which is the expected size of a sum with random
+signs.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ import numpy as np
 from palladion.benchmarks.numerics.rounding import Array, methods, rounded
 
 LENGTH: Final = 10_000
+"""Terms of a sum."""
+
 SHUFFLES: Final = 32
+"""Random orders of each sum."""
+
 DOT_LENGTHS: Final = tuple(2**power for power in range(7, 15))
+"""Lengths of dot products."""
+
 PAIRS: Final = 64
+"""Dot products of each length."""
 
 
 def sines() -> Array:
-    """sin(0) to sin(9999) in float32; they add up to 1.9395, while their magnitudes add up to 6366."""
+    """Returns sin(0) to sin(9999) in float32; their sum is 1.9395, and that of their magnitudes 6366."""
     return np.sin(np.arange(LENGTH, dtype=np.float32))
 
 
 def shuffled_sines() -> Array:
-    """The same in the order that Python's generator gives with seed 0."""
+    """Returns the same sines, shuffled by Python's generator with seed 0."""
     order = list(range(LENGTH))
     random.Random(0).shuffle(order)
     return sines()[order]
 
 
 def study_sums(vectors: dict[str, Array]) -> list[dict[str, Any]]:
-    """Adds up every vector by every method, in its own order and in random ones.
+    """Sums every vector by every method, in its own order and in random ones.
 
     Args:
       vectors: float32 `[n]` by name.
@@ -68,7 +75,7 @@ def study_sums(vectors: dict[str, Array]) -> list[dict[str, Any]]:
 
 
 def study_dots(pairs: dict[str, tuple[Array, Array]]) -> list[dict[str, Any]]:
-    """Dot products of growing length by every method.
+    """Computes dot products of growing length by every method.
 
     Args:
       pairs: by name, activations and weights `[PAIRS, longest]` float32.
@@ -99,21 +106,23 @@ def study_dots(pairs: dict[str, tuple[Array, Array]]) -> list[dict[str, Any]]:
 
 
 def normal_pairs() -> tuple[Array, Array]:
-    """Normal-distributed activations and weights."""
+    """Returns normal-distributed activations and weights."""
     generator = np.random.default_rng(1)
     x, w = generator.standard_normal((2, PAIRS, DOT_LENGTHS[-1]), np.float32)
     return x, w
 
 
 CONTEXT: Final = 4096
+"""Tokens of the cache in the study of attention."""
+
 HEADS: Final = 16
 HEAD_DIM: Final = 128
 
 
 def study_attention() -> list[dict[str, Any]]:
-    """The online softmax of decode attention: block size, splits, and the precision of what is carried along.
+    """Studies the online softmax of decode attention: block size, splits, and the precision of accumulators.
 
-    Keys, values and queries are normal-distributed and held in bfloat16 exactly; errors are those of the arithmetic.
+    Keys, values and queries are normal-distributed bfloat16 numbers, so that all errors are those of the arithmetic.
 
     Returns:
       A record for each combination: the largest and the root mean square error of the output, relative to its root
@@ -148,16 +157,16 @@ def study_attention() -> list[dict[str, Any]]:
 
 
 def _attend(q: Array, k: Array, v: Array, block: int, splits: int, accumulator: str, operand: str) -> Array:
-    """Attention `[heads, head_dim]` block by block, the shares of a split merged in float32.
+    """Returns attention `[heads, head_dim]`, computed block by block, with splits merged in float32.
 
     Args:
       q: `[heads, head_dim]`.
       k: `[heads, tokens, head_dim]`.
       v: like k.
-      block: tokens of a step.
-      splits: equal shares of the tokens.
-      accumulator: what the sum of weights and the weighted values are rounded to after every step.
-      operand: what weights are rounded to before they meet values.
+      block: tokens of a block.
+      splits: number of equal splits of the tokens.
+      accumulator: dtype that the sum of weights and the weighted values are rounded to after every block.
+      operand: dtype that weights are rounded to before they are multiplied by values.
     """
     outs, lses = [], []
     for keys, values in zip(np.split(k, splits, axis=1), np.split(v, splits, axis=1), strict=True):

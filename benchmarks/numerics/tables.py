@@ -1,30 +1,18 @@
-"""The results as text."""
+"""Tables of the studies' results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from palladion.benchmarks.text import table
+
 Record = dict[str, Any]
-
-
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they must be, the first flush left."""
-    lines = [list(heading), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-
-    def spaced(line: list[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if not n else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    return "\n".join(map(spaced, lines))
+"""A result of a study, as JSON has it."""
 
 
 def method_name(record: Record) -> str:
-    """How a vector was held and added up, in words."""
+    """Names the dtype of a vector, its accumulator and the order of its sum."""
     if record["accumulator"] == "exact":
         return f"{record['inputs']}, {record['order']}"
     return f"{record['inputs']} + {record['accumulator']}, {record['order']}"
@@ -33,7 +21,7 @@ def method_name(record: Record) -> str:
 def by_method(
     records: Sequence[Record], column: str, cell: Callable[[Record], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Methods down, one of the records' entries across: the heads of the columns, and the rows."""
+    """Returns headings and lines of a table with a line for each method and a column for each value of an entry."""
     heads = list(dict.fromkeys(record[column] for record in records))
     cells: dict[str, dict[Any, str]] = {}
     for record in records:
@@ -43,13 +31,13 @@ def by_method(
     ]
 
 
-def of_sums(study: dict[str, Any]) -> str:
-    """Sums of sines as they are, errors of the others, dot products and attention."""
+def sums_tables(study: dict[str, Any]) -> str:
+    """Formats the sums of sines, and the errors of the other sums, of dot products and of attention."""
     parts = []
     sines = [record for record in study["sums"] if record["vector"].startswith("sin")]
     heads, rows = by_method(sines, "vector", lambda record: f"{record['sum']:.4f}")
-    of_spread = {method_name(r): f"{(max(r['shuffled']) - min(r['shuffled'])):.3g}" for r in sines}
-    rows = [[*row, of_spread[row[0]]] for row in rows]
+    spreads = {method_name(r): f"{(max(r['shuffled']) - min(r['shuffled'])):.3g}" for r in sines}
+    rows = [[*row, spreads[row[0]]] for row in rows]
     exact = sines[0]["exact"]
     parts.append(
         f"Sum of sin(0) to sin(9999), exactly {exact:.4f}; and what {len(sines[0]['shuffled'])} other orders differ by"
@@ -65,11 +53,11 @@ def of_sums(study: dict[str, Any]) -> str:
         parts.append(f"Dot products, {pair}, by length: root mean square error / (|x| |w|)")
         parts.append(table(["", *heads], rows))
     parts.append("Online softmax over 4096 tokens, by tokens in a block: root mean square error / that of the output")
-    parts.append(_of_attention(study["attention"]))
+    parts.append(_attention_table(study["attention"]))
     return "\n\n".join(parts)
 
 
-def _of_attention(records: Sequence[Record]) -> str:
+def _attention_table(records: Sequence[Record]) -> str:
     blocks = list(dict.fromkeys(record["block"] for record in records))
     rows: dict[str, dict[int, str]] = {}
     for record in records:
@@ -86,15 +74,15 @@ MODEL_HEADING: Final = (
 
 
 def model_line(run: Record) -> str:
-    """A run in one line."""
+    """Formats a run on one line."""
     return (
         f"{run['name']:38s} {run['weight_bytes'] / 1e6:9.1f} {run['perplexity']:10.2f} {run['kl']:9.5f} "
         f"{run['kl_standard_error']:8.5f} {run['agreement']:9.3f} {run['seconds']:6.0f}"
     )
 
 
-def of_model(runs: dict[str, Record]) -> str:
-    """All runs of a language model; what caches cost, part by part of the context."""
+def model_tables(runs: dict[str, Record]) -> str:
+    """Formats all runs of a language model, and the divergence of caches by position."""
     lines = [MODEL_HEADING, *map(model_line, runs.values())]
     caches = [run for run in runs.values() if run["kind"] == "cache"]
     if caches:
@@ -105,5 +93,5 @@ def of_model(runs: dict[str, Record]) -> str:
 
 
 def run_length(run: Record) -> int:
-    """Tokens that one entry of a run's `kl_by_position` is the mean of."""
+    """Returns the number of tokens that each entry of a run's `kl_by_position` averages."""
     return int(run["tokens"]) // len(run["kl_by_position"])

@@ -1,8 +1,19 @@
-"""What the compilers say of kernels without the chip: estimates, no measurements."""
+"""Static examination: what the real compilers say of kernels, without a chip; estimates, no measurements."""
 
-from palladion.benchmarks.static.gpu_roofline import GpuReport, examine_for_gpu
-from palladion.benchmarks.static.roofline import KernelReport, LoopReport, examine
-from palladion.benchmarks.static.runner import Examiner, Row
-from palladion.benchmarks.static.workloads import Reference
+from palladion.benchmarks.static.examiner import Examination, Examiner
+from palladion.benchmarks.static.gpu.report import GpuReport
+from palladion.benchmarks.static.gpu.roofline import examine_for_gpu
+from palladion.benchmarks.static.tpu.report import KernelReport, LoopReport
+from palladion.benchmarks.static.tpu.roofline import examine
+from palladion.benchmarks.static.workloads import WorkloadName
 
-__all__ = ["Examiner", "GpuReport", "KernelReport", "LoopReport", "Reference", "Row", "examine", "examine_for_gpu"]
+__all__ = [
+    "Examination",
+    "Examiner",
+    "GpuReport",
+    "KernelReport",
+    "LoopReport",
+    "WorkloadName",
+    "examine",
+    "examine_for_gpu",
+]

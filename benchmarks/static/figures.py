@@ -1,4 +1,4 @@
-"""The figures that are worth keeping: a file with a line for each kernel, workload and chip, and the versions first."""
+"""A file of key figures: versions on the first line, then a line for each kernel on each workload and chip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Place = tuple[str, str]
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[Place, list[dict[str, Any]]]]:
-    """The versions with which figures were taken, and the figures of each workload and chip."""
+    """Returns the versions with which figures were taken, and the figures of each workload and chip."""
     versions, *entries = map(json.loads, path.read_text().splitlines())
     found: dict[Place, list[dict[str, Any]]] = {}
     for entry in entries:
@@ -23,9 +23,9 @@ def read(path: Path) -> tuple[dict[str, str], dict[Place, list[dict[str, Any]]]]
 
 
 def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]]) -> None:
-    """Writes figures, as `Table.figures` has them.
+    """Writes figures, as `Table.figures` returns them.
 
-    What a file that is there says of other workloads and chips stays, where its versions are the same.
+    Figures of other workloads and chips in an existing file are kept if its versions are the same.
     """
     found: dict[Place, list[dict[str, Any]]] = {}
     if path.exists():
@@ -40,14 +40,14 @@ def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]
 
 
 def names(path: Path, operation: str) -> list[str]:
-    """The cases of an operation of which a file has figures."""
+    """Returns the names of an operation's cases in a file."""
     _, found = read(path)
     kept = dict.fromkeys(workload for workload, _ in found)
     return [workload.removeprefix(f"{operation}/") for workload in kept if workload.startswith(f"{operation}/")]
 
 
 def markdown(path: Path, operation: str, cases: Sequence[str]) -> str:
-    """A table of cases of an operation: on each chip the estimated time, and the share of the HBM's bandwidth."""
+    """Formats a Markdown table of an operation's cases: estimated time and share of the bandwidth on each chip."""
     _, found = read(path)
     wanted = [f"{operation}/{name}" for name in cases]
     places = [place for place in found if place[0] in wanted]
@@ -60,7 +60,7 @@ def markdown(path: Path, operation: str, cases: Sequence[str]) -> str:
 
 
 def _cell(entries: Sequence[dict[str, Any]]) -> str:
-    """What is known of the kernels of a workload, taken together."""
+    """Formats the figures of all kernels of a workload together."""
     if not entries or any("failure" in entry for entry in entries):
         return "-"
     if any(entry["microseconds"] is None for entry in entries):

@@ -1,4 +1,4 @@
-"""Scalars that are not known, and what happens where something depends on them."""
+"""Unknown scalars, which make everything that is computed from them unknown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from typing import Any
 
 
 class Undecided(Exception):  # noqa: N818 – no error: an answer
-    """What a kernel does depends on something that is not known; the message says on what."""
+    """A kernel's behaviour depends on something that is not known; the message says on what."""
 
 
 class Opaque:
-    """A scalar that is not known: whatever is computed from it is opaque too, and to decide by it is an error."""
+    """A scalar that is not known.
+
+    Whatever is computed from it is opaque, too; a branch that depends on it raises Undecided.
+
+    Args:
+      reason: why it is not known, "it depends on …".
+    """
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -36,12 +42,12 @@ class Opaque:
 
 
 def select(condition: Any, yes: Any, no: Any) -> Any:
-    """One of two values; opaque where the condition is."""
+    """Returns one of two values; opaque if the condition is."""
     return condition if type(condition) is Opaque else yes if condition else no
 
 
 def either(a: Any, b: Any) -> Any:
-    """Whether one of two conditions holds; opaque where that cannot be told."""
+    """Whether one of two conditions holds; opaque if that is not known."""
     if type(a) is Opaque:
         return 1 if type(b) is not Opaque and b else a
     return 1 if a else b

@@ -1,4 +1,4 @@
-"""Processes that the compiler may end."""
+"""Processes that a compiler or a kernel may end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import signal
 from typing import Final
 
 LONGEST: Final = 240
-"""Characters of a message that are shown."""
+"""Maximum length of a message."""
 
 
-def why_it_ended(status: int, written: str) -> str:
-    """Why a process ended, in one line.
+def exit_reason(status: int, written: str) -> str:
+    """Says in one line why a process ended.
 
     Args:
-      status: with which it ended; negative for a signal.
-      written: what it wrote.
+      status: its exit status; negative for a signal.
+      written: its output.
     """
     found = re.search(r"Check failed: .*", written) or re.search(r"\b\w*Error: .*", written)
     with_ = signal.Signals(-status).name if status < 0 else f"status {status}"

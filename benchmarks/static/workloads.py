@@ -1,4 +1,4 @@
-"""What is examined: the operations' named cases, and functions from a user's file."""
+"""Workloads to examine: the operations' named cases, and functions in a user's file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 import palladion.kernels
-from palladion.kernels.backend import Unsupported
+from palladion.kernels.backend import Implementation, Unsupported
 from palladion.kernels.checks import check
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
-    """Which workload is meant, in words that another process understands.
+class WorkloadName:
+    """Names a workload, so that another process can load it.
 
     Attributes:
       operation: a folder of kernels/, or "" for a user's file.
-      name: of a case, or of a function in the file.
-      path: of the file, or "".
+      name: name of a case, or of a function in the file.
+      path: path of the file, or "".
     """
 
     operation: str
@@ -41,12 +41,13 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A function and what it is called with.
+    """A function and its arguments.
 
     Attributes:
-      function: of arrays.
+      function: a function of arrays.
       arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      bytes_needed: that must move between device memory and the chip; None for each argument and result once.
+      bytes_needed: bytes that must move between device memory and the chip; None if every argument and result moves
+        once.
     """
 
     function: Callable[..., Any]
@@ -55,11 +56,11 @@ class Workload:
 
 
 KERNEL_FILES: Final = {"tpu": "mosaic_tpu", "gpu": "triton"}
-"""In an operation's folder, by platform."""
+"""Modules with the kernels that are examined, in an operation's folder, by platform."""
 
 
 def operations(platform: str | None = None) -> list[str]:
-    """The operations that have cases, and a kernel of their own for a platform ("tpu" or "gpu"); None for any."""
+    """Returns the operations that have cases, and a kernel for a platform ("tpu" or "gpu"; None for any)."""
     packages = [module.name for module in pkgutil.iter_modules(palladion.kernels.__path__) if module.ispkg]
 
     def has(name: str, file: str) -> bool:
@@ -70,18 +71,18 @@ def operations(platform: str | None = None) -> list[str]:
 
 
 def named_cases(operation: str) -> dict[str, Any]:
-    """The cases of an operation by name: those of real models, a grid of shapes where there is one, small ones."""
+    """Returns an operation's cases by name: those of real models, a grid of shapes if there is one, small ones."""
     module = _module(operation, "cases")
     return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
 
 
-def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[Reference]:
-    """The cases that are asked for.
+def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[WorkloadName]:
+    """Returns the chosen cases.
 
     Args:
-      names: of cases, or patterns of names such as "llama*"; None takes those of real models.
-      operation: whose they are; None takes all.
-      platform: for which there is to be a kernel, "tpu" or "gpu"; None for any.
+      names: names of cases, or patterns such as "llama*"; None takes those of real models.
+      operation: the operation; None takes all.
+      platform: takes only operations with a kernel for "tpu" or "gpu"; None takes all.
 
     Raises:
       ValueError: there is no such operation, or no such case.
@@ -90,60 +91,59 @@ def select(names: Sequence[str] | None, operation: str | None, platform: str | N
     check(operation is None or operation in known, "--operation", operation, ", ".join(known))
     chosen = known if operation is None else [operation]
     if names is None:
-        return [Reference(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
+        return [WorkloadName(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
     found = []
     for pattern in names:
-        meant = [
-            Reference(one, name) for one in chosen for name in named_cases(one) if fnmatch.fnmatchcase(name, pattern)
+        matching = [
+            WorkloadName(one, name) for one in chosen for name in named_cases(one) if fnmatch.fnmatchcase(name, pattern)
         ]
         listed = "\n".join(f"  {one}: {', '.join(named_cases(one))}" for one in chosen)
-        check(bool(meant), "--cases", pattern, f"patterns, or names of\n{listed}")
-        found += meant
+        check(bool(matching), "--cases", pattern, f"patterns, or names of\n{listed}")
+        found += matching
     return list(dict.fromkeys(found))
 
 
-def load(reference: Reference, platform: str = "tpu") -> Workload:
-    """Makes a workload.
+def load(workload: WorkloadName, platform: str = "tpu") -> Workload:
+    """Loads a workload.
 
     Args:
-      reference: which one.
-      platform: "tpu" or "gpu": of a case, the kernel for that is meant.
+      workload: its name.
+      platform: "tpu" or "gpu": the platform whose kernel a case calls.
 
     Raises:
-      ValueError: the file or the function does not exist, or the function returns something else than a workload.
+      ValueError: the file or the function does not exist, or the function does not return a workload.
       Unsupported: the operation has no kernel for the platform.
     """
-    return _from_file(reference) if reference.path else _from_case(reference, platform)
+    return _from_file(workload) if workload.path else _from_case(workload, platform)
 
 
-def from_argument(text: str) -> Reference:
-    """The workload that `path/to/file.py:function` means; it is made to see whether it exists.
+def from_argument(text: str) -> WorkloadName:
+    """Returns the workload that `path/to/file.py:function` names, after loading it once.
 
     Raises:
-      ValueError: it does not.
+      ValueError: it does not exist.
     """
     path, colon, name = text.rpartition(":")
     check(bool(colon), "--file", text, "path/to/file.py:function")
-    reference = Reference("", name, str(Path(path).resolve()))
-    load(reference)
-    return reference
+    workload = WorkloadName("", name, str(Path(path).resolve()))
+    load(workload)
+    return workload
 
 
-def _from_case(reference: Reference, platform: str) -> Workload:
-    case = named_cases(reference.operation)[reference.name]
+def _from_case(workload: WorkloadName, platform: str) -> Workload:
+    case = named_cases(workload.operation)[workload.name]
     problem = case.problem()
-    rows = [row for row in _module(reference.operation, "api").IMPLEMENTATIONS if row.platform == platform]
-    if not rows:
-        raise Unsupported(f"{reference.operation} has no kernel for {platform.upper()}s yet")
-    accepted = inspect.signature(rows[0].run).parameters
+    table = _module(workload.operation, "api").IMPLEMENTATIONS
+    kernel: Implementation | None = next((one for one in table if one.platform == platform), None)
+    if kernel is None:
+        raise Unsupported(f"{workload.operation} has no kernel for {platform.upper()}s yet")
 
     def function(inputs: Any) -> Any:
-        # Asked for while it is traced: what is supported may depend on the chip.
-        reason = rows[0].unsupported(problem)
+        # While it is traced, because what is supported may depend on the chip.
+        reason = kernel.unsupported(problem)
         if reason is not None:
-            raise Unsupported(f"{rows[0].name}: {reason}")
-        options = {"config": None, "interpret": False}
-        return rows[0].run(problem, inputs, **{name: options[name] for name in options if name in accepted})
+            raise Unsupported(f"{kernel.name}: {reason}")
+        return kernel.run(problem, inputs, config=None, interpret=False)
 
     lengths = getattr(case, "filled", None)
     counted = inspect.signature(problem.bytes_moved).parameters
@@ -152,7 +152,7 @@ def _from_case(reference: Reference, platform: str) -> Workload:
 
 
 def with_scalars(shapes: Any, case: Any) -> Any:
-    """The arrays of a case; with values where these decide what a kernel does."""
+    """Returns the arrays of a case, with values for those that decide what a kernel does."""
 
     def value(path: tuple[Any, ...], array: Any) -> Any:
         name = getattr(path[-1], "name", "") if path else ""
@@ -170,26 +170,26 @@ def with_scalars(shapes: Any, case: Any) -> Any:
     return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def _from_file(reference: Reference) -> Workload:
-    path = Path(reference.path)
-    check(path.is_file(), "--file", reference.path, "a Python file that exists")
+def _from_file(workload: WorkloadName) -> Workload:
+    path = Path(workload.path)
+    check(path.is_file(), "--file", workload.path, "a Python file that exists")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    check(spec is not None and spec.loader is not None, "--file", reference.path, "a Python file")
+    check(spec is not None and spec.loader is not None, "--file", workload.path, "a Python file")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     own = [name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem]
-    function = getattr(module, reference.name, None)
-    check(callable(function), "--file", f"{path}:{reference.name}", f"one of its functions: {', '.join(own) or 'none'}")
+    function = getattr(module, workload.name, None)
+    check(callable(function), "--file", f"{path}:{workload.name}", f"one of its functions: {', '.join(own) or 'none'}")
     assert callable(function)
     made = function()
     form = "(function, arguments) or (function, arguments, bytes_needed)"
     check(
-        isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]), f"{path}:{reference.name}()", made, form
+        isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]), f"{path}:{workload.name}()", made, form
     )
     called, arguments, *needed = made
-    # A named tuple is one argument.
+    # A named tuple is a single argument.
     several = isinstance(arguments, (tuple, list)) and not hasattr(arguments, "_fields")
     return Workload(called, tuple(arguments) if several else (arguments,), needed[0] if needed else None)
 

@@ -1,1 +1,1 @@
-"""Ours beside others' kernels: the same shapes, the same compiler, the same static instrument. Estimates only."""
+"""Static comparison of our TPU kernels with others': same shapes, same compiler, same examination; estimates only."""

@@ -1,6 +1,6 @@
-"""Decode attention: ours, JAX's own paged attentions, and those of tpu-inference and tokamax.
+"""Contests of decode attention: ours, JAX's own paged attentions, and those of tpu-inference and tokamax.
 
-All attend to the newest token of each sequence; nobody writes new keys and values into the cache here.
+All compute attention of the newest token of each sequence; new keys and values are not written to the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, chip_in_sight, seeing_the_chip
+from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, traced_chip, with_target_device
 from palladion.benchmarks.static.peers.packages import kernels_of
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.decode_attention.cases import Case
@@ -23,7 +23,7 @@ from palladion.reference.caches import QUANTIZED_CACHE_DTYPES
 Workload = tuple[Callable[..., Any], tuple[Any, ...]]
 
 VMEM_SHARE: Final = 0.75
-"""Of the chip's VMEM that is granted where a kernel has to be told."""
+"""Share of the chip's VMEM that is granted to kernels with a limit."""
 
 
 def _lengths(case: Case) -> np.ndarray:
@@ -31,7 +31,7 @@ def _lengths(case: Case) -> np.ndarray:
 
 
 def _pages(case: Case) -> np.ndarray:
-    """The page table `[batch, pages_per_seq]`, pages in no order."""
+    """Returns the page table `[batch, pages_per_seq]`, with shuffled pages."""
     assert case.page_size is not None
     count = case.max_len // case.page_size
     order = np.random.default_rng(0).permutation(case.batch * count)
@@ -80,10 +80,10 @@ def _paged_attention(case: Case, setting: str) -> Workload:
             lengths,
             page_table,
             pages_per_compute_block=int(setting.split()[0]),
-            megacore_mode="kv_head" if chip_in_sight().cores > 1 else None,
+            megacore_mode="kv_head" if traced_chip().cores > 1 else None,
         )
 
-    return seeing_the_chip(function), (_queries(case), cache, cache, _lengths(case), table)
+    return with_target_device(function), (_queries(case), cache, cache, _lengths(case), table)
 
 
 def _queries(case: Case) -> jax.ShapeDtypeStruct:
@@ -106,17 +106,20 @@ def _ragged(case: Case, setting: str) -> Workload:
     scales = {} if case.kv_dtype is None else {"k_scale": 0.5, "v_scale": 0.5}
 
     def function(*arrays: Any) -> Any:
-        limit = int(chip_in_sight().vmem_bytes * VMEM_SHARE)
+        limit = int(traced_chip().vmem_bytes * VMEM_SHARE)
         return ragged_paged_attention(*arrays, sm_scale=case.head_dim**-0.5, vmem_limit_bytes=limit, **blocks, **scales)
 
     cache = _array((table.size, case.page_size, 2 * case.kv_heads, case.head_dim), case.kv_dtype or case.dtype)
     first = np.arange(case.batch + 1, dtype=np.int32)
     count = np.array([case.batch], np.int32)
-    return seeing_the_chip(function), (_queries(case), cache, _lengths(case), table, first, count)
+    return with_target_device(function), (_queries(case), cache, _lengths(case), table, first, count)
 
 
 def _fused_arguments(case: Case) -> tuple[Any, ...]:
-    """What the third ragged paged attention and its successors take: K and V by turns, packed in 32-bit words."""
+    """Returns the arguments of ragged paged attention v3 and its successors.
+
+    Keys and values alternate in the cache, packed in 32-bit words.
+    """
     assert case.page_size is not None
     dtype = case.kv_dtype or case.dtype
     packing = 4 // jnp.dtype(dtype).itemsize
@@ -144,7 +147,7 @@ def _ragged_3(case: Case, setting: str) -> Workload:
     def function(*arrays: Any) -> Any:
         return module.ragged_paged_attention(*arrays, **_fused_options(case), **blocks)
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 def _batched_settings(case: Case) -> tuple[str, ...]:
@@ -159,13 +162,13 @@ def _batched(case: Case, _: str) -> Workload:
     def function(*arrays: Any) -> Any:
         return module.ragged_paged_attention(*arrays, kv_layout=layout, **_fused_options(case))
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 def _tokamax_batched(case: Case, _: str) -> Workload:
     folder = "_src.ops.batched_rpa.kernel"
     module, configs = (kernels_of("tokamax", f"{folder}.{name}") for name in ("wrapper", "configs"))
-    # What its operation takes where it is not autotuned.
+    # The block sizes of its operation without autotuning.
     decode = configs.BlockSizes(bq_sz=1, bq_c_sz=1, bkv_sz=512, batch_size=8, n_buffer=3)
     prefill = configs.BlockSizes(bq_sz=128, bq_c_sz=64, bkv_sz=512, batch_size=2, n_buffer=3)
 
@@ -178,7 +181,7 @@ def _tokamax_batched(case: Case, _: str) -> Workload:
             **_fused_options(case),
         )
 
-    return seeing_the_chip(function), _fused_arguments(case)
+    return with_target_device(function), _fused_arguments(case)
 
 
 CONTENDERS: Final = (
@@ -192,7 +195,7 @@ CONTENDERS: Final = (
 
 
 def _contests() -> Iterator[Contest]:
-    """Llama-3-8B as it decodes, from latency to capacity, and a model with twice the query heads."""
+    """Yields Llama-3-8B's decode attention from latency to capacity, and a model with twice the query heads."""
     sizes = ((8, 4096, 32), (1, 4096, 32), (64, 1024, 32), (8, 4096, 64))
     pages_and_dtypes = ((64, None), (16, None), *((64, dtype) for dtype in QUANTIZED_CACHE_DTYPES[:2]))
     for (batch, max_len, q_heads), (page_size, kv_dtype) in itertools.product(sizes, pages_and_dtypes):

@@ -1,4 +1,4 @@
-"""All contests, and their workloads by name: an `Examiner` loads this file as it does a user's."""
+"""All contests by name; an `Examiner` loads their workloads from this file as from a user's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.peers import attention, matmul
 from palladion.benchmarks.static.peers.contests import Contender, Contest
-from palladion.benchmarks.static.workloads import Reference
+from palladion.benchmarks.static.workloads import WorkloadName
 
 SEPARATOR: Final = " | "
 
 CONTESTS: Final = {contest.name: contest for contest in (*attention.CONTESTS, *matmul.CONTESTS)}
 
 
-def reference(contest: Contest, contender: Contender, setting: str) -> Reference:
-    """What an `Examiner` has to be asked for."""
-    return Reference("", SEPARATOR.join((contest.name, contender.name, setting)), __file__)
+def workload_name(contest: Contest, contender: Contender, setting: str) -> WorkloadName:
+    """Returns the name by which an `Examiner` loads a contender's workload."""
+    return WorkloadName("", SEPARATOR.join((contest.name, contender.name, setting)), __file__)
 
 
 def _workload(contest: Contest, contender: Contender, setting: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -25,7 +25,7 @@ def _workload(contest: Contest, contender: Contender, setting: str) -> tuple[Cal
 
 
 def __getattr__(name: str) -> Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The function that makes a workload, for each name of a `reference`."""
+    """Returns the function that makes a workload, for each name of `workload_name`."""
     match name.split(SEPARATOR):
         case contest_name, contender_name, setting if contest_name in CONTESTS:
             contest = CONTESTS[contest_name]

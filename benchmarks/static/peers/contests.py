@@ -1,4 +1,4 @@
-"""What is compared: shapes, and whose kernels are made for each of them."""
+"""A contest: a shape, and the kernels that are compared on it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks import tpu_compiler
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import Chip, target_chip
 
 OURS: Final = "palladion"
+"""Name of our contender."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A kernel that somebody offers for an operation.
+    """A kernel that takes part in contests.
 
     Attributes:
-      name: what it is called in the table.
+      name: its name in the table.
       package: the distribution that it comes from, as pip knows it.
-      settings: of a case, the ways to call the kernel that are worth a try; none where it does not cover the case.
-      workload: of a case and a setting, the function and its arguments.
+      settings: returns the ways to call the kernel for a case that are worth a try; none if it does not cover the case.
+      workload: returns the function and its arguments for a case and a setting.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """A shape, and who competes in it.
+    """A shape, and the contenders on it.
 
     Attributes:
       operation: a folder of kernels/.
-      case: one of the operation's `Case`s.
-      contenders: ours, and then the others.
+      case: a `Case` of the operation.
+      contenders: ours, then the others.
     """
 
     operation: str
@@ -48,31 +49,31 @@ class Contest:
 
     @property
     def name(self) -> str:
-        """Of the operation and the case."""
+        """Name of the operation and the case."""
         return f"{self.operation}/{self.case.name}"
 
     @property
     def bytes_needed(self) -> int:
-        """Bytes that must move between HBM and the chip, as our operation defines them."""
+        """Bytes that must move between HBM and the chip, by our operation's definition."""
         moved: int = self.case.problem().bytes_moved()
         return moved
 
 
-def chip_in_sight() -> Chip:
-    """The TPU that is being traced for."""
+def traced_chip() -> Chip:
+    """Returns the TPU that functions are traced for."""
     chip = target_chip()
     assert chip is not None, "peers are traced for a TPU"
     return chip
 
 
-def seeing_the_chip(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced where `jax.devices()` is the TPU that is compiled for.
+def with_target_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, traced with `jax.devices()` as the TPU that is compiled for.
 
-    Peers look there for their tuned block sizes, and take untuned ones on a CPU.
+    Peers look up their tuned block sizes by it, and take untuned ones on a CPU.
     """
 
     def traced(*arguments: Any) -> Any:
-        with _devices(tpu_compiler.device(chip_in_sight().name)):
+        with _devices(tpu_compiler.device(traced_chip().name)):
             return function(*arguments)
 
     return traced

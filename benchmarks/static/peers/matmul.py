@@ -1,6 +1,6 @@
-"""Quantized matmul: ours, that of tpu-inference, and tokamax's for float8.
+"""Contests of quantized matmul: ours, that of tpu-inference, and tokamax's for float8.
 
-Where activations are quantized, the others' kernels take the largest of each row from XLA; that is not counted.
+For quantized activations the others' kernels take the maximum of each row from XLA, which is not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, seeing_the_chip
+from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest, with_target_device
 from palladion.benchmarks.static.peers.packages import kernels_of
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.kernels.quantized_matmul.cases import LAYERS, Case
@@ -20,7 +20,7 @@ from palladion.kernels.quantized_matmul.cases import LAYERS, Case
 Workload = tuple[Callable[..., Any], tuple[Any, ...]]
 
 FEWEST_TUNED_ROWS: Final = 16
-"""The smallest batch for which tpu-inference has tuned block sizes; its engine pads to no less."""
+"""The smallest batch for which tpu-inference has tuned block sizes; its engine pads batches to it."""
 
 FEWEST_FLOAT8_ROWS: Final = 128
 """The smallest block of rows that tokamax's float8 kernel takes."""
@@ -28,7 +28,7 @@ FEWEST_FLOAT8_ROWS: Final = 128
 OWN: Final = "its own blocks"
 TUNED: Final = "its blocks for v6e"
 SMALL: Final = "blocks of 512 x 2048"
-"""Of out and in: small enough for the VMEM of every generation."""
+"""Blocks of output and input features that fit into the VMEM of every generation."""
 
 
 def _ours(case: Case, _: str) -> Workload:
@@ -47,7 +47,7 @@ def _tpu_inference(case: Case, setting: str) -> Workload:
     if setting != OWN:
         rows = max(rows, FEWEST_TUNED_ROWS)
     if setting == TUNED:
-        # What it has tuned of these layers: int8, on v6e. Elsewhere these blocks are far better than its default.
+        # It has tuned these layers for int8 on v6e only. Elsewhere these blocks are far better than its default.
         tuned = sizes.TUNED_BLOCK_SIZES[sizes.TunedKey(6, rows, case.out_features, case.in_features, "int8", "int8")]
     elif setting == SMALL:
         tuned = sizes.TunedValue(rows, 512, 2048)
@@ -58,7 +58,7 @@ def _tpu_inference(case: Case, setting: str) -> Workload:
         )
 
     weight = jax.ShapeDtypeStruct((case.out_features, case.in_features), jnp.dtype(case.scheme))
-    return seeing_the_chip(function), (_activations(case, rows), weight, _scales(case))
+    return with_target_device(function), (_activations(case, rows), weight, _scales(case))
 
 
 def _tokamax_float8(case: Case, _: str) -> Workload:
@@ -71,7 +71,7 @@ def _tokamax_float8(case: Case, _: str) -> Workload:
         return module.fused_fp8_matmul_pallas(x, w, scales, bm=height, bk=depth, bn=width, return_xq=False)
 
     weight = jax.ShapeDtypeStruct((case.in_features, case.out_features), jnp.float8_e4m3fn)
-    return seeing_the_chip(function), (_activations(case, rows), weight, _scales(case))
+    return with_target_device(function), (_activations(case, rows), weight, _scales(case))
 
 
 def _activations(case: Case, rows: int) -> jax.ShapeDtypeStruct:

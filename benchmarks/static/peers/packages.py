@@ -1,4 +1,4 @@
-"""Others' packages: whether they are installed, and their kernels without what only a server needs."""
+"""Others' packages: whether they are installed, and their kernels without the dependencies of a whole server."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from types import ModuleType
 from typing import Any, Final
 
 MODULES: Final = {"palladion": "palladion", "jax": "jax", "tpu-inference": "tpu_inference", "tokamax": "tokamax"}
-"""What is imported of a distribution."""
+"""Top-level module of each distribution."""
 
 COMPILERS: Final = ("jax", "jaxlib", "libtpu")
-"""The distributions that decide how a kernel is compiled."""
+"""Distributions that decide how a kernel is compiled."""
 
 
 def installed(package: str) -> bool:
-    """Whether a distribution is there."""
+    """Whether a distribution is installed."""
     return importlib.util.find_spec(MODULES[package]) is not None
 
 
 def how_to_get(package: str) -> str:
-    """The command that installs a distribution; kernels need nothing of what it depends on but JAX."""
+    """Returns the command that installs a distribution; its kernels need no dependency but JAX."""
     return f"pip install --no-deps {package}"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of distributions, of those that are there."""
+    """Returns the versions of those distributions that are installed."""
     found = {}
     for package in packages:
         try:
@@ -40,14 +40,14 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def kernels_of(package: str, name: str) -> Any:
-    """Imports a module of kernels; the package around it is not initialized, for that would ask for a whole server.
+    """Imports a module of kernels without initializing its package, which would import a whole server.
 
     Args:
       package: a distribution, "tpu-inference".
-      name: of the module inside it, "kernels.quantized_matmul.kernel".
+      name: name of the module inside the package, "kernels.quantized_matmul.kernel".
 
     Raises:
-      ImportError: it is not installed, or has no such module.
+      ImportError: the distribution is not installed, or has no such module.
     """
     outer = MODULES[package]
     if outer not in sys.modules:
@@ -65,7 +65,7 @@ def kernels_of(package: str, name: str) -> Any:
 
 
 class _Switches(ModuleType):
-    """Environment variables that switch features on: all are off."""
+    """A module of feature switches, all of them off."""
 
     def __getattr__(self, name: str) -> bool:
         if name.startswith("__"):
@@ -74,7 +74,7 @@ class _Switches(ModuleType):
 
 
 class _Logger(logging.Logger):
-    """A logger that can be told to say things once."""
+    """A logger with vllm's methods that log a message once."""
 
     def warning_once(self, message: str, *values: object) -> None:
         self.warning(message, *values)
@@ -89,4 +89,4 @@ def _logging(name: str) -> ModuleType:
 
 
 _STAND_INS: Final = {"tpu_inference": {"envs": _Switches, "logger": _logging}}
-"""Modules that kernels import and that would import vllm."""
+"""Stand-ins for modules that kernels import and that would import vllm."""

@@ -1,4 +1,4 @@
-"""Contests as text: a table for each, and a summary."""
+"""Tables of contests, and their summary."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from palladion.benchmarks.static.peers.contests import Contest
-from palladion.benchmarks.static.peers.results import Result, best_of_each, best_peer, ours, ratio
+from palladion.benchmarks.static.peers.estimates import Estimate, best_of_each, best_peer, ours, ratio
 from palladion.kernels.devices import tpu_chips
 
 HEADINGS: Final = (
@@ -19,7 +19,7 @@ HEADINGS: Final = (
     ("roofline", 10),
     ("of ours", 9),
 )
-"""Columns, and how wide they are; whose kernel it is follows."""
+"""Names and widths of the columns; the contender's name follows."""
 
 SUMMARY: Final = (("chip", 5), ("ours µs", 10), ("roofline", 10), ("peer µs", 10), ("of ours", 9))
 
@@ -36,12 +36,12 @@ shown."""
 
 
 def heading() -> str:
-    """Names of the columns."""
+    """Formats the names of the columns."""
     return _row([name for name, _ in HEADINGS], HEADINGS, "kernel")
 
 
-def lines(results: Sequence[Result]) -> list[str]:
-    """The rows of a contest on a chip: the best of each contender, and what is to be said of it."""
+def lines(results: Sequence[Estimate]) -> list[str]:
+    """Formats the contenders in a contest on a chip, each with its best setting."""
     mine = ours(results)
     found = []
     for one in best_of_each(results):
@@ -59,7 +59,7 @@ def _row(cells: Sequence[str], columns: Sequence[tuple[str, int]], who: str) -> 
     return "".join(f"{cell:>{width}s}" for cell, (_, width) in zip(cells, columns, strict=True)) + f"  {who}"
 
 
-def _cells(one: Result, mine: Result | None) -> tuple[str, ...]:
+def _cells(one: Estimate, mine: Estimate | None) -> tuple[str, ...]:
     moved = one.bytes_moved
     memory = f">={one.needed_seconds * 1e6:.1f}" if one.memory_seconds is None else f"{one.memory_seconds * 1e6:.1f}"
     return (
@@ -78,8 +78,8 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} x"
 
 
-def summary(contests: Sequence[Contest], results: Sequence[Result]) -> list[str]:
-    """Ours and the best of the others, for each contest and each chip."""
+def summary(contests: Sequence[Contest], results: Sequence[Estimate]) -> list[str]:
+    """Formats our estimate and the best of the others, for each contest and chip."""
     found = [_row([name for name, _ in SUMMARY], SUMMARY, "best peer")]
     for contest in contests:
         of_contest = [one for one in results if one.contest == contest.name]
@@ -95,14 +95,12 @@ def summary(contests: Sequence[Contest], results: Sequence[Result]) -> list[str]
                 _times(ratio(theirs, mine)),
             )
             who = "none that is known" if theirs is None else f"{theirs.contender}, {theirs.setting}"
-            found.append(
-                "".join(f"{cell:>{width}s}" for cell, (_, width) in zip(cells, SUMMARY, strict=True)) + f"  {who}"
-            )
+            found.append(_row(cells, SUMMARY, who))
     return found
 
 
-def markdown(operation: str, results: Sequence[Result]) -> str:
-    """A table of an operation's contests: on each chip how many times as long the best of the others takes."""
+def markdown(operation: str, results: Sequence[Estimate]) -> str:
+    """Formats a Markdown table of an operation's contests: our time, and the best of the others in parts of it."""
     of_operation = [one for one in results if one.contest.startswith(f"{operation}/")]
     chips = [chip for chip in tpu_chips() if chip in {one.chip for one in of_operation}]
     found = [f"| ours in µs, the best peer's in parts of it | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
@@ -114,8 +112,8 @@ def markdown(operation: str, results: Sequence[Result]) -> str:
     return "\n".join(found) + "\n"
 
 
-def _contest(results: Sequence[Result]) -> str:
-    """Our time, and whose is the next."""
+def _contest(results: Sequence[Estimate]) -> str:
+    """Formats our time and the best of the others."""
     mine, theirs = ours(results), best_peer(results)
     if mine is None or mine.seconds is None:
         return "-"

@@ -1,0 +1,275 @@
+r"""Runs all benchmarks of this machine's kernels within a time limit, and keeps the results in one folder.
+
+  PYTHONPATH=src python -m palladion.benchmarks suite --minutes=10 --out=results
+
+It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch adds peers. Each phase is
+a command in a process of its own: whether kernels are right on this device, how fast they are beside the reference and
+the installed peers, which block sizes are better, how long a decode step takes and where its time goes. A phase gets
+its share of the minutes, and leaves what it does not need to the next ones; a phase that takes longer is interrupted,
+and what it has measured is kept. --tiny runs all phases on a CPU, with small shapes and interpreted kernels, to try
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import palladion
+from palladion.benchmarks.commands import report
+from palladion.benchmarks.commands.progress import report_progress, seconds_left
+from palladion.benchmarks.measure import machine
+from palladion.kernels import tuning
+from palladion.kernels.checks import check
+
+HELP: Final = "everything this machine can say in --minutes: right? how fast? better block sizes? a decode step?"
+
+LEAST_SECONDS: Final = 15.0
+"""Time that must be left for a phase to begin."""
+
+GRACE_SECONDS: Final = 20.0
+"""Time that a phase has between an interruption and its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A command, and its share of the time.
+
+    Attributes:
+      name: name of its files.
+      weight: its share of the remaining time, relative to the weights of the phases that follow; on a GPU the seconds
+        that it should take.
+      command: the command line, run in the folder of results; "{name}" and "{minutes}" are filled in.
+    """
+
+    name: str
+    weight: float
+    command: tuple[str, ...]
+
+
+def phases(platform: str, *, tiny: bool) -> list[Phase]:
+    """Returns the phases for a platform, in order."""
+    if tiny:
+        return _tiny()
+    if platform == "cpu":
+        return _on_cpu()
+    attention = ("run", "decode_attention", "--model=llama3-8b", "--rounds=9")
+    product = ("run", "quantized_matmul", "--model=llama3-8b", "--rounds=9", "--layers=qkv,down")
+    model = (
+        "model",
+        "--model=llama3-8b",
+        "--prompt=1024",
+        "--steps=64",
+        "--minutes={minutes}",
+        "--profile={name}",
+    )
+    tune = ("tune", "--trials=30", "--minutes={minutes}")
+    # Appending costs the same in a short cache, which takes less time to fill and to compare.
+    append = ("--model=llama3-8b", "--batch=1,64", "--kv-len=1024", "--json={name}.jsonl")
+    return [
+        Phase("check", 60, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("attention", 70, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
+        Phase("products", 110, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
+        Phase("dense", 30, ("run", "matmul", "--model=llama3-8b", "--peers=none", "--json={name}.jsonl")),
+        Phase("model-int8", 50, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
+        Phase("model-bfloat16", 50, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
+        Phase("tune-attention", 40, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
+        Phase(
+            "tune-products",
+            100,
+            (*tune, "quantized_matmul", "--scheme=int8,int4-g128", "--rows=1,16", "--layers=qkv,down"),
+        ),
+        Phase("caches", 30, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
+        Phase("pages", 20, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
+        Phase("append", 20, ("run", "append_kv", *append)),
+        Phase("append-joined", 20, ("run", "append_qkv", *append)),
+    ]
+
+
+def _on_cpu() -> list[Phase]:
+    """Returns the phases for a CPU: the reference and its peers, in float32 as CPUs compute."""
+    small = ("--model=smollm2-135m", "--dtype=float32", "--rounds=5", "--json={name}.jsonl")
+    return [
+        Phase("attention", 2, ("run", "decode_attention", *small, "--batch=1,8", "--kv-len=2048")),
+        Phase(
+            "products",
+            3,
+            ("run", "quantized_matmul", *small, "--scheme=int8,int4-g32", "--rows=1,16", "--layers=qkv,down,head"),
+        ),
+        Phase("append", 1, ("run", "append_kv", *small, "--batch=8", "--kv-len=2048")),
+        Phase(
+            "model-int8",
+            4,
+            ("model", "--scheme=int8", "--prompt=16", "--steps=32", "--minutes={minutes}", "--json={name}.json"),
+        ),
+        Phase("decode", 3, ("decode_peers", "--rounds=3", "--tokens=64", "--json={name}.json")),
+    ]
+
+
+def _tiny() -> list[Phase]:
+    """Returns every phase with interpreted kernels and shapes that take a second."""
+    heads = ("--q-heads=4", "--kv-heads=2", "--head-dim=64", "--dtype=float32", "--kv-len=128", "--batch=2")
+    layer = ("--in=128", "--out=128", "--rows=2", "--dtype=float32", "--scheme=int8")
+    quick = ("--interpret", "--rounds=2", "--sample-ms=1", "--json={name}.jsonl", "--peers=jax-nn-xla,dense-dot")
+    tune = ("tune", "--interpret", "--trials=2", "--minutes={minutes}")
+    return [
+        Phase(
+            "check",
+            1,
+            ("check", "--interpret", "--cases=gqa,int8,float32", "--minutes={minutes}", "--json={name}.jsonl"),
+        ),
+        Phase("attention", 1, ("run", "decode_attention", *heads, *quick)),
+        Phase("products", 1, ("run", "quantized_matmul", *layer, *quick)),
+        Phase("dense", 1, ("run", "matmul", *(one for one in layer if "scheme" not in one), *quick)),
+        Phase("append", 1, ("run", "append_kv", *(one for one in heads if "q-heads" not in one), *quick)),
+        Phase("append-joined", 1, ("run", "append_qkv", *heads, *quick)),
+        Phase("tune-products", 1, (*tune, "quantized_matmul", *layer)),
+        Phase(
+            "model-int8",
+            1,
+            (
+                *("model", "--model=tiny", "--batch=1,2", "--prompt=8", "--steps=16", "--backend=mosaic_tpu"),
+                *("--interpret", "--minutes={minutes}", "--json={name}.json", "--profile={name}"),
+            ),
+        ),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all phases together (10)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for all results")
+    parser.add_argument("--only", metavar="NAMES", help="names of phases, separated by commas")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and interpreted kernels, on a CPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the phases; returns 1 if one of them failed."""
+    check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    chosen = phases("cpu" if arguments.tiny else _platform(), tiny=arguments.tiny)
+    if arguments.only:
+        names = [phase.name for phase in chosen]
+        for name in arguments.only.split(","):
+            check(name in names, "--only", name, ", ".join(names))
+        chosen = [phase for phase in chosen if phase.name in arguments.only.split(",")]
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    return run_phases(chosen, out, arguments.minutes, tiny=arguments.tiny)
+
+
+def _platform() -> str:
+    """Returns the platform of JAX's default device.
+
+    Another process asks for it, so that this one takes none of a GPU's memory.
+    """
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise ImportError(f"jax does not start: {said.stderr.strip().splitlines()[-1]}")
+    return said.stdout.strip().splitlines()[-1]
+
+
+def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool) -> int:
+    """Runs phases one after the other, each within its share of what is left.
+
+    Args:
+      chosen: the phases, in order.
+      out: folder for results and logs; `suite.json` has the outcome of each phase.
+      minutes: time for all phases together.
+      tiny: runs on the CPU even if there is an accelerator, and without a time limit.
+
+    Returns:
+      The exit status: 1 if a phase failed or could not begin, otherwise 0.
+    """
+    deadline = time.perf_counter() + 60 * minutes
+    summary: list[dict[str, object]] = []
+    try:
+        for number, phase in enumerate(chosen):
+            left = seconds_left(deadline)
+            share = left * phase.weight / sum(one.weight for one in chosen[number:])
+            if left < LEAST_SECONDS and not tiny:
+                status: int | str = "no time left"
+                seconds = 0.0
+            else:
+                start = time.perf_counter()
+                status = _run_phase(phase, out, share, tiny=tiny)
+                seconds = time.perf_counter() - start
+            report_progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
+            summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
+            # Written after each phase, so that an interrupted suite leaves it.
+            (out / "suite.json").write_text(
+                json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
+            )
+    finally:
+        _report(out, [phase.name for phase in chosen])
+    return 0 if all(entry["status"] == 0 for entry in summary) else 1
+
+
+def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | str:
+    """Runs a phase, and prints and logs its output; returns its exit status, or why it was interrupted."""
+    minutes = f"{max(seconds - GRACE_SECONDS, seconds / 2) / 60:.2f}"
+    given = [part.format(minutes=minutes, name=phase.name) for part in phase.command]
+    report_progress(f"\n=== {phase.name}, {seconds:.0f} s: {shlex.join(given)}")
+    # The command runs in another folder, where a relative PYTHONPATH would not work.
+    here = [str(Path(palladion.__file__).absolute().parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        tuning.CACHE: os.environ.get(tuning.CACHE, str(out)),
+        "PYTHONPATH": os.pathsep.join(filter(None, here)),
+    }
+    if tiny:
+        environment["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, "-m", "palladion.benchmarks", *given]
+    with (out / f"{phase.name}.log").open("w") as log:
+        # A session of its own, so that its child processes are interrupted with it.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=out
+        )
+        status: int | str
+        try:
+            status = process.wait(timeout=seconds if not tiny else None)
+        except subprocess.TimeoutExpired:
+            status = "interrupted: its time was over"
+            _end(process)
+        except BaseException:
+            _end(process)
+            raise
+    print((out / f"{phase.name}.log").read_text(errors="replace"), flush=True)
+    return status
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts a command, which then keeps what it has; kills it if it does not end."""
+    for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(timeout=wait)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _report(out: Path, names: Sequence[str]) -> None:
+    """Makes the page of everything that the phases have written, in their order, if there is anything."""
+    # A check measures no times.
+    files = [path for name in names if name != "check" for path in sorted(out.glob(f"{name}.json*"))]
+    if not files:
+        return
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    bare = [] if importlib.util.find_spec("matplotlib") else ["--without-pictures"]
+    try:
+        report.run(parser.parse_args([*map(str, files), f"--out={out / 'README.md'}", *bare]))
+    except ValueError as error:  # a file may have been cut off
+        report_progress(f"no page: {error}")

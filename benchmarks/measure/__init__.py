@@ -1,0 +1,1 @@
+"""Measurement of operations and models on this machine: accuracy and time."""

@@ -1,0 +1,80 @@
+"""quantized_matmul and matmul for benchmarks; a sample of rows and channels is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, Unpack
+
+import jax
+import numpy as np
+
+from palladion.benchmarks.measure.operations.base import CallOptions, Operation, Verdict, spread, verdict_of
+from palladion.kernels import matmul as dense_package
+from palladion.kernels import quantized_matmul as quantized_package
+from palladion.kernels.matmul import Inputs
+from palladion.kernels.matmul import cases as dense_cases
+from palladion.kernels.quantized_matmul import cases as quantized_cases
+from palladion.reference import oracle
+from palladion.reference.compare import compare
+
+Case = dense_cases.Case | quantized_cases.Case
+
+SAMPLED_ROWS: Final = 8
+SAMPLED_CHANNELS: Final = 32
+
+IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {
+    None: None,
+    jax.nn.relu: lambda y: np.maximum(y, 0),
+    jax.nn.silu: lambda y: y / (1 + np.exp(-y)),
+    jax.nn.gelu: lambda y: 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))),
+}
+"""Activations for the float64 oracle."""
+
+
+class _Product(Operation):
+    """A matrix product; its function has the operation's name."""
+
+    def function(self, case: Case, **call: Unpack[CallOptions]) -> Callable[[Inputs], jax.Array]:
+        """Implements `Operation.function`."""
+
+        def multiply(inputs: Inputs) -> jax.Array:
+            result: jax.Array = getattr(self.package, self.name)(**inputs._asdict(), **case.options, **call)
+            return result
+
+        return multiply
+
+    def judge(self, case: Case, inputs: Inputs, result: Any, reference: Any) -> Verdict:
+        """Implements `Operation.judge`."""
+        layer = None if inputs.layer is None else int(inputs.layer)
+        w = inputs.w if layer is None else jax.tree.map(lambda leaf: leaf[layer], inputs.w)
+        channels = np.array(spread(case.problem().result_features, SAMPLED_CHANNELS))
+        rows = np.array(spread(case.rows, SAMPLED_ROWS))
+        columns = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+        sample = np.ix_(rows, channels)
+        exact = oracle.quantized_matmul(
+            np.asarray(inputs.x)[rows],
+            jax.tree.map(lambda leaf: leaf[:, columns], w),
+            bias=None if inputs.bias is None else np.asarray(inputs.bias)[columns],
+            activation=IN_NUMPY[case.activation],
+            gated=case.gated,
+            norm=inputs.norm,
+            residual=None if inputs.residual is None else np.asarray(inputs.residual)[sample],
+            quantize_x=case.options.get("quantize_x"),
+        )
+        return verdict_of(compare(np.asarray(result)[sample], np.asarray(reference)[sample], exact))
+
+
+class QuantizedMatmul(_Product):
+    """quantized_matmul."""
+
+    name = "quantized_matmul"
+    cases: ClassVar[Any] = quantized_cases
+    package: ClassVar[Any] = quantized_package
+
+
+class Matmul(_Product):
+    """matmul, with dense weights."""
+
+    name = "matmul"
+    cases: ClassVar[Any] = dense_cases
+    package: ClassVar[Any] = dense_package

@@ -1,0 +1,1 @@
+"""Static examination of GPU kernels by Triton, NVIDIA's assembler and XLA."""

@@ -1,0 +1,185 @@
+"""The report on a GPU kernel: its resources, and lower bounds of its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+from palladion.benchmarks.static.gpu.occupancy import Occupancy
+from palladion.benchmarks.static.gpu.sass import WARP
+from palladion.benchmarks.static.kernel_calls import limiting_resource
+from palladion.kernels.devices import Gpu
+
+SCHEDULERS: Final = 4
+"""Schedulers of a multiprocessor; each issues an instruction of a warp in a cycle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopTrip:
+    """A trip of one program through the loop that issues most instructions; the whole kernel if it has no loop.
+
+    Attributes:
+      instructions: instructions of a warp.
+      bytes_loaded: maximum bytes that all warps load from global memory; None if the listing does not say.
+      copies: whether loads are asynchronous copies to shared memory.
+      awaited: maximum bytes that a thread waits for at a time, in loads to registers.
+      use: cycles of each of a multiprocessor's units that the program takes.
+      total: trips of all programs together; None if not known.
+      most: trips of the program that has most; None if not known.
+    """
+
+    instructions: int
+    bytes_loaded: int | None
+    copies: bool
+    awaited: int
+    use: dict[str, float]
+    total: int | None
+    most: int | None
+
+    @property
+    def busiest(self) -> str:
+        """The unit that takes longest."""
+        return max(self.use, key=lambda unit: self.use[unit])
+
+    def instructions_per_byte(self, num_warps: int) -> float | None:
+        """Returns a thread's instructions per loaded byte; None if nothing is loaded, or it is not known how much."""
+        return self.instructions * num_warps * WARP / self.bytes_loaded if self.bytes_loaded else None
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuReport:
+    """A kernel on a GPU, examined without running it. Times are lower bounds; None if not known.
+
+    Attributes:
+      name: the kernel's name.
+      gpu: the GPU that it was compiled for.
+      grid: programs along each axis.
+      times: how often the function calls it; None if not known.
+      num_warps: warps of a program.
+      num_stages: stages of pipelined loops.
+      registers: registers of a thread.
+      spilled: bytes of registers that a thread spills to memory.
+      shared_bytes: shared memory of a program.
+      occupancy: programs that a multiprocessor holds at a time.
+      wide_loads: instructions that load 128 bits or more per thread from global memory to registers.
+      wide_copies: instructions that copy 128 bits or more per thread from global to shared memory, asynchronously.
+      narrow_loads: all other loads from global memory.
+      tensor: instructions of tensor cores.
+      bytes_needed: bytes that must move between device memory and the chip.
+      trip: a trip through the loop that issues most instructions.
+      cycles: cycles of each unit on the busiest multiprocessor; empty if not known.
+      unknown: why times are not known; None if they are.
+    """
+
+    name: str
+    gpu: Gpu
+    grid: tuple[int, ...]
+    times: int | None
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled: int
+    shared_bytes: int
+    occupancy: Occupancy
+    wide_loads: int
+    wide_copies: int
+    narrow_loads: int
+    tensor: int
+    bytes_needed: int | None
+    trip: LoopTrip
+    cycles: dict[str, float]
+    unknown: str | None
+
+    @property
+    def programs(self) -> int:
+        """Number of programs in the grid."""
+        return math.prod(self.grid)
+
+    @property
+    def waves(self) -> float | None:
+        """Programs of the grid over those that the GPU holds at a time; None if not even one fits."""
+        slots = self.occupancy.programs * self.gpu.multiprocessors
+        return self.programs / slots if slots else None
+
+    @property
+    def idle_in_last_wave(self) -> float | None:
+        """Share of the GPU's places for programs that are empty in the last wave."""
+        return None if self.waves is None else math.ceil(self.waves) - self.waves
+
+    @property
+    def idle_multiprocessors(self) -> int:
+        """Number of multiprocessors without any program."""
+        return max(self.gpu.multiprocessors - self.programs, 0)
+
+    @property
+    def bytes_loaded(self) -> int | None:
+        """Maximum bytes that all trips load, from the L2 cache or from memory."""
+        if self.trip.total is None or self.trip.bytes_loaded is None:
+            return None
+        return self.trip.total * self.trip.bytes_loaded
+
+    @property
+    def bytes_in_flight(self) -> int | None:
+        """Maximum bytes that a multiprocessor's programs wait for at a time; None if not known.
+
+        A pipelined loop has copies in flight for one trip less than it has stages; a load to registers is in flight
+        until its first use.
+        """
+        if self.trip.bytes_loaded is None:
+            return None
+        at_once = min(self.occupancy.programs, math.ceil(self.programs / self.gpu.multiprocessors))
+        if self.trip.copies:
+            return at_once * max(self.num_stages - 1, 1) * self.trip.bytes_loaded
+        return at_once * self.trip.awaited * WARP * self.num_warps
+
+    @property
+    def instructions_per_byte(self) -> float | None:
+        """Instructions of a thread per byte that the loop loads."""
+        return self.trip.instructions_per_byte(self.num_warps)
+
+    @property
+    def affordable_instructions_per_byte(self) -> float | None:
+        """Instructions of a thread that the schedulers can issue per byte at the full memory bandwidth."""
+        if self.gpu.clock_hertz is None or self.gpu.hbm_bytes_per_second is None:
+            return None
+        rate = WARP * SCHEDULERS * self.gpu.multiprocessors * self.gpu.clock_hertz
+        return rate / self.gpu.hbm_bytes_per_second
+
+    @property
+    def busiest(self) -> str | None:
+        """The unit that takes longest on the busiest multiprocessor."""
+        return max(self.cycles, key=lambda unit: self.cycles[unit], default=None)
+
+    @property
+    def memory_seconds(self) -> float | None:
+        """Time of moving the bytes that must move, at the full memory bandwidth."""
+        if self.bytes_needed is None or self.gpu.hbm_bytes_per_second is None:
+            return None
+        return self.bytes_needed / self.gpu.hbm_bytes_per_second
+
+    @property
+    def compute_seconds(self) -> float | None:
+        """Time of the busiest unit of the busiest multiprocessor."""
+        if self.busiest is None or self.gpu.clock_hertz is None:
+            return None
+        return self.cycles[self.busiest] / self.gpu.clock_hertz
+
+    @property
+    def seconds(self) -> float | None:
+        """Lower bound of the kernel's time."""
+        if self.memory_seconds is None or self.compute_seconds is None:
+            return None
+        return max(self.memory_seconds, self.compute_seconds)
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes longer, "memory" or "compute"; "UNKNOWN" if not known."""
+        return limiting_resource(self.memory_seconds, self.compute_seconds)
+
+    @property
+    def roofline(self) -> float | None:
+        """Upper bound of the share of the memory bandwidth at which the bytes that must move are moved."""
+        if self.seconds is None or self.memory_seconds is None:
+            return None
+        return self.memory_seconds / self.seconds

@@ -1,0 +1,238 @@
+"""Examines Triton kernels for a GPU that need not be there: estimates from compiled code, no measurements.
+
+The kernel is compiled to machine code. Its PTX gives how often its loops run (`trip_counts.py`), the machine code the
+cost of a trip (`sass.py`), registers and shared memory the number of programs on a multiprocessor (`occupancy.py`).
+From these:
+
+    memory    bytes that must move / bandwidth of the device memory
+    compute   on the busiest multiprocessor: instructions of all its programs / the rate of its schedulers, or of its
+              busiest pipe
+    at least  the longer of the two
+    roofline  memory / at least: the share of the bandwidth that the kernel can reach at most
+
+Both times are lower bounds. They leave out waits of too few programs for memory and for each other, bank conflicts in
+shared memory, bytes that are read twice and miss the L2 cache, and programs of unequal length. A kernel near 100 % here
+may be slower on a chip; one that is far from it cannot be fast. Instructions that branches skip count as if they were
+executed, and loads as if all threads took part.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from palladion.benchmarks.static.gpu import compiler
+from palladion.benchmarks.static.gpu.loops import Loop
+from palladion.benchmarks.static.gpu.occupancy import occupancy
+from palladion.benchmarks.static.gpu.report import SCHEDULERS, GpuReport, LoopTrip
+from palladion.benchmarks.static.gpu.sass import (
+    ISSUE,
+    LOAD_STORE,
+    WARP,
+    Code,
+    Instruction,
+    by_loop,
+    bytes_awaited,
+    parse,
+)
+from palladion.benchmarks.static.gpu.trip_counts import count_trips
+from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls
+from palladion.benchmarks.static.opaque import Undecided
+from palladion.kernels.devices import Gpu
+
+LANES: Final = {
+    "integer": 64,
+    "multiply": 64,
+    "float": 128,
+    "special": 16,
+}
+"""Threads whose instruction a multiprocessor's pipe takes in a cycle, from sm_86 on.
+
+Sources: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; for the pipe of each instruction,
+Nsight Compute's "Pipelines". For loads and stores see `Instruction.load_store_cycles`. The rate of tensor cores follows
+from the GPU's peak rate, which the older HMMA does not quite reach where there are newer instructions (sm_90, sm_100).
+"""
+
+FLOAT_LANES_80: Final = 64
+"""Lanes of sm_80's float pipe, which is half as wide."""
+
+
+def examine_for_gpu(
+    function: Callable[..., Any], *arguments: Any, arch: int = 90, bytes_needed: int | None = None
+) -> list[GpuReport]:
+    """Compiles the Pallas-Triton kernels of a function for a GPU that need not be there, and examines each.
+
+    Args:
+      function: a function of arrays, jitted or not.
+      arguments: arrays or `jax.ShapeDtypeStruct`s, in any pytree. Integer arrays should have values: lengths and page
+        tables decide how often loops run.
+      arch: one of `compiler.ARCHITECTURES`.
+      bytes_needed: bytes that must move between device memory and the chip, for the kernel with the largest arguments.
+        By default, and for other kernels, every argument and result moves once.
+
+    Returns:
+      A report for each Pallas-Triton kernel.
+
+    Raises:
+      ValueError: there is no such architecture.
+      Exception: whatever the compiler raises if it refuses the function.
+    """
+    gpu = compiler.gpu_of(arch)
+    left = kernel_calls(function, arguments, compiler.tracing_for(arch))
+    kernels = compiler.lower_for_gpu(function, *arguments, arch=arch)
+    calls = [_take(kernel, left) for kernel in kernels]
+    own = [None if call is None else call.bytes for call in calls]
+    if bytes_needed is not None and kernels:
+        own[max(range(len(own)), key=lambda number: own[number] or 0)] = bytes_needed
+    return [
+        _report(compiler.compile_kernel(kernel, arch), call, gpu, needed)
+        for kernel, call, needed in zip(kernels, calls, own, strict=True)
+    ]
+
+
+def _take(kernel: compiler.TritonKernel, calls: list[KernelCall]) -> KernelCall | None:
+    """Removes and returns the call that a kernel comes from: same shapes, and same name if there is one."""
+    sizes = [size for size, _ in kernel.operands]
+    alike = [call for call in calls if [math.prod(array.shape) for array in call.operands] == sizes]
+    found = next((call for call in alike if call.name == kernel.name), next(iter(alike), None))
+    if found is not None:
+        calls.remove(found)
+    return found
+
+
+def _report(
+    compiled: compiler.CompiledKernel, call: KernelCall | None, gpu: Gpu, bytes_needed: int | None
+) -> GpuReport:
+    kernel, code = compiled.kernel, parse(compiled.code)
+    trips, unknown = _trips(compiled, call, code)
+    parts = by_loop(code)
+    costs = [_use(instructions, gpu) for _, instructions in parts]
+    cycles = (
+        {}
+        if trips is None
+        else _busiest(kernel, gpu, [(loop, cost) for (loop, _), cost in zip(parts, costs, strict=True)], trips)
+    )
+    loads = [one for one in code.instructions if one.thread_bytes != 0]
+    wide = [one for one in loads if (one.thread_bytes or 16) >= 16]
+    return GpuReport(
+        name=kernel.name,
+        gpu=gpu,
+        grid=kernel.grid,
+        times=None if call is None else call.times,
+        num_warps=kernel.num_warps,
+        num_stages=kernel.num_stages,
+        registers=compiled.registers,
+        spilled=compiled.spilled,
+        shared_bytes=compiled.shared,
+        occupancy=occupancy(
+            gpu, registers=compiled.registers, shared_bytes=compiled.shared, num_warps=kernel.num_warps
+        ),
+        wide_loads=sum(not one.asynchronous for one in wide),
+        wide_copies=sum(one.asynchronous for one in wide),
+        narrow_loads=len(loads) - len(wide),
+        tensor=sum(one.pipe == "tensor" for one in code.instructions),
+        bytes_needed=bytes_needed,
+        trip=_trip(parts, costs, trips, kernel),
+        cycles=dict(cycles),
+        unknown=unknown,
+    )
+
+
+def _busiest(
+    kernel: compiler.TritonKernel,
+    gpu: Gpu,
+    costs: Sequence[tuple[Loop | None, dict[str, float]]],
+    trips: dict[Loop, tuple[int, int]],
+) -> dict[str, float]:
+    """Returns the least cycles of each unit on the busiest multiprocessor."""
+    programs = math.prod(kernel.grid)
+    total: dict[str, float] = collections.defaultdict(float)
+    longest: dict[str, float] = collections.defaultdict(float)
+    for loop, cost in costs:
+        of_all, of_one = (programs, 1) if loop is None else trips[loop]
+        for unit, taken in cost.items():
+            total[unit] += taken * of_all * kernel.num_warps
+            longest[unit] += taken * of_one * kernel.num_warps
+    # If all programs are alike, the busiest multiprocessor runs a whole number of them.
+    alike = all(of_all == of_one * programs for of_all, of_one in trips.values())
+    share = math.ceil(programs / gpu.multiprocessors) / programs if alike else 1 / gpu.multiprocessors
+    return {unit: max(total[unit] * share, longest[unit]) for unit in total}
+
+
+def _trip(
+    parts: Sequence[tuple[Loop | None, Sequence[Instruction]]],
+    costs: Sequence[dict[str, float]],
+    trips: dict[Loop, tuple[int, int]] | None,
+    kernel: compiler.TritonKernel,
+) -> LoopTrip:
+    """Returns a trip of the loop that issues most instructions, in all trips if their number is known, else in one."""
+
+    def issued(number: int) -> tuple[int, int]:
+        loop, instructions = parts[number]
+        if loop is None:
+            return 0, 0
+        return len(instructions) * (1 if trips is None else trips[loop][0]), len(instructions)
+
+    chosen = max(range(len(parts)), key=issued)
+    loop, instructions = parts[chosen]
+    sizes = [one.thread_bytes for one in instructions]
+    loaded = None if None in sizes else sum(size or 0 for size in sizes) * WARP * kernel.num_warps
+    total, most = (math.prod(kernel.grid), 1) if loop is None else (None, None) if trips is None else trips[loop]
+    use = {unit: taken * kernel.num_warps for unit, taken in costs[chosen].items()}
+    copies = any(one.asynchronous and one.thread_bytes != 0 for one in instructions)
+    return LoopTrip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
+
+
+def _trips(
+    compiled: compiler.CompiledKernel, call: KernelCall | None, code: Code
+) -> tuple[dict[Loop, tuple[int, int]] | None, str | None]:
+    """Returns for each loop its trips in all programs and in the one that has most; or None and the reason."""
+    kernel = compiled.kernel
+    if not code.loops:
+        return {}, None
+    values = [None] * len(kernel.operands) if call is None else call.values
+    try:
+        counted = count_trips(compiled.ptx, kernel.grid, values, kernel.num_warps)
+    except Undecided as reason:
+        return None, str(reason)
+    loops = code.loops
+    found: dict[Loop, tuple[int, int]] = {}
+    if len(counted.loops) == 1 < len(loops):
+        # The assembler has unrolled the loop, and runs the remaining trips in a loop of its own.
+        main = max(loops, key=lambda loop: len(code.inside(loop)))
+        found, loops = dict.fromkeys(loops, (0, 0)), (main,)
+    if [loop.depth for loop in counted.loops] != [loop.depth for loop in loops]:
+        made = f"{len(counted.loops)} loops of the kernel are {len(loops)} in the machine code"
+        return None, f"it is not known which loop is which: {made}"
+    for number, loop in enumerate(loops):
+        unrolled = _unrolled(code.inside(loop), counted.loads[number], counted.products[number])
+        found[loop] = math.ceil(counted.total[number] / unrolled), math.ceil(counted.most[number] / unrolled)
+    return found, None
+
+
+def _unrolled(instructions: Sequence[Instruction], loads: int, products: int) -> float:
+    """Returns how many trips of Triton's loop a trip in the machine code makes."""
+    loaded = sum(one.thread_bytes != 0 for one in instructions)
+    if loads and loaded:
+        return loaded / loads
+    multiplied = sum(one.pipe == "tensor" for one in instructions)
+    return multiplied / products if products and multiplied else 1.0
+
+
+def _use(instructions: Sequence[Instruction], gpu: Gpu) -> dict[str, float]:
+    """Returns the cycles of each of a multiprocessor's units that a warp takes."""
+    use: dict[str, float] = {ISSUE: len(instructions) / SCHEDULERS}
+    rate = None
+    if gpu.bf16_flops_per_second is not None and gpu.clock_hertz is not None:
+        rate = gpu.bf16_flops_per_second / gpu.multiprocessors / gpu.clock_hertz
+    for one in instructions:
+        if one.pipe == "tensor" and rate is not None:
+            use["tensor"] = use.get("tensor", 0.0) + one.tensor_flops / rate
+        elif one.pipe == LOAD_STORE:
+            use[LOAD_STORE] = use.get(LOAD_STORE, 0.0) + one.load_store_cycles
+        elif one.pipe in LANES:
+            lanes = FLOAT_LANES_80 if one.pipe == "float" and gpu.compute_capability == 80 else LANES[one.pipe]
+            use[one.pipe] = use.get(one.pipe, 0.0) + WARP / lanes
+    return use

@@ -1,0 +1,163 @@
+"""The table of GPU kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Final
+
+from palladion.benchmarks.static.examiner import Examination, architectures
+from palladion.benchmarks.static.gpu.compiler import gpu_of
+from palladion.benchmarks.static.gpu.report import GpuReport
+from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
+
+HEADINGS: Final = (
+    ("arch", 7),
+    ("regs", 6),
+    ("spill", 7),
+    ("shared KiB", 12),
+    ("programs", 18),
+    ("waves", 7),
+    ("idle", 6),
+    ("loads", 11),
+    ("tensor", 8),
+    ("step", 15),
+    ("instr/B", 10),
+    ("flight KiB", 12),
+    ("memory µs", 11),
+    ("compute µs", 12),
+    ("at least µs", 13),
+    ("bound", 9),
+    ("roofline", 10),
+    ("busiest", 18),
+)
+"""Names and widths of the columns; the kernel's name and grid follow."""
+
+LEGEND: Final = """\
+All of it is estimated from compiled code; nothing was measured. Times are lower bounds.
+  programs   that a multiprocessor keeps at a time, and what allows no more
+  waves      programs of the grid over those that the GPU keeps at a time; idle: empty places in the last wave
+  loads      instructions that read global memory: 128-bit loads + 128-bit asynchronous copies + all narrower ones
+  tensor     instructions of tensor cores
+  step       instructions of a warp in a trip of the innermost loop that matters, and its trips in the longest program
+  instr/B    instructions of a thread in that loop for each byte that it loads, and how many the memory leaves time for
+  flight     bytes that a multiprocessor's programs wait for at a time; the full bandwidth needs bandwidth x latency
+             (most of a µs) / multiprocessors
+  memory     bytes that must move, at the GPU's bandwidth
+  compute    what the busiest unit of the busiest multiprocessor takes for all instructions
+  at least   the longer of the two
+  roofline   memory, in parts of the longer of the two: the share of the bandwidth that can be reached at most
+  busiest    the unit that has most to do, and for which share of that time"""
+
+
+def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
+    """Returns remarks on a kernel."""
+    del found
+    notes = []
+    if report.unknown is not None:
+        notes.append(f"times are UNKNOWN: {report.unknown}")
+    if not report.occupancy.programs:
+        notes.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
+    if report.idle_multiprocessors:
+        idle, total = report.idle_multiprocessors, report.gpu.multiprocessors
+        notes.append(f"{idle} of {total} multiprocessors have nothing to do")
+    if report.wide_loads + report.wide_copies == 0 and report.narrow_loads:
+        notes.append("no load is 128 bits wide")
+    return [*notes, *about_times(report.times)]
+
+
+def _cells(report: GpuReport) -> list[str]:
+    trip, most = report.trip, report.trip.most
+    spent, affordable = report.instructions_per_byte, report.affordable_instructions_per_byte
+    flight = report.bytes_in_flight
+    return [
+        f"sm_{report.gpu.compute_capability}",
+        f"{report.registers}",
+        f"{report.spilled}",
+        f"{report.shared_bytes / 1024:.1f}",
+        f"{report.occupancy.programs} {report.occupancy.limit}",
+        number(report.waves),
+        percent(report.idle_in_last_wave),
+        f"{report.wide_loads}+{report.wide_copies}+{report.narrow_loads}",
+        f"{report.tensor}",
+        f"{trip.instructions:,} x {'?' if most is None else f'{most:,}'}",
+        "-" if spent is None else f"{spent:.1f}" if affordable is None else f"{spent:.1f}/{affordable:.1f}",
+        "-" if flight is None else f"{flight / 1024:.1f}",
+        microseconds(report.memory_seconds),
+        microseconds(report.compute_seconds),
+        microseconds(report.seconds),
+        report.bound,
+        percent(report.roofline),
+        _busiest(report),
+    ]
+
+
+def _busiest(report: GpuReport) -> str:
+    if report.busiest is None:
+        return f"{report.trip.busiest} ?"
+    share = None if report.seconds is None else (report.compute_seconds or 0.0) / report.seconds
+    return f"{report.busiest} {percent(share)}"
+
+
+def _figures(report: GpuReport) -> dict[str, Any]:
+    return {
+        "registers": report.registers,
+        "spilled": report.spilled,
+        "shared_bytes": report.shared_bytes,
+        "programs_at_a_time": report.occupancy.programs,
+        "waves": rounded(report.waves, 3),
+        "instructions_per_byte": rounded(report.instructions_per_byte, 2),
+        "bytes_needed": report.bytes_needed,
+        "memory_microseconds": _short(report.memory_seconds),
+        "compute_microseconds": _short(report.compute_seconds),
+        "busiest": report.busiest,
+        "roofline": rounded(report.roofline, 4),
+    }
+
+
+def _short(seconds: float | None) -> float | None:
+    return rounded(None if seconds is None else seconds * 1e6, 3)
+
+
+def _record(report: GpuReport) -> dict[str, Any]:
+    derived = (
+        "programs",
+        "waves",
+        "idle_in_last_wave",
+        "idle_multiprocessors",
+        "bytes_loaded",
+        "bytes_in_flight",
+        "instructions_per_byte",
+        "affordable_instructions_per_byte",
+        "busiest",
+        "memory_seconds",
+        "compute_seconds",
+        "seconds",
+        "bound",
+        "roofline",
+    )
+    fields = dataclasses.asdict(report) | {"gpu": report.gpu.name}
+    return fields | {name: getattr(report, name) for name in derived}
+
+
+def _intensity(report: GpuReport) -> float:
+    return max(report.bytes_needed or 0, 1) / max(report.cycles.values(), default=1)
+
+
+def _roof(chip: str) -> Roof:
+    gpu = gpu_of(architectures()[chip])
+    title = f"{gpu.device_kind} ({chip}): limits estimated from compiled code, nothing measured"
+    return Roof(title, gpu.hbm_bytes_per_second or 1.0, gpu.clock_hertz or 1.0)
+
+
+TABLE: Final = Table(
+    headings=HEADINGS,
+    legend=LEGEND,
+    cells=_cells,
+    notes=_notes,
+    fields=_record,
+    figures_of=_figures,
+    about=lambda _: {},
+    roof=_roof,
+    bytes_per_cycle=_intensity,
+)

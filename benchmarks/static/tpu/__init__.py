@@ -1,0 +1,1 @@
+"""Static examination of TPU kernels by libtpu."""

@@ -1,0 +1,275 @@
+"""The commands: their help, their answers to mistakes, and what they write."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from measurements import measurement, write
+
+from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, options, overview, suite
+from palladion.benchmarks.measure import bench, records
+from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint
+from palladion.benchmarks.measure.operations import OPERATIONS
+from palladion.benchmarks.measure.random_weights import random_parameters
+from palladion.benchmarks.measure.records import Measurement
+
+pytestmark = pytest.mark.usefixtures("small_probes")
+
+
+def test_one_page_of_help(capsys: pytest.CaptureFixture[str]):
+    page = overview()
+    assert all(name in page for name in COMMANDS)
+    assert len(page.splitlines()) < 40
+    assert main([]) == main(["--help"]) == 0
+    assert page in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]):
+    module = importlib.import_module(COMMANDS[name])
+    assert len(module.HELP) < 110  # a line of the page
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert (module.__doc__ or "").splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "command: got 'fly'; accepted: suite, check, run"),
+        (["run", "fly"], "operation: got 'fly'; accepted: decode_attention, quantized_matmul, matmul, append_kv"),
+        (["run", "decode_attention", "--model=x"], "--model: got x; accepted: smollm2-135m"),
+        (["run", "decode_attention", "--cases=x"], "--cases: got x; accepted: patterns, or llama-3-8b"),
+        (["run", "decode_attention", "--peers=x"], "--peers: got x; accepted: all, none, jax-nn-xla"),
+        (["run", "append_kv", "--backends=triton_x"], "--backends: got triton_x; accepted: mosaic_tpu"),
+        (["run", "decode_attention", "--q-heads=8"], "heads by hand: got q_heads; accepted: all of q_heads, kv_heads"),
+        (["run", "quantized_matmul", "--in=8"], "sizes by hand: got (8, None); accepted: both of --in and --out"),
+        (["run", "quantized_matmul", "--layers=x"], "--layers: got x; accepted: qkv, output, gate-up, down, head"),
+        (["run", "decode_attention", '--config={"x": 1}'], "--config: got with 0 kernels; accepted: with one kernel"),
+        (
+            ["run", "decode_attention", "--backends=triton", '--config={"x": 1}'],
+            """--config: got {'x': 1}; accepted: {"field": value} of block_kv""",
+        ),
+        (["check", "--cases=x"], "--cases: got ('x',); accepted: patterns of the names of test cases"),
+        (["model", "--model=x"], "model: got 'x'; accepted: smollm2-135m"),
+        (["plan", "--chips=x"], "--chips: got x; accepted: v4, v5e"),
+        (["plan", "--mfu=2"], "--mfu: got 2.0; accepted: more than 0, up to 1"),
+        (["compare", "/nowhere/a", "/nowhere/b"], "No such file or directory: '/nowhere/a'"),
+        (["suite", "--minutes=0", "--out=/nowhere"], "--minutes: got 0.0; accepted: more than 0"),
+        (["suite", "--tiny", "--only=x", "--out=/nowhere"], "--only: got x; accepted: check, attention"),
+    ],
+)
+def test_what_is_not_known_is_answered_with_what_is(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def parsed(command: tuple[str, ...]) -> argparse.Namespace:
+    module = importlib.import_module(COMMANDS[command[0]])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    given = [part.format(minutes="1", name="x") for part in command[1:]]
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize(("platform", "tiny"), [("gpu", False), ("tpu", False), ("cpu", False), ("cpu", True)])
+def test_every_phase_of_the_suite_is_a_command_that_exists(platform: str, tiny: bool):
+    names = []
+    for phase in suite.phases(platform, tiny=tiny):
+        arguments = parsed(phase.command)
+        names.append(phase.name)
+        if phase.command[0] in ("run", "tune"):
+            cases = options.selected(OPERATIONS[arguments.operation], arguments)
+            assert cases
+            assert len({case.name for case in cases}) == len(cases)
+    assert len(set(names)) == len(names)
+
+
+def test_the_suite_keeps_to_its_time_and_says_what_became_of_each_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(suite, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(suite, "GRACE_SECONDS", 0.2)
+    phases = [
+        suite.Phase("late", 0.001, ("plan",)),
+        suite.Phase("plan", 99, ("plan", "--model=qwen3-4b")),
+    ]
+    assert suite.run_phases(phases, tmp_path, minutes=3, tiny=False) == 1
+    said = json.loads((tmp_path / "suite.json").read_text())["phases"]
+    assert [(one["phase"], one["status"]) for one in said] == [("late", "interrupted: its time was over"), ("plan", 0)]
+    assert "qwen3-4b in int8: 4.02 billion weights" in (tmp_path / "plan.log").read_text()
+
+
+def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(phase: suite.Phase, out: Path, *_: Any, **__: Any) -> int:
+        if phase.name == "second":
+            raise KeyboardInterrupt
+        write(out / "first.jsonl", [measurement("xla", (0.1, 0.1))])
+        return 0
+
+    monkeypatch.setattr(suite, "_run_phase", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_phases([suite.Phase(name, 1, ()) for name in ("first", "second")], tmp_path, minutes=1, tiny=True)
+    assert "xla" in (tmp_path / "README.md").read_text()
+    assert [one["phase"] for one in json.loads((tmp_path / "suite.json").read_text())["phases"]] == ["first"]
+
+
+def test_checking_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    command = ["check", "quantized_matmul", "--cases=one-row", "--backends=triton", "--interpret"]
+    command.append(f"--json={tmp_path / 'a.jsonl'}")
+    assert main(command) == 0
+    assert "1 of 1 cases checked: 1 right" in capsys.readouterr().out
+    found = records.read(tmp_path / "a.jsonl")[2]
+    assert [(one.contender, one.status) for one in found] == [("triton", "untimed")]
+    (broken,) = (one for one in OPERATIONS["quantized_matmul"].table if one.name == "triton")
+    monkeypatch.setattr(
+        OPERATIONS["quantized_matmul"].package.api,
+        "IMPLEMENTATIONS",
+        tuple(
+            dataclasses.replace(one, run=lambda *a, **o: 1.02 * broken.run(*a, **o)) if one is broken else one
+            for one in OPERATIONS["quantized_matmul"].table
+        ),
+    )
+    assert main(command) == 1
+    assert "one-row: triton wrong: error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cases_are_checked_side_by_side_until_the_device_is_lost(
+    workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    command = ["check", "quantized_matmul", "--cases=int8,int4,one-row", f"--workers={workers}"]
+    assert main(command) == 0
+    assert "3 of 3 cases checked: 6 skipped" in capsys.readouterr().out  # there is no accelerator
+    assert main([*command, "--minutes=0"]) == 0
+    assert "0 of 3 cases checked: nothing" in capsys.readouterr().out
+
+    def lost(chosen: Any, case: Any, plan_: bench.RunOptions) -> list[Measurement]:
+        del chosen
+        plan_.on_turn("triton")
+        if case.name == "int4":
+            raise bench.DeviceLostError("an illegal memory access was encountered")
+        return []
+
+    monkeypatch.setattr(bench, "run_workload", lost)
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "quantized_matmul int4: triton: an illegal memory access" in said
+    assert ("--workers=1 tells which" in said) == (workers > 1)
+
+
+def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = tmp_path / "model.json"
+    pages = tmp_path / "page.md"
+    command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=16", f"--json={record}", "--profile"]
+    assert main([*command, str(tmp_path / "profile")]) == 0
+    found = records.read_record(record)
+    assert found is not None
+    (point,) = (BatchPoint(**one) for one in found["points"])
+    assert (point.batch, len(point.step_seconds)) == (2, 1)
+    assert point.tokens_per_second == 2 / point.step_seconds[0]
+    parameters = random_parameters(TINY, "int8", dtype="float32")
+    # The prompt's 4 tokens and a first dispatch of 16, then 16 steps, each with its own token in the cache.
+    context = 4 + 16 + (16 + 1) / 2
+    cached = round(2 * context * TINY.cache_bytes_per_token("float32"))
+    assert point.step_bytes == parameters.bytes_per_step(2) + cached
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    output = capsys.readouterr().out
+    assert "Up to" in output
+    rows = write(tmp_path / "rows.jsonl", [measurement("xla", (0.1, 0.1)), measurement("b|ar", (0.2, 0.2))])
+    assert main(["report", str(record), str(rows), f"--out={pages}", "--without-pictures"]) == 0
+    text = pages.read_text()
+    assert "| sequences | step |" in text
+    assert "b\\|ar" in text
+    if importlib.util.find_spec("matplotlib"):
+        assert main(["report", str(record), str(rows), f"--out={pages}"]) == 0
+        pictures = {path.name for path in tmp_path.glob("*.png")}
+        assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
+
+
+def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rates = {"palladion gguf": iter((1.0, 6, 9, 8)), "quick": iter((1.0, 12, 3, 4))}  # the first turn warms up
+
+    def decoder(name: str) -> decode_peers.Decoder:
+        return decode_peers.Decoder(name, lambda: next(rates[name]))
+
+    def broken(*_: Any) -> Iterator[decode_peers.Decoder]:
+        yield decode_peers.Decoder("broken", lambda: 1 / 0)
+
+    def absent(*_: Any) -> Iterator[decode_peers.Decoder]:
+        raise ImportError("no module named absent")
+
+    monkeypatch.setattr(decode_peers, "find_model", lambda name: Path(name))
+    monkeypatch.setattr(decode_peers, "palladion", lambda *_: iter([decoder("palladion gguf")]))
+    monkeypatch.setattr(decode_peers, "PEERS", (broken, absent, lambda *_: iter([decoder("quick")])))
+    file = tmp_path / "decode.json"
+    assert main(["decode_peers", "--model=some.gguf", "--rounds=3", f"--json={file}"]) == 0
+    output = capsys.readouterr()
+    assert "broken: left out, it failed (ZeroDivisionError" in output.err
+    assert "absent: left out (no module named absent)" in output.err
+    record = records.read_record(file)
+    assert record is not None
+    assert record["tokens_per_second"] == {"palladion gguf": [6, 9, 8], "quick": [12, 3, 4]}
+    # The ratios of the rounds are 0.5, 3 and 2.
+    lines = {line[0]: line[1:] for line in decode_peers.table_of(record)[1]}
+    assert lines == {
+        "palladion gguf": ("8.0", "6.0 to 9.0", "1.00 x"),
+        "quick": ("4.0", "3.0 to 12.0", "2.00 x"),
+    }
+    page = tmp_path / "page.md"
+    assert main(["report", str(file), f"--out={page}", "--without-pictures"]) == 0
+    assert "| quick | 4.0 | 3.0 to 12.0 | 2.00 x |" in page.read_text()
+    if importlib.util.find_spec("matplotlib"):
+        assert main(["report", str(file), f"--out={page}"]) == 0
+        assert (tmp_path / "decode-decoders.png").is_file()
+
+
+def test_a_checkout_with_jax_alone_is_enough():
+    """What else there is makes pictures and peers: nothing that a command begins with."""
+    absent = (
+        "torch",
+        "transformers",
+        "matplotlib",
+        "rich",
+        "libtpu",
+        "triton",
+        "scipy",
+        "tokenizers",
+        "gguf",
+        "jinja2",
+    )
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+from palladion.benchmarks.commands import COMMANDS, overview
+page = overview()
+assert "cannot be run here" not in page, page
+from palladion.benchmarks.measure.peers import peers
+assert "torch is not installed" in {{peer.unavailable() for peer in peers().values()}}
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_checks_take_turns():
+    names = [one.name for one, _ in list(check._in_turns(list(OPERATIONS.values()), None))[: len(OPERATIONS)]]
+    assert names == list(OPERATIONS)
