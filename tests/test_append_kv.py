@@ -17,8 +17,10 @@ import tpu_interpreter
 from compiling import QUICKLY, options_for
 
 from palladion import KVCache, Unsupported, append_kv, quantize_kv
-from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases, mosaic_tpu, triton
+from palladion.kernels.append_kv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_kv.cases import Case
+from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
+from palladion.kernels.append_kv.triton import call as triton
 from palladion.kernels.backend import Implementation
 
 HEADS, DIM = 2, 16

@@ -28,7 +28,7 @@ from palladion.benchmarks.measure.search import RejectedError, Trial, search, wi
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels import tuning
 from palladion.kernels.decode_attention import cases as attention_cases
-from palladion.kernels.decode_attention import triton
+from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.devices import target_device_kind, tpu_chips
 from palladion.kernels.tuning import Entry
 

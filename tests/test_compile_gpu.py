@@ -22,17 +22,15 @@ from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.append_qkv import cases as joined_cases
 from palladion.kernels.decode_attention import cases as attention_cases
-from palladion.kernels.decode_attention import spaces as attention_spaces
-from palladion.kernels.decode_attention import triton as attention_triton
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
+from palladion.kernels.decode_attention.triton import call as attention_triton
 from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.matmul import cases as dense_cases
 from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
-from palladion.kernels.quantized_matmul import gpu_vector
-from palladion.kernels.quantized_matmul import spaces as matmul_spaces
-from palladion.kernels.quantized_matmul import triton as matmul_triton
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
+from palladion.kernels.quantized_matmul.triton import call as matmul_triton
+from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 
 pytestmark = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
 
@@ -195,7 +193,7 @@ def test_what_a_tuner_leaves_out_has_no_room():
     """The shared memory that block sizes are known to take is what the compiler gives them, but for a little."""
     case = {case.name: case for case in attention_cases.MODELS}["llama-3-8b-layers"]
     with gpu_compiler.tracing_for(90):
-        space, most = attention_spaces.triton(case.problem()), gpu_to_plan_for().program_shared_bytes
+        space, most = attention_triton.space(case.problem()), gpu_to_plan_for().program_shared_bytes
     assert space.start in space
     for block_kv, num_stages, there in ((128, 4, True), (128, 5, False), (256, 3, False)):
         config = dataclasses.replace(space.start, block_kv=block_kv, num_stages=num_stages)
@@ -206,8 +204,8 @@ def test_what_a_tuner_leaves_out_has_no_room():
         assert known <= kernel.shared <= known + 16 * 1024
     product = MatmulCase(name="", rows=16, scheme="int8", **QKV)
     with gpu_compiler.tracing_for(90):
-        space = matmul_spaces.triton(product.problem())
-        vector = matmul_spaces.triton(dataclasses.replace(product, rows=1).problem())
+        space = matmul_triton.space(product.problem())
+        vector = matmul_triton.space(dataclasses.replace(product, rows=1).problem())
     assert space.start in space
     for num_stages, there in ((4, True), (5, False)):
         config = dataclasses.replace(space.start, block_out=256, tile=256, num_stages=num_stages)

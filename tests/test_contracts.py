@@ -29,8 +29,9 @@ from palladion import (
     quantized_matmul,
 )
 from palladion.kernels.devices import gpus, tpu_chips
-from palladion.kernels.quantized_matmul import mosaic_tpu, triton
+from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS, Problem
+from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import CODE_DTYPE

@@ -18,7 +18,7 @@ from palladion import KVCache, append_kv, decode_attention, dequantize, merge_pa
 from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
-from palladion.kernels.quantized_matmul import triton
+from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.quantization import Scheme, quantize_rows
 

@@ -24,20 +24,15 @@ from palladion import QuantizedArray, Unsupported, dequantize, quantize, quantiz
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
-from palladion.kernels.quantized_matmul import (
-    IMPLEMENTATIONS,
-    Inputs,
-    Problem,
-    cases,
-    gpu_codes,
-    gpu_matrix,
-    gpu_vector,
-    mosaic_tpu,
-    tpu_weights,
-    triton,
-)
+from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases
 from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
+from palladion.kernels.quantized_matmul.mosaic_tpu import widening as tpu_weights
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
+from palladion.kernels.quantized_matmul.triton import call as triton
+from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
+from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
+from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import CODE_DTYPE, Scheme, codes_of, decode_e2m1

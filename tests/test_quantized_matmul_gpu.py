@@ -18,8 +18,12 @@ from palladion import quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.kernels import gpu_rows
 from palladion.kernels.gpu_ptx import Program
-from palladion.kernels.quantized_matmul import cases, gpu_bytes, gpu_codes, gpu_vector, triton
+from palladion.kernels.quantized_matmul import cases
 from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.triton import bytewise as gpu_bytes
+from palladion.kernels.quantized_matmul.triton import call as triton
+from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
+from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import Scheme, decode_e2m1

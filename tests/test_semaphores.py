@@ -22,11 +22,11 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from palladion import append_kv, decode_attention, quantized_matmul
 from palladion.kernels.append_kv import cases as append_cases
-from palladion.kernels.append_kv import mosaic_tpu as append_kernel
+from palladion.kernels.append_kv.mosaic_tpu import call as append_kernel
 from palladion.kernels.decode_attention import cases as attention_cases
-from palladion.kernels.decode_attention import mosaic_tpu as attention_kernel
+from palladion.kernels.decode_attention.mosaic_tpu import call as attention_kernel
 from palladion.kernels.quantized_matmul import cases as product_cases
-from palladion.kernels.quantized_matmul import mosaic_tpu as product_kernel
+from palladion.kernels.quantized_matmul.mosaic_tpu import call as product_kernel
 
 
 class Transfer(NamedTuple):

@@ -16,7 +16,7 @@ from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.kernels import tuning
 from palladion.kernels.backend import Implementation
 from palladion.kernels.decode_attention import cases as attention_cases
-from palladion.kernels.decode_attention import triton
+from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.devices import target_device_kind
 from palladion.kernels.tuning import Entry, Space
 

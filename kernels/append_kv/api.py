@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv import mosaic_tpu, spaces, triton
+from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.append_kv.problem import Inputs, Problem
+from palladion.kernels.append_kv.triton import call as triton
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.reference import append_kv as reference
@@ -27,7 +28,7 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.append_kv,
         mosaic_tpu.Config,
         mosaic_tpu.heuristic,
-        spaces.mosaic_tpu,
+        mosaic_tpu.space,
     ),
     Implementation(
         "triton",
@@ -36,7 +37,7 @@ IMPLEMENTATIONS: Final = (
         triton.append_kv,
         triton.Config,
         triton.heuristic,
-        spaces.triton,
+        triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

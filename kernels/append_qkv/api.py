@@ -6,11 +6,10 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv import mosaic_tpu
-from palladion.kernels.append_kv import spaces as append_spaces
-from palladion.kernels.append_kv.triton import Config
-from palladion.kernels.append_qkv import spaces, triton
+from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
+from palladion.kernels.append_kv.triton.call import Config
 from palladion.kernels.append_qkv.problem import Inputs, Problem, apart
+from palladion.kernels.append_qkv.triton import call as triton
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.reference import KVCache
@@ -36,7 +35,7 @@ IMPLEMENTATIONS: Final = (
         _mosaic_tpu,
         mosaic_tpu.Config,
         lambda problem: mosaic_tpu.heuristic(problem.append),
-        lambda problem: append_spaces.mosaic_tpu(problem.append),
+        lambda problem: mosaic_tpu.space(problem.append),
     ),
     Implementation(
         "triton",
@@ -45,7 +44,7 @@ IMPLEMENTATIONS: Final = (
         triton.append_qkv,
         Config,
         triton.heuristic,
-        spaces.triton,
+        triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

@@ -8,8 +8,9 @@ import jax
 
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
-from palladion.kernels.decode_attention import mosaic_tpu, spaces, triton
+from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.problem import Inputs, Problem
+from palladion.kernels.decode_attention.triton import call as triton
 from palladion.reference import decode_attention as reference
 
 
@@ -32,7 +33,7 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.decode_attention,
         mosaic_tpu.Config,
         mosaic_tpu.heuristic,
-        spaces.mosaic_tpu,
+        mosaic_tpu.space,
     ),
     Implementation(
         "triton",
@@ -41,7 +42,7 @@ IMPLEMENTATIONS: Final = (
         triton.decode_attention,
         triton.Config,
         triton.heuristic,
-        spaces.triton,
+        triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

@@ -10,8 +10,8 @@ import jax
 from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import as_array
 from palladion.kernels.linear import Inputs, inputs_of, multiply
-from palladion.kernels.matmul import spaces, triton
 from palladion.kernels.matmul.problem import Problem
+from palladion.kernels.matmul.triton import call as triton
 from palladion.reference import matmul as reference
 from palladion.reference.quantized_matmul import NORM_EPS
 
@@ -40,7 +40,7 @@ IMPLEMENTATIONS: Final = (
         triton.matmul,
         triton.Config,
         triton.heuristic,
-        spaces.triton,
+        triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

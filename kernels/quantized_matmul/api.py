@@ -9,8 +9,9 @@ import jax
 
 from palladion.kernels.backend import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
-from palladion.kernels.quantized_matmul import mosaic_tpu, spaces, triton
+from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import quantized_matmul as reference
 from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul import NORM_EPS
@@ -42,7 +43,7 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.quantized_matmul,
         mosaic_tpu.Config,
         mosaic_tpu.heuristic,
-        spaces.mosaic_tpu,
+        mosaic_tpu.space,
     ),
     Implementation(
         "triton",
@@ -51,7 +52,7 @@ IMPLEMENTATIONS: Final = (
         triton.quantized_matmul,
         triton.Config,
         triton.heuristic,
-        spaces.triton,
+        triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

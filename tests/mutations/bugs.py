@@ -20,7 +20,7 @@ MUTATIONS: Final = (
     # --- decode_attention ---
     Mutation(
         "attention-tpu-values-semaphore",
-        f"{ATTENTION}/tpu_kernel.py",
+        f"{ATTENTION}/mosaic_tpu/kernel.py",
         "return Part(source, place, arrived.at[number])",
         "return Part(source, place, arrived.at[0])",
         (SEMAPHORES, ATTENTION_TESTS, "-k", ORDER),
@@ -28,7 +28,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-scales-semaphore",
-        f"{ATTENTION}/tpu_kernel.py",
+        f"{ATTENTION}/mosaic_tpu/kernel.py",
         "arrived.at[number], units=not view.gathered",
         "arrived.at[2], units=not view.gathered",
         (SEMAPHORES, ATTENTION_TESTS, "-k", ORDER),
@@ -36,7 +36,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-ring-overrun",
-        f"{ATTENTION}/tpu_stream.py",
+        f"{ATTENTION}/mosaic_tpu/stream.py",
         "jax.lax.fori_loop(0, self.buffers - 1, fetch, 0)",
         "jax.lax.fori_loop(0, self.buffers, fetch, 0)",
         (SEMAPHORES, ATTENTION_TESTS, "-k", ORDER),
@@ -44,7 +44,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-window-mask",
-        f"{ATTENTION}/tpu_kernel.py",
+        f"{ATTENTION}/mosaic_tpu/kernel.py",
         "visible & (position > query - sight.window)",
         "visible & (position >= query - sight.window)",
         (ATTENTION_TESTS, "-k", "is_as_right and mosaic_tpu and window"),
@@ -52,7 +52,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-window-fetch",
-        f"{ATTENTION}/tpu_stream.py",
+        f"{ATTENTION}/mosaic_tpu/stream.py",
         "jnp.maximum(first_query - self.window + 1, 0)), last_query",
         "jnp.maximum(first_query - self.window + 2, 0)), last_query",
         (ATTENTION_TESTS, "-k", "(is_as_right and window or any_lengths) and mosaic_tpu"),
@@ -60,7 +60,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-nothing-seen",
-        f"{ATTENTION}/tpu_kernel.py",
+        f"{ATTENTION}/mosaic_tpu/kernel.py",
         "shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if masked else maximum",
         "shift = maximum",
         (ATTENTION_TESTS, "-k", "is_as_right and mosaic_tpu"),
@@ -76,7 +76,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-gpu-sink-in-every-split",
-        f"{ATTENTION}/triton_kernel.py",
+        f"{ATTENTION}/triton/kernel.py",
         "sinks = jnp.where(split == 0, sinks, -jnp.inf)",
         "sinks = jnp.where(split >= 0, sinks, -jnp.inf)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton and sinks"),
@@ -92,7 +92,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-gpu-dead-tokens",
-        f"{ATTENTION}/triton_kernel.py",
+        f"{ATTENTION}/triton/kernel.py",
         "there = jnp.clip(token, span.oldest, span.newest)",
         "there = token",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
@@ -101,7 +101,7 @@ MUTATIONS: Final = (
     # --- append_kv, append_qkv ---
     Mutation(
         "append-tpu-mask",
-        f"{APPEND}/tpu_kernel.py",
+        f"{APPEND}/mosaic_tpu/kernel.py",
         "(token + n < end)",
         "(token + n <= end)",
         (APPEND_TESTS, "-k", "test_every_case and mosaic_tpu"),
@@ -109,7 +109,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "append-tpu-members-semaphore",
-        f"{APPEND}/tpu_kernel.py",
+        f"{APPEND}/mosaic_tpu/kernel.py",
         "(place, buffer, arrived.at[at.member])",
         "(place, buffer, arrived.at[0])",
         (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
@@ -117,7 +117,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "append-tpu-leaving-semaphore",
-        f"{APPEND}/tpu_kernel.py",
+        f"{APPEND}/mosaic_tpu/kernel.py",
         "(buffer, place, done.at[1])",
         "(buffer, place, done.at[0])",
         (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
@@ -125,7 +125,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "append-tpu-unread-block",
-        f"{APPEND}/tpu_kernel.py",
+        f"{APPEND}/mosaic_tpu/kernel.py",
         "@pl.when(at.end - at.begin < parts[number].block)",
         "@pl.when(at.end - at.begin < parts[number].block - 1)",
         (APPEND_TESTS, "-k", "(test_every_case or any_lengths) and mosaic_tpu"),
@@ -133,7 +133,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "append-gpu-past-the-end",
-        f"{APPEND}/triton.py",
+        f"{APPEND}/triton/call.py",
         "return begin, jnp.minimum(problem.q_len - length + problem.max_len, problem.q_len)",
         "return begin, jnp.full_like(length, problem.q_len)",
         (APPEND_TESTS, "-k", "outside_the_cache and triton"),
@@ -141,15 +141,15 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "append-gpu-new-tokens",
-        f"{APPEND}/triton.py",
-        "begin = jnp.maximum(begin, problem.q_len - new_tokens)",
+        f"{APPEND}/triton/call.py",
+        "begin = jnp.maximum(begin, problem.q_len - jnp.clip(new_tokens, 0, problem.q_len))",
         "begin = problem.q_len - new_tokens",
         (APPEND_TESTS, "-k", "writes_what_is_new and triton"),
         "Padding in front of a short prompt is written where new_tokens counts it.",
     ),
     Mutation(
         "append-qkv-gpu-rotates-values",
-        "kernels/append_qkv/triton.py",
+        "kernels/append_qkv/triton/call.py",
         "turned = wide & (head < key_heads)[:, None]",
         "turned = wide & (head <= key_heads)[:, None]",
         ("tests/test_append_qkv.py", "-k", "test_every_case and triton"),
@@ -158,7 +158,7 @@ MUTATIONS: Final = (
     # --- quantized_matmul, matmul ---
     Mutation(
         "product-tpu-sources-semaphore",
-        f"{PRODUCT}/tpu_stream.py",
+        f"{PRODUCT}/mosaic_tpu/stream.py",
         "self.arrived.at[number, buffer],",
         "self.arrived.at[0, buffer],",
         (SEMAPHORES, PRODUCT_TESTS, "-k", ORDER),
@@ -166,7 +166,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-tpu-buffers-semaphore",
-        f"{PRODUCT}/tpu_stream.py",
+        f"{PRODUCT}/mosaic_tpu/stream.py",
         "self.arrived.at[number, buffer],",
         "self.arrived.at[number, 0],",
         (SEMAPHORES, PRODUCT_TESTS, "-k", ORDER),
@@ -174,7 +174,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-tpu-rows-semaphore",
-        f"{PRODUCT}/tpu_kernel.py",
+        f"{PRODUCT}/mosaic_tpu/kernel.py",
         "loaded.at[n]",
         "loaded.at[0]",
         (SEMAPHORES, PRODUCT_TESTS, "-k", ORDER),
@@ -182,7 +182,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-tpu-first-step",
-        f"{PRODUCT}/tpu_kernel.py",
+        f"{PRODUCT}/mosaic_tpu/kernel.py",
         "jnp.where(step == 0, 0, ref[:, lanes]) + total",
         "ref[:, lanes] + total",
         (SEMAPHORES, PRODUCT_TESTS, "-k", ORDER),
@@ -190,7 +190,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-tpu-pieces",
-        f"{PRODUCT}/tpu_plan.py",
+        f"{PRODUCT}/mosaic_tpu/plan.py",
         'return 3 if self.problem.out_dtype == "float32" else 2',
         "return 2",
         (PRODUCT_TESTS, "-k", "kernels_are_right and mosaic_tpu"),
@@ -198,7 +198,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-gpu-split-past-its-end",
-        f"{PRODUCT}/gpu_matrix.py",
+        f"{PRODUCT}/triton/matrix.py",
         "jax.lax.fori_loop(begin, jnp.minimum(begin + share, tiles), trip,",
         "jax.lax.fori_loop(begin, begin + share, trip,",
         (PRODUCT_TESTS, "-k", "any_number_of_rows and tensor_core"),
@@ -206,7 +206,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-gpu-bias-of-ups",
-        f"{PRODUCT}/gpu_refs.py",
+        f"{PRODUCT}/triton/refs.py",
         "product = product + read(refs.bias, (columns,), real)",
         "product = product + read(refs.bias, (channel,), real)",
         (PRODUCT_TESTS, "-k", "every_config and triton and gated"),
@@ -214,7 +214,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "matmul-gpu-residual-row",
-        "kernels/matmul/triton.py",
+        "kernels/matmul/triton/call.py",
         "result = result + read(ref.residual, (m, channel), real)",
         "result = result + read(ref.residual, (0, channel), real)",
         ("tests/test_matmul.py", "-k", "kernels_are_right or explicit_blocks"),
@@ -240,7 +240,7 @@ MUTATIONS: Final = (
     Mutation(
         "reference-new-tokens",
         "reference/append_kv.py",
-        "written &= token >= q_len - new_tokens[:, None]",
+        "written &= token >= q_len - jnp.clip(new_tokens, 0, q_len)[:, None]",
         "written &= token > q_len - new_tokens[:, None]",
         (APPEND_TESTS, "-k", "writes_what_is_new and xla"),
         "The first of the new tokens is not written.",

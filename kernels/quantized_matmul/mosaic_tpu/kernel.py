@@ -10,7 +10,7 @@ what the groups are off by. A float32 result would show its rounding: there it i
 
 Scaled products cost the vector unit what the rows of x are, scaled weights what the weights are: products for few rows.
 Groups that are smaller than the matrix unit is deep share a chunk: each has copies of the rows of x, with zeros in the
-columns of the others, and so a product of its own. `tpu_plan.py` says how these rows are stacked.
+columns of the others, and so a product of its own. `plan.py` says how these rows are stacked.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
+from palladion.kernels.quantized_matmul.mosaic_tpu.stream import Source, Stream
+from palladion.kernels.quantized_matmul.mosaic_tpu.widening import narrow_float
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.tpu_plan import Plan
-from palladion.kernels.quantized_matmul.tpu_stream import Source, Stream
-from palladion.kernels.quantized_matmul.tpu_weights import narrow_float
 from palladion.kernels.tpu_layout import SUBLANES
 
 

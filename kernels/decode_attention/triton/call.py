@@ -16,7 +16,7 @@ tensor cores multiply; a head is cut into powers of two (`parts_of`). The layer 
 where Pallas miscounts it (`offsets_wrap`): there the layer is copied first.
 
 Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. Codes of a one-byte cache become
-operands in registers (`gpu_products.py`), at up to 2 instructions each; their scales meet logits and weights.
+operands in registers (`products.py`), at up to 2 instructions each; their scales meet logits and weights.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
-from palladion.kernels.decode_attention.gpu_products import uses_tensor_cores
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.decode_attention.triton_kernel import kernel, merge_kernel, parts_of
+from palladion.kernels.decode_attention.triton.kernel import kernel, merge_kernel, parts_of
+from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
+from palladion.kernels.tuning import Space
 
 MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
@@ -175,6 +176,22 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
 
     most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
     return min(range(1, most + 1), key=busiest)
+
+
+def space(problem: Problem) -> Space:
+    """Blocks of tokens, splits of the cache, how much is loaded ahead, and how a program is run."""
+    start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
+    blocks = -(-problem.max_len // start.block_kv)
+    return Space(
+        start,
+        {
+            "splits": [1 << n for n in range(8) if 1 << n <= blocks],
+            "block_kv": (16, 32, 64, 128, 256),
+            "num_warps": (2, 4, 8),
+            "num_stages": (1, 2, 3, 4, 5),
+        },
+        lambda config: loaded_bytes(problem, config) <= most,
+    )
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -30,6 +30,7 @@ from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul.problem import Problem
+from palladion.kernels.tuning import Space
 
 MAX_ROWS: Final = 4
 """Of x: with more, tensor cores take less time."""
@@ -72,6 +73,11 @@ def heuristic(problem: Problem) -> Config:
         lambda warps: pl.cdiv(_chunks(p, warps), _lanes(p, Config(block_out, warps))), programs, REGISTERS
     )
     return Config(block_out, num_warps)
+
+
+def space(problem: Problem) -> Space:
+    """Channels of a program, and its warps."""
+    return Space(heuristic(problem), {"block_out": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8, 16)})
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -2,10 +2,10 @@
 
     y = sum_g (x_g @ (code_g - zero_g)) * scale_g + sum(x_g) * minimum_g        result = finish(y + bias)
 
-Three forms, by the rows of x. One row, or up to three, needs no tensor cores: `gpu_vector.py` multiplies and adds it as
+Three forms, by the rows of x. One row, or up to three, needs no tensor cores: `vector.py` multiplies and adds it as
 it comes. A few are padded to the 16 or 32 of a tensor core's block, in registers, and their products are scaled; many
-take larger blocks, and scaled weights: both are `gpu_matrix.py`. All of them read codes once for every block of rows,
-128 bits at a time, and multiply their bytes (`gpu_bytes.py`), or floats made by masks and shifts (`gpu_codes.py`).
+take larger blocks, and scaled weights: both are `matrix.py`. All of them read codes once for every block of rows,
+128 bits at a time, and multiply their bytes (`bytewise.py`), or floats made by masks and shifts (`codes.py`).
 
 Grid: (row blocks * out blocks, splits). One decode step has too few channels for all multiprocessors: shares of `in`
 fill them, and XLA adds their float32 sums, bias, activation and gate, together with what follows. A single share does
@@ -22,7 +22,7 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import jax
@@ -35,8 +35,10 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.linear import Inputs
-from palladion.kernels.quantized_matmul import gpu_matrix, gpu_vector
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
+from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
+from palladion.kernels.tuning import Space
 from palladion.reference.quantization import quantize_rows
 
 MIN_BLOCK: Final = 16
@@ -214,6 +216,21 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     wanted = PROGRAMS[config.form] * gpu.multiprocessors
     splits = min(max(wanted // programs, 1), trips)
     return pl.cdiv(trips, pl.cdiv(trips, splits))
+
+
+def space(problem: Problem) -> Space:
+    """Channels of a block and splits along `in`; its depth, how much is loaded ahead, and how a program is run."""
+    start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
+    tiles = -(-problem.in_features // start.tile)
+    axes: dict[str, Sequence[int]] = {
+        "splits": [1 << n for n in range(7) if 1 << n <= tiles],
+        "block_out": (16, 32, 64, 128, 256),
+        "num_warps": (2, 4, 8, 16),
+    }
+    if start.form == "vector":  # which has tiles of its own, in registers
+        return Space(start, axes)
+    axes |= {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}
+    return Space(start, axes, lambda config: loaded_bytes(problem, config) <= most)
 
 
 def unsupported(problem: Problem) -> str | None:

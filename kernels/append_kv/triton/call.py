@@ -31,6 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
+from palladion.kernels.tuning import Space
 from palladion.reference.caches import KVCache, quantize_kv
 
 BLOCK_BYTES: Final = 8 * 2**10
@@ -65,6 +66,13 @@ def heuristic(problem: Problem) -> Config:
     rows = min(pl.next_power_of_2(p.q_len * p.kv_heads), 1 << (most.bit_length() - 1))
     # 16 bytes a thread, or as few warps as there are rows for.
     return Config(rows, num_warps=min(max(pl.next_power_of_2(rows * row_bytes // (16 * 32)), 1), 4))
+
+
+def space(problem: Problem) -> Space:
+    """Rows of a program, and its warps."""
+    p, start = problem, heuristic(problem)
+    rows = [1 << n for n in range(10) if 1 << n < 2 * p.q_len * p.kv_heads]
+    return Space(start, {"block_rows": rows, "num_warps": (1, 2, 4, 8)})
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from palladion.kernels.quantized_matmul.mosaic_tpu.stream import Blocks
+from palladion.kernels.quantized_matmul.mosaic_tpu.widening import Widening, is_narrow, widenings
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.tpu_stream import Blocks
-from palladion.kernels.quantized_matmul.tpu_weights import Widening, is_narrow, widenings
 from palladion.kernels.tpu_layout import SUBLANES, round_up, tile_rows
 
 

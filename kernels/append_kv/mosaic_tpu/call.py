@@ -33,11 +33,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from palladion.kernels.append_kv.mosaic_tpu.kernel import Part, kernel
 from palladion.kernels.append_kv.problem import Inputs, Problem
-from palladion.kernels.append_kv.tpu_kernel import Part, kernel
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, round_up, tile_rows
+from palladion.kernels.tuning import Space
 from palladion.reference.caches import QUANTIZED_CACHE_DTYPES, KVCache, quantize_kv
 
 MAX_BLOCK: Final = 64
@@ -158,6 +159,14 @@ def _parts(problem: Problem, config: Config) -> tuple[Part, ...]:
 
 def _vmem_bytes(problem: Problem, config: Config) -> int:
     return sum(part.vmem_bytes(config.sequences) for part in _parts(problem, config))
+
+
+def space(problem: Problem) -> Space:
+    """Sequences and heads of a grid step."""
+    p, start = problem, heuristic(problem)
+    sequences = [1 << n for n in range(9) if 1 << n <= p.batch]
+    heads = [n for n in range(1, p.kv_heads + 1) if p.kv_heads % n == 0]
+    return Space(start, {"sequences": sequences, "heads": heads}, lambda config: fits(p, config))
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -1,4 +1,4 @@
-"""The body of the TPU kernel of append_kv; what it does and how work is cut stands in `mosaic_tpu.py`."""
+"""The body of the TPU kernel of append_kv; what it does and how work is cut stands in `call.py`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 A program takes a block of rows, a block of channels and a share of `in`, along which it goes in tiles. Codes are copied
 to shared memory as they are, `num_stages` tiles in flight; from there they go into registers, become 16-bit floats
-(`gpu_codes.py`) or stay int8, and meet x in tensor cores. A tile is several spans: what is multiplied before a scale
+(`codes.py`) or stay int8, and meet x in tensor cores. A tile is several spans: what is multiplied before a scale
 is due. Products of a span are scaled in float32, or, where rows are many, weights are scaled before.
 
 The product is taken the other way round, weights [channels, span] @ x [rows, span] transposed: tensor cores take their
@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels.quantized_matmul.gpu_codes import hide, magic, raw_bytes, widen, widen_to_int8
-from palladion.kernels.quantized_matmul.gpu_refs import both, finish, named, read, read_scales
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.quantized_matmul.triton.codes import hide, magic, raw_bytes, widen, widen_to_int8
+from palladion.kernels.quantized_matmul.triton.refs import both, finish, named, read, read_scales
 
 SEGMENT: Final = 16
 """Weights that always share a group."""

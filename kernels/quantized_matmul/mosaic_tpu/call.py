@@ -7,12 +7,12 @@ long as that is no more than a transfer of a few MB; where it is more, several s
 Inside, chunks of `in` are widened one after the other and multiplied at once: wide weights exist in registers and in
 VMEM only.
 
-Codes are not put in order, nor converted where the matrix unit takes their bits (`tpu_weights.py`). Instead the columns
+Codes are not put in order, nor converted where the matrix unit takes their bits (`widening.py`). Instead the columns
 of x are put in the order of the codes before the kernel, float32 is split into bfloat16 pieces, and sums of x meet what
-was added to all codes of a group. How products are scaled is in `tpu_kernel.py`.
+was added to all codes of a group. How products are scaled is in `kernel.py`.
 
 Resident in VMEM: x of the row block; three blocks each of codes, scales, zeros, minimums, of which one is worked on
-while the others are on their way (`tpu_stream.py`). A gated call has all but x twice, gate and up, from the same
+while the others are on their way (`stream.py`). A gated call has all but x twice, gate and up, from the same
 arrays. Of stacked weights the blocks of one layer are taken: no layer is copied.
 
 Bound by memory up to about a hundred rows: each code is read once for 2 * rows FLOPs.
@@ -32,11 +32,12 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.devices import Chip, target_chip
 from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.mosaic_tpu.kernel import bits_dtype, kernel
+from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
+from palladion.kernels.quantized_matmul.mosaic_tpu.widening import NEWER, best, is_narrow, widenings
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.tpu_kernel import bits_dtype, kernel
-from palladion.kernels.quantized_matmul.tpu_plan import Plan
-from palladion.kernels.quantized_matmul.tpu_weights import NEWER, best, is_narrow, widenings
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, round_up, tile_rows
+from palladion.kernels.tuning import Space
 from palladion.reference.quantization import PACK_BLOCK, quantize_rows
 
 CODE_ROWS: Final = 32
@@ -231,6 +232,15 @@ def _vmem_bytes(plan: Plan) -> int:
     products = (plan.masked * plan.stacked_rows + (p.parts + 1) * plan.block_rows) * lanes * 4
     operands = 2 * plan.chunk * lanes * jnp.dtype(plan.widen.operand).itemsize
     return weights + x + results + 2 * (products + operands + factors * lanes)
+
+
+def space(problem: Problem) -> Space:
+    """Channels and depth of a block."""
+    p, start = multiplied(problem), heuristic(problem)
+    channels = p.result_features
+    widths = [LANES * n for n in (1, 2, 4, 6, 8, 12, 16, 24, 32) if LANES * n <= channels]
+    depths = [p.in_features // n for n in (1, 2, 4, 8) if p.in_features % (n * start.chunk) == 0]
+    return Space(start, {"block_out": widths, "block_in": depths}, lambda config: fits(p, config))
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -27,11 +27,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels.append_kv import triton as append
-from palladion.kernels.append_kv.triton import Config, bounded_length, place_of, written_tokens
+from palladion.kernels.append_kv.triton import call as append
+from palladion.kernels.append_kv.triton.call import Config, bounded_length, place_of, written_tokens
 from palladion.kernels.append_qkv.problem import Inputs, Problem, apart
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
+from palladion.kernels.tuning import Space
 from palladion.reference.caches import QUANTIZED_CACHE_DTYPES, KVCache
 
 BLOCK_BYTES: Final = 4 * 2**10
@@ -46,6 +47,12 @@ def heuristic(problem: Problem) -> Config:
     row_bytes = pl.next_power_of_2(p.head_dim) * 4
     rows = min(pl.next_power_of_2(p.q_len * problem.heads), pl.next_power_of_2(max(BLOCK_BYTES // row_bytes, 1)))
     return Config(rows, num_warps=min(max(pl.next_power_of_2(rows * row_bytes // (32 * 32)), 1), 4))
+
+
+def space(problem: Problem) -> Space:
+    """Rows of a program, and its warps."""
+    rows = [1 << n for n in range(10) if 1 << n < 2 * problem.append.q_len * problem.heads]
+    return Space(heuristic(problem), {"block_rows": rows, "num_warps": (1, 2, 4, 8)})
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -1,4 +1,4 @@
-"""The body of the TPU kernel of decode_attention; what it computes and how work is cut stands in `mosaic_tpu.py`."""
+"""The body of the TPU kernel of decode_attention; what it computes and how work is cut stands in `call.py`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.tpu_products import (
+from palladion.kernels.decode_attention.mosaic_tpu.products import (
     FACTOR,
     QUERY_PIECES,
     WEIGHT_PIECES,
@@ -22,7 +21,8 @@ from palladion.kernels.decode_attention.tpu_products import (
     multiply,
     split,
 )
-from palladion.kernels.decode_attention.tpu_stream import Part, Sight, Stream, divide
+from palladion.kernels.decode_attention.mosaic_tpu.stream import Part, Sight, Stream, divide
+from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.tpu_layout import LANES
 
 

@@ -1,4 +1,4 @@
-"""The body of decode_attention on a GPU, in Triton: what a program loads, multiplies and stores. See `triton.py`."""
+"""The body of decode_attention on a GPU, in Triton: what a program loads, multiplies and stores. See `call.py`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels.decode_attention import gpu_products, online_softmax
+from palladion.kernels.decode_attention import online_softmax
 from palladion.kernels.decode_attention.online_softmax import divide
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.decode_attention.triton import products as gpu_products
 from palladion.reference import merge_partials
 
 MIN_WIDTH: Final = 32

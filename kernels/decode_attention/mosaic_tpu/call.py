@@ -8,7 +8,7 @@ For every sequence b, block i of its queries and block j of the cached tokens th
 
 Grid: (shares of the KV heads, one for each core; batch; query blocks). A grid step walks through the blocks of tokens
 that its queries see, and takes them of all its KV heads at once, for one softmax over all of them: one head at a time,
-the chip mostly waits. Blocks come out of a ring of buffers (`tpu_stream.py`) that is filled across grid steps: what
+the chip mostly waits. Blocks come out of a ring of buffers (`stream.py`) that is filled across grid steps: what
 comes next is under way whatever sequence it is of.
 
 Resident in VMEM: q, m, l, acc and the output of (b, i); the ring, two to three blocks of keys and values. In SMEM:
@@ -35,12 +35,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
+from palladion.kernels.decode_attention.mosaic_tpu.kernel import View, kernel
+from palladion.kernels.decode_attention.mosaic_tpu.products import OPERANDS, QUERY_PIECES, float_dtype, operands_for
+from palladion.kernels.decode_attention.mosaic_tpu.stream import CURSOR, Sight
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.decode_attention.tpu_kernel import View, kernel
-from palladion.kernels.decode_attention.tpu_products import OPERANDS, QUERY_PIECES, float_dtype, operands_for
-from palladion.kernels.decode_attention.tpu_stream import CURSOR, Sight
 from palladion.kernels.devices import Chip, target_chip, tpu_chips
 from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
+from palladion.kernels.tuning import Space
 
 KV_BLOCK_BYTES: Final = (2 * 2**20, 4 * 2**20)
 """Keys and values that a device works on at a time: an eighth of all there is room for, but at least so much that what
@@ -71,6 +72,10 @@ MAX_TEAM_ROWS: Final = 512
 
 BLOCK_Q_MULTIPLE: Final = 16
 """Of the tokens in a query block where there are several, so that its rows are whole tiles in every dtype."""
+
+
+MORE_IN_VMEM: Final = 2
+"""Times what the heuristic puts into VMEM: what is more is refused by the compiler anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +211,24 @@ def _token_bytes(problem: Problem) -> int:
     """What a token's keys and values take in VMEM."""
     width = problem.head_dim if _tokens_last(problem) else round_up(problem.head_dim, LANES)
     return 2 * problem.kv_heads * (width * jnp.dtype(problem.kv_dtype).itemsize + (4 if problem.has_scales else 0))
+
+
+def space(problem: Problem) -> Space:
+    """Blocks of tokens, how many of them, and how many sequences share a step."""
+    p, start = problem, heuristic(problem)
+    grain = LANES if p.page_size is None else p.page_size
+    rows = p.max_len
+    # Whole tiles of a dense cache that consists of such; whole pages.
+    sizes = [grain << n for n in range(8) if rows % (grain << n) == 0 and rows % grain == 0]
+    cores = start.cores if p.kv_heads % start.cores else 1
+    share = p.batch // cores
+    members = [n for n in (1, 2, 4, 8) if share % n == 0 and (n == 1 or not start.one_by_one)]
+    taken = start.buffers * start.block_kv * start.members
+
+    def fits(config: Config) -> bool:
+        return config.buffers * config.block_kv * config.members <= MORE_IN_VMEM * taken
+
+    return Space(start, {"block_kv": sizes, "members": members, "buffers": (2, 3, 4)}, fits)
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -7,10 +7,10 @@ A thread takes a chunk of 16 channels at a time: its loads, of 16 bytes each, ar
 way together. A chunk lies in one group, so that scales meet its sum. Zero points and minimums meet the sum of x over
 the chunk. There are two ways to multiply:
 
-    Bytes    x in three bytes, by four codes at a time: integers and mxfp4, x of 16 bits (`gpu_bytes.py`)
+    Bytes    x in three bytes, by four codes at a time: integers and mxfp4, x of 16 bits (`bytewise.py`)
     Floats   codes in float32, by one number of x: float8, x in float32, other GPUs than NVIDIA's
 
-Floats are made of codes by bits, in pairs (`gpu_codes.py`); a row more costs a multiply-add a weight. What stays in
+Floats are made of codes by bits, in pairs (`codes.py`); a row more costs a multiply-add a weight. What stays in
 int4 codes of the power of two by which they were widened meets the sum of x, too, where the result has 16 bits and
 shows nothing of it.
 
@@ -37,11 +37,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
 from palladion.kernels.devices import gpu_to_plan_for
-from palladion.kernels.quantized_matmul import gpu_bytes
-from palladion.kernels.quantized_matmul.gpu_bytes import Bytes
-from palladion.kernels.quantized_matmul.gpu_codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
-from palladion.kernels.quantized_matmul.gpu_refs import both, finish, named, read, read_scales
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.quantized_matmul.triton import bytewise as gpu_bytes
+from palladion.kernels.quantized_matmul.triton.bytewise import Bytes
+from palladion.kernels.quantized_matmul.triton.codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
+from palladion.kernels.quantized_matmul.triton.refs import both, finish, named, read, read_scales
 from palladion.reference.quantization import PACK_BLOCK, Scheme
 
 MAX_ROWS: Final = 4

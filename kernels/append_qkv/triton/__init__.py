@@ -1,0 +1,1 @@
+"""The GPU kernel of append_qkv, in Triton. Its block sizes are those of append_kv."""
