@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.model.checkpoint_files import CheckpointError, JsonFile, models_extra
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, models_extra
 from palladion.model.vocabulary import (
     SPACE,
     SPECIAL_NAMES,
@@ -57,8 +57,7 @@ def read_folder_vocabulary(path: Path) -> Vocabulary:
         import tokenizers
 
     for name in FILES:
-        if (path / name).exists() and not (path / name).is_file():
-            raise CheckpointError(f"{path / name}: not a regular file; download it again")
+        check_regular(path / name)
     file = path / "tokenizer.json"
     if not file.exists() and (path / "tokenizer.model").exists():
         raise CheckpointError(

@@ -115,7 +115,10 @@ def test_gguf_tokens_that_there_are_not(tmp_path: Path) -> None:
     [
         ({"context_length": 1}, r"'llama\.context_length' must be an integer of at least 2, got 1"),
         (
-            {"tokenizer.ggml.tokens": TOKENS * 2, "tokenizer.ggml.token_type": [1] * 2 * VOCAB},
+            {
+                "tokenizer.ggml.tokens": [*TOKENS, *(f"{t}-2" for t in TOKENS)],
+                "tokenizer.ggml.token_type": [1] * 2 * VOCAB,
+            },
             rf"'token_embd\.weight' has shape \[{VOCAB}, .* asks for \[{2 * VOCAB}, ",
         ),
         ({"split.count": [2]}, r"'split\.count' must be an integer of at least 0, got \[2\]"),

@@ -209,6 +209,20 @@ def test_no_sequences_are_refused(backend: str | None):
         append_kv(empty, none, none, lengths, backend=backend)
 
 
+# ------------------------------------------------------------------------------------------------- large activations
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scheme", ["int4-g32", "float8_e5m2", "mxfp4"])
+def test_activations_up_to_the_documented_bound(scheme: str, backend: str):
+    w = quantize(normal(64, 128), scheme)
+    x = normal(2, 64, seed=1)
+    x = x / jnp.max(jnp.abs(x)) * 1e27
+    call = functools.partial(quantized_matmul, **how(backend))
+    result = jax.jit(call, compiler_options=options_for(backend))(x, w)
+    assert_right(result, quantized_matmul(x, w, backend="xla"), oracle.quantized_matmul(x, w), f"{scheme} by {backend}")
+
+
 # ------------------------------------------------------------------------------- what cannot be refused while tracing
 
 OUT_OF_RANGE = ([257, 300, 5], [256, 512, 5], [-1, -(2**31), 5], [2**31 - 1, 0, 5], [2**31 - 2, 2 - 2**31, 7])
@@ -298,6 +312,20 @@ def test_what_does_not_exist_is_not_written(backend: str, q_len: int, dtype: str
             jax.tree.leaves(written), jax.tree.leaves(_write("xla")(cache, k, v, *arguments)), strict=True
         ):
             np.testing.assert_array_equal(one, other, where)
+
+
+def test_what_does_not_fit_together_is_refused_at_the_door():
+    cache = KVCache.dense(1, 1, 128, 128)
+    k, lengths = jnp.ones((1, 1, 128)), jnp.ones(1, jnp.int32)
+    other = dataclasses.replace(cache, v=cache.v[:, :, :64])
+    with pytest.raises(ValueError, match=r"cache: got v of shape \(1, 1, 64, 128\) in bfloat16; accepted: \(1, 1, 128"):
+        append_kv(other, k, k, lengths)
+    with pytest.raises(ValueError, match="KVCache: page_table: got float32"):
+        KVCache.paged(4, 1, 16, 64, [[0.0, 1.0]])
+    assert KVCache.paged(4, 1, 16, 64, [[0, 1]]).max_len == 32
+    with pytest.raises(ValueError, match="quantize: weight: got int32; accepted: a float dtype"):
+        quantize([[1, 2], [3, 4]], "int8")
+    assert quantize([[1.0, 2.0], [3.0, 4.0]], "int8").shape == (2, 2)
 
 
 def test_a_program_can_be_exported_and_loaded():

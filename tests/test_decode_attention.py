@@ -501,9 +501,11 @@ TABLE = zeros(2, 3, dtype=jnp.int32)
             {"k": zeros(1, *CACHE), "v": zeros(1, *CACHE), "layer": [0]},
             "layer: got int32[1]; accepted: an int32 scalar",
         ),
-        ({"scale": float("inf")}, "scale: got inf; accepted: a finite number"),
-        ({"sliding_window": 0}, "sliding_window: got 0; accepted: None or at least 1"),
-        ({"logits_soft_cap": 0.0}, "logits_soft_cap: got 0.0; accepted: None or above 0"),
+        ({"scale": float("inf")}, "scale: got inf; accepted: None or a finite number"),
+        ({"sliding_window": 0}, "sliding_window: got 0; accepted: None or an integer of at least 1"),
+        ({"sliding_window": 5.5}, "sliding_window: got 5.5; accepted: None or an integer of at least 1"),
+        ({"logits_soft_cap": float("inf")}, "logits_soft_cap: got inf; accepted: None or a finite number above 0"),
+        ({"logits_soft_cap": 0.0}, "logits_soft_cap: got 0.0; accepted: None or a finite number above 0"),
         ({"backend": "cuda"}, "backend: got 'cuda'; accepted: None, 'auto', 'xla'"),
         ({"backend": "mosaic_tpu", "interpret": True, "config": 128}, "config: got 128; accepted: mosaic_tpu.Config"),
         ({"backend": "triton", "interpret": True, "config": 128}, "config: got 128; accepted: triton.Config"),
@@ -513,6 +515,13 @@ TABLE = zeros(2, 3, dtype=jnp.int32)
 def test_wrong_calls(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         decode_attention(**arrays(**changes))
+
+
+@pytest.mark.parametrize("name", ["scale", "sliding_window", "logits_soft_cap"])
+def test_options_must_be_known_while_tracing(name: str):
+    given = arrays()
+    with pytest.raises(ValueError, match=f"{name}: got a traced value; accepted: a number that is known while tracing"):
+        jax.jit(lambda value: decode_attention(**given, **{name: value}))(1)
 
 
 @pytest.mark.parametrize(
