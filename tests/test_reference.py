@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from compiling import UNOPTIMIZED
 
-from palladion import KVCache, QuantizedArray, decode_attention, matmul, quantize, quantized_matmul
+from palladion import KVCache, QuantizedArray, append_kv, decode_attention, matmul, quantize, quantized_matmul
 from palladion.kernels.decode_attention import Inputs, cases
 from palladion.kernels.decode_attention.cases import Case
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 
 # The names of the packages are those of functions in `palladion.reference`.
+appends = importlib.import_module("palladion.reference.append_kv")
 attention = importlib.import_module("palladion.reference.decode_attention")
 products = importlib.import_module("palladion.reference.quantized_matmul")
 
@@ -99,6 +100,9 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
     """Directional derivatives of every float input against central differences of the float64 oracle."""
     case = CASES[name]
     inputs = cases.make_inputs(case)
+    # Queries that see nothing, in front of a short sequence, may be anything.
+    sees = inputs.lengths[:, None] - case.q_len + jnp.arange(case.q_len) >= 0
+    inputs = inputs._replace(q=jnp.where(sees[..., None, None], inputs.q, jnp.nan))
     exact_lse = exact_attention(inputs, **case.options)[1]
     rng = np.random.default_rng(1)
     of_out, of_lse = rng.standard_normal(inputs.q.shape), rng.standard_normal(exact_lse.shape)
@@ -237,3 +241,36 @@ def test_products_are_differentiated_as_the_definition(rows: int):
     found, expected = (jax.vjp(form, *given)[1](cotangent) for form in (multiply, define))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ appends
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e5m2"])
+def test_every_form_of_an_append_is_the_definition_and_differentiated_as_it(dtype: str, batch: int):
+    """One token of one sequence is a slice update, others are a scatter; narrow floats are bits on a CPU."""
+    cache = KVCache.dense(batch, 2, 8, 4, dtype, num_layers=2)
+    cache = jax.tree.map(lambda part: normal(*part.shape, seed=3).astype(part.dtype), cache)
+    k, v = (normal(batch, 1, 2, 4, seed=seed) for seed in (4, 5))
+    cotangent = jax.tree.map(lambda part: normal(*part.shape, seed=6), cache)
+
+    def total(append: Callable[..., KVCache], floats: tuple[jax.Array, ...], lengths: jax.Array, layer: Any) -> Any:
+        k, v, *parts = floats
+        given = dataclasses.replace(cache, **dict(zip(("k", "v"), parts, strict=False)))
+        updated = append(given, k, v, lengths, new_tokens=None, layer=layer)
+        products = jax.tree.map(lambda part, factor: jnp.sum(part.astype(jnp.float32) * factor), updated, cotangent)
+        return sum(jax.tree.leaves(products)), updated
+
+    floats = (k, v) if dtype == "int8" else (k, v, cache.k, cache.v)
+    page, form = (
+        compile(jax.value_and_grad(functools.partial(total, append), has_aux=True))
+        for append in (appends.definition.append_kv, functools.partial(append_kv, backend="xla"))
+    )
+    for length, layer in ((5, 0), (8, 1), (0, 0), (9, 1), (3, 2), (3, -1)):
+        lengths = jnp.arange(length, length + batch, dtype=jnp.int32)
+        expected, found = (call(floats, lengths, jnp.int32(layer)) for call in (page, form))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+        if batch == 1:
+            assert (np.asarray(found[1][0]) != 0).any() == (layer in (0, 1) and 0 < length <= 8)

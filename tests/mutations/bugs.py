@@ -239,7 +239,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "reference-new-tokens",
-        "reference/append_kv.py",
+        "reference/append_kv/definition.py",
         "written &= token >= q_len - jnp.clip(new_tokens, 0, q_len)[:, None]",
         "written &= token > q_len - new_tokens[:, None]",
         (APPEND_TESTS, "-k", "writes_what_is_new and xla"),
