@@ -35,7 +35,7 @@ from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Scheme, codes_of, decode_e2m1
+from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, unpack_codes
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
@@ -323,7 +323,7 @@ def test_widenings_are_exact(format: str):
     numbers = np.asarray(values).astype(np.float64)
     values = values if scheme.packed else np.where(np.isfinite(numbers), values, np.zeros_like(values))
     w = QuantizedArray(jnp.asarray(values), jnp.ones((1, 256)), None, None, scheme)
-    codes = np.asarray(decode_e2m1(codes_of(w)) if format == "mxfp4" else codes_of(w)).astype(np.float64)
+    codes = np.asarray(decode_e2m1(unpack_codes(w)) if format == "mxfp4" else unpack_codes(w)).astype(np.float64)
     for name, widening in tpu_weights.widenings(scheme).items():
 
         def kernel(codes_ref: Any, out_ref: Any, *, widening: tpu_weights.Widening = widening) -> None:

@@ -121,7 +121,7 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
     names += ["sinks"] if case.sinks else []
     gradients = compile(jax.grad(loss))({name: getattr(inputs, name) for name in names})
     for name, gradient in gradients.items():
-        value = oracle.widen(getattr(inputs, name))
+        value = oracle.to_float64(getattr(inputs, name))
         direction = rng.standard_normal(value.shape)
 
         def shifted(step: float, name: str = name, value: Any = value, direction: Any = direction) -> float:
@@ -130,7 +130,7 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
 
         expected = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
         assert gradient.dtype == getattr(inputs, name).dtype
-        found = oracle.widen(gradient)
+        found = oracle.to_float64(gradient)
         assert np.isfinite(found).all()
         assert (found[np.isnan(value)] == 0).all()  # what no query sees
         terms = found * direction
