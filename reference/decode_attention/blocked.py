@@ -73,8 +73,11 @@ def decode_attention(
         start = jnp.minimum(index * block, max_len - block)
         position = start + jnp.arange(block, dtype=jnp.int32)
         visible = visible_range(lengths, q_len, position, sliding_window) & (position >= index * block)
-        tokens = _read_block(cache, layer, start, block)
-        return _update(state, queries, tokens, visible, logits_soft_cap)
+
+        def read(part: jax.Array) -> jax.Array:
+            return _read_block(part, cache.page_table, layer, start, block)
+
+        return _update(state, queries, cache, read, visible, logits_soft_cap)
 
     state = _initial(queries, sinks, q_len)
     if block == max_len:
@@ -126,23 +129,21 @@ def _block_size(cache: KVCache) -> int:
     return page_size * max(1, min(BLOCK, cache.max_len) // page_size)
 
 
-def _read_block(cache: KVCache, layer: jax.Array | None, start: jax.Array, block: int) -> KVCache:
-    """Returns `block` tokens from position `start` on, of one layer, as a dense cache in float32."""
-
-    def read(part: jax.Array) -> jax.Array:
-        bits = to_bits(part)
-        layers, index = (bits[None], 0) if layer is None else (bits, layer)
-        rest = layers.shape[4:]  # head_dim, or nothing for scales
-        if cache.page_table is None:
-            sizes = (1, *layers.shape[1:3], block, *rest)
-            tokens = jax.lax.dynamic_slice(layers, (index, 0, 0, start) + (0,) * len(rest), sizes)[0]
-        else:
-            page_size = layers.shape[3]
-            pages = jax.lax.dynamic_slice_in_dim(cache.page_table, start // page_size, block // page_size, axis=1)
-            tokens = join_pages(layers[index, pages])
-        return from_bits(tokens, part).astype(jnp.float32)
-
-    return jax.tree.map(read, dataclasses.replace(cache, page_table=None))
+def _read_block(
+    part: jax.Array, page_table: jax.Array | None, layer: jax.Array | None, start: jax.Array, block: int
+) -> jax.Array:
+    """Reads `block` tokens from position `start` on, of one layer: float32 `[batch, kv_heads, block, ...]`."""
+    bits = to_bits(part)
+    layers, index = (bits[None], 0) if layer is None else (bits, layer)
+    rest = layers.shape[4:]  # head_dim, or nothing for scales
+    if page_table is None:
+        sizes = (1, *layers.shape[1:3], block, *rest)
+        tokens = jax.lax.dynamic_slice(layers, (index, 0, 0, start) + (0,) * len(rest), sizes)[0]
+    else:
+        page_size = layers.shape[3]
+        pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, block // page_size, axis=1)
+        tokens = join_pages(layers[index, pages])
+    return from_bits(tokens, part).astype(jnp.float32)
 
 
 def _initial(queries: jax.Array, sinks: jax.Array | None, q_len: int) -> _State:
@@ -155,21 +156,27 @@ def _initial(queries: jax.Array, sinks: jax.Array | None, q_len: int) -> _State:
 
 
 def _update(
-    state: _State, queries: jax.Array, tokens: KVCache, visible: jax.Array, logits_soft_cap: float | None
+    state: _State,
+    queries: jax.Array,
+    cache: KVCache,
+    read: Callable[[jax.Array], jax.Array],
+    visible: jax.Array,
+    logits_soft_cap: float | None,
 ) -> _State:
     """Adds a block of tokens to the online softmax.
 
     Args:
       state: the blocks before.
       queries: `[batch, kv_heads, rows, head_dim]`, scaled.
-      tokens: a dense cache in float32, `[batch, kv_heads, block, ...]`.
+      cache: keys, values and their scales.
+      read: returns the block's tokens of one of these arrays, float32 `[batch, kv_heads, block, ...]`.
       visible: bool `[batch, q_len, block]`.
       logits_soft_cap: bound of the logits, or None.
     """
     m_prev, l_prev, acc_prev = state
-    logits = dot("bhrd,bhtd->bhrt", queries, tokens.k)
-    if tokens.k_scale is not None:
-        logits = logits * tokens.k_scale[:, :, None]
+    logits = dot("bhrd,bhtd->bhrt", queries, read(cache.k))
+    if cache.k_scale is not None:
+        logits = logits * read(cache.k_scale)[:, :, None]
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     group = queries.shape[2] // visible.shape[1]
@@ -182,7 +189,7 @@ def _update(
     l_next = l_prev * alpha + jnp.sum(p, axis=-1)
     # Tokens that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
     seen = jnp.any(visible, axis=1)
-    if tokens.v_scale is not None:
-        p = p * zero_unseen(tokens.v_scale, seen)[:, :, None]
-    acc_next = acc_prev * alpha[..., None] + dot("bhrt,bhtd->bhrd", p, zero_unseen(tokens.v, seen))
+    if cache.v_scale is not None:
+        p = p * zero_unseen(read(cache.v_scale), seen)[:, :, None]
+    acc_next = acc_prev * alpha[..., None] + dot("bhrt,bhtd->bhrd", p, zero_unseen(read(cache.v), seen))
     return _State(m_next, l_next, acc_next)
