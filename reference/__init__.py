@@ -1,7 +1,8 @@
-"""The ground floor: what every operation means, in plain jax.numpy and lax.
+"""The references: what every operation means, in plain jax.numpy and lax, without Pallas.
 
-Nothing here imports Pallas. `oracle` states the same formulas a second time in float64 NumPy, so that a mistake in a
-reference shows, and `compare` holds the one rule by which a result counts as right.
+An operation is a file that defines it, or a folder: `definition.py` reads as the formula, the files beside it compute
+the same faster on some platform, and `__init__.py` chooses between them. `oracle.py` states the formulas a second time
+in float64 NumPy, so that a mistake in a reference shows. `compare.py` has the rule by which a result counts as right.
 """
 
 from palladion.reference.append_kv import append_kv

@@ -1,6 +1,6 @@
-"""What stands between a joined projection and attention: the definition.
+"""The steps between a joined qkv projection and attention: the definition.
 
-Queries and keys are rotated by their positions, keys and values written into the cache.
+Queries and keys are rotated by their positions; keys and values are written into the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from palladion.reference.rotary import rotate
 def split_qkv(
     qkv: jax.Array, cosine: jax.Array, sine: jax.Array, kv_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries and keys, rotated, and values, of joined heads.
+    """Splits joined heads into rotated queries, rotated keys, and values.
 
     Args:
       qkv: `[batch, q_len, q_heads + 2 * kv_heads, head_dim]`: queries, then keys, then values.
@@ -23,9 +23,9 @@ def split_qkv(
       sine: like cosine.
       kv_heads: key/value heads.
     """
-    keys = qkv.shape[2] - 2 * kv_heads
-    rotated = rotate(qkv[:, :, : keys + kv_heads], cosine, sine)
-    return rotated[:, :, :keys], rotated[:, :, keys:], qkv[:, :, keys + kv_heads :]
+    q_heads = qkv.shape[2] - 2 * kv_heads
+    rotated = rotate(qkv[:, :, : q_heads + kv_heads], cosine, sine)
+    return rotated[:, :, :q_heads], rotated[:, :, q_heads:], qkv[:, :, q_heads + kv_heads :]
 
 
 def append_qkv(
@@ -38,7 +38,7 @@ def append_qkv(
     new_tokens: jax.Array | None = None,
     layer: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Rotates and writes; see `palladion.append_qkv` for the contract (inputs are valid here).
+    """Rotates queries and keys, writes keys and values; see `palladion.append_qkv` for the contract (inputs are valid).
 
     Args:
       cache: dense or paged.

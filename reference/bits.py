@@ -1,9 +1,9 @@
-"""Narrow floats as integers, for XLA on a CPU; on other platforms these functions change nothing.
+"""Narrow floats as integers of the same bits, for XLA on a CPU; on other platforms these functions change nothing.
 
-A CPU's XLA computes bfloat16 and float8 in float32, and moves the conversion in front of slices, updates and loops: all
-of an array is widened where a row of it was wanted. Integers of the same bits pass through such operations as they are,
-and becoming one costs nothing within a program. A program's own arguments and results are copied, though: these are to
-be bits already, `view_bits` of what is there.
+On a CPU, XLA computes bfloat16 and float8 in float32, and moves the conversion in front of slices, updates and loops:
+it converts a whole array where one row is used. Integers pass through such operations unchanged, and a bitcast inside
+of a program costs nothing. A bitcast of a program's argument or result is a copy, though, so programs take and return
+bits; `view_bits` makes them from arrays in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tree = TypeVar("Tree")
 
 
 def to_bits(tree: Tree) -> Tree:
-    """bfloat16 and float8 leaves of a pytree as unsigned integers of their size, the others as they are."""
+    """Returns a pytree with its bfloat16 and float8 leaves bitcast to unsigned integers of their size."""
     if target_platform() != "cpu":
         return tree
 
@@ -32,7 +32,7 @@ def to_bits(tree: Tree) -> Tree:
 
 
 def view_bits(tree: Tree) -> Tree:
-    """`to_bits` of arrays in memory, without a copy."""
+    """Returns the same as `to_bits`, outside of a program and without a copy."""
     if target_platform() != "cpu":
         return tree
 
@@ -44,22 +44,23 @@ def view_bits(tree: Tree) -> Tree:
 
 
 def bits_dtype(dtype: Any) -> Any:
-    """The dtype of a dtype's bits: uint16 or uint8 for bfloat16 and float8, itself for others."""
+    """Returns the dtype that `to_bits` gives an array: uint16 or uint8 for bfloat16 and float8, else its own."""
     if dtype in (jnp.float32, jnp.float16) or not jnp.issubdtype(dtype, jnp.floating):
         return dtype
     return jnp.dtype(jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.uint8)
 
 
 def held_in_loop(bits: Tree) -> Tree:
-    """What the body of a loop begins with, so that XLA on a CPU does not convert it once before, and hold a wide copy.
+    """Returns the carried bits of a loop behind a barrier, for the body of the loop to use.
 
-    On a TPU v7x the same would turn all arrays into another layout.
+    Without it XLA on a CPU converts arrays to float32 once, before the loop, and keeps the larger copy. Elsewhere there
+    is no barrier: on a TPU v7x it would change the layout of all arrays.
     """
     return jax.lax.optimization_barrier(bits) if target_platform() == "cpu" else bits
 
 
 def from_bits(bits: Tree, like: Any) -> Tree:
-    """The inverse of `to_bits`: leaves in the dtypes of those of `like`, a pytree of the same structure."""
+    """Inverts `to_bits`: returns leaves in the dtypes of those of `like`, a pytree of the same structure."""
 
     def floats(leaf: jax.Array, original: jax.Array) -> jax.Array:
         return leaf if leaf.dtype == original.dtype else jax.lax.bitcast_convert_type(leaf, original.dtype)

@@ -1,4 +1,4 @@
-"""The key/value cache: dense or paged, plain or quantized; a pytree that append_kv updates in place when donated."""
+"""The key/value cache: dense or paged, float or quantized; a pytree that append_kv updates in place when donated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ QUANTIZED_CACHE_DTYPES: Final = ("int8", "float8_e4m3fn", "float8_e5m2")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values. How many tokens of them are valid (`lengths`) is kept by the caller.
+    """Cached keys and values; the caller keeps how many tokens of them are valid (`lengths`).
 
-    The arrays are those of one layer, or of all layers with a leading `[num_layers]`: the operations then take `layer=`
-    and read and write that one in place, which slicing it off and putting it back would not.
+    The arrays hold one layer, or all layers with a leading `[num_layers]`: the operations then take `layer=` and read
+    and write that layer in place, where slicing it out and writing it back would copy it.
 
     Attributes:
       k: dense `[batch, kv_heads, max_len, head_dim]` or paged `[num_pages, kv_heads, page_size, head_dim]`.
@@ -49,7 +49,7 @@ class KVCache:
         *,
         num_layers: int | None = None,
     ) -> KVCache:
-        """An empty dense cache.
+        """Makes an empty dense cache.
 
         Args:
           batch: sequences.
@@ -57,10 +57,10 @@ class KVCache:
           max_len: tokens each sequence has room for.
           head_dim: width of a head.
           dtype: float32, bfloat16, float16, or int8, float8_e4m3fn, float8_e5m2 with a scale per token and head.
-          num_layers: stacks the caches of that many layers; None makes the cache of one.
+          num_layers: layers stacked in the cache; None makes a cache of one layer, without that dimension.
 
         Raises:
-          ValueError: a size below 1 or a dtype that is not listed.
+          ValueError: a size is below 1, or the dtype is not listed.
         """
         return _empty((batch, kv_heads, max_len, head_dim), dtype, None, num_layers)
 
@@ -76,10 +76,11 @@ class KVCache:
         *,
         num_layers: int | None = None,
     ) -> KVCache:
-        """An empty paged cache whose pages `page_table` (int32 `[batch, pages_per_seq]`) hands to sequences.
+        """Makes an empty paged cache; `page_table` (int32 `[batch, pages_per_seq]`) assigns its pages to sequences.
 
         Raises:
-          ValueError: a size below 1, a dtype that `dense` would not take, or a page table of another rank or dtype.
+          ValueError: a size is below 1, the dtype is none that `dense` accepts, or the page table has another rank or
+            dtype.
         """
         page_table = jnp.asarray(page_table)
         if page_table.ndim != 2 or page_table.dtype != jnp.int32:
@@ -89,7 +90,7 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        """Tokens that one sequence has room for."""
+        """Tokens that the cache of one sequence has room for."""
         pages = 1 if self.page_table is None else self.page_table.shape[1]
         return self.k.shape[-2] * pages
 
@@ -101,13 +102,14 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one cached token takes, in all layers held here: what a step reads for each token of context."""
+        """Bytes of one cached token in all layers held here: a step reads so many for each token of context."""
         return self.nbytes // (self.k.shape[-4] * self.k.shape[-2])
 
 
 def _empty(
     sizes: tuple[int, int, int, int], dtype: Any, page_table: jax.Array | None, num_layers: int | None
 ) -> KVCache:
+    """Makes a cache of zeros."""
     shape = sizes if num_layers is None else (num_layers, *sizes)
     if min(shape) < 1:
         raise ValueError(f"KVCache: every size must be at least 1, got {shape}")
@@ -117,7 +119,7 @@ def _empty(
         raise ValueError(f"KVCache: dtype {name} is not one of {accepted}")
     scaled = name in QUANTIZED_CACHE_DTYPES
 
-    # Keys and values (and their scales) are separate buffers: a cache that is donated may not hold one twice.
+    # Keys and values, and their scales, are separate buffers: a donated pytree may not hold a buffer twice.
     def zeros() -> jax.Array:
         return jnp.zeros(shape, dtype)
 
@@ -128,13 +130,13 @@ def _empty(
 
 
 def bytes_per_token(kv_heads: int, head_dim: int, dtype: Any) -> int:
-    """Bytes that a token's keys and values take in the cache of a layer, scales included."""
+    """Returns the bytes of one token's keys and values, scales included, in the cache of one layer."""
     scale = 4 if jnp.dtype(dtype).name in QUANTIZED_CACHE_DTYPES else 0
     return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
 
 
 def quantize_kv(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Keys or values in the dtype of a cache, with one scale per token and head where that dtype needs them.
+    """Converts keys or values to a cache's dtype, with one scale per token and head where that dtype needs it.
 
     Args:
       x: `[..., head_dim]`, float.

@@ -1,13 +1,14 @@
-"""When is a result right? The one rule that tests and benchmarks share.
+"""The acceptance rule that tests and benchmarks share: when a result is right.
 
-A result is measured against a float64 oracle, beside the XLA reference in the same dtypes. It is right when
+A result and the XLA reference's result of the same inputs, in the same dtypes, are measured against a float64 oracle.
+The result is right when
 
     error(result) <= FACTOR * error(reference) + ULPS * ulp
 
-where error is the largest deviation from the oracle, relative to the scale of the oracle's values, and also the root
-mean square of the deviations; an ulp is that of the output dtype at that scale. NaN and infinities must stand exactly
-where the oracle has them. Nothing here is tuned to make a test pass: a reference that is bad in some dtype shows in
-`Comparison`, and the references themselves are held to `bound_of_rounding` by their own tests.
+holds for the largest deviation from the oracle and for the root mean square of the deviations, both relative to the
+oracle's largest finite magnitude; an ulp is the spacing of the output dtype at 1. NaN and infinities must be exactly
+where the oracle has them. The rule has no tolerance to tune: a bad reference shows in `Comparison`, and tests hold the
+references to bounds of their own.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ ULPS: Final = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far a result and the reference are from the oracle.
+    """Errors of a result and of the reference against the oracle.
 
     Attributes:
-      error: largest |result - oracle| / scale, scale being the largest finite |oracle|.
-      reference_error: the same of the reference.
+      error: largest |result - oracle| / scale, where scale is the largest finite |oracle|.
+      reference_error: the same for the reference.
       rms: root mean square of (result - oracle) / scale.
-      reference_rms: the same of the reference.
+      reference_rms: the same for the reference.
       ulp: spacing of the output dtype at 1.
-      same_specials: whether NaN and infinities stand where the oracle has them.
+      same_specials: whether NaN and infinities are where the oracle has them.
     """
 
     error: float
@@ -52,7 +53,7 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        specials = "" if self.same_specials else "; NaN or infinities stand elsewhere than in the oracle"
+        specials = "" if self.same_specials else "; NaN or infinities are not where the oracle has them"
         return (
             f"error {self.error:.3g} (reference {self.reference_error:.3g}), rms {self.rms:.3g} (reference "
             f"{self.reference_rms:.3g}), accepted: {FACTOR:g} x the reference's + {ULPS:g} ulp of {self.ulp:.3g}"
@@ -64,12 +65,12 @@ def compare(result: Any, reference: Any, oracle: Any) -> Comparison:
     """Measures a result and the reference against the oracle.
 
     Args:
-      result: what is judged, any float dtype.
+      result: any float dtype.
       reference: the XLA reference's result of the same inputs, in the same dtype and shape.
       oracle: the float64 result.
 
     Raises:
-      ValueError: the shapes or dtypes differ, so that there is nothing to compare.
+      ValueError: the shapes or dtypes differ.
     """
     result, reference, oracle = np.asarray(result), np.asarray(reference), np.asarray(oracle, np.float64)
     if not (result.shape == reference.shape == oracle.shape):
@@ -96,6 +97,7 @@ def compare(result: Any, reference: Any, oracle: Any) -> Comparison:
 
 
 def _same_specials(result: np.ndarray, oracle: np.ndarray) -> bool:
+    """Returns whether NaN and infinities of the oracle are in the result, and no others."""
     special = ~np.isfinite(oracle)
     return bool(
         np.array_equal(special, ~np.isfinite(result))
@@ -104,7 +106,7 @@ def _same_specials(result: np.ndarray, oracle: np.ndarray) -> bool:
 
 
 def assert_right(result: Any, reference: Any, oracle: Any, what: str = "") -> Comparison:
-    """Raises AssertionError, saying by how much, where `compare` finds the result wrong; returns the comparison."""
+    """Compares and returns the comparison; raises AssertionError with both errors where the result is wrong."""
     comparison = compare(result, reference, oracle)
     if not comparison.ok:
         raise AssertionError(f"{what}: {comparison}" if what else str(comparison))

@@ -1,7 +1,8 @@
-"""The same formulas in float64 NumPy, loop by loop, to judge references and kernels alike.
+"""The operations in float64 NumPy, loop by loop: the oracle that references and kernels are measured against.
 
-Written for the eye, not for speed: nothing is blocked, fused or shared with the references. Inputs are taken as they
-are stored (bfloat16, int8, …) and widened exactly.
+The code is written to be checked by reading, not for speed: nothing is blocked, fused or shared with the references,
+except the rounding of activations in `quantized_matmul`. Inputs keep the dtypes they are stored in (bfloat16, int8, …)
+and are converted to float64 exactly.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from palladion.reference.quantization import E2M1_LEVELS, INT4_ZERO, PACK_BLOCK,
 Array = np.ndarray
 
 
-def widen(x: Any) -> Array:
-    """Any stored array to float64, exactly."""
+def to_float64(x: Any) -> Array:
+    """Converts an array of any stored dtype to float64, exactly."""
     return np.asarray(x).astype(np.float64)
 
 
@@ -35,8 +36,8 @@ def decode_attention(
     k_scale: Any = None,
     v_scale: Any = None,
 ) -> tuple[Array, Array]:
-    """`palladion.decode_attention` in float64; returns out and lse in the shape of q and q without head_dim."""
-    q, k, v = widen(q), np.asarray(k), np.asarray(v)
+    """Computes `palladion.decode_attention`: out in the shape of q, lse in that shape without head_dim."""
+    q, k, v = to_float64(q), np.asarray(k), np.asarray(v)
     squeeze = q.ndim == 3
     q = q[:, None] if squeeze else q
     batch, q_len, q_heads, head_dim = q.shape
@@ -49,33 +50,33 @@ def decode_attention(
     def token(part: Any, b: int, t: int, head: int) -> Array:
         part = np.asarray(part)
         if page_table is None:
-            return widen(part[b, head, t])
+            return to_float64(part[b, head, t])
         page_size = k.shape[2]
         page = int(np.asarray(page_table)[b, t // page_size])
-        return widen(part[min(max(page, 0), len(part) - 1), head, t % page_size])
+        return to_float64(part[min(max(page, 0), len(part) - 1), head, t % page_size])
 
     for b in range(batch):
         length = min(max(int(np.asarray(lengths)[b]), 0), max_len)
         for i in range(q_len):
             position = length - q_len + i
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-            seen = range(first, position + 1)
+            visible = range(first, position + 1)
             for h in range(q_heads):
                 head = h // group
-                logits = np.array([q[b, i, h] @ token(k, b, t, head) for t in seen]) * scale
+                logits = np.array([q[b, i, h] @ token(k, b, t, head) for t in visible]) * scale
                 if k_scale is not None:
-                    logits = logits * np.array([token(k_scale, b, t, head) for t in seen])
+                    logits = logits * np.array([token(k_scale, b, t, head) for t in visible])
                 if logits_soft_cap is not None:
                     logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
                 # A sink takes part in the softmax and has no value.
-                every = logits if sinks is None else np.append(logits, widen(sinks)[h])
-                if every.size == 0:
+                with_sink = logits if sinks is None else np.append(logits, to_float64(sinks)[h])
+                if with_sink.size == 0:
                     continue
-                maximum = every.max()
-                total = np.exp(every - maximum).sum()
+                maximum = with_sink.max()
+                total = np.exp(with_sink - maximum).sum()
                 lse[b, i, h] = maximum + np.log(total)
                 weights = np.exp(logits - maximum) / total
-                for weight, t in zip(weights, seen, strict=True):
+                for weight, t in zip(weights, visible, strict=True):
                     value = token(v, b, t, head)
                     if v_scale is not None:
                         value = value * token(v_scale, b, t, head)
@@ -84,19 +85,19 @@ def decode_attention(
 
 
 def rotate(x: Any, cosine: Any, sine: Any) -> Array:
-    """Rotary positions in float64: x `[batch, q_len, heads, head_dim]` by angles `[batch, q_len, rotary_dim / 2]`."""
-    x, cosine, sine = widen(x), widen(cosine)[:, :, None], widen(sine)[:, :, None]
+    """Rotates x `[batch, q_len, heads, head_dim]` by angles `[batch, q_len, rotary_dim / 2]`."""
+    x, cosine, sine = to_float64(x), to_float64(cosine)[:, :, None], to_float64(sine)[:, :, None]
     pairs = cosine.shape[-1]
     rotated = x.copy()
     for i in range(pairs):
-        one, other = x[..., i], x[..., i + pairs]
-        rotated[..., i] = one * cosine[..., i] - other * sine[..., i]
-        rotated[..., i + pairs] = other * cosine[..., i] + one * sine[..., i]
+        first, second = x[..., i], x[..., i + pairs]
+        rotated[..., i] = first * cosine[..., i] - second * sine[..., i]
+        rotated[..., i + pairs] = second * cosine[..., i] + first * sine[..., i]
     return rotated
 
 
 def dequantize(w: QuantizedArray) -> Array:
-    """The weights `[in, out]` that a QuantizedArray without leading dimensions stands for."""
+    """Returns the weights `[in, out]` of a QuantizedArray without leading dimensions."""
     stored = np.asarray(w.values)
     codes = np.zeros((w.in_features, w.out_features))
     for i in range(w.in_features):
@@ -111,12 +112,12 @@ def dequantize(w: QuantizedArray) -> Array:
             else:
                 codes[i] = nibble
         else:
-            codes[i] = widen(stored[i])
+            codes[i] = to_float64(stored[i])
     group = w.in_features // w.scales.shape[0]
-    scales = np.repeat(widen(w.scales), group, axis=0)
+    scales = np.repeat(to_float64(w.scales), group, axis=0)
     zero = float(INT4_ZERO) if w.scheme.format == "int4" and w.scheme.offset == "none" else 0.0
-    zeros = zero if w.zeros is None else np.repeat(widen(w.zeros), group, axis=0)
-    minimums = 0.0 if w.minimums is None else np.repeat(widen(w.minimums), group, axis=0)
+    zeros = zero if w.zeros is None else np.repeat(to_float64(w.zeros), group, axis=0)
+    minimums = 0.0 if w.minimums is None else np.repeat(to_float64(w.minimums), group, axis=0)
     return scales * (codes - zeros) + minimums
 
 
@@ -132,17 +133,17 @@ def quantized_matmul(
     residual: Any = None,
     quantize_x: str | None = None,
 ) -> Array:
-    """`palladion.quantized_matmul`, and `matmul`, in float64; `activation` is a NumPy function."""
-    x = widen(x)
+    """Computes `palladion.quantized_matmul`, or `matmul` where w is an array; `activation` is a NumPy function."""
+    x = to_float64(x)
     if norm is not None:
-        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm_eps) * widen(norm)
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm_eps) * to_float64(norm)
     if quantize_x is not None:
-        # Codes are found in float32, as the definition has it: a tie may round either way in another precision.
+        # Codes are rounded in float32, as in the definition: in another precision a tie may round the other way.
         codes, scales = quantize_rows(jnp.asarray(x, jnp.float32), quantize_x)
-        x = widen(codes) * widen(scales)[..., None]
-    y = x @ (dequantize(w) if isinstance(w, QuantizedArray) else widen(w))
+        x = to_float64(codes) * to_float64(scales)[..., None]
+    y = x @ (dequantize(w) if isinstance(w, QuantizedArray) else to_float64(w))
     if bias is not None:
-        y = y + widen(bias)
+        y = y + to_float64(bias)
     gate, up = np.split(y, 2, axis=-1) if gated else (y, 1.0)
     result = (gate if activation is None else activation(gate)) * up
-    return result if residual is None else widen(residual) + result
+    return result if residual is None else to_float64(residual) + result

@@ -1,4 +1,4 @@
-"""Which platform a function is being traced for."""
+"""The platform that a function is traced for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import jax
 
 
 def target_platform() -> str:
-    """The platform that is being traced for: "cpu", "gpu" or "tpu".
+    """Returns the platform that is being traced for: "cpu", "gpu" or "tpu".
 
-    The current abstract mesh says so where it names a device (as when compiling for a chip that is not there), else
-    JAX's default device or backend.
+    It is that of the current abstract mesh where the mesh names a device (as when compiling for a chip that is not
+    there), otherwise that of JAX's default device or backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform: str | None = None if device is None else device.platform

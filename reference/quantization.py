@@ -1,16 +1,16 @@
-"""Quantized weights: the schemes, the array that holds them, and the way out; the way in is in `quantizers.py`.
+"""Quantized weights: the schemes, the array that holds them, and `dequantize`; `quantize` is in `quantizers.py`.
 
-One formula serves every scheme. A weight is stored as a small *code*; along `in`, codes share a scale per group:
+All schemes share a formula. A weight is stored as a *code* of few bits; along `in`, a group of codes shares a scale:
 
     weight[i, o] = scales[g, o] * (code[i, o] - zero[g, o]) + minimum[g, o]        g = i // group_size
 
-`zero` and `minimum` are there for asymmetric schemes only, one of the two. A symmetric 4-bit code is stored with an
-implied zero of 8, so that every 4-bit code is an unsigned nibble.
+An asymmetric scheme has either `zero` or `minimum`; a symmetric one has neither. A symmetric int4 code is stored with
+an implied zero of 8, so that every 4-bit code is an unsigned nibble.
 
-A weight is `[in, out]` and stored so, `out` contiguous: the vector lanes of a processor then stand for output channels,
-a row of codes meets one activation, and no sum runs across lanes. 4-bit codes are packed two to a byte along `in`, in
-blocks of 32: row j of a block holds element j in its low and element j + 16 in its high nibble, as the blocks of GGUF's
-Q4_0, Q4_1 and MXFP4 do, so that their codes are moved and never changed.
+A weight is `[in, out]` with `out` contiguous: each vector lane of a processor then holds an output channel, a row of
+codes is multiplied by one activation, and no sum runs across lanes. 4-bit codes are packed two to a byte along `in`, in
+blocks of 32: row j of a block holds element j in its low and element j + 16 in its high nibble. GGUF's Q4_0, Q4_1 and
+MXFP4 blocks have the same order, so their codes are copied unchanged.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
 
 PACK_BLOCK: Final = 32
-"""4-bit codes are packed in blocks of this many elements along `in`."""
+"""Elements along `in` of a block of packed 4-bit codes."""
 
 MXFP4_GROUP: Final = 32
-"""The microscaling formats share one power-of-two scale per 32 elements (OCP MX specification 1.0)."""
+"""Elements that share a power-of-two scale in the microscaling formats (OCP MX specification 1.0)."""
 
 INT4_ZERO: Final = 8
-"""The code that a symmetric 4-bit scheme stores for 0."""
+"""Code of 0 in a symmetric int4 scheme."""
 
 E2M1_LEVELS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The magnitudes of a 4-bit e2m1 float, by code; bit 3 of a code is the sign."""
+"""Magnitudes of the 4-bit e2m1 floats, indexed by the low three bits of a code; bit 3 is the sign."""
 
 CODE_DTYPE: Final[dict[str, Any]] = {
     "int8": jnp.int8,
@@ -45,25 +45,25 @@ CODE_DTYPE: Final[dict[str, Any]] = {
     "float8_e5m2": jnp.float8_e5m2,
     "mxfp4": jnp.uint8,
 }
-"""What the values of a format are stored as; 4-bit formats hold two codes in each uint8."""
+"""Dtype that stores the codes of a format; 4-bit formats store two codes in each uint8."""
 
 PACKED_FORMATS: Final = ("int4", "mxfp4")
 INTEGER_RANGE: Final = {"int8": (-127, 127), "int4": (-7, 7)}
-"""Symmetric code range, before the zero of 8 is added to a 4-bit code."""
+"""Range of symmetric codes, before the implied zero of 8 is added to an int4 code."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a weight is quantized.
+    """Describes how a weight is quantized.
 
     Attributes:
-      format: what one code is: "int8", "int4", "float8_e4m3fn", "float8_e5m2" or "mxfp4" (e2m1 with e8m0 scales).
+      format: format of a code: "int8", "int4", "float8_e4m3fn", "float8_e5m2" or "mxfp4" (e2m1 with e8m0 scales).
       group_size: elements along `in` that share a scale; None means one scale per output channel. mxfp4 has 32.
       offset: "none" (symmetric), "zeros" (integer zero points in code units) or "minimums" (a float added to every
         weight of the group). Integer formats only.
 
     Raises:
-      ValueError: the combination does not exist; the message says which would.
+      ValueError: the combination does not exist; the message says what is accepted.
     """
 
     format: WeightFormat
@@ -86,10 +86,10 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
-        """Reads a scheme's name, the inverse of `str`: "int8", "int4-g32", "int4-g128-zeros", "mxfp4", …
+        """Parses the name of a scheme, the inverse of `str`: "int8", "int4-g32", "int4-g128-zeros", "mxfp4", …
 
         Raises:
-          ValueError: the text names no scheme.
+          ValueError: the text is not the name of a scheme.
         """
         if isinstance(text, Scheme):
             return text
@@ -110,30 +110,30 @@ class Scheme:
 
     @property
     def packed(self) -> bool:
-        """Whether two codes share a byte."""
+        """Whether a byte stores two codes."""
         return self.format in PACKED_FORMATS
 
     @property
     def implied_zero(self) -> int:
-        """The code that stands for 0 where no zero points are stored."""
+        """Code of 0 where no zero points are stored."""
         return INT4_ZERO if self.format == "int4" and self.offset == "none" else 0
 
     def groups(self, in_features: int) -> int:
-        """How many scales an output channel of `in_features` weights has."""
+        """Returns the number of scales of an output channel of `in_features` weights."""
         return 1 if self.group_size is None else in_features // self.group_size
 
     def nbytes(self, in_features: int, out_features: int, scale_dtype: Any = jnp.bfloat16) -> int:
-        """Bytes of a weight `[in_features, out_features]`: codes, scales, zeros and minimums.
+        """Returns the bytes of a weight `[in_features, out_features]`: codes, scales, zeros and minimums.
 
         Args:
           in_features: weights of an output channel.
           out_features: output channels.
-          scale_dtype: of scales and minimums; the scales of mxfp4 have a byte of their own kind.
+          scale_dtype: dtype of scales and minimums; mxfp4 always has one-byte e8m0 scales.
         """
         codes = in_features * out_features // (2 if self.packed else 1)
         scale = 1 if self.format == "mxfp4" else jnp.dtype(scale_dtype).itemsize
-        factor = scale + {"none": 0, "zeros": 1, "minimums": scale}[self.offset]
-        return codes + self.groups(in_features) * out_features * factor
+        per_group = scale + {"none": 0, "zeros": 1, "minimums": scale}[self.offset]
+        return codes + self.groups(in_features) * out_features * per_group
 
 
 @functools.partial(
@@ -143,17 +143,17 @@ class Scheme:
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A weight matrix, logically `[in, out]`, held in few bits. A pytree; `scheme` is static.
+    """A weight matrix, logically `[in, out]`, stored in few bits. A pytree; `scheme` is static.
 
     Attributes:
       values: the codes, `[..., in, out]` in the scheme's dtype, or `[..., in / 2, out]` uint8 for packed 4-bit codes.
-        Codes that are NaN or infinite, which float8 has, have no meaning: a group that is NaN has a scale that is.
+        The NaN and infinite codes of float8 have no meaning: a group of NaN has a scale of NaN.
       scales: `[..., groups, out]`, a float dtype (float8_e8m0fnu for mxfp4); groups = 1 for per-channel schemes.
       zeros: `[..., groups, out]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
       minimums: `[..., groups, out]` floats added to every weight of a group, or None.
-      scheme: the `Scheme` that says how to read the rest.
+      scheme: the `Scheme` that the other attributes are to be read by.
 
-    Leading dimensions are those of stacked weights (`scan` and `vmap` peel them off).
+    Leading dimensions are those of stacked weights, over which `scan` and `vmap` may run.
     """
 
     values: jax.Array
@@ -164,7 +164,7 @@ class QuantizedArray:
 
     @property
     def in_features(self) -> int:
-        """Length of the contracted dimension, in weights."""
+        """Weights of an output channel, packed or not."""
         return self.values.shape[-2] * (2 if self.scheme.packed else 1)
 
     @property
@@ -179,14 +179,22 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales, zero points and minimums."""
+        """Bytes of codes, scales, zero points and minimums."""
         parts = (self.values, self.scales, self.zeros, self.minimums)
         return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
 
     def with_scale_dtype(self, dtype: Any) -> QuantizedArray:
-        """The same array with scales and minimums in another dtype (bfloat16 and float16 round; mxfp4 refuses)."""
+        """Returns the same array with scales and minimums in another float dtype, rounded to it.
+
+        Raises:
+          ValueError: the scheme is mxfp4, whose scales have one dtype.
+        """
         if self.scheme.format == "mxfp4":
-            raise ValueError("with_scale_dtype: the scales of mxfp4 are powers of two in float8_e8m0fnu by definition")
+            given = jnp.dtype(dtype).name
+            raise ValueError(
+                f"with_scale_dtype: dtype: got {given}; accepted: any dtype for other schemes, none for mxfp4: the "
+                f"scales of mxfp4 are powers of two in float8_e8m0fnu"
+            )
         minimums = None if self.minimums is None else self.minimums.astype(dtype)
         return dataclasses.replace(self, scales=self.scales.astype(dtype), minimums=minimums)
 
@@ -207,17 +215,17 @@ def unpack_nibbles(packed: jax.Array) -> jax.Array:
 
 
 def decode_e2m1(codes: jax.Array) -> jax.Array:
-    """4-bit e2m1 codes (integers 0 to 15) to float32: sign, two exponent bits, one mantissa bit, no infinities."""
+    """Converts e2m1 codes (integers 0 to 15) to float32: sign, two exponent bits, one mantissa bit, no infinities."""
     mantissa = (codes & 1).astype(jnp.float32)
     exponent = (codes >> 1) & 3
-    # 2 ** (exponent - 1) for normal numbers, written without a power: 1, 2 or 4.
+    # 2 ** (exponent - 1) for normal numbers, without computing a power: 1, 2 or 4.
     power = jnp.where(exponent == 3, 4.0, jnp.where(exponent == 2, 2.0, 1.0))
     magnitude = jnp.where(exponent == 0, 0.5 * mantissa, (1.0 + 0.5 * mantissa) * power)
     return jnp.where(codes & 8 != 0, -magnitude, magnitude)
 
 
 def encode_e2m1(x: jax.Array) -> jax.Array:
-    """Rounds to the nearest e2m1 number (ties to even, saturating at ±6); returns its code in uint8."""
+    """Rounds to the nearest e2m1 number (ties to even, saturating at ±6) and returns its code in uint8."""
     magnitude = jnp.minimum(jnp.abs(x), E2M1_LEVELS[-1])
     # Below 2 numbers are 0.5 apart, below 4 they are 1 apart, above 2 apart.
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
@@ -226,13 +234,13 @@ def encode_e2m1(x: jax.Array) -> jax.Array:
     return code | jnp.where(jnp.signbit(x) & (code > 0), 8, 0).astype(jnp.uint8)
 
 
-def codes_of(w: QuantizedArray) -> jax.Array:
-    """The codes of a QuantizedArray, unpacked: `[..., in, out]`, the implied zero of 8 not yet taken off."""
+def unpack_codes(w: QuantizedArray) -> jax.Array:
+    """Returns the codes of a QuantizedArray, unpacked: `[..., in, out]`; an implied zero is not subtracted."""
     return unpack_nibbles(w.values) if w.scheme.packed else w.values
 
 
 def decode_codes(codes: jax.Array, scheme: Scheme, zeros: jax.Array | None = None) -> jax.Array:
-    """Codes to float32 before any scale: exact. `zeros`, where there are any, broadcasts against `codes`."""
+    """Converts codes to float32, exactly, and subtracts zero points; `zeros` broadcasts against `codes`."""
     if scheme.format == "mxfp4":
         return decode_e2m1(codes)
     decoded = codes.astype(jnp.float32)
@@ -242,7 +250,7 @@ def decode_codes(codes: jax.Array, scheme: Scheme, zeros: jax.Array | None = Non
 
 
 def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
-    """The weights that a `QuantizedArray` stands for.
+    """Computes the weights of a `QuantizedArray`.
 
     Args:
       w: the quantized weights, of logical shape `[..., in, out]`.
@@ -251,7 +259,7 @@ def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     Returns:
       `[..., in, out]` in `dtype`.
     """
-    codes = codes_of(w)
+    codes = unpack_codes(w)
     *lead, _, out_features = codes.shape
     grouped = codes.reshape(*lead, w.scales.shape[-2], -1, out_features)  # [..., groups, group, out]
     weights = decode_codes(grouped, w.scheme, None if w.zeros is None else w.zeros[..., None, :])
@@ -262,22 +270,22 @@ def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def largest_code(scheme: Scheme) -> float:
-    """The magnitude onto which a symmetric scheme maps a group's absolute maximum."""
+    """Returns the code that a symmetric scheme gives the absolute maximum of a group."""
     if scheme.format in INTEGER_RANGE:
         return float(INTEGER_RANGE[scheme.format][1])
     return float(jnp.finfo(CODE_DTYPE[scheme.format]).max)
 
 
 def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Quantizes along the last axis by its absolute maximum: activations per token, cache entries per token and head.
+    """Quantizes each row by its absolute maximum: activations per token, cache entries per token and head.
 
     Args:
       x: `[..., n]`, float.
       dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
-      codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`; a row of zeros has scale 0, one
-      with a NaN or an infinity has scale NaN and codes of 0. Subnormal numbers and scales count as 0.
+      codes `[..., n]` in `dtype` and float32 scales `[...]`, with `x ≈ codes * scales`. A row of zeros has scale 0; a
+      row with a NaN or an infinity has scale NaN and codes of 0. Subnormal numbers and scales count as 0.
     """
     scheme = Scheme(jnp.dtype(dtype).name)  # Scheme rejects other dtypes
     x = x.astype(jnp.float32)
@@ -291,19 +299,19 @@ def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def flush_subnormals(x: jax.Array) -> jax.Array:
-    """0 where a number is below the smallest normal one: some platforms compute so anyway, and this way all do."""
+    """Replaces subnormal numbers by 0, as some platforms do anyway, so that all compute the same."""
     return jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, 0.0, x)
 
 
 def reciprocal_or_zero(x: jax.Array) -> jax.Array:
-    """1 / x, and 0 where x is 0: a group of zeros quantizes to zeros, not to NaN."""
+    """Returns 1 / x, or 0 where x is 0: a group of zeros then quantizes to zeros, not to NaN."""
     return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
 
 
 def check_in_features(in_features: int, scheme: Scheme) -> None:
-    """Raises ValueError where `in` does not divide into the scheme's groups and packing blocks."""
+    """Raises ValueError where `in` is not a multiple of the scheme's group size and packing block."""
     if scheme.group_size is not None and in_features % scheme.group_size:
-        divisors = [g for g in (128, 64, 32, 16) if in_features % g == 0]
+        divisors = [size for size in (128, 64, 32, 16) if in_features % size == 0]
         way_out = f"group sizes that divide it: {divisors}" if divisors else "use a per-channel scheme"
         raise ValueError(f"{scheme}: in = {in_features} is not a multiple of group_size; {way_out}")
     if scheme.packed and in_features % PACK_BLOCK:

@@ -1,18 +1,18 @@
-"""From weights to codes: `quantize`, and the ways in which it finds the scales.
+"""`quantize`: converts weights to codes, and the methods that choose scales.
 
-A scheme says what codes mean; which scale a group gets is free, and decides what is lost:
+A scheme defines what codes mean; the choice of each group's scale decides how much precision is lost:
 
-    absmax   the extremes of a group are the extremes of the codes: nothing is clipped, one outlier makes the steps of
-             all others coarse
-    mse      the extremes are shrunk by a factor, of `SHRINKS`, at which the group's squared error is least; weights
-             beyond them are clipped. Weighed by `importance`, the error is that of the product with typical activations
-    hqq      half-quadratic (Badri & Shaji, mobiusml.github.io/hqq_blog, 2023): steps are those of absmax, and the
-             minimum moves to where sum |error|**0.7 is least, a norm that lets few weights be far off
+    absmax   maps the extremes of a group to the extremes of the codes: nothing is clipped, but one outlier makes the
+             steps of the whole group coarse
+    mse      shrinks the extremes by the factor in `SHRINKS` with the least squared error, and clips weights beyond.
+             Weighted by `importance`, that is the error of the product with typical activations
+    hqq      half-quadratic quantization (Badri & Shaji, mobiusml.github.io/hqq_blog, 2023): keeps the steps of absmax
+             and moves the minimum to where sum |error|**0.7 is least, a norm that tolerates a few large errors
 
-Bad input has one meaning everywhere, whatever the platform does with such numbers:
+Bad input is handled the same way on every platform:
 
-    NaN, infinity   the whole group is NaN: its scale is NaN, its codes stand for 0. No product hides that
-    out of range    so is a group whose scale or minimum `scale_dtype` cannot hold
+    NaN, infinity   make the whole group NaN: its scale is NaN and its codes are those of 0, so every product shows it
+    out of range    a group whose scale or minimum `scale_dtype` cannot represent becomes NaN, too
     subnormal       weights and scales below the smallest normal float32 count as 0
 """
 
@@ -42,23 +42,29 @@ from palladion.reference.quantization import (
 Method = Literal["absmax", "mse", "hqq"]
 
 SHRINKS: Final = np.linspace(1.0, 0.4, 16, dtype=np.float32)
-"""Factors of the extremes that "mse" tries. The first is absmax, so that no group comes out worse."""
+"""Factors of the extremes that "mse" tries. The first is that of absmax, so no group is worse than with absmax."""
 
 MXFP4_STEPS: Final = np.array([0, 1, -1], np.int32)
-"""The same for mxfp4, whose scales are powers of two: added to the exponent of absmax."""
+"""Steps of the exponent that "mse" tries for mxfp4, whose scales are powers of two, from that of absmax on."""
 
 MXFP4_LARGEST_EXPONENT: Final = 2
-"""Of the largest e2m1 number, 6 = 1.5 * 2**2."""
+"""Exponent of the largest e2m1 number, 6 = 1.5 * 2**2."""
 
 HQQ_NORM: Final = 0.7
+"""Exponent of the norm that "hqq" minimizes."""
+
 HQQ_BETA: Final = 10.0
-"""The weight of the quadratic half at the beginning; residuals are in units of a code."""
+"""Weight of the quadratic term in the first iteration; residuals are in units of a code."""
+
 HQQ_KAPPA: Final = 1.01
-HQQ_ROUNDS: Final = 20
+"""Growth of that weight from one iteration to the next."""
+
+HQQ_ITERATIONS: Final = 20
+"""Iterations of "hqq"."""
 
 
 class _Factors(NamedTuple):
-    """What turns codes into weights, each `[..., groups, 1, out]` float32 as it will be stored; None where missing."""
+    """Factors that turn codes into weights: `[..., groups, 1, out]`, float32 rounded as stored; None where absent."""
 
     scales: Any
     zeros: Any
@@ -66,7 +72,7 @@ class _Factors(NamedTuple):
 
 
 class _Extremes(NamedTuple):
-    """Of each group, `[..., groups, 1, out]`."""
+    """Least, greatest and largest absolute weight of each group, `[..., groups, 1, out]`; low and high enclose 0."""
 
     low: jax.Array
     high: jax.Array
@@ -84,26 +90,25 @@ def quantize(
     """Quantizes a weight matrix.
 
     Args:
-      weight: `[..., in, out]`, float. A group with a NaN or an infinity becomes NaN altogether; subnormals count as 0.
+      weight: `[..., in, out]`, float. A NaN or an infinity makes its whole group NaN; subnormals count as 0.
       scheme: a `Scheme` or its name, for example "int8", "int4-g32", "int4-g128-zeros", "float8_e4m3fn", "mxfp4".
-      method: how scales are found. "absmax": by the extremes of each group. "mse": the clipping with the least squared
-        error, some fifteen times the work. "hqq": moves the minimums, of schemes that have them, by half-quadratic
-        splitting.
-      importance: `[in]` or `[..., in]`, float, at least 0: how much an error in a weight counts, for "mse" and "hqq".
-        The mean square of the activation that a weight meets makes "mse" minimize the error of the product. None means
-        1 for all.
-      scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed against the rounded scale. A
-        group whose scale it cannot hold becomes NaN; one whose scale it rounds to 0, zeros.
+      method: how scales are chosen. "absmax": by the extremes of each group. "mse": by the clipping with the least
+        squared error, some fifteen times the work. "hqq": as absmax, with minimums moved by half-quadratic splitting;
+        for schemes with minimums.
+      importance: `[in]` or `[..., in]`, float, at least 0: weight of the errors, for "mse" and "hqq". With the mean
+        square of each activation, "mse" minimizes the error of the product. None means 1 for all.
+      scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed with the rounded scale. A group
+        whose scale is out of its range becomes NaN; one whose scale rounds to 0 becomes zeros.
 
     Returns:
-      A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros gets scale 0 and comes back as zeros.
+      A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros has scale 0 and dequantizes to zeros.
 
     Raises:
       ValueError: `weight` has fewer than two dimensions, `in` is not a multiple of the scheme's group or packing, or
-        `method` or `importance` does not go with the rest.
+        `method` or `importance` does not fit the other arguments.
 
     Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0;
-      weighed clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
+      weighted clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
     """
     scheme = Scheme.parse(scheme)
     weight = jnp.asarray(weight)
@@ -115,27 +120,27 @@ def quantize(
 def _quantize(
     weight: jax.Array, importance: jax.Array | None, scheme: Scheme, method: Method, scale_dtype: Any
 ) -> QuantizedArray:
-    """`quantize`, of valid arguments; one program, so that few copies of a weight are made in float32."""
+    """Quantizes with valid arguments, in one program, so that few float32 copies of a weight exist at a time."""
     *lead, in_features, out_features = weight.shape
     groups = scheme.groups(in_features)
     size = in_features // groups
     grouped = weight.astype(jnp.float32).reshape(*lead, groups, size, out_features)
     finite = jnp.all(jnp.isfinite(grouped), axis=-2, keepdims=True)
     grouped = jnp.where(finite, flush_subnormals(grouped), 0.0)
-    weighing: jax.Array | float = 1.0
+    weighting: jax.Array | float = 1.0
     if importance is not None:
-        weighing = importance.astype(jnp.float32).reshape(*importance.shape[:-1], groups, size, 1)
+        weighting = importance.astype(jnp.float32).reshape(*importance.shape[:-1], groups, size, 1)
     if method == "absmax":
         factors = _fit(_extremes(grouped), scheme, scale_dtype)
     elif method == "mse":
-        factors = _least_squared_error(grouped, scheme, scale_dtype, weighing)
+        factors = _least_squared_error(grouped, scheme, scale_dtype, weighting)
     else:
-        factors = _half_quadratic(grouped, scheme, scale_dtype, weighing)
+        factors = _half_quadratic(grouped, scheme, scale_dtype, weighting)
 
     bad = ~finite | ~jnp.isfinite(factors.scales)
     if factors.minimums is not None:
         bad |= ~jnp.isfinite(factors.minimums)
-    # Codes of a bad group are those of zeros, so that converting them is defined; then its scale says what it is.
+    # A bad group gets the codes of zeros, because converting NaN to integers is not defined, and a scale of NaN.
     factors = jax.tree.map(lambda factor: jnp.where(bad, 0.0, factor), factors)
     codes = _encode(jnp.where(bad, 0.0, grouped), factors, scheme) + scheme.implied_zero
     if scheme.format == "mxfp4":
@@ -157,6 +162,7 @@ def _quantize(
 
 
 def _check(weight: jax.Array, scheme: Scheme, method: str, importance: jax.Array | None) -> None:
+    """Raises ValueError where the arguments of `quantize` are not valid."""
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"quantize: weight: got {weight.dtype}; accepted: a float dtype")
     if weight.ndim < 2:
@@ -165,40 +171,40 @@ def _check(weight: jax.Array, scheme: Scheme, method: str, importance: jax.Array
     if method not in get_args(Method):
         raise ValueError(f"quantize: method: got {method!r}; accepted: {', '.join(get_args(Method))}")
     if method == "hqq" and scheme.offset != "minimums":
-        raise ValueError(f"quantize: method 'hqq' moves minimums, {scheme} has none; take {scheme.format}-…-minimums")
+        raise ValueError(f"quantize: method 'hqq' moves minimums, {scheme} has none; use {scheme.format}-…-minimums")
     if importance is None:
         return
     if method == "absmax":
-        raise ValueError("quantize: importance: method 'absmax' weighs nothing; take 'mse' or 'hqq'")
+        raise ValueError("quantize: importance: method 'absmax' has no use for it; use 'mse' or 'hqq', or pass None")
     shapes = (weight.shape[-2:-1], weight.shape[:-1])
     if importance.shape not in shapes:
         raise ValueError(f"quantize: importance: got shape {importance.shape}; accepted: {shapes[0]} or {shapes[1]}")
 
 
 def _extremes(grouped: jax.Array) -> _Extremes:
-    """Of groups `[..., groups, size, out]`; low and high span 0, so that a zero point is itself a code."""
+    """Returns the extremes of groups `[..., groups, size, out]`; they enclose 0, so that every zero point is a code."""
     low = jnp.minimum(jnp.min(grouped, axis=-2, keepdims=True), 0.0)
     high = jnp.maximum(jnp.max(grouped, axis=-2, keepdims=True), 0.0)
     return _Extremes(low, high, jnp.max(jnp.abs(grouped), axis=-2, keepdims=True))
 
 
 def _code_range(scheme: Scheme) -> tuple[int, int]:
-    """The lowest and the highest code of an asymmetric scheme."""
+    """Returns the lowest and the highest code of an asymmetric scheme."""
     return (0, 15) if scheme.format == "int4" else (-128, 127)
 
 
 def _fit(extremes: _Extremes, scheme: Scheme, scale_dtype: Any, shrink: Any = None) -> _Factors:
-    """The factors that map the extremes, shrunk, onto the extremes of the codes.
+    """Returns the factors that map the shrunk extremes onto the extremes of the codes.
 
     Args:
-      extremes: of the groups.
-      scheme: what codes mean.
-      scale_dtype: in what scales and minimums will be stored.
+      extremes: extremes of the groups.
+      scheme: the scheme of the codes.
+      scale_dtype: dtype that scales and minimums will be stored in.
       shrink: one of `SHRINKS`, or of `MXFP4_STEPS` for mxfp4; None for absmax.
     """
     low, high, absmax = extremes
     if scheme.format == "mxfp4":
-        # frexp's exponent is one above floor(log2): exact, where a logarithm may round up at a power of two.
+        # The exponent of frexp is floor(log2) + 1, exactly; a logarithm may round up next to a power of two.
         exponent = jnp.frexp(absmax)[1] - 1 - MXFP4_LARGEST_EXPONENT + (0 if shrink is None else shrink)
         exponent = jnp.clip(jnp.where(absmax > 0, exponent, -126), -126, 127)
         return _Factors(jnp.ldexp(jnp.ones_like(absmax), exponent), None, None)
@@ -219,7 +225,7 @@ def _fit(extremes: _Extremes, scheme: Scheme, scale_dtype: Any, shrink: Any = No
 
 
 def _encode(grouped: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
-    """Codes of weights in float32, the implied zero not yet added; of floats what is still to be rounded."""
+    """Returns codes in float32 before the implied zero is added; those of float formats are not rounded yet."""
     inverse = reciprocal_or_zero(factors.scales)
     if scheme.format == "mxfp4":
         return grouped * inverse
@@ -234,7 +240,7 @@ def _encode(grouped: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
 
 
 def _decode(codes: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
-    """The weights that codes of `_encode` will stand for."""
+    """Returns the weights that the codes of `_encode` will dequantize to."""
     if scheme.format == "mxfp4":
         numbers = decode_codes(encode_e2m1(codes), scheme)
     elif scheme.format in INTEGER_RANGE:
@@ -245,16 +251,18 @@ def _decode(codes: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
     return weights if factors.minimums is None else weights + factors.minimums
 
 
-def _least_squared_error(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighing: jax.Array | float) -> _Factors:
-    """Of the factors for all shrunk extremes those with the least weighed squared error, group by group."""
+def _least_squared_error(
+    grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighting: jax.Array | float
+) -> _Factors:
+    """Returns, for each group, the factors with the least weighted squared error among all shrunk extremes."""
     extremes = _extremes(grouped)
-    row = jnp.broadcast_to(weighing, (*grouped.shape[:-1], 1)).swapaxes(-1, -2)  # [..., groups, 1, size]
+    row = jnp.broadcast_to(weighting, (*grouped.shape[:-1], 1)).swapaxes(-1, -2)  # [..., groups, 1, size]
     candidates = jnp.asarray(MXFP4_STEPS if scheme.format == "mxfp4" else SHRINKS)
 
     def attempt(index: Any) -> tuple[jax.Array, _Factors]:
         factors = _fit(extremes, scheme, scale_dtype, candidates[index])
         error = _decode(_encode(grouped, factors, scheme), factors, scheme) - grouped
-        # A product, because XLA on a CPU would fuse a sum into all of this, which is then not vectorized.
+        # A matmul, because XLA on a CPU would fuse a sum with the computation of the error and not vectorize it.
         return jnp.matmul(row, error * error, precision=jax.lax.Precision.HIGHEST), factors
 
     def improve(index: Any, best: tuple[jax.Array, _Factors]) -> tuple[jax.Array, _Factors]:
@@ -264,33 +272,33 @@ def _least_squared_error(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, w
     return jax.lax.fori_loop(1, len(candidates), improve, attempt(0))[1]
 
 
-def _half_quadratic(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighing: jax.Array | float) -> _Factors:
-    """Alternates between what of the residual counts as outlying, and the minimum that is best for the rest."""
+def _half_quadratic(grouped: jax.Array, scheme: Scheme, scale_dtype: Any, weighting: jax.Array | float) -> _Factors:
+    """Alternates between splitting outliers off the residual and fitting the minimum to the rest."""
     start = _fit(_extremes(grouped), scheme, scale_dtype)
     inverse = reciprocal_or_zero(start.scales)
-    total = jnp.sum(jnp.broadcast_to(weighing, grouped.shape), axis=-2, keepdims=True)
+    total = jnp.sum(jnp.broadcast_to(weighting, grouped.shape), axis=-2, keepdims=True)
 
     def residual(factors: _Factors) -> tuple[jax.Array, jax.Array]:
-        """In units of a code; and how bad it is."""
+        """Returns the residual in units of a code, and its norm for each group."""
         error = (grouped - _decode(_encode(grouped, factors, scheme), factors, scheme)) * inverse
-        return error, jnp.sum(weighing * jnp.abs(error) ** HQQ_NORM, axis=-2, keepdims=True)
+        return error, jnp.sum(weighting * jnp.abs(error) ** HQQ_NORM, axis=-2, keepdims=True)
 
-    def improve(round_number: Any, carry: tuple[_Factors, _Factors, jax.Array]) -> tuple[Any, ...]:
+    def improve(iteration: Any, carry: tuple[_Factors, _Factors, jax.Array]) -> tuple[Any, ...]:
         factors, best, least = carry
         error, _ = residual(factors)
-        beta = HQQ_BETA * HQQ_KAPPA**round_number
+        beta = HQQ_BETA * HQQ_KAPPA**iteration
         magnitude = jnp.abs(error)
-        # The proximal operator of the norm: small residuals are left to the quadratic half, large ones are let go.
-        outlying = jnp.sign(error) * jnp.maximum(
+        # The proximal operator of the norm: 0 for small residuals, nearly the residual itself for large ones.
+        outliers = jnp.sign(error) * jnp.maximum(
             magnitude - jnp.where(magnitude > 0, magnitude, 1.0) ** (HQQ_NORM - 1) / beta, 0.0
         )
-        rest = weighing * (error - outlying)
+        rest = weighting * (error - outliers)
         shift = jnp.sum(rest, axis=-2, keepdims=True) * reciprocal_or_zero(total) * factors.scales
         minimums = (factors.minimums + shift).astype(scale_dtype).astype(jnp.float32)
         factors = factors._replace(minimums=minimums)
-        _, badness = residual(factors)
-        best = jax.tree.map(functools.partial(jnp.where, badness < least), factors, best)
-        return factors, best, jnp.minimum(badness, least)
+        _, norm = residual(factors)
+        best = jax.tree.map(functools.partial(jnp.where, norm < least), factors, best)
+        return factors, best, jnp.minimum(norm, least)
 
-    _, best, _ = jax.lax.fori_loop(0, HQQ_ROUNDS, improve, (start, start, residual(start)[1]))
+    _, best, _ = jax.lax.fori_loop(0, HQQ_ITERATIONS, improve, (start, start, residual(start)[1]))
     return best

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x ** 2) + eps) * weight over the last axis, in float32.
+    """Returns x / sqrt(mean(x ** 2) + eps) * weight over the last axis, computed in float32.
 
     Args:
       x: `[..., features]`, float.
@@ -15,8 +15,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
       eps: added to the mean square.
 
     Returns:
-      Like x.
+      The shape and dtype of x.
     """
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)).astype(x.dtype)

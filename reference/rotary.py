@@ -1,4 +1,4 @@
-"""Rotary position embedding: the definition. Source: RoFormer (arXiv 2104.09864), the halves of a head paired."""
+"""Rotary position embedding: the definition. Source: RoFormer (arXiv 2104.09864), with the halves of a head paired."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import jax.numpy as jnp
 
 
 def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Turns pairs of features by the angles of their token's position, in float32.
+    """Rotates pairs of features by the angles of their token's position, in float32.
 
-    Feature i of the first rotary_dim / 2 is paired with feature i + rotary_dim / 2; what follows rotary_dim stays.
+    Feature i < rotary_dim / 2 is paired with feature i + rotary_dim / 2; features from rotary_dim on stay as they are.
 
     Args:
       x: `[batch, q_len, heads, head_dim]`, float.
-      cosine: float32 `[batch, q_len, rotary_dim / 2]`, of the angles.
+      cosine: float32 `[batch, q_len, rotary_dim / 2]`, the cosines of the angles.
       sine: like cosine.
 
     Returns:
-      Like x.
+      The shape and dtype of x.
     """
     pairs = cosine.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)

@@ -16,8 +16,7 @@ from palladion import decode_attention, quantize, quantized_matmul
 from palladion.kernels.backend import record_choices
 from palladion.kernels.decode_attention.api import IMPLEMENTATIONS as ATTENTION
 from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS as MATMUL
-from palladion.reference import oracle
-from palladion.reference.append_kv import quantize_kv
+from palladion.reference import oracle, quantize_kv
 from palladion.reference.compare import assert_right
 
 BATCH = 5

@@ -35,10 +35,10 @@ from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Scheme, codes_of, decode_e2m1
+from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, unpack_codes
 
 # The package's `quantized_matmul` is the function.
-reference_form = importlib.import_module("palladion.reference.quantized_matmul")
+reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
 KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
@@ -323,7 +323,7 @@ def test_widenings_are_exact(format: str):
     numbers = np.asarray(values).astype(np.float64)
     values = values if scheme.packed else np.where(np.isfinite(numbers), values, np.zeros_like(values))
     w = QuantizedArray(jnp.asarray(values), jnp.ones((1, 256)), None, None, scheme)
-    codes = np.asarray(decode_e2m1(codes_of(w)) if format == "mxfp4" else codes_of(w)).astype(np.float64)
+    codes = np.asarray(decode_e2m1(unpack_codes(w)) if format == "mxfp4" else unpack_codes(w)).astype(np.float64)
     for name, widening in tpu_weights.widenings(scheme).items():
 
         def kernel(codes_ref: Any, out_ref: Any, *, widening: tpu_weights.Widening = widening) -> None:
@@ -477,7 +477,7 @@ WIDE: dict[str, Any] = {"in_features": 2048, "out_features": 5 * 256 + 44, "dtyp
 )
 def test_the_reference_widens_a_wide_weight_by_blocks(scheme: str, num_layers: int | None, rows: int):
     case = Case(name="wide", rows=rows, scheme=scheme, num_layers=num_layers, bias=True, **WIDE)
-    assert reference_form._block_channels(2048, WIDE["out_features"]) == 256
+    assert reference_forms.cpu.block_channels(2048, WIDE["out_features"]) == 256
     inputs = cases.make_inputs(case)
     call = jax.jit(lambda given: quantized_matmul(given.x, given.w, bias=given.bias, layer=given.layer, backend="xla"))
     exact = judge(case, inputs)
@@ -487,7 +487,7 @@ def test_the_reference_widens_a_wide_weight_by_blocks(scheme: str, num_layers: i
     assert_right(call(inputs), whole, exact, scheme)
     temporary = call.lower(case.shapes()).compile().memory_analysis().temp_size_in_bytes
     viewed = inputs.w.values.size if scheme.startswith("float8") else 0  # float8 arguments are copied as bits
-    assert temporary < 1.5 * reference_form.BLOCK_BYTES + viewed
+    assert temporary < 1.5 * reference_forms.cpu.BLOCK_BYTES + viewed
 
 
 @pytest.mark.parametrize(("num_layers", "rows"), [(None, 2), (3, 6)])
@@ -498,7 +498,7 @@ def test_the_reference_widens_a_wide_dense_weight_by_blocks(num_layers: int | No
     w = jax.random.normal(key_w, shape if num_layers is None else (num_layers, *shape), jnp.bfloat16)
     layer = None if num_layers is None else jnp.int32(1)
     one = (w if layer is None else w[1]).astype(jnp.float32)
-    result = jax.jit(reference_form.matmul)(x, w, layer=layer)
+    result = jax.jit(reference_forms.matmul)(x, w, layer=layer)
     assert_right(result, x @ one, np.asarray(x, np.float64) @ np.asarray(one, np.float64))
 
 

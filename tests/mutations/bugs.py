@@ -223,7 +223,7 @@ MUTATIONS: Final = (
     # --- What the references define ---
     Mutation(
         "reference-window-of-the-longest",
-        "reference/decode_attention.py",
+        "reference/decode_attention/blocked.py",
         "first = jnp.maximum(jnp.min(lengths) - q_len - sliding_window + 1, 0) // block",
         "first = jnp.maximum(jnp.max(lengths) - q_len - sliding_window + 1, 0) // block",
         (ATTENTION_TESTS, "-k", "reference_is_right or (any_lengths and xla)"),
@@ -231,7 +231,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "reference-empty-partials",
-        "reference/decode_attention.py",
+        "reference/decode_attention/definition.py",
         "weights = jnp.exp(lses - jnp.where(maximum == -jnp.inf, 0.0, maximum))",
         "weights = jnp.exp(lses - maximum)",
         (ATTENTION_TESTS, "-k", "merge"),
@@ -239,7 +239,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "reference-new-tokens",
-        "reference/append_kv.py",
+        "reference/append_kv/definition.py",
         "written &= token >= q_len - jnp.clip(new_tokens, 0, q_len)[:, None]",
         "written &= token > q_len - new_tokens[:, None]",
         (APPEND_TESTS, "-k", "writes_what_is_new and xla"),

@@ -89,7 +89,7 @@ class AppendQKV(Operation):
         verdicts = [verdict_of(compare(result[0], reference[0], rotated[:, :, : case.q_heads]))]
         exact = {
             "k": rotated[:, :, case.q_heads : -case.kv_heads],
-            "v": oracle.widen(inputs.qkv)[:, :, -case.kv_heads :],
+            "v": oracle.to_float64(inputs.qkv)[:, :, -case.kv_heads :],
         }
         for name, numbers in exact.items():
             got, theirs = (_AppendedTokens.of(cache, inputs, case.q_len, name) for cache in (result[1], reference[1]))

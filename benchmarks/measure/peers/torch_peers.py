@@ -20,7 +20,7 @@ from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.reference import dequantize
 from palladion.reference.bits import bits_dtype
 from palladion.reference.platforms import target_platform
-from palladion.reference.quantization import codes_of
+from palladion.reference.quantization import unpack_codes
 
 INNER_K_TILES: Final = 8
 """Parameter of torch's 4-bit layout on a GPU."""
@@ -267,7 +267,7 @@ def _int4(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
     finish, group = _finish(case), inputs.w.scheme.group_size
-    codes = as_tensor(np.asarray(codes_of(inputs.w)).T.astype(np.int32)).contiguous()  # [out, in], 0 to 15
+    codes = as_tensor(np.asarray(unpack_codes(inputs.w)).T.astype(np.int32)).contiguous()  # [out, in], 0 to 15
     scales = as_tensor(inputs.w.scales.astype(jnp.bfloat16))  # [groups, out]
     factors = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
     if target_platform() == "gpu":

@@ -1,0 +1,276 @@
+"""The references: each faster form computes what its definition says, values and derivatives, on every platform."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import UNOPTIMIZED
+
+from palladion import KVCache, QuantizedArray, append_kv, decode_attention, matmul, quantize, quantized_matmul
+from palladion.kernels.decode_attention import Inputs, cases
+from palladion.kernels.decode_attention.cases import Case
+from palladion.reference import oracle
+from palladion.reference.compare import assert_right
+
+# The names of the packages are those of functions in `palladion.reference`.
+appends = importlib.import_module("palladion.reference.append_kv")
+attention = importlib.import_module("palladion.reference.decode_attention")
+products = importlib.import_module("palladion.reference.quantized_matmul")
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=UNOPTIMIZED)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+SMALL = Case(
+    name="", batch=3, q_heads=4, kv_heads=2, head_dim=8, max_len=256, dtype="float32", q_len=3, lengths=(2, 131, 256)
+)
+CASES = {
+    "dense": dataclasses.replace(SMALL, q_len=1, lengths=(0, 131, 256)),
+    "dense-verify": dataclasses.replace(SMALL, logits_soft_cap=2.0, scale=0.5),
+    "dense-window": dataclasses.replace(SMALL, sliding_window=70, sinks=True, kv_dtype="bfloat16", num_layers=2),
+    "one-block": dataclasses.replace(SMALL, max_len=120, lengths=(0, 1, 120), sinks=True),
+    "paged": dataclasses.replace(SMALL, q_len=1, page_size=16, sinks=True, sliding_window=9),
+    "paged-verify": dataclasses.replace(SMALL, page_size=32, logits_soft_cap=5.0, sliding_window=140, num_layers=2),
+    "int8": dataclasses.replace(SMALL, kv_dtype="int8", page_size=64, sinks=True),
+    "float8": dataclasses.replace(SMALL, kv_dtype="float8_e4m3fn", q_len=1, logits_soft_cap=4.0),
+}
+
+
+def arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """The arguments of both forms of attention."""
+    cache = KVCache(inputs.k, inputs.v, inputs.k_scale, inputs.v_scale, inputs.page_table)
+    return inputs.q, cache, inputs.lengths, inputs.sinks, inputs.layer
+
+
+def exact_attention(inputs: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    arrays = inputs._asdict()
+    layer = arrays.pop("layer")
+    if layer is not None:
+        for part in ("k", "v", "k_scale", "v_scale"):
+            arrays[part] = None if arrays[part] is None else arrays[part][int(layer)]
+    return oracle.decode_attention(**arrays, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocked_attention_is_the_definition(name: str):
+    case = CASES[name]
+    inputs = cases.make_inputs(case)
+    options = case.options | {"scale": case.scale or case.head_dim**-0.5}
+    exact = exact_attention(inputs, **options)
+    page, blocked = (
+        compile(functools.partial(form.decode_attention, **options))(*arguments(inputs))
+        for form in (attention.definition, attention.blocked)
+    )
+    alone = compile(
+        functools.partial(
+            attention.blocked.one_by_one, functools.partial(attention.blocked.decode_attention, **options)
+        )
+    )(*arguments(inputs))
+    for part, right in enumerate(exact):
+        scale = max(1.0, np.abs(right[np.isfinite(right)]).max())
+        for form in (page, blocked, alone):
+            found, finite = np.asarray(form[part], np.float64), np.isfinite(right)
+            np.testing.assert_array_equal(found[~finite], right[~finite])
+            # A few roundings in float32 of sums no larger than the largest value.
+            assert np.abs(found[finite] - right[finite]).max() <= 32 * EPS * scale
+            assert_right(form[part], page[part], right)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_invariant"), [*((name, False) for name in CASES), ("dense-window", True), ("paged", True)]
+)
+def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invariant: bool):
+    """Directional derivatives of every float input against central differences of the float64 oracle."""
+    case = CASES[name]
+    inputs = cases.make_inputs(case)
+    # Queries that see nothing, in front of a short sequence, may be anything.
+    sees = inputs.lengths[:, None] - case.q_len + jnp.arange(case.q_len) >= 0
+    inputs = inputs._replace(q=jnp.where(sees[..., None, None], inputs.q, jnp.nan))
+    exact_lse = exact_attention(inputs, **case.options)[1]
+    rng = np.random.default_rng(1)
+    of_out, of_lse = rng.standard_normal(inputs.q.shape), rng.standard_normal(exact_lse.shape)
+    of_lse = np.where(np.isfinite(exact_lse), of_lse, 0.0)  # a query that sees nothing has no finite lse
+
+    def loss(varied: dict[str, Any]) -> jax.Array:
+        given = inputs._replace(**varied)._asdict()
+        options = case.options | {"return_lse": True, "batch_invariant": batch_invariant}
+        out, lse = decode_attention(**given, **options, backend="xla")
+        return jnp.sum(out * of_out.astype(np.float32)) + jnp.sum(
+            jnp.where(of_lse == 0, 0.0, lse) * of_lse.astype(np.float32)
+        )
+
+    quantized = inputs.k_scale is not None
+    names = ["q", "k_scale", "v_scale"] if quantized else ["q", "k", "v"]
+    names += ["sinks"] if case.sinks else []
+    gradients = compile(jax.grad(loss))({name: getattr(inputs, name) for name in names})
+    for name, gradient in gradients.items():
+        value = oracle.to_float64(getattr(inputs, name))
+        direction = rng.standard_normal(value.shape)
+
+        def shifted(step: float, name: str = name, value: Any = value, direction: Any = direction) -> float:
+            out, lse = exact_attention(inputs._replace(**{name: value + step * direction}), **case.options)
+            return float((out * of_out).sum() + (np.where(of_lse == 0, 0.0, lse) * of_lse).sum())
+
+        expected = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+        assert gradient.dtype == getattr(inputs, name).dtype
+        found = oracle.to_float64(gradient)
+        assert np.isfinite(found).all()
+        assert (found[np.isnan(value)] == 0).all()  # what no query sees
+        terms = found * direction
+        # Roundings of float32, and of the gradient to its dtype; 1e-8 is the error of the differences.
+        bound = (128 * EPS + float(jnp.finfo(gradient.dtype).eps) / 2) * np.abs(terms).sum() + 1e-8
+        assert abs(terms.sum() - expected) <= bound
+        assert np.abs(terms).sum() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["int8", "float8"])
+def test_codes_of_a_cache_are_constants_to_differentiation(name: str):
+    case = CASES[name]
+    inputs = cases.make_inputs(case)
+
+    def loss(k: jax.Array) -> jax.Array:
+        return jnp.sum(decode_attention(**inputs._replace(k=k)._asdict(), **case.options, backend="xla"))
+
+    gradient = compile(jax.grad(loss, allow_int=True))(inputs.k)
+    assert gradient.shape == inputs.k.shape
+    assert gradient.dtype == (jax.dtypes.float0 if name == "int8" else inputs.k.dtype)
+    assert name == "int8" or (np.asarray(gradient, np.float32) == 0).all()
+
+
+def test_attention_is_differentiated_forwards_under_vmap_and_keeps_its_inputs_only():
+    case = CASES["dense-window"]
+    inputs = cases.make_inputs(case)
+
+    def attend(q: jax.Array) -> jax.Array:
+        return decode_attention(**inputs._replace(q=q)._asdict(), sliding_window=70, backend="xla")
+
+    gradient = jax.grad(lambda q: jnp.sum(attend(q) ** 2) / 2)
+    direction = normal(*inputs.q.shape)
+    backward = compile(gradient)(inputs.q)
+    out, forward = compile(lambda q: jax.jvp(attend, (q,), (direction,)))(inputs.q)
+    np.testing.assert_allclose(jnp.sum(forward * out), jnp.sum(backward * direction), rtol=1e-5)
+    mapped = compile(jax.vmap(gradient))(jnp.stack([inputs.q, 2 * inputs.q]))
+    np.testing.assert_allclose(mapped[0], backward, rtol=1e-5, atol=1e-6)
+    pullback = jax.eval_shape(lambda q: jax.vjp(attend, q)[1], inputs.q)
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    logits = case.batch * case.q_heads * case.q_len * case.max_len
+    assert kept
+    assert all(shape in (inputs.k.shape, inputs.q.shape) or np.prod(shape) < logits for shape in kept), kept
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+SCHEMES = ["int8", "int8-g64-zeros", "int4-g32", "int4-minimums", "float8_e4m3fn-g32", "float8_e5m2", "mxfp4"]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The platform by which forms are chosen; they run here whatever it is."""
+    for module in ("bits", "quantized_matmul"):
+        name = f"palladion.reference.{module}"
+        monkeypatch.setattr(importlib.import_module(name), "target_platform", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: int, platform: str):
+    del platform
+    x = normal(rows, 128)
+    weights = normal(2, 128, 72, seed=1) / 12
+    w, layer = quantize(weights, scheme), jnp.int32(1)
+    exact = oracle.quantized_matmul(x, jax.tree.map(lambda part: part[1], w))
+    page = compile(products.definition.quantized_matmul)(x, w, layer=layer)
+    fast = compile(lambda *given: products.quantized_matmul(*given, layer=layer))(x, w)
+    bound = 4 * np.sqrt(128) * EPS * np.abs(exact).max()
+    assert np.abs(np.asarray(page) - exact).max() <= bound
+    assert_right(fast, page, exact)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_every_form_of_a_dense_product_is_the_definition(dtypes: tuple[str, str], rows: int, platform: str):
+    del platform
+    x, w, layer = normal(rows, 128, dtype=dtypes[0]), normal(2, 128, 72, seed=1, dtype=dtypes[1]), jnp.int32(1)
+    exact = oracle.quantized_matmul(x, w[1])
+    page = compile(products.definition.matmul)(x, w, layer=layer, out_dtype=None)
+    fast = compile(lambda *given: products.matmul(*given, layer=layer))(x, w)
+    bound = 4 * np.sqrt(128) * EPS + float(jnp.finfo(dtypes[0]).eps)
+    assert np.abs(np.asarray(page, np.float64) - exact).max() <= bound * np.abs(exact).max()
+    assert_right(fast, page, exact)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_products_are_differentiated_as_the_definition(rows: int):
+    """Narrow weights pass through a CPU as bits, which have no derivatives."""
+    x, w, cotangent = normal(rows, 64), normal(64, 48, seed=1, dtype=jnp.bfloat16), normal(rows, 48, seed=2)
+    pullback = jax.vjp(functools.partial(matmul, backend="xla"), x, w)[1]
+    of_x, of_w = pullback(cotangent)
+    np.testing.assert_allclose(of_x, cotangent @ w.astype(jnp.float32).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_w.astype(jnp.float32), x.T @ cotangent, rtol=2**-8, atol=1e-5)
+
+    codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums")
+
+    def multiply(x: jax.Array, scales: jax.Array, minimums: jax.Array) -> jax.Array:
+        return quantized_matmul(
+            x, dataclasses.replace(codes, scales=scales, minimums=minimums), activation=jnp.tanh, backend="xla"
+        )
+
+    def define(x: jax.Array, scales: jax.Array, minimums: jax.Array) -> jax.Array:
+        w: QuantizedArray = dataclasses.replace(codes, scales=scales, minimums=minimums)
+        return products.definition.quantized_matmul(x, w, activation=jnp.tanh)
+
+    given = (x, codes.scales, codes.minimums)
+    found, expected = (jax.vjp(form, *given)[1](cotangent) for form in (multiply, define))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ appends
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e5m2"])
+def test_every_form_of_an_append_is_the_definition_and_differentiated_as_it(dtype: str, batch: int):
+    """One token of one sequence is a slice update, others are a scatter; narrow floats are bits on a CPU."""
+    cache = KVCache.dense(batch, 2, 8, 4, dtype, num_layers=2)
+    cache = jax.tree.map(lambda part: normal(*part.shape, seed=3).astype(part.dtype), cache)
+    k, v = (normal(batch, 1, 2, 4, seed=seed) for seed in (4, 5))
+    cotangent = jax.tree.map(lambda part: normal(*part.shape, seed=6), cache)
+
+    def total(append: Callable[..., KVCache], floats: tuple[jax.Array, ...], lengths: jax.Array, layer: Any) -> Any:
+        k, v, *parts = floats
+        given = dataclasses.replace(cache, **dict(zip(("k", "v"), parts, strict=False)))
+        updated = append(given, k, v, lengths, new_tokens=None, layer=layer)
+        products = jax.tree.map(lambda part, factor: jnp.sum(part.astype(jnp.float32) * factor), updated, cotangent)
+        return sum(jax.tree.leaves(products)), updated
+
+    floats = (k, v) if dtype == "int8" else (k, v, cache.k, cache.v)
+    page, form = (
+        compile(jax.value_and_grad(functools.partial(total, append), has_aux=True))
+        for append in (appends.definition.append_kv, functools.partial(append_kv, backend="xla"))
+    )
+    for length, layer in ((5, 0), (8, 1), (0, 0), (9, 1), (3, 2), (3, -1)):
+        lengths = jnp.arange(length, length + batch, dtype=jnp.int32)
+        expected, found = (call(floats, lengths, jnp.int32(layer)) for call in (page, form))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+        if batch == 1:
+            assert (np.asarray(found[1][0]) != 0).any() == (layer in (0, 1) and 0 < length <= 8)
