@@ -49,6 +49,15 @@ class Implementation:
     space: Callable[[Any], Space] | None = None
 
 
+def find_implementation(table: Sequence[Implementation], name: str) -> Implementation:
+    """Returns the row of an operation's table with this backend name.
+
+    Raises:
+      KeyError: the table has no such row.
+    """
+    return {row.name: row for row in table}[name]
+
+
 class Problem(Protocol):
     """What an operation was asked for, validated and free of arrays."""
 

@@ -31,6 +31,16 @@ def check_number(argument: str, value: Any, right: Callable[[Any], bool], accept
     check(value is None or (is_number and bool(right(value))), argument, repr(value), accepted)
 
 
+def check_power_of_two(argument: str, value: int) -> None:
+    """Raises ValueError unless a number is a power of two."""
+    check(value >= 1 and value & (value - 1) == 0, argument, value, "a power of two")
+
+
+def check_num_warps(argument: str, value: int) -> None:
+    """Raises ValueError unless a program of a Triton kernel can have that many warps."""
+    check(value in (1, 2, 4, 8, 16), argument, value, "1, 2, 4, 8 or 16")
+
+
 def is_integer(value: Any) -> bool:
     """Returns whether a number is an integer by its type."""
     if isinstance(value, np.ndarray | jax.Array):

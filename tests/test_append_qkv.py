@@ -18,9 +18,9 @@ from compiling import options_for
 
 from palladion import KVCache, Unsupported, append_kv, append_qkv, decode_attention
 from palladion.benchmarks.measure.operations import OPERATIONS
-from palladion.kernels.append_kv.triton.call import Config
 from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_qkv.cases import Case
+from palladion.kernels.append_qkv.triton import Config
 from palladion.kernels.backend import Implementation
 from palladion.reference import compare, oracle, rotate
 

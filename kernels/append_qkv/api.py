@@ -6,10 +6,9 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
-from palladion.kernels.append_kv.triton.call import Config
-from palladion.kernels.append_qkv.problem import Inputs, Problem, apart
+from palladion.kernels.append_qkv.problem import Inputs, Problem
 from palladion.kernels.append_qkv.triton import call as triton
+from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.reference import KVCache
@@ -21,28 +20,15 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
     return reference(**inputs._asdict())
 
 
-def _mosaic_tpu(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, KVCache]:
-    """On a TPU XLA rotates: its launches are part of one program, and cost next to nothing."""
-    q, rest = apart(inputs)
-    return q, mosaic_tpu.append_kv(problem.append, rest, config=config, interpret=interpret)
-
-
 IMPLEMENTATIONS: Final = (
-    Implementation(
-        "mosaic_tpu",
-        "tpu",
-        lambda problem: mosaic_tpu.unsupported(problem.append),
-        _mosaic_tpu,
-        mosaic_tpu.Config,
-        lambda problem: mosaic_tpu.heuristic(problem.append),
-        lambda problem: mosaic_tpu.space(problem.append),
-    ),
+    # XLA rotates: on a TPU its launches are part of one program and cost next to nothing.
+    RotationInXla("mosaic_tpu").implementation(),
     Implementation(
         "triton",
         "gpu",
         triton.unsupported,
         triton.append_qkv,
-        Config,
+        triton.Config,
         triton.heuristic,
         triton.space,
     ),
