@@ -94,6 +94,16 @@ def target_chip() -> Chip | None:
     return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
 
 
+def vmem_budget(chip: Chip | None = None) -> int:
+    """Returns the bytes of VMEM that a kernel's blocks may take: three quarters of what a core has.
+
+    Args:
+      chip: the TPU; None means the one with the least VMEM, so that the kernel fits all.
+    """
+    vmem_bytes = min(known.vmem_bytes for known in tpu_chips().values()) if chip is None else chip.vmem_bytes
+    return vmem_bytes * 3 // 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Gpu:
     """An NVIDIA GPU; figures and their sources stand in `gpus.json`.

@@ -7,14 +7,11 @@ from typing import Any, Final
 
 import jax.numpy as jnp
 
+from palladion.kernels.integers import round_up as round_up
+
 LANES: Final = 128
 SUBLANES: Final = 8
 """An array's last two dimensions are kept in tiles of 8 x 128 32-bit words."""
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple at or above n."""
-    return -(-n // multiple) * multiple
 
 
 def tile_rows(dtype: Any) -> int:

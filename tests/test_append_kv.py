@@ -445,12 +445,15 @@ def test_one_byte_caches_that_pallas_would_write_elsewhere_are_refused():
         (small(head_dim=20), "head_dim must be a multiple of 8, got 20"),
         (
             small(batch=64, page_size=16, head_dim=64),
-            "XLA keeps a cache of (515, 2, 16, 64) in float32 in an order of its own, which page_size a multiple of",
+            "page_size must be a multiple of 128, got 16: XLA lays out a cache of (515, 2, 16, 64) in float32 in",
         ),
         (small(max_len=600, head_dim=64), "max_len must be a multiple of 128 with head_dim = 64, got 600"),
         (small(max_len=6, kv_dtype="int8", head_dim=128), "max_len must be a multiple of 4 in int8, got 6"),
         (small(batch=1100, page_size=8, max_len=1024, head_dim=128), "a page table must fit into 512 KiB, got 550"),
-        (small(q_len=8000, max_len=8192, head_dim=256), "q_len = 8000 takes 31: append fewer at a time"),
+        (
+            small(q_len=8000, max_len=8192, head_dim=256),
+            "must fit into 12 MiB, q_len = 8000 takes 31: append fewer",
+        ),
     ],
 )
 def test_unsupported_says_what_is_not_covered_and_what_covers_it(case: Case, message: str):

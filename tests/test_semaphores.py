@@ -1,7 +1,7 @@
-"""Semaphores of the TPU kernels: each is signalled by what it is waited for, and by nothing else.
+"""Semaphores of the TPU kernels: each is signalled only by the transfers that it is waited for.
 
-Results cannot show all of that: two arrays that are always waited for together may share a semaphore without harm,
-until somebody waits for one of them alone.
+Results do not show all of that: two arrays that are always waited for together may share a semaphore without harm,
+until one of them is waited for alone.
 """
 
 from __future__ import annotations
@@ -105,20 +105,20 @@ def test_each_array_of_a_product_has_semaphores_for_each_buffer(name: str, start
 
 
 @pytest.mark.parametrize("name", ["int8", "verify", "paged"])
-def test_append_waits_for_windows_for_each_sequence_and_for_what_leaves(name: str, started: list[Transfer]):
+def test_append_has_semaphores_for_new_tokens_for_each_sequence_and_for_writes(name: str, started: list[Transfer]):
     case = next(case for case in append_cases.TESTS if case.name == name)
     config = dataclasses.replace(append_kernel.heuristic(case.problem()), sequences=2)
     inputs = append_cases.make_inputs(case)
     run(append_kv, case, inputs, config)
     arrays = sorted({transfer.array for transfer in started})
-    # In the order in which a kernel is given them: the cache, which is its output; windows; blocks.
-    parts = 4 if inputs.cache.k_scale is not None else 2
-    assert len(arrays) == 3 * parts
-    kind = {array: ("cache", "window", "block")[number // parts] for number, array in enumerate(arrays)}
+    # In the order of the kernel's arguments: the cache (an output), new tokens, blocks.
+    per_kind = 4 if inputs.cache.k_scale is not None else 2
+    assert len(arrays) == 3 * per_kind
+    kind = {array: ("cache", "new tokens", "block")[number // per_kind] for number, array in enumerate(arrays)}
     semaphores = signalled_by(started, lambda transfer: kind[transfer.array])
     assert all(len(kinds) == 1 for kinds in semaphores.values()), semaphores
     assert len(semaphores) == 4
-    of_blocks = signalled_by(
+    by_block = signalled_by(
         [transfer for transfer in started if kind[transfer.array] == "block"], lambda transfer: transfer.place
     )
-    assert sorted(map(sorted, of_blocks.values())) == [[0], [1]]  # type: ignore[type-var]
+    assert sorted(map(sorted, by_block.values())) == [[0], [1]]  # type: ignore[type-var]

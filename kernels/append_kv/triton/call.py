@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.append_kv.problem import Inputs, Problem
-from palladion.kernels.append_kv.triton.kernel import CacheRefs, ControlRefs, kernel
+from palladion.kernels.append_kv.triton.kernel import CacheArrays, Control, kernel
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.tuning import Space
@@ -92,14 +92,14 @@ def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interp
     p, cache = problem, inputs.cache
     k, k_scale = quantize_kv(inputs.k, cache.k.dtype)
     v, v_scale = quantize_kv(inputs.v, cache.v.dtype)
-    control = ControlRefs(
+    control = Control(
         layer=jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None],
         lengths=inputs.lengths,
         new_tokens=inputs.new_tokens,
         page_table=cache.page_table,
     )
-    new = CacheRefs(k, v, k_scale, v_scale)
-    old = CacheRefs(cache.k, cache.v, cache.k_scale, cache.v_scale)
+    new = CacheArrays(k, v, k_scale, v_scale)
+    old = CacheArrays(cache.k, cache.v, cache.k_scale, cache.v_scale)
     if inputs.layer is None:
         old = jax.tree.map(lambda array: array[None], old)
     first_alias = len(jax.tree.leaves((control, new)))

@@ -14,7 +14,7 @@ from palladion.kernels.append_kv.problem import Problem
 from palladion.kernels.integers import divide_with_remainder
 
 
-class ControlRefs(NamedTuple):
+class Control(NamedTuple):
     """Integers that say what is written where.
 
     Attributes:
@@ -30,7 +30,7 @@ class ControlRefs(NamedTuple):
     page_table: Any
 
 
-class CacheRefs(NamedTuple):
+class CacheArrays(NamedTuple):
     """Arrays of the cache, or the new tokens for each of them.
 
     Attributes:
@@ -47,10 +47,10 @@ class CacheRefs(NamedTuple):
 
 
 def kernel(
-    control: ControlRefs,
-    new: CacheRefs,
-    _aliased: CacheRefs,
-    cache: CacheRefs,
+    control: Control,
+    new: CacheArrays,
+    _aliased: CacheArrays,
+    cache: CacheArrays,
     *,
     problem: Problem,
     block_rows: int,

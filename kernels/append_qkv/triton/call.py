@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.append_qkv.problem import Inputs, Problem
-from palladion.kernels.append_qkv.triton.kernel import CacheRefs, InputRefs, kernel
+from palladion.kernels.append_qkv.triton.kernel import CacheArrays, KernelInputs, kernel
 from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel
@@ -87,7 +87,7 @@ def append_qkv(problem: Problem, inputs: Inputs, *, config: Config | None, inter
     if problem.quantized:
         return IN_XLA.run(problem, inputs, config=IN_XLA.config(**dataclasses.asdict(config)), interpret=interpret)
     p, cache = problem.append, inputs.cache
-    refs = InputRefs(
+    read = KernelInputs(
         layer=jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None],
         lengths=inputs.lengths,
         new_tokens=inputs.new_tokens,
@@ -96,8 +96,8 @@ def append_qkv(problem: Problem, inputs: Inputs, *, config: Config | None, inter
         cosine=inputs.cosine,
         sine=inputs.sine,
     )
-    old = CacheRefs(cache.k, cache.v) if inputs.layer is not None else CacheRefs(cache.k[None], cache.v[None])
-    first_alias = len(jax.tree.leaves(refs))
+    old = CacheArrays(cache.k, cache.v) if inputs.layer is not None else CacheArrays(cache.k[None], cache.v[None])
+    first_alias = len(jax.tree.leaves(read))
     q, written = pl.pallas_call(
         fresh_kernel(kernel, problem=problem, block_rows=config.block_rows),
         grid=(p.batch, pl.cdiv(p.q_len * problem.heads, config.block_rows)),
@@ -110,6 +110,6 @@ def append_qkv(problem: Problem, inputs: Inputs, *, config: Config | None, inter
         cost_estimate=pl.CostEstimate(flops=problem.flops(), bytes_accessed=problem.bytes_moved(), transcendentals=0),
         interpret=interpret,
         name=f"append_qkv_r{config.block_rows}",
-    )(refs, old)
+    )(read, old)
     k, v = written if inputs.layer is not None else (written.k[0], written.v[0])
     return q, dataclasses.replace(cache, k=k, v=v)

@@ -14,7 +14,7 @@ from palladion.kernels.append_qkv.problem import Problem
 from palladion.kernels.integers import divide_with_remainder
 
 
-class InputRefs(NamedTuple):
+class KernelInputs(NamedTuple):
     """Inputs of the kernel.
 
     Attributes:
@@ -36,7 +36,7 @@ class InputRefs(NamedTuple):
     sine: Any
 
 
-class CacheRefs(NamedTuple):
+class CacheArrays(NamedTuple):
     """Arrays of the cache.
 
     Attributes:
@@ -49,10 +49,10 @@ class CacheRefs(NamedTuple):
 
 
 def kernel(
-    inputs: InputRefs,
-    _aliased: CacheRefs,
+    inputs: KernelInputs,
+    _aliased: CacheArrays,
     q: Any,
-    cache: CacheRefs,
+    cache: CacheArrays,
     *,
     problem: Problem,
     block_rows: int,
