@@ -263,7 +263,7 @@ def test_wrong_calls(changes: dict[str, Any], message: str):
 
 def test_a_quantized_cache_needs_its_scales():
     cache, k, v = case(dtype="int8")
-    with pytest.raises(ValueError, match=re.escape("cache.v_scale: got False; accepted: True for int8")):
+    with pytest.raises(ValueError, match=re.escape("cache.v_scale: got None; accepted: an array for a cache in int8")):
         append_kv(dataclasses.replace(cache, v_scale=None), k, v, jnp.array([4, 4, 4], jnp.int32))
 
 

@@ -12,7 +12,7 @@ from palladion.kernels.append_kv import problem as append
 from palladion.kernels.checks import check, check_shape
 from palladion.kernels.tuning import TuningKey
 from palladion.reference.append_qkv import split_qkv
-from palladion.reference.caches import QUANTIZED_CACHE_DTYPES, KVCache
+from palladion.reference.caches import KVCache
 
 
 class Inputs(NamedTuple):
@@ -53,7 +53,7 @@ class Problem:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays do not go together."""
+        """Returns the problem of a call; raises ValueError, naming the argument, if its arrays do not fit together."""
         cache, qkv, _, cosine, sine, _, _ = inputs
         shape = "[batch, (q_len,) q_heads + 2 * kv_heads, head_dim], each at least 1"
         check(qkv.ndim == 4 and min(qkv.shape) >= 1, "qkv", f"shape {qkv.shape}", shape)
@@ -82,7 +82,7 @@ class Problem:
     @property
     def quantized(self) -> bool:
         """Whether the cache is quantized."""
-        return self.append.kv_dtype in QUANTIZED_CACHE_DTYPES
+        return self.append.quantized
 
     def bytes_moved(self) -> int:
         """Returns the bytes that must move: all heads and angles are read, queries and new tokens are written."""

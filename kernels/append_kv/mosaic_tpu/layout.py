@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from palladion.kernels.append_kv.problem import Problem
 from palladion.kernels.integers import round_up
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, tile_rows
-from palladion.reference.caches import QUANTIZED_CACHE_DTYPES
 
 MAX_WHOLE_SLAB: Final = 512
 """Most tokens of a slab that is moved as one block because its tokens do not fill whole tiles of lanes."""
@@ -146,7 +145,7 @@ def smallest_block(problem: Problem) -> int:
 def _kernel_writes_scales(problem: Problem) -> bool:
     """Returns whether XLA lays out scales with tokens along the lanes; for short pages it may take pages instead."""
     along_lanes = minor_axes(cache_shape(problem)[:-1], "float32")[1] == 3
-    return problem.kv_dtype in QUANTIZED_CACHE_DTYPES and along_lanes and lane_block(problem) <= MAX_WHOLE_SLAB
+    return problem.quantized and along_lanes and lane_block(problem) <= MAX_WHOLE_SLAB
 
 
 def block_layouts(problem: Problem, *, block_tokens: int, sequences: int, heads: int) -> BlockLayouts:
