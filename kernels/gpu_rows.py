@@ -109,12 +109,12 @@ def together(loaded: Sequence[jax.Array]) -> list[jax.Array]:
     stays after the loads. The assembler drops it if no load follows in the loop: load something small after it.
     """
     first, *rest = loaded
-    pack = 4 // first.dtype.itemsize  # numbers per register
+    per_register = 4 // first.dtype.itemsize
     (first,) = plgpu.elementwise_inline_asm(
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
         args=loaded,
         constraints=",".join(["=r"] + ["r"] * len(loaded)),
-        pack=pack,
+        pack=per_register,
         result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, first.dtype)],
     )
     return [first, *rest]

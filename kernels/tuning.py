@@ -143,8 +143,8 @@ def resolve(operation: str, row: Implementation, problem: Problem, config: Any) 
     if config is not None:
         return config, "explicit"
     planned = problem.planned()
-    found = tuned(operation, row, planned)
-    return found if found is not None else (row.heuristic(planned), "heuristic")
+    block_sizes = tuned(operation, row, planned)
+    return block_sizes if block_sizes is not None else (row.heuristic(planned), "heuristic")
 
 
 def tuned(operation: str, row: Implementation, problem: Problem) -> tuple[Any, str] | None:
@@ -170,11 +170,11 @@ def tuned(operation: str, row: Implementation, problem: Problem) -> tuple[Any, s
 
 def entries_for(operation: str, device_kind: str) -> list[Entry]:
     """Returns the entries for a device: the user's own, then those of the package."""
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for path in (user_file(operation, device_kind), package_file(operation, device_kind)):
         if path is not None and path.is_file():
-            found += _read(path, path.stat().st_mtime_ns)
-    return found
+            entries += _read(path, path.stat().st_mtime_ns)
+    return entries
 
 
 def package_file(operation: str, device_kind: str) -> Path:

@@ -1,4 +1,4 @@
-"""Which new tokens are written, and where: the rules that all implementations of append_kv share."""
+"""Destinations of new tokens: which are written, and where; shared by the implementations of append_kv."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from palladion.kernels.integers import divide_with_remainder
 
 
 class Destinations(NamedTuple):
-    """Places of tokens in the cache.
+    """Destinations of tokens in the cache.
 
     Attributes:
       slab: index of the token's page, or of its sequence in a dense cache.
@@ -54,7 +54,7 @@ def destinations(
     written: jax.Array,
     load_page: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Destinations:
-    """Returns the places of a sequence's tokens in the cache.
+    """Returns the destinations of a sequence's tokens in the cache.
 
     Args:
       problem: the call.

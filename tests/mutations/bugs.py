@@ -10,6 +10,7 @@ ATTENTION: Final = "kernels/decode_attention"
 ATTENTION_TESTS: Final = "tests/test_decode_attention.py"
 APPEND: Final = "kernels/append_kv"
 APPEND_TESTS: Final = "tests/test_append_kv.py"
+APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
@@ -104,7 +105,7 @@ MUTATIONS: Final = (
         f"{APPEND}/mosaic_tpu/merge.py",
         "(token + n < end)",
         "(token + n <= end)",
-        (APPEND_TESTS, "-k", "test_every_case and mosaic_tpu"),
+        (APPEND_KERNEL_TESTS, "-k", "test_every_case and mosaic_tpu"),
         "The token after the last new one is overwritten.",
     ),
     Mutation(
@@ -112,7 +113,7 @@ MUTATIONS: Final = (
         f"{APPEND}/mosaic_tpu/kernel.py",
         "arrived = self.scratch.block_read.at[block.sequence]",
         "arrived = self.scratch.block_read.at[0]",
-        (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
+        (SEMAPHORES, APPEND_KERNEL_TESTS, "-k", ORDER),
         "Blocks of a group's second sequence signal the semaphore that the first one is waited for by.",
     ),
     Mutation(
@@ -120,7 +121,7 @@ MUTATIONS: Final = (
         f"{APPEND}/mosaic_tpu/kernel.py",
         "written = self.scratch.block_written",
         "written = self.scratch.new_read",
-        (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
+        (SEMAPHORES, APPEND_KERNEL_TESTS, "-k", ORDER),
         "Blocks that are written signal the semaphore of the new tokens that are read.",
     ),
     Mutation(
@@ -128,7 +129,7 @@ MUTATIONS: Final = (
         f"{APPEND}/mosaic_tpu/kernel.py",
         "@pl.when(block.end - block.begin < refs.layout.block_tokens)",
         "@pl.when(block.end - block.begin < refs.layout.block_tokens - 1)",
-        (APPEND_TESTS, "-k", "(test_every_case or any_lengths) and mosaic_tpu"),
+        (APPEND_KERNEL_TESTS, "-k", "(test_every_case or any_lengths) and mosaic_tpu"),
         "A block of which one token stays is not read before it is written.",
     ),
     Mutation(

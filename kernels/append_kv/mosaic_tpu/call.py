@@ -4,7 +4,7 @@ For every sequence b and token i of q_len, in all KV heads:
 
     cache[layer, slab, :, row] = new[b, i]      position = lengths[b] - q_len + i
                                                 slab, row = b, position                          dense
-                                                            page of the position, place in it    paged
+                                                            page of the position, offset in it   paged
 
 The cache stays in HBM and is aliased with the output. Blocks of tokens move; a block belongs to one sequence, so that
 no block waits for another. A block that is partly new is read, merged with the new tokens and written back; one that
@@ -16,7 +16,7 @@ Grid: (shares of the KV heads, groups of sequences), with steps as large as VMEM
 starts all reads, merges sequence after sequence as they arrive, and waits for all writes at the end.
 
 VMEM holds the blocks and the group's new tokens. New tokens lie along the same axis as in the cache, one sequence after
-the other, and are rolled to their places; the only new token of a decoding step comes broadcast over the words of its
+the other, and are rolled into position; the only new token of a decoding step comes broadcast over the words of its
 block instead and needs no roll. Merging works on 32-bit words, whatever the dtype: no number is converted. XLA
 quantizes the new tokens before.
 
@@ -265,9 +265,9 @@ def _new_tokens_in_layout(layout: BlockLayout, x: jax.Array) -> jax.Array:
     if layout.broadcast:
         if x.ndim == 2:  # scales: one word for each token of a block
             x = jnp.broadcast_to(x[..., None], (*x.shape, layout.block_tokens))
-        pack = layout.tokens_per_word
-        bits = jax.lax.bitcast_convert_type(x, f"uint{32 // pack}").astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(bits * {1: 1, 2: 0x10001, 4: 0x1010101}[pack], jnp.int32)
+        per_word = layout.tokens_per_word
+        bits = jax.lax.bitcast_convert_type(x, f"uint{32 // per_word}").astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits * {1: 1, 2: 0x10001, 4: 0x1010101}[per_word], jnp.int32)
     if x.ndim < len(layout.token_shape):  # scales whose slab axis follows the heads
         x = x[..., None]
     return jnp.moveaxis(x, 0, layout.token_axis)

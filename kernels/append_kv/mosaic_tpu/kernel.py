@@ -104,7 +104,7 @@ class TargetBlock(NamedTuple):
 
     Attributes:
       sequence: index of the sequence in its group.
-      slot: index of the block's buffer among those of the sequence.
+      slot: index of the block's buffer among the buffers of the sequence.
       slab: index of the slab that contains the block.
       row: index of the block's first token in the slab.
       begin: first token of the block that is new.
@@ -174,7 +174,7 @@ class GridStep:
         return pl.multiple_of(jnp.minimum(tile_start, layout.total_tokens - layout.buffer_tokens), layout.tile_tokens)
 
     def new_token_copies(self, refs: ArrayRefs) -> list[Any]:
-        """Returns the DMAs that bring the group's new tokens to VMEM."""
+        """Returns the DMAs that read the group's new tokens."""
         layout = refs.layout
         if layout.broadcast:
             index: tuple[Any, ...] = (pl.ds(self.first_sequence, self.group_size), self.heads)
@@ -185,8 +185,8 @@ class GridStep:
             for hbm, vmem in zip(refs.new_hbm, refs.new, strict=True)
         ]
 
-    def _places(self, refs: ArrayRefs, block: TargetBlock) -> list[tuple[Any, Any]]:
-        """Returns the places of a block in HBM and in VMEM, for both arrays."""
+    def _slices(self, refs: ArrayRefs, block: TargetBlock) -> list[tuple[Any, Any]]:
+        """Returns the slices of HBM and VMEM that hold a block, for both arrays."""
         layer, layout = self.scalars.layer[0], refs.layout
         tokens = layout.token_index(block.row, layout.block_tokens)
         if layout.slabs_follow_heads:
@@ -201,12 +201,12 @@ class GridStep:
     def copies_in(self, refs: ArrayRefs, block: TargetBlock) -> list[Any]:
         """Returns the DMAs that read a block."""
         arrived = self.scratch.block_read.at[block.sequence]
-        return [pltpu.make_async_copy(hbm, vmem, arrived) for hbm, vmem in self._places(refs, block)]
+        return [pltpu.make_async_copy(hbm, vmem, arrived) for hbm, vmem in self._slices(refs, block)]
 
     def copies_out(self, refs: ArrayRefs, block: TargetBlock) -> list[Any]:
         """Returns the DMAs that write a block."""
         written = self.scratch.block_written
-        return [pltpu.make_async_copy(vmem, hbm, written) for hbm, vmem in self._places(refs, block)]
+        return [pltpu.make_async_copy(vmem, hbm, written) for hbm, vmem in self._slices(refs, block)]
 
     def for_each_sequence(self, arrays: Sequence[ArrayRefs], *actions: Action) -> None:
         """Calls each action with all blocks of a sequence before the next action, sequence after sequence."""

@@ -34,12 +34,12 @@ class BlockLayout:
       slab_tokens: tokens of a slab.
       block_tokens: tokens of a block, which divide `slab_tokens`.
       max_blocks: most blocks that the new tokens of one sequence touch.
-      broadcast: whether the only new token of each sequence comes as int32 words that hold it in every place of a
+      broadcast: whether the only new token of each sequence comes as int32 words that repeat it over a
         block, so that it needs no shift.
       tile_tokens: tokens of a tile; other new tokens are read by the tile.
       read_tokens: new tokens read for one block: whole tiles that contain the block's tokens, and at least a block.
-      buffer_tokens: new tokens that VMEM holds: those of a group of sequences, padded.
-      total_tokens: new tokens in HBM: those of the batch, padded.
+      buffer_tokens: new tokens in VMEM, of a group of sequences, padded.
+      total_tokens: new tokens in HBM, of the batch, padded.
     """
 
     token_shape: tuple[int, ...]

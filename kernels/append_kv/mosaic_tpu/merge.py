@@ -17,7 +17,7 @@ def merge(buffer: Any, new: jax.Array, begin: jax.Array, end: jax.Array, layout:
 
     Args:
       buffer: ref of the block.
-      new: words of a block, with new tokens at their places.
+      new: words of a block, with new tokens at their positions in it.
       begin: first token of the block that is new.
       end: the token after the last new one.
       layout: layout of the block.
@@ -28,29 +28,29 @@ def merge(buffer: Any, new: jax.Array, begin: jax.Array, end: jax.Array, layout:
 
 
 def shifted_tokens(new_tokens: Any, source: jax.Array, begin: jax.Array, layout: BlockLayout) -> jax.Array:
-    """Returns words of a block with new tokens shifted to their places.
+    """Returns words of a block with new tokens shifted to their positions in it.
 
     Args:
       new_tokens: ref of the new tokens in VMEM.
       source: index there of the block's first new token.
-      begin: the place of that token in the block.
+      begin: position of that token in the block.
       layout: layout of the block.
     """
-    axis, pack = layout.token_axis, layout.tokens_per_word
+    axis, per_word = layout.token_axis, layout.tokens_per_word
     start = source - jax.lax.rem(source, layout.tile_tokens)
     start = jnp.minimum(start, layout.buffer_tokens - layout.read_tokens)
     words = _words(new_tokens[:, *layout.token_index(pl.multiple_of(start, layout.tile_tokens), layout.read_tokens)])
     shift = begin - (source - start)
     shift = jnp.where(shift < 0, shift + layout.read_tokens, shift)
-    rolled = pltpu.roll(words, jax.lax.div(shift, pack), axis)
-    if pack > 1:
+    rolled = pltpu.roll(words, jax.lax.div(shift, per_word), axis)
+    if per_word > 1:
         # The rest of the shift is less than a word: bits that leave a word enter the next one.
         previous = pltpu.roll(rolled, 1, axis)
-        bits = jax.lax.rem(shift, pack) * (32 // pack)
+        bits = jax.lax.rem(shift, per_word) * (32 // per_word)
         left, right = (jnp.broadcast_to(n, words.shape) for n in (bits, 32 - bits))
         moved = jax.lax.shift_left(rolled, left) | jax.lax.shift_right_logical(previous, right)
         rolled = jnp.where(bits == 0, rolled, moved)
-    return jax.lax.slice_in_dim(rolled, 0, layout.block_tokens // pack, axis=axis)
+    return jax.lax.slice_in_dim(rolled, 0, layout.block_tokens // per_word, axis=axis)
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -60,11 +60,11 @@ def _words(x: jax.Array) -> jax.Array:
 
 def _token_mask(begin: jax.Array, end: jax.Array, shape: tuple[int, ...], layout: BlockLayout) -> jax.Array:
     """Returns words of a block whose bits are set for tokens `begin` to `end`."""
-    pack = layout.tokens_per_word
-    token = jax.lax.broadcasted_iota(jnp.int32, shape, layout.token_axis) * pack
-    width = 32 // pack
+    per_word = layout.tokens_per_word
+    token = jax.lax.broadcasted_iota(jnp.int32, shape, layout.token_axis) * per_word
+    width = 32 // per_word
     mask = jnp.zeros(shape, jnp.int32)
-    for n in range(pack):
+    for n in range(per_word):
         bits = jnp.uint32(((1 << width) - 1) << (n * width)).view(jnp.int32)
         mask |= jnp.where((token + n >= begin) & (token + n < end), bits, 0)
     return mask

@@ -1,19 +1,19 @@
-"""append_kv on a GPU: stores the rows of new tokens at their places in the cache and touches nothing else.
+"""append_kv on a GPU: stores the rows of new tokens at their positions in the cache and touches nothing else.
 
 For every sequence b and token i of q_len, in every KV head:
 
     cache[layer, slab, head, row] = new[b, i, head]     position = lengths[b] - q_len + i
                                                         slab, row = b, position                          dense
-                                                                    page of the position, place in it    paged
+                                                                    page of the position, offset in it   paged
 
 Grid: (batch, blocks of rows). A row is one head of one token; rows of a sequence are contiguous in the new keys and
 values. Each program copies a block of rows: keys, values, and their scales if there are any. Triton grids have three
 axes; the third one stays free for `jax.vmap`.
 
 The cache is passed as an input that is never read and is aliased with the output, so that a donated cache is updated
-in place. Tokens that must not be written are not stored, and their page table entries, which may hold anything, are
-not read. XLA quantizes, in the fusion that computes keys and values: codes and scales are the reference's, bit for
-bit, and the kernel copies numbers of any dtype unchanged.
+in place. Tokens that must not be written are not stored, and their page table entries, whose values are arbitrary, are
+not read. XLA quantizes, in the fusion that computes keys and values: codes and scales are the reference's, bit for bit,
+and the kernel copies numbers of any dtype unchanged.
 
 Bound by launch latency: a decoding step moves a kilobyte for each key and value of a head.
 """
