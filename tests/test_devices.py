@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from palladion.benchmarks.static.gpu.compiler import ARCHITECTURES
 from palladion.kernels import devices
-from palladion.kernels.devices import gpu_to_plan_for, gpus, target_gpu
+from palladion.kernels.devices import gpu_to_plan_for, gpus, target_gpu, tpu_chips, vmem_budget
 
 
 @pytest.mark.parametrize("name", gpus())
@@ -27,6 +27,12 @@ def test_data_of_a_gpu_are_consistent(name: str):
 
 def test_device_kinds_are_distinct():
     assert len({gpu.device_kind for gpu in gpus().values()}) == len(gpus())
+
+
+def test_vmem_budgets_fit_the_chip_and_without_one_all_chips():
+    chips = tpu_chips().values()
+    assert [vmem_budget(chip) for chip in chips] == [3 * chip.vmem_bytes // 4 for chip in chips]
+    assert vmem_budget() == min(vmem_budget(chip) for chip in chips) == 12 * 2**20
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
