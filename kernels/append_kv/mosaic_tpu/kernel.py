@@ -224,7 +224,7 @@ class GridStep:
         p, scalars, b = self.problem, self.scalars, self.first_sequence + sequence
         length = bounded_length(p, scalars.lengths[b])
         first, end = written_positions(p, length, None if scalars.new_tokens is None else scalars.new_tokens[b])
-        first_source = b * p.q_len - self.new_start(layout) - (length - p.q_len)  # of position 0
+        first_source = b * p.q_len - self.new_start(layout) - (length - p.q_len)  # index of position 0
         first_block = divide(first, layout.block_tokens)
 
         def visit(index: jax.Array) -> None:
