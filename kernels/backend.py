@@ -1,7 +1,7 @@
 """Backends: which exist, which one a call takes, and why not the others.
 
-Every operation keeps a table of `Implementation`s. `choose` picks a row while a call is traced, by the platform that it
-is compiled for and by what each kernel says it does not cover; nothing is decided at run time.
+Every operation has a table of `Implementation`s. `choose` picks a row while a call is traced, by the platform that the
+call is compiled for and by the problems that each backend supports; nothing is decided at run time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, Final, Protocol
 
 import jax
 
-from palladion.kernels.compat import unfolded
+from palladion.kernels.compat import hide_constants
 from palladion.kernels.tuning import Space, TuningKey, resolve
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
-"""What `backend=` takes: the best for the platform, the reference, the platform's kernel, or a kernel by name."""
+"""Values of `backend=`: the best for the platform, the reference, the platform's kernel, or a kernel by name."""
 
 
-class Unsupported(NotImplementedError):  # noqa: N818  # no failure: another backend covers the call
-    """A correct call that the chosen backend does not cover; the message says what is not covered and what does."""
+class Unsupported(NotImplementedError):  # noqa: N818  # not an error of the caller: another backend covers the call
+    """Raised for a correct call that the chosen backend does not support; the message says why and what does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Implementation:
     """One row of an operation's table.
 
     Attributes:
-      name: the backend's name.
-      platform: where it runs, "tpu" or "gpu"; None for everywhere.
-      unsupported: what of a problem it does not cover, in words that follow "mosaic_tpu: ", or None.
-      run: called with the problem, the operation's arrays, `config` and `interpret`.
-      config_class: of its block sizes; None where there is nothing to choose.
-      heuristic: block sizes for a problem.
-      space: the block sizes that may be tried for a problem.
+      name: name of the backend.
+      platform: platform that it runs on, "tpu" or "gpu"; None for all.
+      unsupported: returns why this backend cannot run a problem, or None; messages put it after "mosaic_tpu: ".
+      run: runs the operation, given the problem, the arrays, `config` and `interpret`.
+      config_class: class of the block sizes; None where there is nothing to choose.
+      heuristic: returns block sizes for a problem.
+      space: returns the block sizes that the tuner may try for a problem.
     """
 
     name: str
@@ -49,31 +49,40 @@ class Implementation:
     space: Callable[[Any], Space] | None = None
 
 
+def find_implementation(table: Sequence[Implementation], name: str) -> Implementation:
+    """Returns the row of an operation's table with this backend name.
+
+    Raises:
+      KeyError: the table has no such row.
+    """
+    return {row.name: row for row in table}[name]
+
+
 class Problem(Protocol):
-    """What an operation was asked for, validated and free of arrays."""
+    """Shapes and options of a call, validated, without its arrays."""
 
     def planned(self) -> Any:
-        """The problem by which block sizes are chosen: this one, or one that is the same for every batch."""
+        """Returns the problem that block sizes are chosen for: this one, or one that is the same for every batch."""
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns what block sizes depend on."""
 
     def __str__(self) -> str:
-        """Shapes and options on one line."""
+        """Formats shapes and options on one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which implementation a call took.
+    """The implementation that runs a call, and why.
 
     Attributes:
-      operation: the operation's name.
-      problem: what was asked.
-      backend: the name of the implementation that was taken.
+      operation: name of the operation.
+      problem: shapes and options of the call.
+      backend: name of the implementation that runs it.
       interpret: whether its kernel is interpreted instead of compiled.
-      reasons: why implementations that come before it in the table were not taken, by name.
+      reasons: for each implementation that comes earlier in the table, by name, why it does not run the call.
       config: the kernel's block sizes; None for the reference.
-      config_source: one of `tuning.SOURCES`; empty for the reference.
+      config_source: origin of the block sizes, one of `tuning.SOURCES`; empty for the reference.
     """
 
     operation: str
@@ -85,31 +94,31 @@ class Choice:
     config_source: str = ""
 
 
-# A user context is part of what jit caches by: a function traced under another default is traced anew.
+# A user context is part of jit's cache key: a function traced under one default is traced again under another.
 _default_backend = jax.make_user_context("auto")
 _recorders: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar("recorders", default=())
 
 
 def using_backend(backend: str) -> contextlib.AbstractContextManager[None]:
-    """Sets what `backend=None` means for calls that are traced inside a `with` block, jitted functions included.
+    """Sets the backend that `backend=None` stands for in calls traced inside a `with` block, also in jitted functions.
 
     Args:
       backend: one of `BACKENDS`.
 
     Raises:
-      ValueError: there is no such backend.
+      ValueError: the backend is not one of them.
     """
     return _default_backend(_known(backend))
 
 
 def default_backend() -> str:
-    """What `backend=None` means here."""
+    """Returns the backend that `backend=None` currently stands for."""
     return _default_backend.value
 
 
 @contextlib.contextmanager
 def record_choices() -> Iterator[list[Choice]]:
-    """Collects the `Choice` of every operation traced inside a `with` block; a call that jit has cached traces nothing.
+    """Records the `Choice` of every operation traced inside a `with` block; a call that jit has cached is not traced.
 
     Example:
       with record_choices() as choices:
@@ -135,14 +144,16 @@ def dispatch(
     config: Any,
     interpret: Any,
 ) -> Any:
-    """Picks the implementation of a call and its block sizes, and runs it; arguments and errors are those of `choose`.
+    """Chooses the implementation of a call and its block sizes, and runs it; arguments and errors as for `choose`.
 
-    Where block sizes come from is a part of the operation's name in profiles: "decode_attention.triton.tuned".
+    Profiles show the operation with the origin of its block sizes: "decode_attention.triton.tuned".
     """
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
-        return row.run(problem, unfolded(inputs) if interpret else inputs, config=choice.config, interpret=interpret)
+        return row.run(
+            problem, hide_constants(inputs) if interpret else inputs, config=choice.config, interpret=interpret
+        )
 
 
 def choose(
@@ -153,23 +164,23 @@ def choose(
     interpret: Any,
     config: Any = None,
 ) -> tuple[Implementation, Choice, Any]:
-    """Picks the implementation of a call, and its block sizes.
+    """Chooses the implementation of a call, and its block sizes.
 
     Args:
-      operation: its name, for messages.
-      table: its implementations, kernels first, the best first for each platform, the reference last.
-      problem: what was asked.
-      backend: one of `BACKENDS`; None takes what `using_backend` set, "auto" at first.
-      interpret: True interprets the kernel on any platform, False never does; None interprets where backend="pallas"
-        finds a CPU. Kernels also take what `pallas_call` takes, `pltpu.InterpretParams` for example.
-      config: block sizes that the caller insists on; None takes tuned ones, or those of the heuristic.
+      operation: name of the operation, for messages.
+      table: implementations, kernels first, for each platform the best first, the reference last.
+      problem: shapes and options of the call.
+      backend: one of `BACKENDS`; None takes the backend of `using_backend`, which is "auto" by default.
+      interpret: True interprets the kernel on any platform, False never does; None interprets if backend="pallas" and
+        the platform is a CPU. Kernels also take values that `pallas_call` takes, such as `pltpu.InterpretParams`.
+      config: block sizes that the caller requires; None takes tuned ones, or those of the heuristic.
 
     Returns:
-      The implementation, what is recorded of it, and what to pass on as its `interpret`.
+      The implementation, the recorded choice, and the value to pass to the implementation as `interpret`.
 
     Raises:
-      ValueError: there is no such backend.
-      Unsupported: no implementation that `backend` allows covers this problem on this platform.
+      ValueError: the backend is not one of `BACKENDS`.
+      Unsupported: no implementation that `backend` allows supports this problem on this platform.
     """
     backend = _known(backend) if backend is not None else _default_backend.value
     platform = target_platform()
@@ -180,15 +191,15 @@ def choose(
             continue
         interpreted = (backend == "pallas" and platform == "cpu") if interpret is None else interpret
         interpreted = interpreted if is_kernel else False
-        # Who names a kernel and says interpret=False is lowering for a platform that is not here.
-        trusted = interpret is False and backend == row.name
-        if row.platform not in (None, platform) and not interpreted and not trusted:
+        # A kernel by name with interpret=False is lowered for a platform that is not here.
+        cross_lowered = interpret is False and backend == row.name
+        if row.platform not in (None, platform) and not interpreted and not cross_lowered:
             reason: str | None = f"runs on {row.platform}, not on {platform} (interpret=True runs it anywhere)"
         else:
             reason = row.unsupported(problem)
         if reason is None:
-            taken, source = resolve(operation, row, problem, config)
-            choice = Choice(operation, problem, row.name, bool(interpreted), reasons, taken, source)
+            block_sizes, source = resolve(operation, row, problem, config)
+            choice = Choice(operation, problem, row.name, bool(interpreted), reasons, block_sizes, source)
             for choices in _recorders.get():
                 choices.append(choice)
             return row, choice, interpreted

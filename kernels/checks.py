@@ -1,4 +1,4 @@
-"""Validation that operations share. Every message names the argument, what was given and what is accepted."""
+"""Validation that operations share. Each message names the argument, what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 
 
 def check(right: bool, argument: str, given: Any, accepted: str) -> None:
-    """Raises ValueError unless `right`."""
+    """Raises ValueError unless an argument is right."""
     if not right:
         raise ValueError(f"{argument}: got {given}; accepted: {accepted}")
 
 
 def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
-    """Raises ValueError unless an array has that shape."""
+    """Raises ValueError unless an array has this shape."""
     check(array.shape == shape, argument, f"shape {array.shape}", f"{shape}, {meaning}")
 
 
 def check_number(argument: str, value: Any, right: Callable[[Any], bool], accepted: str) -> None:
-    """Raises ValueError unless an option is None or a number, known while tracing, of which `right` holds."""
+    """Raises ValueError unless an option is None or a number, known while tracing, that satisfies `right`."""
     if isinstance(value, jax.core.Tracer):
         known = "a number that is known while tracing: close over it, or make it a static argument"
         check(False, argument, "a traced value", known)
@@ -31,8 +31,18 @@ def check_number(argument: str, value: Any, right: Callable[[Any], bool], accept
     check(value is None or (is_number and bool(right(value))), argument, repr(value), accepted)
 
 
+def check_power_of_two(argument: str, value: int) -> None:
+    """Raises ValueError unless a number is a power of two."""
+    check(value >= 1 and value & (value - 1) == 0, argument, value, "a power of two")
+
+
+def check_num_warps(argument: str, value: int) -> None:
+    """Raises ValueError unless a program of a Triton kernel can have that many warps."""
+    check(value in (1, 2, 4, 8, 16), argument, value, "1, 2, 4, 8 or 16")
+
+
 def is_integer(value: Any) -> bool:
-    """Returns whether a number is an integer by its type."""
+    """Returns whether the type of a number is an integer type."""
     if isinstance(value, np.ndarray | jax.Array):
         return value.dtype.kind in "iu"
     return isinstance(value, numbers.Integral)
@@ -56,12 +66,12 @@ def check_layer(layer: jax.Array, num_layers: int) -> None:
 
 
 def dtype_name(array: jax.Array) -> str:
-    """The name of an array's dtype, "bfloat16" for example."""
+    """Returns the name of an array's dtype, for example "bfloat16"."""
     return jnp.dtype(array.dtype).name
 
 
 def as_array(argument: str, x: Any, dtype: Any = None) -> jax.Array:
-    """Takes arrays and nested lists as a jax.Array; raises ValueError for anything else."""
+    """Returns an array or nested list as a jax.Array; raises ValueError for anything else."""
     try:
         return jnp.asarray(x, dtype)
     except (TypeError, ValueError) as error:

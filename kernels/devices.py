@@ -1,4 +1,4 @@
-"""What a device can do: what the datasheets say of TPUs and GPUs, and the memory bandwidth that is measured."""
+"""Properties of TPUs and GPUs from datasheets, and measurements of memory bandwidth and arithmetic."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from palladion.kernels.compat import known_options
 from palladion.reference.platforms import target_platform
 
 READ_BYTES: Final = {"cpu": 256 * 2**20, "gpu": 2**30, "tpu": 2**30}
-"""Read at a time: several times larger than any cache, and on an accelerator long enough that a dispatch is nothing."""
+"""Bytes that a pass reads: several times any cache, and on accelerators enough to make dispatch negligible."""
 
 ROW: Final = 512
-"""float32 numbers in a row: of the shapes tried (256 to 4096 wide, sums and maxima) the fastest on a CPU."""
+"""Columns of the float32 matrix that is read: on a CPU the fastest of 256 to 4096."""
 
 REPEATS: Final = 12
+"""Timed repetitions, of which the fastest counts."""
 
-DISPATCHED: Final = {"cpu": 1, "gpu": 8, "tpu": 8}
-"""Passes that are started before the first is waited for: on an accelerator one begins where the last one ends."""
+PASSES: Final = {"cpu": 1, "gpu": 8, "tpu": 8}
+"""Passes per repetition, dispatched without waiting, so that an accelerator runs them back to back."""
 
 SQUARE: Final = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
-"""Rows and columns of the matrices that are multiplied to measure arithmetic."""
+"""Rows and columns of the matrices whose product measures arithmetic."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation, as one JAX device shows it; figures and their sources stand in `chips.json`.
+    """A TPU generation, as one JAX device represents it; `chips.json` has the figures and their sources.
 
     Attributes:
-      name: "v6e" for example.
-      device_kind: what JAX calls it.
-      topology: the smallest one that libtpu compiles for.
-      cores: tensor cores behind the device.
+      name: short name, for example "v6e".
+      device_kind: JAX's name.
+      topology: smallest topology that libtpu compiles for.
+      cores: tensor cores of the device.
       hbm_bytes_per_second: memory bandwidth.
       vmem_bytes: on-chip memory of a core.
-      clock_hertz: cycles per second; one bundle of instructions takes a cycle.
-      dma_latency_seconds: from the start of a transfer to its first byte.
-      one_byte_operands: dtypes that the matrix unit takes as they are: int8 against int8, float8 against bfloat16.
-      dma_granule_bytes: unit of transfers in the compiler's listings.
-      branch_delay_slots: bundles after a branch that are executed whether it is taken or not.
-      hbm_bytes: how much memory it has.
-      bf16_flops_per_second: of the matrix units, bfloat16 in, float32 out.
+      clock_hertz: clock rate; one bundle of instructions takes one cycle.
+      dma_latency_seconds: time from the start of a DMA to its first byte.
+      one_byte_operands: one-byte dtypes that the MXU takes directly: int8 with int8, float8 with bfloat16.
+      dma_granule_bytes: unit of DMA sizes in the compiler's listings.
+      branch_delay_slots: bundles after a branch that are always executed.
+      hbm_bytes: size of the memory.
+      bf16_flops_per_second: peak rate of the MXUs for bfloat16 operands with float32 results.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Chip:
 
 @functools.cache
 def tpu_chips() -> dict[str, Chip]:
-    """The TPU generations that kernels are compiled for, by name, oldest first."""
+    """Returns the TPU generations that kernels are compiled for, by name, oldest first."""
     data = json.loads(importlib.resources.files(__package__).joinpath("chips.json").read_text())
     chips = data["chips"].items()
     return {
@@ -78,7 +79,7 @@ def tpu_chips() -> dict[str, Chip]:
 
 
 def target_device_kind() -> str:
-    """What JAX calls the device that is being traced for, whichever name of several it goes by."""
+    """Returns JAX's name of the device that is traced for; aliases are resolved."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else jax.devices()[0].device_kind
     aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
@@ -86,33 +87,43 @@ def target_device_kind() -> str:
 
 
 def target_chip() -> Chip | None:
-    """The TPU that is being traced for; None where it is no TPU, or one that is not known here.
+    """Returns the TPU that is traced for; None for other devices and for unknown TPUs.
 
-    As for `target_platform`, the current abstract mesh says so where it names a device.
+    The current abstract mesh decides if it names a device, as for `target_platform`.
     """
     kind = target_device_kind()
     return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
 
 
+def vmem_budget(chip: Chip | None = None) -> int:
+    """Returns the bytes of VMEM that a kernel's blocks may take: three quarters of what a core has.
+
+    Args:
+      chip: the TPU; None means the one with the least VMEM, so that the kernel fits all.
+    """
+    vmem_bytes = min(known.vmem_bytes for known in tpu_chips().values()) if chip is None else chip.vmem_bytes
+    return vmem_bytes * 3 // 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU; figures and their sources stand in `gpus.json`.
+    """An NVIDIA GPU; `gpus.json` has the figures and their sources.
 
     Attributes:
-      name: "h200" for example.
-      device_kind: what JAX calls it.
-      compute_capability: of sm_90, for example, 90.
-      multiprocessors: on the chip.
-      clock_hertz: cycles per second of the multiprocessors; None where it is not known.
-      hbm_bytes_per_second: memory bandwidth; None where it is not known.
-      bf16_flops_per_second: of the tensor cores, without sparsity; None where it is not known.
-      shared_bytes: shared memory of a multiprocessor; every program on it takes 1 KiB more than it asks for.
-      program_shared_bytes: the most that one program can ask for.
+      name: short name, for example "h200".
+      device_kind: JAX's name.
+      compute_capability: for example 90 for sm_90.
+      multiprocessors: number of multiprocessors.
+      clock_hertz: clock rate of the multiprocessors; None if unknown.
+      hbm_bytes_per_second: memory bandwidth; None if unknown.
+      bf16_flops_per_second: peak rate of the tensor cores, without sparsity; None if unknown.
+      shared_bytes: shared memory of a multiprocessor; each resident program takes 1 KiB more than it requests.
+      program_shared_bytes: most shared memory that one program can request.
       registers: 32-bit registers of a multiprocessor.
-      warps: that a multiprocessor keeps at a time, of 32 threads each.
-      programs: that a multiprocessor keeps at a time.
-      float8: whether it converts float8 numbers in hardware.
-      hbm_bytes: how much memory it has; None where it is not known.
+      warps: most resident warps of a multiprocessor, of 32 threads each.
+      programs: most resident programs (thread blocks) of a multiprocessor.
+      float8: whether the hardware converts float8 numbers.
+      hbm_bytes: size of the memory; None if unknown.
     """
 
     name: str
@@ -133,7 +144,7 @@ class Gpu:
 
 @functools.cache
 def gpus() -> dict[str, Gpu]:
-    """The GPUs that are known here, by name, oldest architecture first."""
+    """Returns the known GPUs, by name, oldest architecture first."""
     return {
         name: Gpu(name=name, **figures, **_architectures()[figures["compute_capability"]])
         for name, figures in _gpu_data()["gpus"].items()
@@ -141,14 +152,14 @@ def gpus() -> dict[str, Gpu]:
 
 
 DEFAULT_GPU: Final = "h200"
-"""The GPU that kernels are laid out for where it is not known which one they will run on."""
+"""GPU that block sizes are chosen for if the target is unknown."""
 
 
 def target_gpu() -> Gpu | None:
-    """The GPU that is being traced for; None where it is no GPU, or one of which nothing is known here.
+    """Returns the GPU that is traced for; None for other devices and for unknown GPUs.
 
-    As for `target_platform`, the current abstract mesh says so where it names a device. Of a GPU that is here and not
-    in `gpus.json` (a new product, or a slice of a chip) the driver knows the architecture and the multiprocessors.
+    The current abstract mesh decides if it names a device, as for `target_platform`. If a GPU of this machine is not in
+    `gpus.json` (a new product, or a slice of a chip), the driver reports its architecture and multiprocessors.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else None
@@ -157,11 +168,11 @@ def target_gpu() -> Gpu | None:
     known = next((gpu for gpu in gpus().values() if gpu.device_kind == kind), None)
     if known is not None or here is None:
         return known
-    return _described(here.device_kind, str(here.compute_capability), int(here.core_count))
+    return _gpu_from_driver(here.device_kind, str(here.compute_capability), int(here.core_count))
 
 
 def gpu_to_plan_for() -> Gpu:
-    """The GPU that is being traced for, or `DEFAULT_GPU`: for choices that are right anywhere, and good on that one."""
+    """Returns the GPU that is traced for, or `DEFAULT_GPU`: for choices that affect speed but not correctness."""
     return target_gpu() or gpus()[DEFAULT_GPU]
 
 
@@ -175,13 +186,13 @@ def _architectures() -> dict[int, dict[str, Any]]:
     return {int(capability): figures for capability, figures in _gpu_data()["architectures"].items()}
 
 
-def _described(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
-    """A GPU by what its driver says: the compute capability ("8.6"), as the newest architecture up to it."""
+def _gpu_from_driver(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
+    """Returns a GPU from what its driver reports, with figures of the newest known architecture up to its own."""
     major, _, minor = capability.partition(".")
     number = 10 * int(major) + int(minor or 0) if major.isdigit() else 0
     older = [known for known in _architectures() if known <= number]
     if not older:
-        return None  # older than all that is known, or no NVIDIA GPU
+        return None  # older than all known architectures, or not from NVIDIA
     return Gpu(
         name=kind,
         device_kind=kind,
@@ -195,34 +206,33 @@ def _described(kind: str, capability: str, multiprocessors: int) -> Gpu | None:
 
 
 def cpu_compiler_options() -> dict[str, Any]:
-    """Options with which XLA uses the full width of a CPU's vector units; none on other platforms."""
+    """Returns options that let XLA use the full width of a CPU's vector units; none on other platforms."""
     return {"xla_cpu_prefer_vector_width": 512} if target_platform() == "cpu" else {}
 
 
 def gpu_compiler_options() -> dict[str, Any]:
-    """Options with which XLA runs a loop on a GPU as one CUDA graph ("command buffer"); none on other platforms.
+    """Returns options that let XLA run a loop on a GPU as one CUDA graph ("command buffer"); none on other platforms.
 
-    A step of decoding is many short kernels, and each launch takes some of their time. XLA records stretches of kernels
-    into graphs by itself, Triton's included: from jax 0.10.2 to 0.12 it compiles the custom call
-    `__gpu$xla.gpu.triton` into a kernel like those of its own, and the flag by which older versions were told to record
-    it, --legacy_command_buffer_custom_call_targets (jax-ml/jax#27988), is gone; XLA_FLAGS with it end the process.
+    A decoding step consists of many short kernels, and launches take a part of their time. XLA records sequences of
+    kernels into graphs by default, Triton kernels included: from jax 0.10.2 to 0.12 it compiles the custom call
+    `__gpu$xla.gpu.triton` into a kernel like its own. (Older versions needed the flag
+    --legacy_command_buffer_custom_call_targets, jax-ml/jax#27988; it no longer exists, and XLA_FLAGS with it end the
+    process.)
 
-    But the default list of what is recorded (FUSION, CUBLAS, CUBLASLT, CUDNN, CUSTOM_CALL, CONDITIONAL and
-    DYNAMIC_SLICE_FUSION, in 0.10.2, 0.11.2 and 0.12.0.1 alike) lacks WHILE: of a loop the body alone is a graph, and
-    between two steps the host reads from the GPU whether there is another. This adds WHILE to the list: the loop is a
-    node of the graph that decides by itself. Where a driver is too old for that (CUDA before 12.3), on AMD GPUs, and
-    where something in the loop cannot be recorded, XLA leaves it out again. To record nothing at all, as when
-    debugging: XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    By default XLA records FUSION, CUBLAS, CUBLASLT, CUDNN, CUSTOM_CALL, CONDITIONAL and DYNAMIC_SLICE_FUSION, in
+    0.10.2, 0.11.2 and 0.12.0.1 alike, but not WHILE: only the body of a loop is a graph, and between two steps the host
+    reads the loop condition from the GPU. This option adds WHILE, so that the whole loop is a node of the graph. XLA
+    drops it again if the driver is too old (CUDA before 12.3), on AMD GPUs, and if an operation of the loop cannot be
+    recorded. XLA_FLAGS=--xla_gpu_enable_command_buffer= turns recording off, for debugging.
     """
     return known_options(xla_gpu_enable_command_buffer="WHILE") if target_platform() == "gpu" else {}
 
 
 @functools.cache
 def measured_bandwidth() -> float:
-    """Bytes per second at which JAX's default device reads memory: the best of several passes over a large array.
+    """Returns the bytes per second that JAX's default device reads from memory, the best of several repetitions.
 
-    A reduction along the slow axis of a large array is the fastest read that XLA compiles, and needs no arithmetic to
-    speak of. The best pass is what counts, because whatever disturbs a pass makes it slower.
+    A maximum along the slow axis of a large array is the fastest read that XLA compiles; its arithmetic is negligible.
     """
     x = jnp.ones((READ_BYTES[target_platform()] // (4 * ROW), ROW), jnp.float32)
     return x.nbytes / _least_seconds(lambda x: jnp.max(x, axis=0), x)
@@ -230,12 +240,12 @@ def measured_bandwidth() -> float:
 
 @functools.cache
 def measured_matrix_rate(dtype: str = "bfloat16") -> float:
-    """Floating-point operations per second with which JAX's default device multiplies large square matrices.
+    """Returns the floating-point operations per second of JAX's default device in products of large square matrices.
 
-    The operands are normal-distributed: chips slow down where many bits change. Results are float32.
+    Operands are normal-distributed, because chips clock down if many bits toggle. Results are float32.
 
     Args:
-      dtype: of the operands.
+      dtype: dtype of the operands.
     """
     size = SQUARE[target_platform()]
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
@@ -243,10 +253,10 @@ def measured_matrix_rate(dtype: str = "bfloat16") -> float:
 
 
 def _least_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """What a pass takes, compiled ahead and warmed up; passes follow each other without a pause."""
+    """Returns the time of a pass in the fastest repetition; disturbances only ever make one slower."""
     compiled = jax.jit(function, compiler_options=cpu_compiler_options()).lower(x).compile()
     compiled(x).block_until_ready()
-    passes = DISPATCHED[target_platform()]
+    passes = PASSES[target_platform()]
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""How a product of one row, or a few, is cut for a GPU that adds and multiplies it without tensor cores.
+"""Tiling of a product of one or a few rows on a GPU, without tensor cores.
 
-A program takes a block of channels, of all of `in`: whoever has all of a row's products adds them up, and leaves no
-launch for it. A thread takes chunks of up to 16 rows of a weight, of as many channels as 16 bytes hold; threads beside
-each other share a row, and what is left of them takes other rows at the same time.
+A program computes a block of channels over all of `in`, so that it has whole sums and no second launch adds them up. A
+thread reads chunks of up to 16 rows of the weight, 16 bytes of channels wide; neighbouring threads share a row, and the
+other threads of the program read other chunks at the same time.
 
               channels ->
     in    ┌────────┬────────┐
-     |    │ thread │ thread │  a chunk: rows below each other
+     |    │ thread │ thread │  a chunk: consecutive rows
      v    ├────────┼────────┤
-          │ thread │ thread │  as many chunks at a time as there are threads: `lanes`
+          │ thread │ thread │  `lanes`: chunks that the program reads at the same time
           └────────┴────────┘
 """
 
@@ -24,68 +24,69 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.devices import target_gpu
 
 CHUNK_ROWS: Final = 16
-"""Loads of a thread that are on their way together, in eight warps or fewer: 64 KiB for a multiprocessor."""
+"""Loads that a thread has in flight, with up to eight warps: 64 KiB per multiprocessor."""
 
 LOAD_BYTES: Final = 16
-"""What a thread loads at a time."""
+"""Bytes of one load of a thread."""
 
 WARP: Final = 32
+"""Threads of a warp."""
 
 REGISTERS: Final = 65536
-"""Of a multiprocessor."""
+"""32-bit registers of a multiprocessor."""
 
 MAX_WARPS: Final = 16
-"""Of a multiprocessor, which are enough to keep its memory busy: again 64 KiB are on their way to them."""
+"""Warps per multiprocessor that suffice to keep memory busy: they too have 64 KiB in flight."""
 
 MIN_WARPS: Final = 2
-"""Of a program, where there is work for them, however many programs a multiprocessor has."""
+"""Fewest warps per program, if there are chunks for them, however many programs a multiprocessor has."""
 
 
 def lanes(block_bytes: int, num_warps: int) -> int:
-    """Chunks that a program works on at a time.
+    """Returns the chunks that a program reads at the same time.
 
     Args:
-      block_bytes: of a row of a program's block.
-      num_warps: of the program.
+      block_bytes: bytes of a row of the program's block.
+      num_warps: warps per program.
     """
     return max(1, WARP * num_warps * LOAD_BYTES // block_bytes)
 
 
 def chunk_rows(num_warps: int, parts: int) -> int:
-    """Rows of a chunk at most, a power of two, of each part; with more than eight warps a thread has fewer registers.
+    """Returns the most rows of a chunk, a power of two; with more than eight warps a thread has fewer registers.
 
     Args:
-      num_warps: of a program.
-      parts: products that rows are read for, two where a gate and an up are.
+      num_warps: warps per program.
+      parts: products per result, two if gated; each has a chunk of that many rows.
     """
     return (CHUNK_ROWS if num_warps <= MAX_WARPS // 2 else CHUNK_ROWS // 2) // parts
 
 
 def busiest(channels: int, block: int, multiprocessors: int) -> int:
-    """Channels of a multiprocessor that has the most, of blocks of that many."""
+    """Returns the channels of the multiprocessor that has the most, for blocks of a given width."""
     return block * pl.cdiv(pl.cdiv(channels, block), multiprocessors)
 
 
 def even_block(channels: int, blocks: Sequence[int], multiprocessors: int, enough: float) -> int:
-    """The widest of some blocks by which channels are spread evenly enough.
+    """Returns the widest block that spreads channels evenly enough over the multiprocessors.
 
     Args:
-      channels: of the result.
-      blocks: the widest first.
-      multiprocessors: over which channels are spread.
-      enough: times the channels of the busiest multiprocessor, beside the fewest that any of the blocks gives it.
+      channels: channels of the result.
+      blocks: block widths to choose from, the widest first.
+      multiprocessors: number of multiprocessors.
+      enough: accepted ratio of the busiest multiprocessor's channels to the fewest that any of the blocks gives it.
     """
-    of_busiest = {block: busiest(channels, block, multiprocessors) for block in blocks}
-    return next(block for block, most in of_busiest.items() if most <= enough * min(of_busiest.values()))
+    most_channels = {block: busiest(channels, block, multiprocessors) for block in blocks}
+    return next(block for block, most in most_channels.items() if most <= enough * min(most_channels.values()))
 
 
 def warps_for(trips: Callable[[int], int], programs: int, registers: int) -> int:
-    """Warps of a program: as many as have a chunk to do, and as let all programs of a multiprocessor run at a time.
+    """Returns the most warps per program that all have chunks and let all programs of a multiprocessor be resident.
 
     Args:
-      trips: that so many warps take.
-      programs: of a multiprocessor.
-      registers: that a thread takes, about.
+      trips: returns the loop iterations that a number of warps takes.
+      programs: programs per multiprocessor.
+      registers: registers per thread, approximately.
     """
     most = min(REGISTERS // (WARP * registers), MAX_WARPS) // programs
     num_warps = 1
@@ -95,30 +96,30 @@ def warps_for(trips: Callable[[int], int], programs: int, registers: int) -> int
 
 
 def for_nvidia(interpret: Any) -> bool:
-    """Whether a kernel is compiled, not interpreted, and for an NVIDIA GPU: its instructions may be called by name."""
+    """Returns whether a kernel is compiled for an NVIDIA GPU, so that it may contain PTX."""
     return not interpret and target_gpu() is not None
 
 
 def together(loaded: Sequence[jax.Array]) -> list[jax.Array]:
-    """Arrays that were loaded, as they are; all of them are on their way before the first one is used.
+    """Returns its arguments unchanged, and forces all loads to be issued before the first result is used.
 
-    Left alone, NVIDIA's assembler puts each load right before its use, which saves registers: a thread then waits for
-    the memory again and again, with two loads on their way and not 16. It does not move loads over a barrier. That of
-    a warp, whose threads run in step anyhow, takes no time; and as an operation on what was loaded it stays behind the
-    loads. It is dropped where no load follows it in the loop: load something small after it that is needed then.
+    By default NVIDIA's assembler places each load right before its use, to save registers: a thread then waits for
+    memory repeatedly, with two loads in flight instead of 16. The assembler does not move loads over a barrier. A
+    barrier of one warp, whose threads run in lockstep anyway, takes no time, and as an operation on loaded numbers it
+    stays after the loads. The assembler drops it if no load follows in the loop: load something small after it.
     """
     first, *rest = loaded
-    pack = 4 // first.dtype.itemsize  # numbers of a register
+    per_register = 4 // first.dtype.itemsize
     (first,) = plgpu.elementwise_inline_asm(
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
         args=loaded,
         constraints=",".join(["=r"] + ["r"] * len(loaded)),
-        pack=pack,
+        pack=per_register,
         result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, first.dtype)],
     )
     return [first, *rest]
 
 
 def inverse_root(squares: jax.Array, features: int, eps: float) -> jax.Array:
-    """By what a normalized row is multiplied, given the sum of its squares."""
+    """Returns the factor of RMS normalization, given the sum of a row's squares."""
     return jax.lax.rsqrt(squares / features + eps)

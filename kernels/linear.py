@@ -1,4 +1,4 @@
-"""What products of activations and weights share, whatever weights are stored in: their arrays and their problem."""
+"""Inputs and problem that products of activations and weights share, whatever the storage of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from palladion.reference.rms_norm import rms_norm
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, in the shapes that every implementation takes.
+    """Arrays of a call, in the shapes that all implementations take.
 
     Attributes:
       x: `[rows, in]`.
-      w: `[in, out]`, an array or a QuantizedArray; with a leading `[num_layers]` where there is a layer.
+      w: `[in, out]`, an array or a QuantizedArray; with a leading `[num_layers]` if there is a layer.
       bias: `[out]` or None.
       layer: int32 scalar or None.
       norm: `[in]` or None.
@@ -49,7 +49,7 @@ def inputs_of(
     norm: jax.Array | None,
     residual: jax.Array | None,
 ) -> tuple[Inputs, tuple[int, ...]]:
-    """What a caller gives, with all leading dimensions of x in one; and these dimensions."""
+    """Returns the inputs with all leading dimensions of x merged into one, and those dimensions."""
     x = as_array("x", x)
     check(x.ndim >= 1 and x.shape[-1] >= 1, "x", f"shape {x.shape}", "[..., in] with in of at least 1")
     leading = x.shape[:-1]
@@ -79,9 +79,9 @@ def multiply(
     config: Any,
     interpret: Any,
 ) -> jax.Array:
-    """Runs the implementation of a product that `dispatch` picks, and gives its result x's leading dimensions.
+    """Runs the implementation that `dispatch` chooses and restores the leading dimensions of x.
 
-    A product without rows or without channels is empty, as NumPy's is, and takes no implementation.
+    A product without rows or channels is empty, as in NumPy, and runs no implementation.
     """
     shape = (*leading, problem.result_features)
     if math.prod(shape) == 0:
@@ -92,20 +92,20 @@ def multiply(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProblem(abc.ABC):
-    """A product without its arrays.
+    """A product of activations and weights, without its arrays.
 
     Attributes:
-      rows: rows of x, all of its leading dimensions together.
+      rows: rows of x, with all leading dimensions merged.
       in_features: columns of x.
-      out_features: columns of w; a gated call returns half of them.
-      num_layers: matrices stacked in w; None where it is one.
+      out_features: columns of w; a gated call returns half as many.
+      num_layers: matrices stacked in w; None for a single one.
       x_dtype: dtype of x.
       out_dtype: dtype of the result.
       has_bias: whether a bias is added.
-      activation: applied to the result, or None.
+      activation: function applied to the result, or None.
       gated: whether the first half of the channels gates the second.
-      norm_eps: what is added to the mean square of a row that is normalized first; None where none is.
-      has_residual: whether something is added to the result.
+      norm_eps: epsilon of the RMS norm that is applied to x first; None for no norm.
+      has_residual: whether a residual is added to the result.
     """
 
     rows: int
@@ -127,29 +127,29 @@ class LinearProblem(abc.ABC):
 
     @property
     def row_by_row(self) -> bool:
-        """Whether XLA may not take several rows together: how it adds up their squares depends on how many they are."""
+        """Whether XLA must normalize each row alone, because its order of summation depends on the number of rows."""
         return False
 
     @property
     def parts(self) -> int:
-        """Products that a result needs: the gate's and the up's where gated."""
+        """Number of products per result: two if gated, the gate's and the up's."""
         return 2 if self.gated else 1
 
     @abc.abstractmethod
     def planned(self) -> LinearProblem:
-        """Returns the problem by which block sizes are chosen."""
+        """Returns the problem that block sizes are chosen for."""
 
     @abc.abstractmethod
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
 
     def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Activation and gate on the float32 products, biases added already."""
+        """Returns the float32 products (biases included) after activation and gate."""
         first = parts[0] if self.activation is None else self.activation(parts[0])
         return first * parts[1] if self.gated else first
 
     def plain(self, inputs: Inputs) -> tuple[Self, Inputs]:
-        """The call without norm and residual: for a kernel that leaves both to XLA, which normalizes x here."""
+        """Returns the call without norm and residual, x normalized by XLA, for kernels that fuse neither."""
         x = inputs.x
         if self.norm_eps is not None and inputs.norm is not None:
             normalize = functools.partial(rms_norm, weight=inputs.norm, eps=self.norm_eps)
@@ -158,23 +158,23 @@ class LinearProblem(abc.ABC):
         return problem, inputs._replace(x=x, norm=None, residual=None)
 
     def add(self, residual: jax.Array | None, result: jax.Array) -> jax.Array:
-        """The residual, where there is one, added to what `finish` has returned, in the dtype of the result."""
-        whole = result if residual is None else residual.astype(jnp.float32) + result.astype(jnp.float32)
-        return whole.astype(self.out_dtype)
+        """Adds the residual, if any, to a result of `finish`, and converts it to the dtype of the result."""
+        total = result if residual is None else residual.astype(jnp.float32) + result.astype(jnp.float32)
+        return total.astype(self.out_dtype)
 
     def bytes_beside(self) -> int:
-        """Bytes that must move beside the weight: all other inputs, and the result, once each."""
+        """Returns the bytes that must move besides the weight: all other inputs and the result, once each."""
         x = self.rows * self.in_features * jnp.dtype(self.x_dtype).itemsize
         result = self.rows * self.result_features * jnp.dtype(self.out_dtype).itemsize
         bias, norm = self.has_bias * self.out_features * 4, (self.norm_eps is not None) * self.in_features * 4
         return x + result * (2 if self.has_residual else 1) + bias + norm
 
     def flops(self) -> int:
-        """Floating-point operations of the product, 2 for each multiply-add."""
+        """Returns the floating-point operations of the product, two per multiply-add."""
         return 2 * self.rows * self.in_features * self.out_features
 
     def described(self, weight: str, options: Sequence[str] = ()) -> str:
-        """On one line: shapes, dtypes, what the weight is, and what is fused."""
+        """Formats shapes, dtypes, the weight's description and the fused operations on one line."""
         fused = [
             "bias" if self.has_bias else "",
             getattr(self.activation, "__name__", "activation") if self.activation else "",
@@ -187,6 +187,22 @@ class LinearProblem(abc.ABC):
         return ", ".join([shape, f"x={self.x_dtype}", weight, f"out={self.out_dtype}", *filter(None, fused)])
 
 
+class LinearFields(TypedDict):
+    """Attributes of a `LinearProblem`, for the constructors of its subclasses."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    num_layers: int | None
+    x_dtype: str
+    out_dtype: str
+    has_bias: bool
+    activation: Callable[[jax.Array], jax.Array] | None
+    gated: bool
+    norm_eps: float | None
+    has_residual: bool
+
+
 def checked(
     inputs: Inputs,
     in_features: int,
@@ -196,20 +212,20 @@ def checked(
     gated: bool,
     out_dtype: Any,
     norm_eps: float,
-) -> dict[str, Any]:
-    """The attributes of a `LinearProblem`.
+) -> LinearFields:
+    """Returns the attributes of a `LinearProblem`.
 
     Args:
-      inputs: of the call; the weight has been checked.
-      in_features: of the weight.
-      out_features: of the weight.
-      activation: as the caller gives it.
-      gated: as the caller gives it.
-      out_dtype: as the caller gives it.
-      norm_eps: as the caller gives it.
+      inputs: arrays of the call; the weight has been validated.
+      in_features: input features of the weight.
+      out_features: output features of the weight.
+      activation: the caller's argument.
+      gated: the caller's argument.
+      out_dtype: the caller's argument.
+      norm_eps: the caller's argument.
 
     Raises:
-      ValueError: arrays and options do not go together; the message names the argument.
+      ValueError: arrays and options do not fit together; the message names the argument.
     """
     x, w, bias, layer, norm, residual = inputs
     check(in_features >= 1, "w", f"in = {in_features}", "at least 1")
@@ -230,16 +246,16 @@ def checked(
         features = out_features // 2 if gated else out_features
         check_shape("residual", residual, (x.shape[0], features), "that of the result")
         check(dtype_name(residual) in FLOAT_CACHE_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_CACHE_DTYPES))
-    return {
-        "rows": x.shape[0],
-        "in_features": in_features,
-        "out_features": out_features,
-        "num_layers": None if layer is None else w.shape[0],
-        "x_dtype": dtype_name(x),
-        "out_dtype": result.name,
-        "has_bias": bias is not None,
-        "activation": activation,
-        "gated": gated,
-        "norm_eps": None if norm is None else norm_eps,
-        "has_residual": residual is not None,
-    }
+    return LinearFields(
+        rows=x.shape[0],
+        in_features=in_features,
+        out_features=out_features,
+        num_layers=None if layer is None else w.shape[0],
+        x_dtype=dtype_name(x),
+        out_dtype=result.name,
+        has_bias=bias is not None,
+        activation=activation,
+        gated=gated,
+        norm_eps=None if norm is None else norm_eps,
+        has_residual=residual is not None,
+    )

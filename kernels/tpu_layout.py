@@ -1,4 +1,4 @@
-"""How XLA lays out arrays on a TPU, as far as kernels that move parts of them have to know."""
+"""Layout of arrays in a TPU's memory, as far as kernels that copy slices of them depend on it."""
 
 from __future__ import annotations
 
@@ -7,51 +7,45 @@ from typing import Any, Final
 
 import jax.numpy as jnp
 
+from palladion.kernels.integers import round_up as round_up
+
 LANES: Final = 128
 SUBLANES: Final = 8
-"""An array's last two dimensions are kept in tiles of 8 x 128 32-bit words."""
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple at or above n."""
-    return -(-n // multiple) * multiple
+"""Sublanes and lanes of a tile: an array's last two dimensions are stored in tiles of 8 x 128 32-bit words."""
 
 
 def tile_rows(dtype: Any) -> int:
-    """Rows of a tile in VMEM: narrower numbers share a word with those of the rows below."""
+    """Returns the rows of a tile in VMEM: narrower numbers share a word with numbers of the rows below."""
     return SUBLANES * (4 // jnp.dtype(dtype).itemsize)
 
 
 def tokens_last(tokens: int, head_dim: int) -> bool:
-    """Whether XLA keeps a cache `[..., tokens, head_dim]` with its tokens along the lanes.
+    """Returns whether XLA lays out a cache `[..., tokens, head_dim]` with tokens along the lanes.
 
-    It does where that takes less padding. A kernel then takes the cache with the two axes swapped: those are the same
-    bytes, where any other order would have the whole cache copied before every call.
+    XLA does so if it takes less padding. A kernel must then take the cache with the two axes swapped, which are the
+    same bytes; otherwise XLA copies the whole cache before every call.
     """
     swapped = round_up(head_dim, SUBLANES) * round_up(tokens, LANES)
     return swapped < round_up(tokens, SUBLANES) * round_up(head_dim, LANES)
 
 
 def minor_axes(shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
-    """Which axes of an array XLA lays along the sublanes and along the lanes, unless it is told otherwise.
+    """Returns the axes of an array that XLA lays along the sublanes and along the lanes by default.
 
-    Those that take the least padding: of a cache in bfloat16 whose pages of 16 tokens have heads of 64 numbers, the
-    lanes may stand for pages. Only kernels that take the axes in this order get an array as it lies in memory. The rule
-    was found by experiment; a test holds it against the compiler.
+    XLA takes the two axes that need the least padding: in a bfloat16 cache with pages of 16 tokens and heads of 64
+    numbers, the lanes may hold pages. A kernel gets an array without a copy only if it takes the axes in this order.
+    The rule was found by experiment; a test compares it with the compiler.
 
     Args:
-      shape: two axes or more.
-      dtype: of the array.
-
-    Returns:
-      The axis along the sublanes and the one along the lanes.
+      shape: shape of the array, two axes or more.
+      dtype: dtype of the array.
     """
-    least = 4 // jnp.dtype(dtype).itemsize  # rows in a word
+    word_rows = 4 // jnp.dtype(dtype).itemsize
 
     def padded(axes: tuple[int, int]) -> int:
         rows, width = (shape[axis] for axis in axes)
-        tile = min(SUBLANES, max(least, 1 << (rows - 1).bit_length()))
+        tile = min(SUBLANES, max(word_rows, 1 << (rows - 1).bit_length()))
         return math.prod(shape) // (rows * width) * round_up(rows, tile) * round_up(width, LANES)
 
-    from_the_last = range(len(shape) - 1, -1, -1)
-    return min(((s, lane) for lane in from_the_last for s in from_the_last if s != lane), key=padded)
+    last_first = range(len(shape) - 1, -1, -1)  # ties go to the last axes
+    return min(((row, lane) for lane in last_first for row in last_first if row != lane), key=padded)

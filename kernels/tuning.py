@@ -1,10 +1,10 @@
-"""Block sizes: those that the caller insists on, else tuned ones, else those of a heuristic; and which it was.
+"""Block sizes: the caller's, else tuned ones, else those of a heuristic; and which of these they are.
 
-Tuned block sizes are data: `kernels/<operation>/tuned/<device kind>.json`, and the same under `$PALLADION_CACHE/tuned`
-for what users have tuned themselves, which comes first. An entry was found for one problem. Others of its kind, of
-similar sizes, take it too, where their kernel can; what lies too far off is left to the heuristic.
+Tuned block sizes are data: users' own under `$PALLADION_CACHE/tuned/<operation>/<device kind>.json`, which come first,
+and `kernels/<operation>/tuned/<device kind>.json`. An entry was tuned for one problem. Problems of the same kind and of
+similar sizes use it too if their kernel can; other problems use the heuristic.
 
-The benchmarks' command `tune` writes them.
+The benchmarks' command `tune` writes these files.
 """
 
 from __future__ import annotations
@@ -18,48 +18,51 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from palladion.kernels.devices import target_device_kind
 
+if TYPE_CHECKING:
+    from palladion.kernels.backend import Implementation, Problem
+
 SOURCES: Final = ("explicit", "tuned", "nearest", "heuristic")
-"""Where block sizes come from: the caller; an entry for this very problem; one for a similar problem; a formula."""
+"""Origins of block sizes: the caller, an entry for the same problem, an entry for a similar one, the heuristic."""
 
 CACHE: Final = "PALLADION_CACHE"
-"""The environment variable that names the folder of what a user has tuned."""
+"""Environment variable that names the folder of the user's own tuned block sizes."""
 
-FARTHEST: Final = 2.0
-"""Factors of two by which the sizes of an entry may differ, all sizes together."""
+MAX_DISTANCE: Final = 2.0
+"""Largest distance between a problem and an entry that it uses; see `TuningKey.distance`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningKey:
-    """What block sizes depend on.
+    """Properties of a problem that its best block sizes depend on.
 
     Attributes:
-      kind: what must be the same: dtypes, layouts, what a program holds at least.
-      sizes: what may differ, by name.
+      kind: properties in which a problem and an entry must agree: dtypes, layouts, fixed sizes.
+      sizes: sizes in which they may differ, by name.
     """
 
     kind: str
     sizes: Mapping[str, int]
 
     def distance(self, other: TuningKey) -> float:
-        """Factors of two between the sizes, added up; infinity for another kind."""
+        """Returns the sum of |log2| of the ratios of sizes; infinity for another kind."""
         if self.kind != other.kind or self.sizes.keys() != other.sizes.keys():
             return math.inf
         pairs = ((size, other.sizes[name]) for name, size in self.sizes.items())
-        return sum(abs(math.log2(max(mine, 1) / max(theirs, 1))) for mine, theirs in pairs)
+        return sum(abs(math.log2(max(size, 1) / max(other_size, 1))) for size, other_size in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The block sizes that may be tried for a problem; `config in space` says whether it may be one of them.
+    """Block sizes that the tuner may try for a problem; `config in space` tells whether one is among them.
 
     Attributes:
-      start: those of the heuristic; fields without an axis stay as they are here.
-      axes: the values that a field may take, in order, beside its own at the start.
-      fits: whether a kernel takes a combination.
+      start: block sizes of the heuristic; fields without an axis keep their values.
+      axes: values to try for a field, in order, besides its value in `start`.
+      fits: returns whether the kernel accepts a combination.
     """
 
     start: Any
@@ -67,7 +70,7 @@ class Space:
     fits: Callable[[Any], bool] = lambda _: True
 
     def values(self, field: str) -> list[Any]:
-        """What a field may be, in order."""
+        """Returns the values that a field may take, in ascending order."""
         return sorted({getattr(self.start, field), *self.axes.get(field, ())})
 
     def __contains__(self, config: Any) -> bool:
@@ -77,35 +80,35 @@ class Space:
         return all(getattr(config, name) in self.values(name) for name in fields) and self.fits(config)
 
     def neighbours(self, config: Any) -> Iterator[Any]:
-        """Those that differ from one in one step along one axis; then in two steps, which pass over a bad one."""
+        """Yields configs that differ by one step along one axis, then by two steps, which skip a bad value."""
         for steps in (1, 2):
             for name in self.axes:
                 values = self.values(name)
-                place = values.index(getattr(config, name))
-                for other in (place + steps, place - steps):
+                index = values.index(getattr(config, name))
+                for other in (index + steps, index - steps):
                     if not 0 <= other < len(values):
                         continue
                     try:
                         changed = dataclasses.replace(config, **{name: values[other]})
                     except ValueError:
-                        continue  # two values that do not go together
+                        continue  # the config rejects this combination
                     if self.fits(changed):
                         yield changed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Tuned block sizes, and what speaks for them.
+    """Tuned block sizes for one problem, with their timings.
 
     Attributes:
-      implementation: whose they are, "triton" for example.
-      kind: of the problem that they were found for.
-      sizes: of that problem.
-      config: the fields of the kernel's `Config`.
-      seconds: of a call with them.
-      heuristic_seconds: of a call with those of the heuristic.
+      implementation: name of the implementation, for example "triton".
+      kind: `TuningKey.kind` of the problem.
+      sizes: `TuningKey.sizes` of the problem.
+      config: fields of the kernel's `Config`.
+      seconds: time of a call with these block sizes.
+      heuristic_seconds: time of a call with the heuristic's block sizes.
       origin: "measured", or "estimated" from the compiler's schedule.
-      versions: of what they were found with.
+      versions: versions of the packages that were used.
     """
 
     implementation: str
@@ -119,39 +122,39 @@ class Entry:
 
     @property
     def key(self) -> TuningKey:
-        """The problem that they were found for."""
+        """Key of the problem that the entry was tuned for."""
         return TuningKey(self.kind, self.sizes)
 
 
-def resolve(operation: str, row: Any, problem: Any, config: Any) -> tuple[Any, str]:
-    """The block sizes of a call, and where they come from.
+def resolve(operation: str, row: Implementation, problem: Problem, config: Any) -> tuple[Any, str]:
+    """Returns the block sizes of a call, and their origin.
 
     Args:
-      operation: its name.
-      row: the `Implementation` that runs it.
-      problem: what is asked for.
-      config: block sizes that the caller insists on, or None.
+      operation: name of the operation.
+      row: the `Implementation` that runs the call.
+      problem: shapes and options of the call.
+      config: block sizes that the caller requires, or None.
 
     Returns:
-      A config of the kernel and one of `SOURCES`; what was given and "" where there is nothing to choose.
+      A config of the kernel and one of `SOURCES`; the caller's config and "" if the implementation has no block sizes.
     """
     if row.heuristic is None:
         return config, ""
     if config is not None:
         return config, "explicit"
     planned = problem.planned()
-    found = tuned(operation, row, planned)
-    return found if found is not None else (row.heuristic(planned), "heuristic")
+    block_sizes = tuned(operation, row, planned)
+    return block_sizes if block_sizes is not None else (row.heuristic(planned), "heuristic")
 
 
-def tuned(operation: str, row: Any, problem: Any) -> tuple[Any, str] | None:
-    """The nearest tuned block sizes that this problem's kernel takes, and "tuned" or "nearest"; None without any."""
+def tuned(operation: str, row: Implementation, problem: Problem) -> tuple[Any, str] | None:
+    """Returns the nearest tuned block sizes that the kernel accepts, with "tuned" or "nearest"; None without any."""
     if row.space is None or row.config_class is None:
         return None
     key = problem.tuning_key()
     entries = [entry for entry in entries_for(operation, target_device_kind()) if entry.implementation == row.name]
     near = [(entry.key.distance(key), entry) for entry in entries]
-    near = sorted((pair for pair in near if pair[0] <= FARTHEST), key=lambda pair: pair[0])
+    near = sorted((pair for pair in near if pair[0] <= MAX_DISTANCE), key=lambda pair: pair[0])
     if not near:
         return None
     space = row.space(problem)
@@ -159,49 +162,49 @@ def tuned(operation: str, row: Any, problem: Any) -> tuple[Any, str] | None:
         try:
             config = row.config_class(**entry.config)
         except (TypeError, ValueError):
-            continue  # of another version of this kernel
+            continue  # tuned for another version of the kernel
         if config in space:
             return config, "tuned" if distance == 0 else "nearest"
     return None
 
 
 def entries_for(operation: str, device_kind: str) -> list[Entry]:
-    """What is tuned for a device: the user's own entries, then those that come with the package."""
-    found: list[Entry] = []
+    """Returns the entries for a device: the user's own, then those of the package."""
+    entries: list[Entry] = []
     for path in (user_file(operation, device_kind), package_file(operation, device_kind)):
         if path is not None and path.is_file():
-            found += _read(path, path.stat().st_mtime_ns)
-    return found
+            entries += _read(path, path.stat().st_mtime_ns)
+    return entries
 
 
 def package_file(operation: str, device_kind: str) -> Path:
-    """Where block sizes for a device come with the package."""
+    """Returns the path of the package's entries for a device."""
     folder = importlib.resources.files("palladion.kernels").joinpath(operation)
     return Path(str(folder)) / "tuned" / f"{file_stem(device_kind)}.json"
 
 
 def user_file(operation: str, device_kind: str) -> Path | None:
-    """Where a user's own block sizes for a device are; None where `$PALLADION_CACHE` is not set."""
+    """Returns the path of the user's own entries for a device; None if `$PALLADION_CACHE` is not set."""
     cache = os.environ.get(CACHE)
     return Path(cache).expanduser() / "tuned" / operation / f"{file_stem(device_kind)}.json" if cache else None
 
 
 def file_stem(device_kind: str) -> str:
-    """A device's name as a file has it: "tpu_v6_lite"."""
+    """Returns a device kind as a file name: "tpu_v6_lite"."""
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, changed: int) -> tuple[Entry, ...]:
-    del changed  # a file that was written anew is read anew
+def _read(path: Path, modified: int) -> tuple[Entry, ...]:
+    del modified  # part of the cache key: a changed file is read again
     return tuple(load(path))
 
 
 def load(path: Path) -> list[Entry]:
-    """The entries of a file.
+    """Returns the entries of a file.
 
     Raises:
-      ValueError: it is not such a file.
+      ValueError: the file does not contain tuned block sizes.
     """
     try:
         return [Entry(**entry) for entry in json.loads(path.read_text())["entries"]]
@@ -210,7 +213,7 @@ def load(path: Path) -> list[Entry]:
 
 
 def save(path: Path, device_kind: str, entries: Sequence[Entry]) -> None:
-    """Adds entries to a file; those for the same problem and kernel are replaced. One entry is one line."""
+    """Adds entries to a file, one per line, and replaces those for the same problem and kernel."""
     kept = {_identity(entry): entry for entry in (load(path) if path.is_file() else [])}
     kept |= {_identity(entry): entry for entry in entries}
     lines = [json.dumps(dataclasses.asdict(kept[identity])) for identity in sorted(kept)]
@@ -221,5 +224,5 @@ def save(path: Path, device_kind: str, entries: Sequence[Entry]) -> None:
     partial.replace(path)
 
 
-def _identity(entry: Entry) -> tuple[Any, ...]:
+def _identity(entry: Entry) -> tuple[object, ...]:
     return entry.implementation, entry.kind, tuple(entry.sizes.items())

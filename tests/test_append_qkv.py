@@ -1,9 +1,10 @@
-"""append_qkv: rotations against float64, what is written to the last bit, and everything else left as it was."""
+"""append_qkv: rotations agree with float64, written numbers are exact, and all other numbers are unchanged."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from typing import Any
@@ -18,9 +19,9 @@ from compiling import options_for
 
 from palladion import KVCache, Unsupported, append_kv, append_qkv, decode_attention
 from palladion.benchmarks.measure.operations import OPERATIONS
-from palladion.kernels.append_kv.triton.call import Config
 from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_qkv.cases import Case
+from palladion.kernels.append_qkv.triton import Config
 from palladion.kernels.backend import Implementation
 from palladion.reference import compare, oracle, rotate
 
@@ -60,13 +61,15 @@ def test_every_case(name: str, row: Implementation):
 
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
-def test_kernels_refuse_no_case(row: Implementation):
-    refused = [case.name for case in (*cases.TESTS, *cases.MODELS) if row.unsupported(case.problem()) is not None]
-    assert refused == []
+def test_kernels_support_every_case(row: Implementation):
+    unsupported = [case.name for case in (*cases.TESTS, *cases.MODELS) if row.unsupported(case.problem()) is not None]
+    assert unsupported == []
 
 
-@pytest.mark.parametrize("block_rows", [1, 4, 256])
-@pytest.mark.parametrize("name", ["multi-query", "prefill", "paged"])
+@pytest.mark.parametrize(
+    ("name", "block_rows"),
+    [*itertools.product(["multi-query", "prefill", "paged"], [1, 4, 256]), ("int8", 4)],
+)
 def test_explicit_blocks(name: str, block_rows: int):
     (row,) = (row for row in KERNELS if row.name == "triton")
     assert_as_defined(row, TESTS[name], config=Config(block_rows))
@@ -105,8 +108,7 @@ def test_one_token_needs_no_q_len(row: Implementation):
     np.testing.assert_array_equal(np.asarray(one_cache.k), np.asarray(cache.k))
 
 
-def test_it_is_what_rotation_and_append_kv_are():
-    """And attention over the cache sees the new tokens."""
+def test_it_equals_rotation_and_append_kv_for_attention():
     inputs = cases.make_inputs(TESTS["verify"])
     kv_heads = inputs.cache.k.shape[1]
     cache = dataclasses.replace(inputs.cache, k=jnp.nan_to_num(inputs.cache.k), v=jnp.nan_to_num(inputs.cache.v))
@@ -133,10 +135,10 @@ def test_batches_of_batches(row: Implementation):
 
 def test_a_donated_cache_is_updated_in_place():
     inputs = cases.make_inputs(TESTS["bfloat16"])
-    places = [inputs.cache.k.unsafe_buffer_pointer(), inputs.cache.v.unsafe_buffer_pointer()]
+    pointers = [inputs.cache.k.unsafe_buffer_pointer(), inputs.cache.v.unsafe_buffer_pointer()]
     append = jax.jit(append_qkv, donate_argnums=0)
     _, new = append(*inputs[:5])
-    assert [new.k.unsafe_buffer_pointer(), new.v.unsafe_buffer_pointer()] == places
+    assert [new.k.unsafe_buffer_pointer(), new.v.unsafe_buffer_pointer()] == pointers
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_wrong_calls(changes: dict[str, Any], message: str):
         append_qkv(**given)
 
 
-def test_what_a_kernel_does_not_cover_is_said():
+def test_unsupported_says_why():
     case = dataclasses.replace(TESTS["float32"], dtype="float16")
     with pytest.raises(Unsupported, match="mosaic_tpu: a float16 cache is not for TPUs"):
         append_qkv(**cases.make_inputs(case)._asdict(), backend="mosaic_tpu", interpret=True)
@@ -178,7 +180,7 @@ def test_bytes_and_flops():
 
 
 @pytest.mark.parametrize("name", ["prefill", "int8", "paged"])
-def test_the_judge_finds_what_is_wrong(name: str):
+def test_the_judge_finds_errors(name: str):
     case, operation = TESTS[name], OPERATIONS["append_qkv"]
     inputs = cases.make_inputs(case)
     q, cache = run(IMPLEMENTATIONS[-1], inputs)
@@ -187,7 +189,7 @@ def test_the_judge_finds_what_is_wrong(name: str):
     assert not operation.judge(case, inputs, (unrotated, cache), (q, cache)).right
     swapped = dataclasses.replace(cache, k=cache.v, v=cache.k)
     assert not operation.judge(case, inputs, (q, swapped), (q, cache)).right
-    # A number that nobody was to touch: the first one of the first layer, page or sequence.
+    # The first number of the first layer, page or sequence, which must not change.
     touched = dataclasses.replace(cache, v=cache.v.at[(0,) * cache.v.ndim].set(7))
     verdict = operation.judge(case, inputs, (q, touched), (q, cache))
     assert verdict.description == "v differs where nothing was to be written"

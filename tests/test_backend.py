@@ -1,4 +1,4 @@
-"""Which implementation a call takes, and what is said where there is none."""
+"""Backends: the implementation that runs a call, and the error if there is none."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def arguments(dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
 
 
 def on(platform: str) -> Any:
-    """As if tracing for a machine that is not here."""
+    """Returns a context that traces for a platform that is not here."""
     kind = {"tpu": "TPU v6 lite", "gpu": "NVIDIA H200"}[platform]
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def chosen(function: Any = decode_attention, *args: Any, **options: Any) -> tuple[str, bool]:
-    """What a call takes while it is traced."""
+    """Returns the backend that a traced call takes, and whether it is interpreted."""
     with record_choices() as choices:
         jax.eval_shape(functools.partial(function, **options), *(args or arguments()))
     return choices[0].backend, choices[0].interpret
 
 
-def test_every_backend_that_an_implementation_has_can_be_named():
+def test_backends_has_the_name_of_every_implementation():
     assert {row.name for row in IMPLEMENTATIONS} <= set(BACKENDS)
 
 
@@ -99,7 +99,7 @@ def test_pallas_does_not_fall_back():
         jax.eval_shape(functools.partial(decode_attention, backend="pallas"), *arguments(jnp.float16))
 
 
-def test_a_backend_without_a_kernel_says_so():
+def test_a_backend_without_a_kernel_is_unsupported():
     with pytest.raises(Unsupported, match="mosaic_gpu: has no kernel for it yet"):
         decode_attention(*arguments(), backend="mosaic_gpu")
     assert issubclass(Unsupported, NotImplementedError)

@@ -255,4 +255,4 @@ def test_a_window_counts_by_what_is_seen_through_it():
     longer = changed(problem, {"max_len": 16384})
     wider = changed(problem, {"sliding_window": 4096})
     assert problem.tuning_key().distance(longer.tuning_key()) == 0
-    assert problem.tuning_key().distance(wider.tuning_key()) > tuning.FARTHEST
+    assert problem.tuning_key().distance(wider.tuning_key()) > tuning.MAX_DISTANCE

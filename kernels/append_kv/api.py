@@ -1,4 +1,4 @@
-"""append_kv: its signature and contract, and the table of what can run it."""
+"""Signature and contract of append_kv, and the table of its implementations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IMPLEMENTATIONS: Final = (
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
-"""Every implementation takes a `Problem` and its `Inputs`, and returns the new cache."""
+"""Implementations of append_kv; each takes a `Problem` and its `Inputs` and returns the new cache."""
 
 
 def append_kv(
@@ -56,31 +56,31 @@ def append_kv(
     config: Any = None,
     interpret: Any = None,
 ) -> KVCache:
-    """Writes the newest tokens of each sequence into its cache, quantizing them where the cache is quantized.
+    """Writes the newest tokens of each sequence into its cache, and quantizes them if the cache is quantized.
 
-    Token i of q_len goes to position lengths - q_len + i: `lengths` are the tokens in the cache once this call is done,
-    as for `decode_attention` after it. Prompts of different lengths are padded in front: what would go to a position
-    below 0 is not written. Lengths outside of 0 to max_len are an error where their values are known; under jit, a
-    token whose position, page or layer does not exist is not written, and nothing else is touched. The cache is updated
-    in place where it is donated. No page may take new tokens of two sequences.
+    Token i of q_len goes to position lengths - q_len + i: `lengths` counts the tokens in the cache after this call, as
+    in the call of `decode_attention` that follows. Prompts of different lengths are padded in front: tokens at
+    positions below 0 are not written. Lengths outside 0 to max_len are an error if their values are known; under jit, a
+    token whose position, page or layer does not exist is not written, and nothing else changes. The cache is updated
+    in place if it is donated. A page may take new tokens of one sequence only.
 
     Args:
       cache: dense or paged; see `KVCache`.
-      k: new keys `[batch, kv_heads, head_dim]` or `[batch, q_len, kv_heads, head_dim]`; float32, bfloat16 or float16.
-      v: new values, in shape and dtype like k.
-      lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included.
-      new_tokens: int32 `[batch]`, how many of a sequence's q_len tokens are real, the last ones; None means all.
-      layer: where the cache's arrays have a leading `[num_layers]`, which of them to write, an int32 scalar.
-      backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
-      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
-      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+      k: new keys, `[batch, kv_heads, head_dim]` or `[batch, q_len, kv_heads, head_dim]`; float32, bfloat16 or float16.
+      v: new values, with the shape and dtype of k.
+      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included.
+      new_tokens: int32 `[batch]`, number of real tokens among each sequence's q_len, the last ones; None means all.
+      layer: int32 scalar, the layer to write if the cache's arrays have a leading `[num_layers]`.
+      backend: one of `palladion.BACKENDS`; None means the backend of `using_backend`, or "auto".
+      config: block sizes of the kernel that `backend` names, of its class `Config`; None chooses.
+      interpret: whether the kernel is interpreted; None interprets if backend="pallas" and the platform is a CPU.
 
     Returns:
       The cache with the new tokens.
 
     Raises:
-      ValueError: shapes, dtypes or lengths do not go together; the message says which.
-      Unsupported: the chosen backend does not cover this call.
+      ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
+      Unsupported: the chosen backend does not support this call.
 
     """
     check(isinstance(cache, KVCache), "cache", type(cache).__name__, "a KVCache")

@@ -13,7 +13,7 @@ from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.reference.caches import KVCache
 
 DEAD_PAGE: Final = 2_147_480_000
-"""What stands in page-table entries past a sequence's last filled page."""
+"""Value of page-table entries after a sequence's last filled page, far outside the cache."""
 
 SPARE_PAGES: Final = 3
 """Pages that belong to no sequence."""
@@ -21,21 +21,21 @@ SPARE_PAGES: Final = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A workload: sizes, dtypes and how full the caches are.
+    """A workload: sizes, dtypes and lengths.
 
     Attributes:
-      name: letters, digits, dashes.
-      batch: sequences.
-      kv_heads: key/value heads.
+      name: name of letters, digits and dashes.
+      batch: number of sequences.
+      kv_heads: number of key/value heads.
       head_dim: width of a head.
-      max_len: tokens that a sequence has room for.
-      q_len: new tokens of each sequence.
+      max_len: most tokens of a sequence.
+      q_len: new tokens per sequence.
       lengths: tokens of each sequence, new ones included; None means full caches.
-      new_tokens: how many of a sequence's q_len tokens are real; None means all.
-      page_size: tokens in a page; None for a dense cache.
-      num_layers: layers stacked in the cache, of which the last is written; None for a cache of one.
-      dtype: of the new keys and values.
-      kv_dtype: of the cache; None means that of the new ones.
+      new_tokens: number of real tokens among each sequence's q_len; None means all.
+      page_size: tokens of a page; None for a dense cache.
+      num_layers: layers stacked in the cache, of which the last is written; None for the cache of one layer.
+      dtype: dtype of the new keys and values.
+      kv_dtype: dtype of the cache; None means that of the new keys and values.
     """
 
     name: str
@@ -53,22 +53,22 @@ class Case:
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
+        """Tokens of each sequence, new ones included."""
         return (self.max_len,) * self.batch if self.lengths is None else self.lengths
 
     def shapes(self) -> Inputs:
-        """The arrays that every implementation takes, without their values: enough to compile."""
+        """Returns the shapes and dtypes of the inputs, which are enough to compile."""
         return jax.eval_shape(lambda: _inputs(self))
 
     def problem(self) -> Problem:
-        """The `Problem` of a call with this case's inputs."""
-        found: list[Problem] = []
-        jax.eval_shape(lambda inputs: found.append(Problem.of(inputs)), self.shapes())
-        return found[0]
+        """Returns the problem of a call with this case's inputs."""
+        problems: list[Problem] = []
+        jax.eval_shape(lambda inputs: problems.append(Problem.of(inputs)), self.shapes())
+        return problems[0]
 
 
 def _inputs(case: Case) -> Inputs:
-    """Empty inputs, on pages in order."""
+    """Returns zeros as inputs, with pages in order."""
     dtype, layers = case.kv_dtype or case.dtype, case.num_layers
     if case.page_size is None:
         cache = KVCache.dense(case.batch, case.kv_heads, case.max_len, case.head_dim, dtype, num_layers=layers)
@@ -89,32 +89,32 @@ def _inputs(case: Case) -> Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Normal-distributed keys and values, one of them zero, for a cache that is full of other numbers, NaN among them.
+    """Returns normal-distributed keys and values, with one zero, and a cache full of other numbers, some of them NaN.
 
-    Pages are permuted, and dead entries of the page table point far outside the cache.
+    Pages are permuted, and page-table entries after a sequence's last page point far outside the cache.
     """
     rng = np.random.default_rng(seed)
     inputs = _inputs(case)
 
-    def noise(part: jax.Array | None) -> jax.Array | None:
-        if part is None:
+    def noise(array: jax.Array | None) -> jax.Array | None:
+        if array is None:
             return None
-        if part.dtype == jnp.int8:
-            return jnp.asarray(rng.integers(-128, 128, part.shape, np.int8))
-        values = rng.standard_normal(part.shape, np.float32)
-        values[rng.random(part.shape, np.float32) < 0.1] = np.nan
-        return jnp.asarray(values).astype(part.dtype)
+        if array.dtype == jnp.int8:
+            return jnp.asarray(rng.integers(-128, 128, array.shape, np.int8))
+        values = rng.standard_normal(array.shape, np.float32)
+        values[rng.random(array.shape, np.float32) < 0.1] = np.nan
+        return jnp.asarray(values).astype(array.dtype)
 
     cache = inputs.cache
-    parts: dict[str, Any] = {name: noise(getattr(cache, name)) for name in ("k", "v", "k_scale", "v_scale")}
+    arrays: dict[str, Any] = {name: noise(getattr(cache, name)) for name in ("k", "v", "k_scale", "v_scale")}
     if cache.page_table is not None:
         pages = rng.permutation(cache.k.shape[-4])[: cache.page_table.size].reshape(cache.page_table.shape)
         filled = np.arange(pages.shape[1]) * cache.k.shape[-2] < np.asarray(case.filled)[:, None]
-        parts["page_table"] = jnp.asarray(np.where(filled, pages, DEAD_PAGE), jnp.int32)
+        arrays["page_table"] = jnp.asarray(np.where(filled, pages, DEAD_PAGE), jnp.int32)
     new = rng.standard_normal((2, *inputs.k.shape), np.float32)
-    new[0, 0, -1, 0] = 0  # has no scale to be divided by
+    new[0, 0, -1, 0] = 0  # a head of zeros, whose scale is 0
     k, v = (jnp.asarray(x).astype(inputs.k.dtype) for x in new)
-    return inputs._replace(cache=dataclasses.replace(cache, **parts), k=k, v=v)
+    return inputs._replace(cache=dataclasses.replace(cache, **arrays), k=k, v=v)
 
 
 _SMALL: Final = Case(name="", batch=3, kv_heads=2, head_dim=128, max_len=256, dtype="float32", lengths=(1, 129, 256))
@@ -152,7 +152,7 @@ TESTS: Final = (
     _small("paged-128-int8", page_size=128, kv_dtype="int8", q_len=3, lengths=(130, 0, 128), num_layers=2),
     _small("paged-prefill-float8", page_size=16, kv_dtype="float8_e5m2", q_len=100, lengths=(256, 70, 101)),
 )
-"""Small, and each with something that goes wrong easily."""
+"""Small cases for tests, each with a property that is easy to get wrong."""
 
 MODELS: Final = (
     Case(name="llama-3-8b", batch=8, kv_heads=8, head_dim=128, max_len=4096, num_layers=4),
@@ -163,4 +163,4 @@ MODELS: Final = (
     Case(name="smollm2-135m", batch=1, kv_heads=3, head_dim=64, max_len=2048, num_layers=30),
     Case(name="gpt-oss-20b-float8", batch=8, kv_heads=8, head_dim=64, max_len=8192, kv_dtype="float8_e4m3fn"),
 )
-"""What real models ask for."""
+"""Cases of real models."""

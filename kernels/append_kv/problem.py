@@ -1,4 +1,4 @@
-"""What an append_kv call asks for: shapes and dtypes, validated before anything is written."""
+"""The problem of an append_kv call: its shapes and dtypes, validated before anything is written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPE
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, in the shapes that every implementation takes.
+    """Arrays of a call, in the shapes that all implementations take.
 
     Attributes:
-      cache: dense or paged, of one layer or of all.
+      cache: dense or paged cache of one layer, or of all layers.
       k: `[batch, q_len, kv_heads, head_dim]`.
       v: like k.
       lengths: int32 `[batch]`.
@@ -38,17 +38,17 @@ class Problem:
     """An append_kv call without its arrays.
 
     Attributes:
-      batch: sequences.
-      q_len: tokens to write for each.
-      kv_heads: key/value heads.
+      batch: number of sequences.
+      q_len: new tokens per sequence.
+      kv_heads: number of key/value heads.
       head_dim: width of a head.
-      max_len: tokens that a sequence has room for.
-      page_size: tokens in a page of a paged cache; None for a dense cache.
-      num_pages: pages of a paged cache; None for a dense cache.
-      num_layers: layers stacked in the cache; None where it is one layer's.
+      max_len: most tokens of a sequence.
+      page_size: tokens of a page; None for a dense cache.
+      num_pages: number of pages; None for a dense cache.
+      num_layers: layers stacked in the cache; None for the cache of one layer.
       x_dtype: dtype of the new keys and values.
       kv_dtype: dtype of the cache.
-      has_new_tokens: whether only the last tokens of each sequence count.
+      has_new_tokens: whether `new_tokens` is given.
     """
 
     batch: int
@@ -65,7 +65,7 @@ class Problem:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays do not go together."""
+        """Returns the problem of a call; raises ValueError, naming the argument, if its arrays do not fit together."""
         cache, k, v, lengths, new_tokens, layer = inputs
         rank = 4 if layer is None else 5
         shape = "[batch or num_pages, kv_heads, max_len or page_size, head_dim]"
@@ -93,11 +93,13 @@ class Problem:
         slabs, cache_heads, rows, cache_dim = cache.k.shape[-4:]
         given = f"{kv_heads} heads of {head_dim}"
         check((kv_heads, head_dim) == (cache_heads, cache_dim), "k", given, f"{cache_heads} heads of {cache_dim}")
-        held = slabs if cache.page_table is None else cache.page_table.shape[0]
-        check(batch == held, "k", f"a batch of {batch}", f"{held}, that of the cache")
-        scaled = dtype_name(cache.k) in QUANTIZED_CACHE_DTYPES
+        sequences = slabs if cache.page_table is None else cache.page_table.shape[0]
+        check(batch == sequences, "k", f"a batch of {batch}", f"{sequences}, that of the cache")
+        needs_scales = dtype_name(cache.k) in QUANTIZED_CACHE_DTYPES
+        accepted = f"{'an array' if needs_scales else 'None'} for a cache in {cache.k.dtype}"
         for name, scales in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
-            check((scales is not None) == scaled, f"cache.{name}", scales is not None, f"{scaled} for {cache.k.dtype}")
+            given = "None" if scales is None else "an array"
+            check((scales is not None) == needs_scales, f"cache.{name}", given, accepted)
         check_lengths(lengths, batch, cache.max_len)
         if new_tokens is not None:
             check_shape("new_tokens", new_tokens, (batch,), "[batch]")
@@ -118,22 +120,27 @@ class Problem:
             has_new_tokens=new_tokens is not None,
         )
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache is quantized."""
+        return self.kv_dtype in QUANTIZED_CACHE_DTYPES
+
     def bytes_moved(self) -> int:
-        """Bytes that must move between memory and chip: the new keys and values, read once and written once."""
+        """Returns the bytes that must move: new keys and values, read once and written once."""
         read = 2 * self.kv_heads * self.head_dim * jnp.dtype(self.x_dtype).itemsize
         written = bytes_per_token(self.kv_heads, self.head_dim, self.kv_dtype)
         return self.batch * self.q_len * (read + written)
 
     def flops(self) -> int:
-        """None: numbers are moved, and scaled at most."""
+        """Returns 0: numbers are copied, and scaled at most."""
         return 0
 
     def planned(self) -> Problem:
-        """The problem by which block sizes are chosen: what is moved does not depend on them."""
+        """Returns the problem that block sizes are chosen for: this one."""
         return self
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns what block sizes depend on."""
         cache = "dense" if self.page_size is None else f"pages of {self.page_size}"
         return TuningKey(
             kind=f"{self.x_dtype} to {self.kv_dtype} {cache}, heads of {self.head_dim}",

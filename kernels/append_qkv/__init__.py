@@ -1,4 +1,4 @@
-"""Rotating joined queries and keys, and writing keys and values into a KV cache."""
+"""append_qkv: rotates the queries and keys of a joined projection and writes keys and values into a KV cache."""
 
 from palladion.kernels.append_qkv.api import IMPLEMENTATIONS, append_qkv
 from palladion.kernels.append_qkv.problem import Inputs, Problem

@@ -1,4 +1,4 @@
-"""append_qkv: its signature and contract, and the table of what can run it."""
+"""Signature and contract of append_qkv, and the table of its implementations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
-from palladion.kernels.append_kv.triton.call import Config
-from palladion.kernels.append_qkv.problem import Inputs, Problem, apart
+from palladion.kernels.append_qkv.problem import Inputs, Problem
 from palladion.kernels.append_qkv.triton import call as triton
+from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.backend import Implementation, dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.reference import KVCache
@@ -21,34 +20,21 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
     return reference(**inputs._asdict())
 
 
-def _mosaic_tpu(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, KVCache]:
-    """On a TPU XLA rotates: its launches are part of one program, and cost next to nothing."""
-    q, rest = apart(inputs)
-    return q, mosaic_tpu.append_kv(problem.append, rest, config=config, interpret=interpret)
-
-
 IMPLEMENTATIONS: Final = (
-    Implementation(
-        "mosaic_tpu",
-        "tpu",
-        lambda problem: mosaic_tpu.unsupported(problem.append),
-        _mosaic_tpu,
-        mosaic_tpu.Config,
-        lambda problem: mosaic_tpu.heuristic(problem.append),
-        lambda problem: mosaic_tpu.space(problem.append),
-    ),
+    # XLA rotates: on a TPU its launches are part of one program and cost next to nothing.
+    RotationInXla("mosaic_tpu").implementation(),
     Implementation(
         "triton",
         "gpu",
         triton.unsupported,
         triton.append_qkv,
-        Config,
+        triton.Config,
         triton.heuristic,
         triton.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
-"""Every implementation takes a `Problem` and its `Inputs`, and returns the queries and the new cache."""
+"""Implementations of append_qkv; each takes a `Problem` and its `Inputs` and returns the queries and the new cache."""
 
 
 def append_qkv(
@@ -66,30 +52,30 @@ def append_qkv(
 ) -> tuple[jax.Array, KVCache]:
     """Rotates the queries and keys of the newest tokens, and writes keys and values into each sequence's cache.
 
-    What stands between a joined projection and attention, at once: rotary positions (the halves of a head paired) and
-    `append_kv`, to whose contract the cache, `lengths`, `new_tokens` and `layer` keep.
+    This is everything between a joined projection and attention: rotary positions (halves of a head paired), then
+    `append_kv`, whose contract holds for the cache, `lengths`, `new_tokens` and `layer`.
 
     Args:
       cache: dense or paged; see `KVCache`.
-      qkv: `[batch, (q_len,) q_heads + 2 * kv_heads, head_dim]`: queries, then keys, then values; float32, bfloat16 or
+      qkv: queries, then keys, then values, `[batch, (q_len,) q_heads + 2 * kv_heads, head_dim]`; float32, bfloat16 or
         float16.
-      lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included.
-      cosine: float32 `[batch, (q_len,) rotary_dim / 2]`, of each new token's position times the frequencies. Feature i
-        of a head is paired with feature i + rotary_dim / 2; features from rotary_dim on stay as they are.
-      sine: like cosine.
-      new_tokens: int32 `[batch]`, how many of a sequence's q_len tokens are real, the last ones; None means all.
-      layer: where the cache's arrays have a leading `[num_layers]`, which of them to write, an int32 scalar.
-      backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
-      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
-      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included.
+      cosine: cosines of each new token's position times the frequencies, float32 `[batch, (q_len,) rotary_dim / 2]`.
+        Feature i of a head is paired with feature i + rotary_dim / 2; features from rotary_dim on stay unchanged.
+      sine: sines, like cosine.
+      new_tokens: int32 `[batch]`, number of real tokens among each sequence's q_len, the last ones; None means all.
+      layer: int32 scalar, the layer to write if the cache's arrays have a leading `[num_layers]`.
+      backend: one of `palladion.BACKENDS`; None means the backend of `using_backend`, or "auto".
+      config: block sizes of the kernel that `backend` names, of its class `Config`; None chooses.
+      interpret: whether the kernel is interpreted; None interprets if backend="pallas" and the platform is a CPU.
 
     Returns:
       The queries `[batch, (q_len,) q_heads, head_dim]`, as `decode_attention` takes them, in qkv's dtype; and the cache
       with the new tokens.
 
     Raises:
-      ValueError: shapes, dtypes or lengths do not go together; the message says which.
-      Unsupported: the chosen backend does not cover this call.
+      ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
+      Unsupported: the chosen backend does not support this call.
 
     Source: RoFormer (arXiv 2104.09864).
     """

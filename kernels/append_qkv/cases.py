@@ -15,18 +15,18 @@ from palladion.kernels.append_qkv.problem import Inputs, Problem
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case(append.Case):
-    """A workload: what is appended, and what comes with it.
+    """A workload of append_kv, with query heads and rotation.
 
     Attributes:
-      q_heads: query heads.
-      rotary_dim: features of a head that are rotated; None for all.
+      q_heads: number of query heads.
+      rotary_dim: number of features of a head that are rotated; None for all.
     """
 
     q_heads: int
     rotary_dim: int | None = None
 
     def shapes(self) -> Any:
-        """The arrays that every implementation takes, without their values: enough to compile."""
+        """Returns the shapes and dtypes of the inputs, which are enough to compile."""
         written = super().shapes()
         pairs = (self.rotary_dim or self.head_dim) // 2
         angles: Any = jax.ShapeDtypeStruct((self.batch, self.q_len, pairs), jnp.float32)
@@ -35,14 +35,14 @@ class Case(append.Case):
         return Inputs(written.cache, qkv, written.lengths, angles, angles, written.new_tokens, written.layer)
 
     def problem(self) -> Any:
-        """The `Problem` of a call with this case's inputs."""
-        found: list[Problem] = []
-        jax.eval_shape(lambda inputs: found.append(Problem.of(inputs)), self.shapes())
-        return found[0]
+        """Returns the problem of a call with this case's inputs."""
+        problems: list[Problem] = []
+        jax.eval_shape(lambda inputs: problems.append(Problem.of(inputs)), self.shapes())
+        return problems[0]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Normal-distributed heads, for a cache that is full of other numbers, NaN among them; see `append_kv`'s."""
+    """Returns normal-distributed heads, with lengths and a cache as in append_kv's `make_inputs`."""
     written = append.make_inputs(case, seed)
     rng = np.random.default_rng(seed + 1)
     q = rng.standard_normal((case.batch, case.q_len, case.q_heads, case.head_dim), np.float32)
@@ -81,7 +81,7 @@ TESTS: Final = (
     _small("prefill", q_len=70, dtype="bfloat16", lengths=(40, 150, 255), new_tokens=(7, 70, 31), num_layers=2),
     _small("paged", page_size=16, max_len=64, q_len=3, dtype="bfloat16", lengths=(1, 17, 50), num_layers=2),
 )
-"""Small, and each with something that goes wrong easily."""
+"""Small cases for tests, each with a property that is easy to get wrong."""
 
 _LLAMA: Final = Case(name="llama-3-8b", batch=1, q_heads=32, kv_heads=8, head_dim=128, max_len=8192)
 
@@ -93,4 +93,4 @@ MODELS: Final = (
     dataclasses.replace(_LLAMA, name="llama-3-8b-prefill", q_len=512, max_len=4096),
     Case(name="smollm2-135m", batch=1, q_heads=9, kv_heads=3, head_dim=64, max_len=2048, num_layers=30),
 )
-"""What real models ask for."""
+"""Cases of real models."""

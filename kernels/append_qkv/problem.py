@@ -1,4 +1,4 @@
-"""What an append_qkv call asks for: shapes and dtypes, validated before anything is written."""
+"""The problem of an append_qkv call: its shapes and dtypes, validated before anything is written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from palladion.reference.caches import KVCache
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, in the shapes that every implementation takes.
+    """Arrays of a call, in the shapes that all implementations take.
 
     Attributes:
-      cache: dense or paged, of one layer or of all.
+      cache: dense or paged cache of one layer, or of all layers.
       qkv: `[batch, q_len, q_heads + 2 * kv_heads, head_dim]`.
       lengths: int32 `[batch]`.
       cosine: float32 `[batch, q_len, rotary_dim / 2]`.
@@ -42,9 +42,9 @@ class Problem:
     """An append_qkv call without its arrays.
 
     Attributes:
-      append: what is written, as `append_kv` has it.
-      q_heads: query heads.
-      rotary_dim: features of a head that are rotated, the first ones.
+      append: append_kv's problem for the new keys and values.
+      q_heads: number of query heads.
+      rotary_dim: number of features of a head that are rotated, the first ones.
     """
 
     append: append.Problem
@@ -53,7 +53,7 @@ class Problem:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays do not go together."""
+        """Returns the problem of a call; raises ValueError, naming the argument, if its arrays do not fit together."""
         cache, qkv, _, cosine, sine, _, _ = inputs
         shape = "[batch, (q_len,) q_heads + 2 * kv_heads, head_dim], each at least 1"
         check(qkv.ndim == 4 and min(qkv.shape) >= 1, "qkv", f"shape {qkv.shape}", shape)
@@ -76,27 +76,32 @@ class Problem:
 
     @property
     def heads(self) -> int:
-        """Of queries, keys and values together."""
+        """Heads of queries, keys and values together."""
         return self.q_heads + 2 * self.append.kv_heads
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache is quantized."""
+        return self.append.quantized
+
     def bytes_moved(self) -> int:
-        """Bytes that must move between memory and chip: all heads and angles read, queries and the cache written."""
+        """Returns the bytes that must move: all heads and angles are read, queries and new tokens are written."""
         p = self.append
         item = jnp.dtype(p.x_dtype).itemsize
         q = p.batch * p.q_len * self.q_heads * p.head_dim * item
         return p.bytes_moved() + 2 * q + p.batch * p.q_len * self.rotary_dim * 4
 
     def flops(self) -> int:
-        """Floating-point operations of the rotations: two multiplications and an addition for each number."""
+        """Returns the floating-point operations of the rotations: two multiplications and an addition per number."""
         p = self.append
         return 3 * p.batch * p.q_len * (self.q_heads + p.kv_heads) * self.rotary_dim
 
     def planned(self) -> Problem:
-        """The problem by which block sizes are chosen: what is moved does not depend on them."""
+        """Returns the problem that block sizes are chosen for: this one."""
         return self
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns what block sizes depend on."""
         key = self.append.tuning_key()
         return dataclasses.replace(key, sizes={**key.sizes, "q_heads": self.q_heads})
 
@@ -104,7 +109,7 @@ class Problem:
         return f"q_heads={self.q_heads}, rotary_dim={self.rotary_dim}, {self.append}"
 
 
-def apart(inputs: Inputs) -> tuple[jax.Array, append.Inputs]:
-    """Queries, and the rest as `append_kv` takes it: for a kernel that leaves the rotation to XLA."""
+def rotate_in_xla(inputs: Inputs) -> tuple[jax.Array, append.Inputs]:
+    """Returns the rotated queries, and append_kv's inputs with the rotated keys, for kernels that do not rotate."""
     q, k, v = split_qkv(inputs.qkv, inputs.cosine, inputs.sine, inputs.cache.k.shape[-3])
     return q, append.Inputs(inputs.cache, k, v, inputs.lengths, inputs.new_tokens, inputs.layer)

@@ -10,6 +10,7 @@ ATTENTION: Final = "kernels/decode_attention"
 ATTENTION_TESTS: Final = "tests/test_decode_attention.py"
 APPEND: Final = "kernels/append_kv"
 APPEND_TESTS: Final = "tests/test_append_kv.py"
+APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
@@ -101,57 +102,57 @@ MUTATIONS: Final = (
     # --- append_kv, append_qkv ---
     Mutation(
         "append-tpu-mask",
-        f"{APPEND}/mosaic_tpu/kernel.py",
+        f"{APPEND}/mosaic_tpu/merge.py",
         "(token + n < end)",
         "(token + n <= end)",
-        (APPEND_TESTS, "-k", "test_every_case and mosaic_tpu"),
+        (APPEND_KERNEL_TESTS, "-k", "test_every_case and mosaic_tpu"),
         "The token after the last new one is overwritten.",
     ),
     Mutation(
-        "append-tpu-members-semaphore",
+        "append-tpu-sequences-semaphore",
         f"{APPEND}/mosaic_tpu/kernel.py",
-        "(place, buffer, arrived.at[at.member])",
-        "(place, buffer, arrived.at[0])",
-        (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
+        "arrived = self.scratch.block_read.at[block.sequence]",
+        "arrived = self.scratch.block_read.at[0]",
+        (SEMAPHORES, APPEND_KERNEL_TESTS, "-k", ORDER),
         "Blocks of a group's second sequence signal the semaphore that the first one is waited for by.",
     ),
     Mutation(
         "append-tpu-leaving-semaphore",
         f"{APPEND}/mosaic_tpu/kernel.py",
-        "(buffer, place, done.at[1])",
-        "(buffer, place, done.at[0])",
-        (SEMAPHORES, APPEND_TESTS, "-k", ORDER),
-        "What leaves for the cache signals the semaphore of the windows that come in.",
+        "written = self.scratch.block_written",
+        "written = self.scratch.new_read",
+        (SEMAPHORES, APPEND_KERNEL_TESTS, "-k", ORDER),
+        "Blocks that are written signal the semaphore of the new tokens that are read.",
     ),
     Mutation(
         "append-tpu-unread-block",
         f"{APPEND}/mosaic_tpu/kernel.py",
-        "@pl.when(at.end - at.begin < parts[number].block)",
-        "@pl.when(at.end - at.begin < parts[number].block - 1)",
-        (APPEND_TESTS, "-k", "(test_every_case or any_lengths) and mosaic_tpu"),
+        "@pl.when(block.end - block.begin < refs.layout.block_tokens)",
+        "@pl.when(block.end - block.begin < refs.layout.block_tokens - 1)",
+        (APPEND_KERNEL_TESTS, "-k", "(test_every_case or any_lengths) and mosaic_tpu"),
         "A block of which one token stays is not read before it is written.",
     ),
     Mutation(
         "append-gpu-past-the-end",
-        f"{APPEND}/triton/call.py",
-        "return begin, jnp.minimum(problem.q_len - length + problem.max_len, problem.q_len)",
-        "return begin, jnp.full_like(length, problem.q_len)",
+        f"{APPEND}/destinations.py",
+        "return jnp.maximum(length - new, 0), jnp.minimum(length, problem.max_len)",
+        "return jnp.maximum(length - new, 0), length",
         (APPEND_TESTS, "-k", "outside_the_cache and triton"),
         "Tokens past the end of the cache are written into its last row.",
     ),
     Mutation(
         "append-gpu-new-tokens",
-        f"{APPEND}/triton/call.py",
-        "begin = jnp.maximum(begin, problem.q_len - jnp.clip(new_tokens, 0, problem.q_len))",
-        "begin = problem.q_len - new_tokens",
+        f"{APPEND}/destinations.py",
+        "return jnp.maximum(length - new, 0), jnp.minimum",
+        "return length - new, jnp.minimum",
         (APPEND_TESTS, "-k", "writes_what_is_new and triton"),
         "Padding in front of a short prompt is written where new_tokens counts it.",
     ),
     Mutation(
         "append-qkv-gpu-rotates-values",
-        "kernels/append_qkv/triton/call.py",
-        "turned = wide & (head < key_heads)[:, None]",
-        "turned = wide & (head <= key_heads)[:, None]",
+        "kernels/append_qkv/triton/kernel.py",
+        "rotated = in_row & (head < key_heads_end)[:, None]",
+        "rotated = in_row & (head <= key_heads_end)[:, None]",
         ("tests/test_append_qkv.py", "-k", "test_every_case and triton"),
         "The first head of the values is rotated, too.",
     ),

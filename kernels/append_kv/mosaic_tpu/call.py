@@ -1,31 +1,32 @@
-"""append_kv on a TPU: new tokens go where they belong in the cache, and only what they touch is moved.
+"""append_kv on a TPU: writes new tokens into the cache and moves only the blocks that they touch.
 
-For every sequence b, token i of q_len, in all KV heads:
+For every sequence b and token i of q_len, in all KV heads:
 
-    cache[layer, slab, :, row] = new[b, i]      position = lengths[b] - q_len + i, where it is to be written at all
-                                                slab, row = b, position; or the page that holds it, and its row there
+    cache[layer, slab, :, row] = new[b, i]      position = lengths[b] - q_len + i
+                                                slab, row = b, position                          dense
+                                                            page of the position, offset in it   paged
 
-The cache stays in HBM and is the result too. What moves are blocks of tokens of one sequence: one that is partly new
-comes in, takes its new tokens and goes back; one that is all new only goes back. Where tokens lie along the sublanes,
-a block may be as small as a row of 32-bit words: one float32, two bfloat16 or four 8-bit tokens. Where they lie along
-the lanes (scales, and a head_dim that would be padded: `tpu_layout.minor_axes`) it is a tile of 128 tokens. No block
-has tokens of two sequences: none waits for another.
+The cache stays in HBM and is aliased with the output. Blocks of tokens move; a block belongs to one sequence, so that
+no block waits for another. A block that is partly new is read, merged with the new tokens and written back; one that
+is all new is only written. Where tokens lie along the sublanes, the smallest block is a row of 32-bit words: one
+float32, two bfloat16 or four 8-bit tokens. Where they lie along the lanes (scales, and a head_dim that would be padded:
+`tpu_layout.minor_axes`) it is a tile of 128 tokens.
 
-Grid: (shares of the KV heads; groups of sequences), as large as VMEM allows: mostly one step does it all. A step starts
-everything that it reads, merges sequence after sequence as they arrive, and waits for what it writes at its end.
+Grid: (shares of the KV heads, groups of sequences), with steps as large as VMEM allows: mostly there is one. A step
+starts all reads, merges sequence after sequence as they arrive, and waits for all writes at the end.
 
-Resident in VMEM: the blocks, and the new tokens of the group: along the same axis as in the cache but one sequence
-after the other, from where they are rolled into place. The one token of a step of decoding comes in words that it fills
-instead, which need no moving. All of it is bits in 32-bit words, whatever the dtype: no number is converted. Quantizing
-is left to XLA, before: new tokens are few.
+VMEM holds the blocks and the group's new tokens. New tokens lie along the same axis as in the cache, one sequence after
+the other, and are rolled into position; the only new token of a decoding step comes broadcast over the words of its
+block instead and needs no roll. Merging works on 32-bit words, whatever the dtype: no number is converted. XLA
+quantizes the new tokens before.
 
-Bound by the latency of memory: a step of decoding waits for it twice, and moves a kilobyte for each key and value of a
-head.
+Bound by memory latency: a decoding step waits for memory twice, and moves a kilobyte for each key and value of a head.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -33,39 +34,47 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from palladion.kernels.append_kv.mosaic_tpu.kernel import Part, kernel
+from palladion.kernels.append_kv.destinations import bounded_length, destinations, written_positions
+from palladion.kernels.append_kv.mosaic_tpu.kernel import CacheArrays, KeysAndValues, Scalars, Scratch, kernel
+from palladion.kernels.append_kv.mosaic_tpu.layout import (
+    MAX_WHOLE_SLAB,
+    BlockLayout,
+    BlockLayouts,
+    block_layouts,
+    cache_shape,
+    lane_block,
+    slab_tokens,
+    smallest_block,
+    tokens_along_lanes,
+)
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
-from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, round_up, tile_rows
+from palladion.kernels.devices import vmem_budget
+from palladion.kernels.integers import divisors
+from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes
 from palladion.kernels.tuning import Space
-from palladion.reference.caches import QUANTIZED_CACHE_DTYPES, KVCache, quantize_kv
+from palladion.reference.caches import KVCache, quantize_kv
 
 MAX_BLOCK: Final = 64
-"""Tokens that are moved at a time where many are written: few transfers, and not much at either end for nothing."""
-
-MAX_WHOLE: Final = 512
-"""Tokens along the lanes that are moved in one piece where they do not divide into tiles."""
+"""Most tokens that the heuristic moves at once: few transfers, and little that moves in vain at either end."""
 
 MAX_SEQUENCES: Final = 256
-"""Sequences of a grid step: each has a semaphore."""
+"""Most sequences of a grid step: each has a semaphore."""
 
-VMEM_BYTES: Final = 12 * 2**20
-"""What all blocks may take: three quarters of what the smallest TPU has (v4, 16 MB)."""
-
-SMEM_BYTES: Final = 512 * 2**10
-"""What a page table may take: half of it all."""
+PAGE_TABLE_BYTES: Final = 512 * 2**10
+"""Most bytes of a page table: half of a TPU's SMEM."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How much is moved at a time.
+    """Block sizes.
 
     Attributes:
-      block: tokens of keys and values in a block: where they lie along the sublanes a power of two that divides max_len
-        or page_size and fills 32-bit words; along the lanes 128, or all of them.
-      sequences: of a grid step.
-      heads: KV heads of a grid step, a divisor of all.
+      block: tokens of keys and values in a block. Where tokens lie along the sublanes, a power of two that divides
+        max_len or page_size and fills 32-bit words; along the lanes 128, or all tokens of a page or sequence.
+      sequences: sequences per grid step.
+      heads: KV heads per grid step, a divisor of all.
     """
 
     block: int
@@ -78,237 +87,217 @@ class Config:
 
 
 def heuristic(problem: Problem) -> Config:
-    """The fewest grid steps that fit into the VMEM of every generation."""
+    """Returns block sizes with the fewest grid steps that fit the VMEM of every generation."""
     p = problem
-    block = _least_block(p)
-    if not _tokens_last(p):
-        while block < min(p.q_len, MAX_BLOCK) and _rows(p) % (2 * block) == 0:
+    block = smallest_block(p)
+    if not tokens_along_lanes(p):
+        while block < min(p.q_len, MAX_BLOCK) and slab_tokens(p) % (2 * block) == 0:
             block *= 2
-    shares = [heads for heads in range(p.kv_heads, 0, -1) if p.kv_heads % heads == 0]
     most = min(p.batch, MAX_SEQUENCES)
     groups = [most, *(1 << n for n in reversed(range((most - 1).bit_length())))]
-    configs = [Config(block, sequences, heads) for heads in shares for sequences in groups]
-    return next((config for config in configs if _vmem_bytes(p, config) <= VMEM_BYTES), configs[-1])
-
-
-def _rows(problem: Problem) -> int:
-    """Tokens of a page, or of a whole dense cache: what is in one piece in memory."""
-    return problem.page_size or problem.max_len
-
-
-def _cache_shape(problem: Problem) -> tuple[int, ...]:
-    """That of keys and values, with layers."""
-    p = problem
-    return (p.num_layers or 1, p.num_pages or p.batch, p.kv_heads, _rows(p), p.head_dim)
-
-
-def _tokens_last(problem: Problem) -> bool:
-    """Whether keys and values are `[…, head_dim, tokens]` in memory."""
-    return minor_axes(_cache_shape(problem), problem.kv_dtype) == (4, 3)
-
-
-def _lane_block(problem: Problem) -> int:
-    """The tokens that are moved at a time where they lie along the lanes."""
-    return LANES if _rows(problem) % LANES == 0 else _rows(problem)
-
-
-def _least_block(problem: Problem) -> int:
-    """The fewest tokens of keys and values that can be moved at a time."""
-    p = problem
-    return _lane_block(p) if _tokens_last(p) else 4 // jnp.dtype(p.kv_dtype).itemsize
-
-
-def _writes_scales(problem: Problem) -> bool:
-    """Whether scales have their tokens along the lanes in memory; those of short pages have their pages there."""
-    in_lanes = minor_axes(_cache_shape(problem)[:-1], "float32")[1] == 3
-    return problem.kv_dtype in QUANTIZED_CACHE_DTYPES and in_lanes and _lane_block(problem) <= MAX_WHOLE
-
-
-def _parts(problem: Problem, config: Config) -> tuple[Part, ...]:
-    """Keys and values, and scales where the kernel writes them."""
-    p = problem
-    groups, tokens = pl.cdiv(p.batch, config.sequences), config.sequences * p.q_len
-
-    def part(
-        shape: tuple[int, ...], axis: int, swapped: tuple[int, int] | None, dtype: str, block: int, spread: bool
-    ) -> Part:
-        unit = LANES if axis == len(shape) - 1 else tile_rows(dtype)
-        taken = round_up(max(min(block, p.q_len) + unit - 1, block), unit)
-        # Groups may begin in the middle of a tile.
-        window = max(taken, round_up(tokens if groups == 1 or tokens % unit == 0 else tokens + unit - 1, unit))
-        total = max(window, round_up(p.batch * p.q_len, unit))
-        if spread:
-            window, total = config.sequences, groups * config.sequences
-        blocks = (p.q_len + block - 2) // block + 1
-        return Part(shape, axis, swapped, dtype, _rows(p), block, blocks, spread, unit, taken, window, total)
-
-    one_token, heads = p.q_len == 1, config.heads
-    if _tokens_last(p):
-        parts = [part((heads, p.head_dim, 1), 2, (3, 4), p.kv_dtype, config.block, spread=False)]
-    else:
-        spread = one_token and config.block == _least_block(p)
-        parts = [part((heads, 1, p.head_dim), 1, None, p.kv_dtype, config.block, spread)]
-    if _writes_scales(p):
-        # Where there are fewer sequences than would fill the tiles of KV heads, XLA may have them in these instead.
-        slabs_last = minor_axes(_cache_shape(p)[:-1], "float32") == (1, 3)
-        shape = (heads, 1, 1) if slabs_last else (heads, 1)
-        swapped = (1, 2) if slabs_last else None
-        parts.append(part(shape, len(shape) - 1, swapped, "float32", _lane_block(p), one_token))
-    return tuple(parts)
-
-
-def _vmem_bytes(problem: Problem, config: Config) -> int:
-    return sum(part.vmem_bytes(config.sequences) for part in _parts(problem, config))
+    configs = [Config(block, sequences, heads) for heads in reversed(divisors(p.kv_heads)) for sequences in groups]
+    return next((config for config in configs if _vmem_bytes(p, config) <= vmem_budget()), configs[-1])
 
 
 def space(problem: Problem) -> Space:
-    """Sequences and heads of a grid step."""
+    """Returns the sequences and heads per grid step that the tuner may try."""
     p, start = problem, heuristic(problem)
     sequences = [1 << n for n in range(9) if 1 << n <= p.batch]
-    heads = [n for n in range(1, p.kv_heads + 1) if p.kv_heads % n == 0]
-    return Space(start, {"sequences": sequences, "heads": heads}, lambda config: fits(p, config))
+    return Space(start, {"sequences": sequences, "heads": divisors(p.kv_heads)}, lambda config: fits(p, config))
 
 
 def unsupported(problem: Problem) -> str | None:
-    """What of a problem this kernel does not cover, or None."""
-    p, rows = problem, _rows(problem)
+    """Returns why this backend cannot run the problem, or None."""
+    p, tokens = problem, slab_tokens(problem)
     name = "max_len" if p.page_size is None else "page_size"
     if p.kv_dtype == "float16":
         return "a float16 cache is not for TPUs: float32, bfloat16, int8 and float8 are"
     if p.head_dim % SUBLANES:
         return f"head_dim must be a multiple of {SUBLANES}, got {p.head_dim}"
-    if minor_axes(_cache_shape(p), p.kv_dtype) not in ((3, 4), (4, 3)):
-        given = f"a cache of {_cache_shape(p)[1:]} in {p.kv_dtype}"
-        return f"XLA keeps {given} in an order of its own, which {name} a multiple of {LANES} prevents"
-    if _tokens_last(p) and _lane_block(p) > MAX_WHOLE:
-        return f"{name} must be a multiple of {LANES} with head_dim = {p.head_dim}, got {rows}"
-    if rows % _least_block(p):
-        return f"{name} must be a multiple of {_least_block(p)} in {p.kv_dtype}, got {rows}"
+    if minor_axes(cache_shape(p), p.kv_dtype) not in ((3, 4), (4, 3)):
+        given = f"a cache of {cache_shape(p)[1:]} in {p.kv_dtype}"
+        return f"{name} must be a multiple of {LANES}, got {tokens}: XLA lays out {given} in another order of axes"
+    if tokens_along_lanes(p) and lane_block(p) > MAX_WHOLE_SLAB:
+        return f"{name} must be a multiple of {LANES} with head_dim = {p.head_dim}, got {tokens}"
+    if tokens % smallest_block(p):
+        return f"{name} must be a multiple of {smallest_block(p)} in {p.kv_dtype}, got {tokens}"
     table = 0 if p.page_size is None else 4 * p.batch * (p.max_len // p.page_size)
-    if table > SMEM_BYTES:
-        return f"a page table must fit into {SMEM_BYTES >> 10} KiB, got {table >> 10}; larger pages make it smaller"
+    if table > PAGE_TABLE_BYTES:
+        return f"a page table must fit into {PAGE_TABLE_BYTES >> 10} KiB, got {table >> 10}: use larger pages"
     least = _vmem_bytes(p, heuristic(p))
-    if least > VMEM_BYTES:
+    if least > vmem_budget():
         given = f"q_len = {p.q_len} takes {least >> 20}"
-        return f"a sequence's new tokens must fit into {VMEM_BYTES >> 20} MiB, {given}: append fewer at a time"
+        return f"the new tokens of a sequence must fit into {vmem_budget() >> 20} MiB, {given}: append fewer per call"
     return None
 
 
 def fits(problem: Problem, config: Config) -> bool:
-    """Whether a problem can be cut like that, in the VMEM that there is."""
+    """Returns whether the block sizes are valid for a problem and fit into VMEM."""
     try:
         _check_config(problem, config)
     except ValueError:
         return False
-    return _vmem_bytes(problem, config) <= VMEM_BYTES
+    return _vmem_bytes(problem, config) <= vmem_budget()
 
 
 def _check_config(problem: Problem, config: Config) -> None:
-    """Raises ValueError where a problem cannot be cut like that."""
-    p, rows, least = problem, _rows(problem), _least_block(problem)
-    powers = [least << n for n in range(rows.bit_length()) if rows % (least << n) == 0]
-    blocks = [least] if _tokens_last(p) else powers
+    """Raises ValueError where block sizes are not valid for a problem."""
+    p, tokens, least = problem, slab_tokens(problem), smallest_block(problem)
+    powers = [least << n for n in range(tokens.bit_length()) if tokens % (least << n) == 0]
+    blocks = [least] if tokens_along_lanes(p) else powers
     check(config.block in blocks, "config.block", config.block, f"one of {blocks} for this cache")
     most = min(p.batch, MAX_SEQUENCES)
     check(config.sequences <= most, "config.sequences", config.sequences, f"at most {most} for this batch")
     check(p.kv_heads % config.heads == 0, "config.heads", config.heads, f"a divisor of the {p.kv_heads} KV heads")
 
 
+def _layouts(problem: Problem, config: Config) -> BlockLayouts:
+    return block_layouts(problem, block_tokens=config.block, sequences=config.sequences, heads=config.heads)
+
+
+def _vmem_bytes(problem: Problem, config: Config) -> int:
+    return _layouts(problem, config).vmem_bytes(config.sequences)
+
+
 def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> KVCache:
     """Runs the kernel; see `palladion.append_kv` for the contract."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_tpu.Config or None")
-    p, cache = problem, inputs.cache
-    config = config or heuristic(p)
-    _check_config(p, config)
-    parts = _parts(p, config)
+    config = config or heuristic(problem)
+    _check_config(problem, config)
+    layouts, cache = _layouts(problem, config), inputs.cache
     (k, k_scale), (v, v_scale) = (quantize_kv(x, cache.k.dtype) for x in (inputs.k, inputs.v))
-    tokens = [x for x in (k, v, k_scale, v_scale) if x is not None]
-    arrays = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x is not None]
-    by_array = [part for part in parts for _ in range(2)]
-    new = [_as_window(x, part) for x, part in zip(tokens, by_array, strict=False)]
-    taken = [_as_kernel(x, part, inputs.layer) for x, part in zip(arrays, by_array, strict=False)]
+    written = _write_blocks(
+        problem,
+        inputs,
+        new=CacheArrays(KeysAndValues(k, v), KeysAndValues(k_scale, v_scale)),
+        layouts=layouts,
+        config=config,
+        interpret=interpret,
+    )
+    k_scales, v_scales = cache.k_scale, cache.v_scale
+    if written.scales is not None:
+        k_scales, v_scales = written.scales
+    elif k_scale is not None and v_scale is not None and k_scales is not None and v_scales is not None:
+        k_scales = _scatter_scales(problem, inputs, k_scales, k_scale)
+        v_scales = _scatter_scales(problem, inputs, v_scales, v_scale)
+    return dataclasses.replace(cache, k=written.kv.keys, v=written.kv.values, k_scale=k_scales, v_scale=v_scales)
 
-    scalars = [jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None], inputs.lengths]
-    if inputs.new_tokens is not None:
-        scalars.append(inputs.new_tokens)
-    if cache.page_table is not None:
-        scalars.append(cache.page_table.reshape(-1))
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    windows = [part.new(part.window) for part in by_array]
-    blocks = [(config.sequences, part.blocks, *part.sized(part.block)) for part in by_array]
-    results = pl.pallas_call(
-        fresh_kernel(kernel, problem=p, parts=parts, sequences=config.sequences),
+
+def _write_blocks(
+    problem: Problem, inputs: Inputs, *, new: CacheArrays, layouts: BlockLayouts, config: Config, interpret: Any
+) -> CacheArrays:
+    """Runs the kernel and returns the arrays of the cache that it writes; None for scales that it does not."""
+    p, cache, layer = problem, inputs.cache, inputs.layer
+    old = CacheArrays(KeysAndValues(cache.k, cache.v), KeysAndValues(cache.k_scale, cache.v_scale))
+    new = _map_arrays(_new_tokens_in_layout, layouts, new)
+    old = _map_arrays(lambda layout, array: _to_kernel(layout, array, layer), layouts, old)
+    scalars = Scalars(
+        layer=jnp.zeros(1, jnp.int32) if layer is None else layer[None],
+        lengths=inputs.lengths,
+        new_tokens=inputs.new_tokens,
+        page_table=None if cache.page_table is None else cache.page_table.reshape(-1),
+    )
+
+    def new_scratch(layout: BlockLayout, _: jax.Array) -> Any:
+        tokens = layout.new_tokens(layout.buffer_tokens)
+        return pltpu.VMEM(tokens.shape, tokens.dtype)
+
+    def block_scratch(layout: BlockLayout, _: jax.Array) -> Any:
+        block = layout.shape(layout.block_tokens)
+        return pltpu.VMEM((config.sequences, layout.max_blocks, *block), jnp.dtype(layout.dtype))
+
+    scratch = Scratch(
+        new=_map_arrays(new_scratch, layouts, new),
+        blocks=_map_arrays(block_scratch, layouts, new),
+        block_read=pltpu.SemaphoreType.DMA((config.sequences,)),
+        new_read=pltpu.SemaphoreType.DMA(()),
+        block_written=pltpu.SemaphoreType.DMA(()),
+    )
+    in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), old)
+    first_alias = len(jax.tree.leaves((scalars, new)))
+    (written,) = pl.pallas_call(
+        fresh_kernel(kernel, problem=p, layouts=layouts, group_size=config.sequences),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=1,
             grid=(p.kv_heads // config.heads, pl.cdiv(p.batch, config.sequences)),
-            in_specs=[hbm] * (2 * len(taken)),
-            out_specs=[hbm] * len(taken),
-            scratch_shapes=[
-                *[pltpu.VMEM(window.shape, window.dtype) for window in windows],
-                *[pltpu.VMEM(shape, part.dtype) for shape, part in zip(blocks, by_array, strict=True)],
-                pltpu.SemaphoreType.DMA((config.sequences,)),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
+            in_specs=[in_hbm, in_hbm],
+            out_specs=(in_hbm,),
+            scratch_shapes=[scratch],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in taken],
-        input_output_aliases={len(scalars) + len(new) + n: n for n in range(len(taken))},
+        out_shape=(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), old),),
+        input_output_aliases={first_alias + n: n for n in range(len(jax.tree.leaves(old)))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=p.bytes_moved(), transcendentals=0),
         interpret=interpret,
         name=f"append_kv_q{p.q_len}_block{config.block}",
-    )(*scalars, *new, *taken)
-    written = [_from_kernel(x, part, inputs.layer) for x, part in zip(results, by_array, strict=True)]
-    for array, x in zip(arrays[len(written) :], tokens[len(written) :], strict=True):
-        written.append(_scatter(p, inputs, array, x))
-    names = ("k", "v", "k_scale", "v_scale")[: len(written)]
-    return dataclasses.replace(cache, **dict(zip(names, written, strict=True)))
+    )(scalars, new, old)
+    return _map_arrays(lambda layout, array: _from_kernel(layout, array, layer), layouts, written)
 
 
-def _as_kernel(x: jax.Array, part: Part, layer: jax.Array | None) -> jax.Array:
-    """An array of the cache with layers, and its axes in the order that they have in memory."""
-    x = x[None] if layer is None else x
-    return x if part.swapped is None else jnp.swapaxes(x, *part.swapped)
+def _map_arrays(
+    function: Callable[[BlockLayout, jax.Array], Any], layouts: BlockLayouts, arrays: CacheArrays
+) -> CacheArrays:
+    """Returns a function of each array and its layout; None for scales without a layout."""
+
+    def of_pair(layout: BlockLayout, pair: KeysAndValues) -> KeysAndValues:
+        return KeysAndValues(function(layout, pair.keys), function(layout, pair.values))
+
+    scales = None if layouts.scales is None else of_pair(layouts.scales, arrays.scales)
+    return CacheArrays(of_pair(layouts.kv, arrays.kv), scales)
 
 
-def _from_kernel(x: jax.Array, part: Part, layer: jax.Array | None) -> jax.Array:
-    """The reverse of `_as_kernel`."""
-    x = x if part.swapped is None else jnp.swapaxes(x, *part.swapped)
-    return x[0] if layer is None else x
+def _to_kernel(layout: BlockLayout, array: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Returns an array of the cache with a layer axis, and its axes in the order that they have in memory."""
+    array = array[None] if layer is None else array
+    return array if layout.swapped_axes is None else jnp.swapaxes(array, *layout.swapped_axes)
 
 
-def _as_window(x: jax.Array, part: Part) -> jax.Array:
-    """New tokens `[batch, q_len, kv_heads, (head_dim)]` as `Part.new` says, with all heads."""
+def _from_kernel(layout: BlockLayout, array: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Reverses `_to_kernel`."""
+    array = array if layout.swapped_axes is None else jnp.swapaxes(array, *layout.swapped_axes)
+    return array[0] if layer is None else array
+
+
+def _new_tokens_in_layout(layout: BlockLayout, x: jax.Array) -> jax.Array:
+    """Returns new tokens `[batch, q_len, kv_heads, (head_dim)]` as `layout.new_tokens` describes, with all KV heads."""
     x = x.reshape(-1, *x.shape[2:])  # [tokens, kv_heads, (head_dim)]
-    x = jnp.pad(x, ((0, part.total - len(x)), *[(0, 0)] * (x.ndim - 1)))
-    if part.spread:
-        # A number as often as a word holds it, or one for each place along the lanes.
-        x = x if x.ndim == 3 else jnp.broadcast_to(x[..., None], (*x.shape, part.block))
-        bits = jax.lax.bitcast_convert_type(x, f"uint{32 // part.pack}").astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(bits * {1: 1, 2: 0x10001, 4: 0x1010101}[part.pack], jnp.int32)
-    x = x if x.ndim == len(part.shape) else x[..., None]  # scales where slabs follow the heads
-    return jnp.moveaxis(x, 0, part.axis)
+    x = jnp.pad(x, ((0, layout.total_tokens - len(x)), *[(0, 0)] * (x.ndim - 1)))
+    if layout.broadcast:
+        if x.ndim == 2:  # scales: one word for each token of a block
+            x = jnp.broadcast_to(x[..., None], (*x.shape, layout.block_tokens))
+        per_word = layout.tokens_per_word
+        bits = jax.lax.bitcast_convert_type(x, f"uint{32 // per_word}").astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits * {1: 1, 2: 0x10001, 4: 0x1010101}[per_word], jnp.int32)
+    if x.ndim < len(layout.token_shape):  # scales whose slab axis follows the heads
+        x = x[..., None]
+    return jnp.moveaxis(x, 0, layout.token_axis)
 
 
-def _scatter(problem: Problem, inputs: Inputs, target: jax.Array, new: jax.Array) -> jax.Array:
-    """Scales `[(layers,) slabs, kv_heads, tokens]` with the new ones, `[batch, q_len, kv_heads]`, by XLA.
+def _scatter_scales(problem: Problem, inputs: Inputs, scales: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns scales `[(num_layers,) slabs, kv_heads, tokens]` with new ones `[batch, q_len, kv_heads]`, by XLA.
 
-    One number at a time: written by the token, XLA would have the array in another order, heads along the lanes, and
-    copy it around the program.
+    XLA writes one number at a time: if it wrote a token at a time, it would lay out the array with heads along the
+    lanes and copy it before and after.
     """
-    p, rows = problem, _rows(problem)
-    lengths = jnp.clip(inputs.lengths, 0, p.max_len + p.q_len)[:, None]  # [batch, 1]
-    position = lengths - p.q_len + jnp.arange(p.q_len, dtype=jnp.int32)  # [batch, q_len]
-    first = lengths - (p.q_len if inputs.new_tokens is None else jnp.clip(inputs.new_tokens, 0, p.q_len)[:, None])
-    is_new = (position >= jnp.maximum(first, 0)) & (position < p.max_len)
-    slab = jnp.broadcast_to(jnp.arange(p.batch, dtype=jnp.int32)[:, None], position.shape)
-    if inputs.cache.page_table is not None:
-        page = jnp.clip(position // rows, 0, p.max_len // rows - 1)
-        slab = jnp.take_along_axis(inputs.cache.page_table, page, axis=1)
-        is_new &= (slab >= 0) & (slab < inputs.cache.k.shape[-4])
-    if inputs.layer is not None:
-        is_new &= (inputs.layer >= 0) & (inputs.layer < inputs.cache.k.shape[0])
-    # An index past the end is dropped.
-    row = jnp.where(is_new, position % rows, rows)
+    p, cache = problem, inputs.cache
+    length = bounded_length(p, inputs.lengths)[:, None]  # [batch, 1]
+    new_tokens = None if inputs.new_tokens is None else inputs.new_tokens[:, None]
+    first, end = written_positions(p, length, new_tokens)
+    position = length - p.q_len + jnp.arange(p.q_len, dtype=jnp.int32)  # [batch, q_len]
+
+    def load_page(page: jax.Array, _: jax.Array) -> jax.Array:
+        assert cache.page_table is not None
+        return jnp.take_along_axis(cache.page_table, page, axis=1)
+
+    slab, row, written = destinations(
+        p,
+        sequence=jnp.arange(p.batch, dtype=jnp.int32)[:, None],
+        layer=inputs.layer,
+        position=position,
+        written=(position >= first) & (position < end),
+        load_page=load_page,
+    )
+    row = jnp.where(written, row, slab_tokens(p))  # the scatter drops indices out of bounds
     stacked = () if inputs.layer is None else (inputs.layer,)
-    place = (*stacked, slab[..., None], jnp.arange(p.kv_heads), row[..., None])
-    return target.at[place].set(new, mode="drop", unique_indices=True)
+    index = (*stacked, slab[..., None], jnp.arange(p.kv_heads), row[..., None])
+    return scales.at[index].set(new, mode="drop", unique_indices=True)

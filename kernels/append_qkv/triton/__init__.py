@@ -1,1 +1,5 @@
-"""The GPU kernel of append_qkv, in Triton. Its block sizes are those of append_kv."""
+"""The GPU kernel of append_qkv, in Triton."""
+
+from palladion.kernels.append_qkv.triton.call import Config
+
+__all__ = ["Config"]
