@@ -175,7 +175,7 @@ def test_what_is_no_regular_file(tmp_path: Path, name: str, make: Any) -> None:
     byte_level_folder(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     make(tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+    with pytest.raises(CheckpointError, match=f"{name}: is not a regular file"):
         Tokenizer.from_folder(tmp_path)
 
 
