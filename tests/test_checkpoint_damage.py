@@ -300,6 +300,31 @@ def test_damaged_generation_config(tmp_path: Path) -> None:
         loads_or_says_why(path, f"eos_token_id: {value!r:.50}")
 
 
+TOKENIZER_KEYS = (
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "bos_token",
+    "chat_template",
+    "extra_special_tokens",
+    "legacy",
+    "pad_token",
+    "sep_token",
+    "tokenizer_class",
+)
+
+
+def test_damaged_tokenizer_config(tmp_path: Path) -> None:
+    path = hugging_face_folder(tmp_path)
+    loaded = {}
+    for key in TOKENIZER_KEYS:
+        for value in JSON_VALUES:
+            (path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+            loaded[key, repr(value)] = loads_or_says_why(path, f"{key}: {value!r:.50}")
+    assert loaded["bos_token", "None"]
+    assert not loaded["bos_token", "1"]
+    assert not loaded["added_tokens_decoder", "{'a': 1}"]
+
+
 def test_damaged_index(tmp_path: Path) -> None:
     path = hugging_face_folder(tmp_path)
     (path / "model.safetensors").rename(path / "part.safetensors")
