@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ PREFILL_CHUNKS: Final = (128, 16)
 
 STEPS_PER_DISPATCH: Final = 16
 """Most decode steps per dispatch: enough to hide the dispatch, few enough that streamed text does not stutter."""
+
+ProgramKey = Literal["decode"] | tuple[Literal["prefill"], int]
+"""A compiled program: decode, or prefill of a number of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Engine:
       batch: number of sequences.
       max_len: tokens that each sequence has room for.
       cache_like: shapes and dtypes of the KV cache.
-      programs: compiled programs by key: "decode", or ("prefill", tokens).
+      programs: compiled programs by key.
       compile_seconds: time spent compiling them.
     """
 
@@ -104,7 +107,7 @@ class Engine:
             forward, config=config, dtype=options.dtype, backend=options.backend, interpret=options.interpret
         )
         self._stop_tokens = stop_tokens
-        self.programs: dict[Any, Any] = {}
+        self.programs: dict[ProgramKey, jax.stages.Compiled] = {}
         self._idle_cache: Cache | None = None
         # Shapes and dtypes of the programs' arguments.
         self._parameters_like = jax.eval_shape(lambda: parameters)
@@ -210,8 +213,8 @@ class Engine:
         stops = jnp.isin(tokens, jnp.array(self._stop_tokens, jnp.int32))
         return tokens, stops | (lengths >= self.max_len)
 
-    def _prefill_program(self, chunk: int) -> Any:
-        key = ("prefill", chunk)
+    def _prefill_program(self, chunk: int) -> jax.stages.Compiled:
+        key: ProgramKey = ("prefill", chunk)
         if key in self.programs:
             return self.programs[key]
 
@@ -230,12 +233,12 @@ class Engine:
         arguments = (tokens, self._integers, self._keys_like, self._sampling_like)
         return self._compiled(key, *self._jitted(prefill, self.cache_like, *arguments))
 
-    def _decode_program(self) -> Any:
+    def _decode_program(self) -> jax.stages.Compiled:
         if "decode" in self.programs:
             return self.programs["decode"]
         return self._compiled("decode", *self.decode_loop())
 
-    def decode_loop(self) -> tuple[Any, tuple[Any, ...]]:
+    def decode_loop(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
         """Returns the jitted loop over decode steps, not yet lowered, and the shapes and dtypes of its arguments.
 
         `compile` compiles it for the local device; a tool may lower it for another one.
@@ -266,7 +269,9 @@ class Engine:
         steps = jax.ShapeDtypeStruct((), jnp.int32)
         return self._jitted(decode, state, steps, self._keys_like, self._sampling_like)
 
-    def _jitted(self, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any) -> tuple[Any, Any]:
+    def _jitted(
+        self, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any
+    ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
         """Jits `function(parameters, donated, …) -> (result, donated)` over bits; returns it and its arguments."""
 
         def on_bits(parameters: Parameters, donated_bits: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -279,7 +284,7 @@ class Engine:
         jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=options)
         return jitted, (self._parameters, jax.eval_shape(to_bits, donated), *arguments)
 
-    def _compiled(self, key: Any, jitted: Any, arguments: tuple[Any, ...]) -> Any:
+    def _compiled(self, key: ProgramKey, jitted: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
         self.programs[key] = jitted.lower(*arguments).compile()
         self.compile_seconds += time.perf_counter() - start

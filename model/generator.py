@@ -97,7 +97,7 @@ class Generator:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.options = EngineOptions(max_len, dtype, kv_dtype, backend, interpret)
-        self._engines: dict[Any, Engine] = {}
+        self._engines: dict[tuple[int, Any, bool], Engine] = {}  # by batch size, filters, whether stop tokens count
 
     @classmethod
     def load(
@@ -108,7 +108,10 @@ class Generator:
         weights: Literal["keep", "dequantize"] = "keep",
         quantize: str | Scheme | None = None,
         progress: Callable[[str, float], None] | None = None,
-        **options: Any,
+        kv_dtype: str | None = None,
+        max_len: int | None = None,
+        backend: str | None = None,
+        interpret: bool | None = None,
     ) -> Generator:
         """Loads a checkpoint in the form that suits the platform.
 
@@ -118,7 +121,10 @@ class Generator:
           weights: "keep" keeps a GGUF file's 4- and 8-bit weights quantized, "dequantize" makes them dense.
           quantize: scheme to quantize the weights to instead, for example "int8" or "int4-g32".
           progress: called with the part just loaded and the fraction done.
-          **options: options of `Generator`.
+          kv_dtype: as for `Generator`.
+          max_len: as for `Generator`.
+          backend: as for `Generator`.
+          interpret: as for `Generator`.
 
         Raises:
           CheckpointError: the checkpoint is missing, damaged or unsupported.
@@ -135,7 +141,7 @@ class Generator:
         if platform == "tpu":
             parameters = _without_float16_scales(checkpoint.parameters)
             checkpoint = dataclasses.replace(checkpoint, parameters=parameters)
-        return cls(checkpoint, dtype=dtype, **options)
+        return cls(checkpoint, dtype=dtype, kv_dtype=kv_dtype, max_len=max_len, backend=backend, interpret=interpret)
 
     @property
     def parameters(self) -> Parameters:
