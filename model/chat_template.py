@@ -1,4 +1,4 @@
-"""Conversations as text: a checkpoint's own template writes them as the model was trained to read them."""
+"""Chat templates: render conversations to the text format that the model was trained on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ ACCEPTED: Final = (
     'accepted: dictionaries of "role" and "content", such as {"role": "user", "content": "Hello"}; the content is a '
     'string or a list of parts {"type": "text", "text": "Hello"}'
 )
+"""Description of a conversation, for errors."""
 
 
 class ChatText(str):
-    """A conversation as its template wrote it, special tokens included; encoding adds no others.
+    """A rendered conversation, which includes its special tokens: encoding adds none.
 
-    More text at its end, such as the beginning of the answer, keeps it one.
+    Appending text, such as the beginning of the answer, returns a `ChatText` again.
     """
 
     __slots__ = ()
@@ -32,7 +33,7 @@ class ChatTemplate:
 
     Args:
       source: the Jinja template.
-      special: the texts of the special tokens by the names that templates use, "" for one that there is not.
+      special: texts of the special tokens, by the names that templates use; "" for one that does not exist.
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
@@ -40,7 +41,7 @@ class ChatTemplate:
         self._special = special
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> ChatText:
-        """Writes a conversation; see `Tokenizer.render_chat`."""
+        """Renders a conversation; see `Tokenizer.render_chat`."""
         check_messages(messages)
         plain = self._render([*messages], add_generation_prompt)
         parts = [message["content"] for message in messages if isinstance(message.get("content"), list | tuple)]
@@ -54,8 +55,8 @@ class ChatTemplate:
         return ChatText(self._without_default(plain, messages, add_generation_prompt))
 
     def _without_default(self, plain: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The conversation without the system message that the template puts in where none is given."""
-        # A sentinel shows where a system message goes, and that nothing but its own turn depends on it.
+        """Returns the conversation without the default system message that a template may add."""
+        # A sentinel shows where the system message goes, and that only its own turn depends on it.
         sentinel = "palladion-system-message"
         system: list[Mapping[str, Any]] = [{"role": "system", "content": sentinel}]
         try:
@@ -71,11 +72,12 @@ class ChatTemplate:
         return bos + rest if bos and plain.startswith(bos) and not rest.startswith(bos) else rest
 
     def _render(self, messages: list[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """Runs the template."""
         render = self._renderer
         variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return render({**variables, "tools": None, "documents": None, **self._special})
-        except Exception as error:  # A template is a program, it can fail in any way.
+        except Exception as error:  # A template is a program and can raise anything.
             raise ValueError(
                 f"render_chat: the checkpoint's chat template refuses this conversation: {error}; roles given: "
                 f"{[message['role'] for message in messages]}"
@@ -83,16 +85,17 @@ class ChatTemplate:
 
     @functools.cached_property
     def _renderer(self) -> Callable[[dict[str, Any]], str]:
+        """The compiled template, as a function of its variables."""
         with models_extra("rendering a chat template"):
             from palladion.model.chat_sandbox import Environment, render
         try:
             return functools.partial(render, Environment().bounded(self._source))
-        except Exception as error:  # Mostly jinja2.TemplateError; Python's own limits on nesting are others.
+        except Exception as error:  # Mostly jinja2.TemplateError; deep nesting exceeds limits of Python.
             raise ValueError(f"render_chat: the checkpoint's chat template is not valid: {error}") from error
 
 
 def check_messages(messages: Any) -> None:
-    """Raises ValueError for what is not a conversation."""
+    """Raises ValueError unless `messages` is a conversation."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages: got {messages!r:.60}; accepted: a list of at least one message. {ACCEPTED}")
     for index, message in enumerate(messages):
@@ -105,16 +108,17 @@ def check_messages(messages: Any) -> None:
             check_text(content, f"{label}: 'content'")
         elif isinstance(content, list | tuple) and content and all(map(_is_text_part, content)):
             check_text(_text_of(content), f"{label}: 'content'")
-        elif content is not None or "tool_calls" not in message:  # a message that calls a tool need not say anything
+        elif content is not None or "tool_calls" not in message:  # a message that calls a tool needs no content
             raise ValueError(f"{label}: its content is {content!r:.60}; {ACCEPTED}")
 
 
 def _is_text_part(part: Any) -> bool:
+    """Returns whether a part of a message is text."""
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _text_of(content: Any) -> str:
-    """What a message says; its parts' texts one after the other."""
+    """Returns the text of a message's content; parts are joined."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part["text"] for part in content)

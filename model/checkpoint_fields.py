@@ -1,4 +1,4 @@
-"""Fields of config.json that change what a model computes: refused where this decoder would compute something else."""
+"""Checks of config.json: fields that change what a model computes are refused unless this decoder applies them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_wi
 
 
 class Family(NamedTuple):
-    """A family of models that this decoder computes as transformers does.
+    """A family of models for which this decoder gives the same results as transformers.
 
     Attributes:
-      model_type: its name in config.json.
-      architecture: the class that config.json names for a whole model.
-      base_architecture: the class that it names for a decoder saved without its output head.
+      model_type: name of the family in config.json.
+      architecture: class that config.json names for a whole model.
+      base_architecture: class that config.json names for a decoder saved without its output head.
     """
 
     model_type: str
@@ -31,16 +31,16 @@ FAMILIES: Final = (
 )
 
 DEFAULT_WINDOW: Final = 4096
-"""The window of Mistral and Qwen2 where config.json is silent; an explicit null means no window."""
+"""Sliding window of Mistral and Qwen2 where config.json has no such key; null means no window."""
 
 DEFAULT_WINDOW_LAYERS: Final = 28
-"""The layer from which on Qwen2's window counts, where config.json is silent."""
+"""First layer with Qwen2's sliding window, where config.json has no such key."""
 
 NOTHING: Final[tuple[Any, ...]] = (False, 0, "", [], {})
-"""The values by which a field says that its feature is absent, besides null."""
+"""Values, besides null, that mean that a feature is absent."""
 
 NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
-    # Scales that other families put on activations, scores or logits. Null leaves them out.
+    # Scales that other families apply to activations, scores or logits; null means none.
     **dict.fromkeys(
         (
             "attention_in_multiplier",
@@ -67,7 +67,7 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
     "position_embedding_type": ("rope", "rotary"),
-    # Other layers, norms, attention or positions than those of this decoder.
+    # Layers, norms, attention or positions that this decoder does not have.
     **dict.fromkeys(
         (
             "add_cross_attention",
@@ -117,30 +117,29 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
         NOTHING,
     ),
 }
-"""Fields that change the result and are not applied, with the values, besides null, under which they change nothing."""
+"""Fields that this decoder does not apply, with the values, besides null, for which they have no effect."""
 
 NEUTRAL_ROTARY_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_4_scaling_beta": NOTHING,
     "partial_rotary_factor": (1,),
 }
-"""The same within the rotary settings."""
+"""Rotary settings that this decoder does not apply, with the values for which they have no effect."""
 
 EFFECTIVE_NAME: Final = re.compile(r"multiplier|scaling|soft_?cap|qk_?(layer)?norm|rotary|mup_|experts$|lora_rank")
-"""Names, of families that nobody has met yet, that say that a field changes the result."""
+"""Names of fields that are likely to change the result, for families that are not known yet."""
 
 CHECKED_APART: Final = frozenset({"rope_scaling", "attention_multiplier"})
-"""Fields with such a name that are applied, or whose neutral value depends on other fields."""
-
+"""Fields that match `EFFECTIVE_NAME`, but are applied, or have a neutral value that depends on other fields."""
 
 SAME_SCALE: Final = 1e-6
-"""How far two scales may be apart, of their size, and count as one: a few roundings of float32."""
+"""Relative difference up to which two scales count as equal: a few roundings of float32."""
 
 
 def read_family(values: JsonFile) -> Family:
-    """The family that a config.json is of, by `architectures` and `model_type`.
+    """Returns the family that `architectures` and `model_type` of a config.json name.
 
     Raises:
-      CheckpointError: it is of none that is supported, or the two do not belong together: the folder was relabelled.
+      CheckpointError: the family is not supported, or the two fields name different families.
     """
     named = values.content.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
@@ -152,25 +151,25 @@ def read_family(values: JsonFile) -> Family:
             f"{values.path}: 'model_type' {shorten(model_type)} is not that of architecture {by_name[0].architecture}, "
             f"which is {by_name[0].model_type!r}; the folder is of another model: take one of a supported architecture"
         )
-    found = by_name or ([] if names else by_type)
-    if not found:
+    families = by_name or ([] if names else by_type)
+    if not families:
         given = shorten(", ".join(names))[1:-1] if names else "unnamed"
         raise CheckpointError(
             f"{values.path}: architecture {given} is not supported; supported: "
             f"{', '.join(family.architecture for family in FAMILIES)}"
         )
-    return found[0]
+    return families[0]
 
 
 def check_fields(values: JsonFile, rope: JsonFile) -> None:
-    """Checks that no field asks for what this decoder does not compute.
+    """Checks that no field requests a computation that this decoder does not have.
 
     Args:
       values: config.json.
-      rope: the rotary settings in it.
+      rope: the rotary settings in config.json.
 
     Raises:
-      CheckpointError: one does; names it.
+      CheckpointError: a field does; the message names it.
     """
     for name, value in values.content.items():
         if name in NEUTRAL_VALUES:
@@ -187,7 +186,11 @@ def check_fields(values: JsonFile, rope: JsonFile) -> None:
             )
         if name in NEUTRAL_ROTARY_VALUES:
             _check_neutral(values, name, value, NEUTRAL_ROTARY_VALUES[name])
-    for name in ("attention_bias", "mlp_bias", "attention_out_bias"):  # The tensors say so; this is their spelling.
+    for name in (
+        "attention_bias",
+        "mlp_bias",
+        "attention_out_bias",
+    ):  # Tensors decide about biases; here only the type is checked.
         values.boolean(name, False)
 
 
@@ -202,7 +205,7 @@ def _check_neutral(values: JsonFile, name: str, value: Any, neutral: tuple[Any, 
 
 
 def _check_relative_scales(values: JsonFile) -> None:
-    """Checks scales that change nothing where they say what this decoder takes anyway."""
+    """Checks scales that have no effect if they equal the ones that this decoder uses."""
     hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
     head_dim = values.integer("head_dim", max(1, hidden // heads))
     expected = {
@@ -219,7 +222,7 @@ def _check_relative_scales(values: JsonFile) -> None:
 
 
 def _check_layers_without_positions(values: JsonFile) -> None:
-    """Checks that every layer rotates: `no_rope_layers` has a 1 for each that does, and wins over the interval."""
+    """Checks that every layer has rotary positions: a 1 in `no_rope_layers`, which overrides the interval."""
     layers = values.content.get("no_rope_layers")
     if layers is not None:
         if not isinstance(layers, list) or not all(layers):
@@ -236,10 +239,10 @@ def _check_layers_without_positions(values: JsonFile) -> None:
 
 
 def read_sliding_window(values: JsonFile, family: Family) -> int | None:
-    """Tokens that a query sees, in all layers; a setting of Mistral and Qwen2, which the other families ignore.
+    """Returns the sliding window of all layers, or None; only Mistral and Qwen2 have one.
 
     Raises:
-      CheckpointError: only some layers have it.
+      CheckpointError: only some layers have a window.
     """
     kinds = values.content.get("layer_types")
     window = None
@@ -264,7 +267,7 @@ def _window(values: JsonFile) -> int | None:
 
 
 def _qwen2_window(values: JsonFile, kinds: Any) -> int | None:
-    """Qwen2's window, which counts in the layers that `layer_types` says, or from `max_window_layers` on."""
+    """Returns Qwen2's window, which applies to the layers in `layer_types`, or from `max_window_layers` on."""
     window = _window(values) if values.boolean("use_sliding_window", False) else None
     if window is None:
         return None

@@ -1,4 +1,4 @@
-"""The error that every part of checkpoint loading raises, and the small helpers that the parts share."""
+"""CheckpointError, and the checks that the loaders of all formats share."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from pathlib import Path
 from typing import Any, Final
 
 MAX_INTEGER: Final = 2**31 - 1
-"""Sizes, counts and token ids are int32."""
+"""Largest size, count or token id: they are int32."""
 
 MAX_REAL: Final = 3.4028234e38
-"""The model computes with its constants in float32."""
+"""Largest constant: the model computes in float32."""
 
 ENDLESS_WINDOW: Final = 2**30
-"""No cache holds as many tokens, and a position plus a window below this is an int32."""
+"""Windows of this many tokens or more count as none: no cache holds them, and adding a position could overflow."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded; the message names the file, what is wrong with it and the way out."""
+    """A checkpoint cannot be loaded; the message names the file, what is wrong with it and what to do."""
 
 
 @contextlib.contextmanager
 def models_extra(purpose: str) -> Iterator[None]:
-    """Around imports that `palladion[models]` brings: says so where they fail."""
+    """Wraps imports of packages in `palladion[models]`; if one is missing, the ImportError says how to install them."""
     try:
         yield
     except ImportError as error:
-        raise ImportError(f'{purpose} needs a package that is not here: pip install "palladion[models]"') from error
+        raise ImportError(
+            f'{purpose} needs a package that is not installed: pip install "palladion[models]"'
+        ) from error
 
 
 def shorten(value: Any, limit: int = 100) -> str:
-    """A value as an error message shows it: its repr, the middle left out where that is long."""
+    """Returns a value's repr for an error message, without its middle if it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * limit:
         # Python refuses to write integers of thousands of digits.
         return f"an integer of {value.bit_length()} bits"
@@ -41,7 +43,7 @@ def shorten(value: Any, limit: int = 100) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a path; one that the file system cannot even look up is not there."""
+    """Returns whether a path exists; False for one that the file system cannot look up."""
     try:
         return path.exists()
     except OSError:
@@ -49,13 +51,13 @@ def exists(path: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Raises CheckpointError for what is no regular file: opening a pipe or a device may wait for ever."""
+    """Raises CheckpointError unless a path is a regular file: opening a pipe or a device may block forever."""
     if exists(path) and not path.is_file():
         raise CheckpointError(f"{path}: is not a regular file; put the checkpoint's own file in its place")
 
 
 def check_integer(value: Any, label: str, minimum: int = 1) -> int:
-    """`value` if it is an integer from `minimum` to 2^31 - 1; `label` says in an error what and where it is."""
+    """Returns `value` if it is an integer from `minimum` to 2^31 - 1; `label` names it in an error."""
     if not isinstance(value, bool) and isinstance(value, int) and minimum <= value <= MAX_INTEGER:
         return value
     accepted = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
@@ -64,21 +66,21 @@ def check_integer(value: Any, label: str, minimum: int = 1) -> int:
 
 
 def check_real(value: Any, label: str) -> float:
-    """`value` as a float if it is a positive number that float32 holds; `label` says in an error what it is."""
+    """Returns `value` as a float if it is a positive number in the range of float32; `label` names it in an error."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_REAL:
         raise CheckpointError(f"{label} must be a positive number, got {shorten(value)}; take the original file")
     return float(value)
 
 
 def check_window(value: Any, label: str) -> int | None:
-    """`value` as a sliding window; None where it is longer than any cache, so that it never hides a token."""
+    """Returns `value` as a sliding window; None where it is longer than any cache and so masks nothing."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= ENDLESS_WINDOW:
         return None
     return check_integer(value, label)
 
 
 class JsonFile:
-    """A JSON object, or an object within one, whose values are checked as they are read; null counts as absent.
+    """A JSON object in a file, whose values are checked when they are read; null counts as absent.
 
     Attributes:
       path: the file.
@@ -86,10 +88,10 @@ class JsonFile:
     """
 
     def __init__(self, path: Path, *, optional: bool = False, content: dict[str, Any] | None = None) -> None:
-        """Reads `path`, unless `content` is given; where it is `optional` and absent, it counts as {}.
+        """Reads `path`, unless `content` is given; an `optional` file that does not exist counts as {}.
 
         Raises:
-          CheckpointError: the file is missing, unreadable or holds something else than a JSON object.
+          CheckpointError: the file is missing, unreadable, or holds anything but a JSON object.
         """
         self.path = path
         self.content: dict[str, Any] = content or {}
@@ -107,15 +109,15 @@ class JsonFile:
         self.content = parsed
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer from `minimum` on that int32 holds."""
+        """Returns an integer from `minimum` to 2^31 - 1."""
         return check_integer(self._value(key, default), f"{self.path}: {key!r}", minimum)
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """Returns a positive number in the range of float32."""
         return check_real(self._value(key, default), f"{self.path}: {key!r}")
 
     def boolean(self, key: str, default: bool) -> bool:
-        """True or false; a string is neither, whatever it says."""
+        """Returns a boolean; the string "true" is none."""
         value = self._value(key, default)
         if isinstance(value, bool):
             return value
@@ -124,21 +126,21 @@ class JsonFile:
         )
 
     def text(self, key: str) -> str | None:
-        """A string, or None where there is none."""
+        """Returns a string, or None where it is absent."""
         value = self.content.get(key)
         if value is None or isinstance(value, str):
             return value
         raise CheckpointError(f"{self.path}: {key!r} must be a string, got {shorten(value)}; take the original file")
 
     def section(self, key: str) -> JsonFile:
-        """The object under a key, empty where there is none."""
+        """Returns the object under a key, empty where it is absent."""
         value = self.content.get(key)
         if value is None or isinstance(value, dict):
             return JsonFile(self.path, content=value or {})
         raise CheckpointError(f"{self.path}: {key!r} must be an object, got {shorten(value)}; take the original file")
 
     def tokens(self, key: str) -> list[int]:
-        """Token ids: one, a list of them, or none."""
+        """Returns the token ids under a key, which holds one, a list, or nothing."""
         value = self.content.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if all(_is_token(entry) for entry in ids):

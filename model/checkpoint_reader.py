@@ -1,4 +1,4 @@
-"""What the loader needs of a checkpoint, whatever its files look like."""
+"""The interface through which the loader reads a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import QuantizedArray
 
 HIGHEST_FREQUENCY: Final = 2.0**24
-"""Radians a token, beyond which float32 has less than one number for each radian."""
+"""Highest rotary frequency in radians per token: beyond it float32 cannot tell angles one radian apart."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint, not read yet.
+    """A tensor of a checkpoint that is not read yet.
 
     Attributes:
-      name: its name in the file.
-      shape: `[out, in]` of a projection or table, `[n]` of a norm or bias, whatever the file's own order.
+      name: name in the file.
+      shape: `[out, in]` of a projection or table, `[n]` of a norm or bias, whatever order the file stores.
       read: reads it as a dense NumPy array of `shape` in a float dtype.
-      read_quantized: reads it without loss as a `QuantizedArray`, or None where the file's format has no such form.
+      read_quantized: reads it without loss as a `QuantizedArray`; None for types that it cannot hold.
     """
 
     name: str
@@ -37,12 +37,12 @@ class StoredTensor:
 
 
 class CheckpointReader(Protocol):
-    """An opened checkpoint: everything is checked that can be checked without reading the weights.
+    """An opened checkpoint; everything that can be checked without reading weights has been checked.
 
     Attributes:
       path: the file or folder.
-      name: what the model calls itself.
-      config: shapes and constants; `stop_tokens` are the tokenizer's.
+      name: name of the model.
+      config: shapes and constants of the model; `stop_tokens` are the tokenizer's.
     """
 
     path: Path
@@ -50,26 +50,26 @@ class CheckpointReader(Protocol):
     config: ModelConfig
 
     def tensor_names(self) -> Collection[str]:
-        """Names of the tensors that hold weights; those that repeat what the config says are left out."""
+        """Returns the names of the tensors that hold weights; those that repeat the config are left out."""
 
-    def name_of(self, part: str, layer: int | None) -> str:
-        """The file's name for a part of the model ("query", "down", "embedding", …)."""
+    def tensor_name(self, role: str, layer: int | None) -> str:
+        """Returns the file's name for a tensor's role in the model ("query", "down", "embedding", …)."""
 
     def tensor(self, name: str) -> StoredTensor:
-        """The tensor of that name, which `tensor_names` lists; raises CheckpointError where its type is unsupported."""
+        """Returns a tensor that `tensor_names` lists; raises CheckpointError where its type is unsupported."""
 
     def inverse_frequencies(self) -> np.ndarray:
-        """The rotary frequencies, `[head_dim / 2]` float32, any scaling applied."""
+        """Returns the rotary frequencies, `[head_dim / 2]` float32, any scaling applied."""
 
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
+        """Returns the checkpoint's tokenizer."""
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """`array.astype(dtype)` in new memory.
+    """Returns `array.astype(dtype)` in new memory.
 
     Raises:
-      CheckpointError: the result has infinities or NaN: no trained weight is one, and a narrow dtype may make some.
+      CheckpointError: the result is not finite: the file is damaged, or a value overflows the dtype.
     """
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
@@ -83,21 +83,21 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 def rotary_frequencies(
     head_dim: int, theta: float, *, scaling: RopeScaling | None = None, divisors: np.ndarray | float = 1.0
 ) -> np.ndarray:
-    """The rotary frequencies of a head: theta ** (-2 i / head_dim), stretched.
+    """Returns the rotary frequencies of a head: theta ** (-2 i / head_dim), scaled.
 
     Args:
       head_dim: width of a head, even.
       theta: base of the frequencies.
       scaling: Llama 3's scaling, or None.
-      divisors: what each frequency is divided by, `[head_dim / 2]` or one number for all (linear scaling).
+      divisors: divisor of each frequency, `[head_dim / 2]`, or one number for all (linear scaling).
 
     Returns:
       `[head_dim / 2]` float32, computed in float64.
     """
-    with np.errstate(all="ignore"):  # Damaged constants give what is not finite, and check_frequencies finds it.
+    with np.errstate(all="ignore"):  # Damaged constants give infinities, which check_frequencies reports.
         frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if scaling is not None:
-            # How many turns a frequency makes within the original context: few are stretched, many are left alone.
+            # Frequencies that turn seldom within the original context are scaled, those that turn often are kept.
             turns = scaling.original_max_positions * frequencies / (2 * np.pi)
             kept = (turns - scaling.low_frequency_factor) / (
                 scaling.high_frequency_factor - scaling.low_frequency_factor
@@ -108,10 +108,10 @@ def rotary_frequencies(
 
 
 def check_frequencies(frequencies: np.ndarray, label: str) -> np.ndarray:
-    """The frequencies as they are; `label` names the file in an error.
+    """Returns the frequencies unchanged; `label` names the file in an error.
 
     Raises:
-      CheckpointError: they are not finite, all zero, or so high that even the second token has no angle in float32.
+      CheckpointError: they are not finite, all zero, or too high for float32 angles.
     """
     if not np.isfinite(frequencies).all() or not 0 < frequencies.max() <= HIGHEST_FREQUENCY:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a Llama-family model is, apart from its weights."""
+"""Shapes and constants of a Llama-family model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretch of the rotary frequencies to longer contexts.
+    """Llama 3's scaling of the rotary frequencies to longer contexts.
 
     Attributes:
-      factor: by how much low frequencies are divided.
-      low_frequency_factor: wavelengths above original_max_positions / this are stretched by the whole factor.
-      high_frequency_factor: wavelengths below original_max_positions / this are left alone.
-      original_max_positions: context length the model was first trained with.
+      factor: divisor of low frequencies.
+      low_frequency_factor: wavelengths above original_max_positions / low_frequency_factor are stretched by `factor`.
+      high_frequency_factor: wavelengths below original_max_positions / high_frequency_factor are unchanged.
+      original_max_positions: context length that the model was first trained with.
     """
 
     factor: float
@@ -24,7 +24,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a decoder: grouped-query attention with rotary positions, RMSNorm, a SwiGLU MLP.
+    """Shapes and constants of a decoder with grouped-query attention, rotary positions, RMSNorm and a SwiGLU MLP.
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -37,9 +37,9 @@ class ModelConfig:
       max_positions: the longest context the model was trained for, in tokens.
       rope_theta: base of the rotary frequencies.
       rope_scaling: Llama 3's frequency scaling, or None.
-      rms_norm_eps: added to the mean square before the root.
-      sliding_window: tokens a query sees, itself included; None means all.
-      tied_embedding: whether the output head is the embedding.
+      rms_norm_eps: constant added to the mean square before the root.
+      sliding_window: tokens that a query attends to, itself included; None means all.
+      tied_embedding: whether the embedding is also the output head.
       stop_tokens: token ids that end a generation.
     """
 

@@ -1,16 +1,17 @@
 """The compiled half of generation: prefill and decode of one batch size, with the cache donated.
 
-A prompt is read in chunks of a few fixed sizes, then tokens follow one by one, several to a dispatch. Prompts of
-different lengths are aligned at their ends. No length, token, seed or sampling value compiles anything again.
+Prompts are prefilled in chunks of a few fixed sizes, aligned at their ends. Then tokens are decoded one by one, several
+steps per dispatch. No length, token, seed or sampling value causes a recompilation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +26,24 @@ from palladion.model.transformer import Cache, empty_cache, forward
 from palladion.reference.bits import from_bits, held_in_loop, to_bits, view_bits
 
 PREFILL_CHUNKS: Final = (128, 16)
-"""Tokens that a prefill call reads, largest first: large ones for speed, small ones so that a short prompt is quick."""
+"""Tokens per prefill call, largest first: large chunks are fast per token, small ones keep short prompts quick."""
 
 STEPS_PER_DISPATCH: Final = 16
-"""Decode steps that one dispatch runs at most: hides the dispatch, and is as long as a reader waits for text."""
+"""Most decode steps per dispatch: enough to hide the dispatch, few enough that streamed text does not stutter."""
+
+ProgramKey = Literal["decode"] | tuple[Literal["prefill"], int]
+"""A compiled program: decode, or prefill of a number of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How a model is run.
+    """Options that decide what is compiled for a model.
 
     Attributes:
       max_len: tokens that each sequence has room for.
-      dtype: of the activations.
-      kv_dtype: of the cache.
-      backend: of the operations; None means the default of `palladion.using_backend`.
+      dtype: dtype of the activations.
+      kv_dtype: dtype of the KV cache.
+      backend: backend of the operations; None means the default of `palladion.using_backend`.
       interpret: whether kernels are interpreted.
     """
 
@@ -53,13 +57,13 @@ class EngineOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What decode steps hand on.
+    """The state that decode steps carry.
 
     Attributes:
       cache: keys and values.
-      tokens: int32 `[batch]`, chosen last and not yet in the cache.
+      tokens: int32 `[batch]`, the newest tokens, not yet in the cache.
       lengths: int32 `[batch]`, tokens in the cache.
-      finished: bool `[batch]`: nothing more is generated for these.
+      finished: bool `[batch]`, sequences for which nothing more is generated.
     """
 
     cache: Cache
@@ -69,19 +73,22 @@ class State:
 
 
 class Engine:
-    """Prefill and decode of a batch.
+    """Compiled prefill and decode of one batch size.
 
     Args:
       parameters: the weights.
-      config: shapes and constants.
-      batch: sequences.
-      sampling: its filters, not their values, are what is compiled for.
+      config: shapes and constants of the model.
+      batch: number of sequences.
+      sampling: decides which filters are compiled; their values are arguments.
       options: how the model is run.
       stop_tokens: ids after which a sequence is finished.
 
     Attributes:
-      programs: what was compiled so far, by kind: "decode", or ("prefill", tokens).
-      compile_seconds: spent on that.
+      batch: number of sequences.
+      max_len: tokens that each sequence has room for.
+      cache_like: shapes and dtypes of the KV cache.
+      programs: compiled programs by key.
+      compile_seconds: time spent compiling them.
     """
 
     def __init__(
@@ -100,53 +107,54 @@ class Engine:
             forward, config=config, dtype=options.dtype, backend=options.backend, interpret=options.interpret
         )
         self._stop_tokens = stop_tokens
-        self.programs: dict[Any, Any] = {}
+        self.programs: dict[ProgramKey, jax.stages.Compiled] = {}
         self._idle_cache: Cache | None = None
-        # What programs are compiled for.
+        # Shapes and dtypes of the programs' arguments.
         self._parameters_like = jax.eval_shape(lambda: parameters)
-        room = round_up(options.max_len, LANES)  # in whole tiles, which is what kernels move
+        room = round_up(options.max_len, LANES)  # kernels move whole tiles
         self.cache_like: Cache = jax.eval_shape(
             lambda: empty_cache(parameters, config, batch, room, jnp.dtype(options.kv_dtype))
         )
         self._integers: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self._keys_like = jax.eval_shape(self.keys, 0)
         self._sampling_like = jax.eval_shape(sampling.as_arrays)
-        # Programs take and return bits.
+        # Programs take and return narrow floats as bits; see `reference/bits.py`.
         self._parameters = view_bits(parameters)
 
     def keys(self, seed: int) -> jax.Array:
-        """A PRNG key for each sequence; that of a sequence depends on the seed alone, not on its place in the batch."""
+        """Returns a PRNG key per sequence: the same for all, so that the place in the batch does not matter."""
         return jnp.broadcast_to(jax.random.key(seed), (self.batch,))
 
     def compile(self, chunks: Sequence[int] = PREFILL_CHUNKS) -> None:
-        """Compiles decode, and prefill for these chunk sizes, as far as that has not been done."""
+        """Compiles decode, and prefill for these chunk sizes, unless they are compiled already."""
         for chunk in chunks:
             self._prefill_program(chunk)
         self._decode_program()
 
     def prefill(self, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling) -> State:
-        """Reads prompts and chooses the first token of each answer."""
+        """Prefills the prompts and chooses the first token of each answer."""
         sampling = sampling.as_arrays()
         cache = self._take_cache()
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         plan = plan_chunks(int(lengths.max()))
-        aligned = np.zeros((self.batch, sum(plan)), np.int32)
+        total = sum(plan)
+        aligned = np.zeros((self.batch, total), np.int32)
         for row, prompt in enumerate(prompts):
-            aligned[row, sum(plan) - len(prompt) :] = prompt
-        done = 0
+            aligned[row, total - len(prompt) :] = prompt
+        end = 0
         for chunk in plan:
-            part = jnp.asarray(aligned[:, done : done + chunk])
-            done += chunk
-            held = jnp.asarray(np.maximum(lengths - (sum(plan) - done), 0))
-            chosen, cache = self._prefill_program(chunk)(self._parameters, cache, part, held, keys, sampling)
-        tokens, finished = chosen
+            chunk_tokens = jnp.asarray(aligned[:, end : end + chunk])
+            end += chunk
+            cached = jnp.asarray(np.maximum(lengths - (total - end), 0))
+            program = self._prefill_program(chunk)
+            (tokens, finished), cache = program(self._parameters, cache, chunk_tokens, cached, keys, sampling)
         return State(cache, tokens, jnp.asarray(lengths), finished)
 
     def decode(self, state: State, steps: int, keys: jax.Array, sampling: Sampling) -> tuple[jax.Array, State]:
         """Generates up to `steps` tokens for each sequence, at most STEPS_PER_DISPATCH; `state` is donated.
 
         Returns:
-          int32 `[STEPS_PER_DISPATCH, batch]`: the tokens, -1 where a sequence was finished; and the new state.
+          Tokens int32 `[STEPS_PER_DISPATCH, batch]`, -1 where a sequence was finished; and the new state.
         """
         arguments = (jnp.int32(min(steps, STEPS_PER_DISPATCH)), keys, sampling.as_arrays())
         tokens, state = self._decode_program()(self._parameters, state, *arguments)
@@ -160,37 +168,37 @@ class Engine:
         sampling: Sampling,
         ended: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[jax.Array, State]]:
-        """Generates dispatch by dispatch, each on its way before the last one's tokens are there: no device waits.
+        """Generates dispatch by dispatch, one dispatch ahead of the reader, so that the device never waits.
 
         Args:
-          state: is donated.
-          steps: for each sequence, of all dispatches together.
-          keys: of the sequences.
+          state: the state after prefill; it is donated.
+          steps: decode steps, all dispatches together.
+          keys: PRNG keys of the sequences.
           sampling: how tokens are chosen.
-          ended: whether the tokens that were looked at so far end all sequences. Where those that were not do, the
-            dispatch ahead finds that itself, and does nothing.
+          ended: whether the tokens yielded so far finish every sequence. If only the pending dispatch finishes them,
+            the one after it is launched anyway, notices, and does nothing.
 
         Yields:
-          The tokens of a dispatch, as `decode` returns them; and the newest state, which is that of the next dispatch.
+          The tokens of a dispatch, as `decode` returns them; and the newest state, that after the pending dispatch.
         """
-        arriving: jax.Array | None = None
+        pending: jax.Array | None = None
         while True:
-            ahead = None
+            launched = None
             if steps > 0 and not ended():
-                ahead, state = self.decode(state, steps, keys, sampling)
+                launched, state = self.decode(state, steps, keys, sampling)
                 steps -= STEPS_PER_DISPATCH
-            if arriving is not None:
-                yield arriving, state
-            if ahead is None:
+            if pending is not None:
+                yield pending, state
+            if launched is None:
                 return
-            arriving = ahead
+            pending = launched
 
     def release(self, state: State) -> None:
-        """Gives the cache back for the next run: what is in it lies past every length and is never read."""
+        """Returns the cache for the next run to reuse; tokens past a sequence's length are never read."""
         self._idle_cache = state.cache
 
     def _take_cache(self) -> Cache:
-        # While a cache is in use it is nobody's: should a call fail, the next run makes a new one.
+        # A cache in use is not kept here: if a call fails, the next run allocates a new one.
         cache, self._idle_cache = self._idle_cache, None
         if cache is not None:
             return cache
@@ -200,13 +208,13 @@ class Engine:
     def _choose(
         self, logits: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling
     ) -> tuple[jax.Array, jax.Array]:
-        """The next tokens, and whether nothing follows them: a stop token, or no room in the cache."""
+        """Returns the next tokens, and whether each sequence ends there: a stop token, or a full cache."""
         tokens = sample(logits, jax.vmap(jax.random.fold_in)(keys, lengths), sampling)
         stops = jnp.isin(tokens, jnp.array(self._stop_tokens, jnp.int32))
         return tokens, stops | (lengths >= self.max_len)
 
-    def _prefill_program(self, chunk: int) -> Any:
-        key = ("prefill", chunk)
+    def _prefill_program(self, chunk: int) -> jax.stages.Compiled:
+        key: ProgramKey = ("prefill", chunk)
         if key in self.programs:
             return self.programs[key]
 
@@ -225,21 +233,21 @@ class Engine:
         arguments = (tokens, self._integers, self._keys_like, self._sampling_like)
         return self._compiled(key, *self._jitted(prefill, self.cache_like, *arguments))
 
-    def _decode_program(self) -> Any:
+    def _decode_program(self) -> jax.stages.Compiled:
         if "decode" in self.programs:
             return self.programs["decode"]
         return self._compiled("decode", *self.decode_loop())
 
-    def decode_loop(self) -> tuple[Any, tuple[Any, ...]]:
-        """The loop over decode steps: jitted, not yet lowered, and what describes its arguments.
+    def decode_loop(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """Returns the jitted loop over decode steps, not yet lowered, and the shapes and dtypes of its arguments.
 
-        `compile` compiles it for the device that is here; a tool may lower it for another.
+        `compile` compiles it for the local device; a tool may lower it for another one.
         """
 
         def decode(
             parameters: Parameters, initial: State, steps: jax.Array, keys: jax.Array, sampling: Sampling
         ) -> tuple[jax.Array, State]:
-            def goes_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+            def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
                 step, state, _ = carry
                 return (step < steps) & ~jnp.all(state.finished)
 
@@ -253,7 +261,7 @@ class Engine:
                 return step + 1, to_bits(State(cache, tokens, lengths, state.finished | is_last)), out
 
             out = jnp.full((STEPS_PER_DISPATCH, self.batch), -1, jnp.int32)
-            _, bits, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), to_bits(initial), out))
+            _, bits, out = jax.lax.while_loop(unfinished, body, (jnp.int32(0), to_bits(initial), out))
             return out, from_bits(bits, initial)
 
         finished: Any = jax.ShapeDtypeStruct((self.batch,), jnp.bool)
@@ -261,8 +269,10 @@ class Engine:
         steps = jax.ShapeDtypeStruct((), jnp.int32)
         return self._jitted(decode, state, steps, self._keys_like, self._sampling_like)
 
-    def _jitted(self, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any) -> tuple[Any, Any]:
-        """`function(parameters, donated, …) -> (result, donated)`, jitted over bits, and what its arguments are."""
+    def _jitted(
+        self, function: Callable[..., tuple[Any, Any]], donated: Any, *arguments: Any
+    ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """Jits `function(parameters, donated, …) -> (result, donated)` over bits; returns it and its arguments."""
 
         def on_bits(parameters: Parameters, donated_bits: Any, *arguments: Any) -> tuple[Any, Any]:
             result, updated = function(
@@ -274,7 +284,7 @@ class Engine:
         jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=options)
         return jitted, (self._parameters, jax.eval_shape(to_bits, donated), *arguments)
 
-    def _compiled(self, key: Any, jitted: Any, arguments: tuple[Any, ...]) -> Any:
+    def _compiled(self, key: ProgramKey, jitted: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
         self.programs[key] = jitted.lower(*arguments).compile()
         self.compile_seconds += time.perf_counter() - start
@@ -282,7 +292,7 @@ class Engine:
 
 
 def plan_chunks(tokens: int) -> list[int]:
-    """Chunk sizes that hold that many tokens, as few calls as PREFILL_CHUNKS allows with little padding."""
+    """Returns chunk sizes that hold a number of tokens: as many large chunks as fit, then small ones."""
     large, small = PREFILL_CHUNKS
     count, rest = divmod(tokens, large)
-    return [large] * count + [small] * -(-rest // small)
+    return [large] * count + [small] * math.ceil(rest / small)

@@ -1,6 +1,6 @@
-r"""Generates text with a Llama-family model and says how close each step came to the memory-bandwidth limit.
+r"""Generates text with a Llama-family model and reports how close each step came to the memory-bandwidth limit.
 
-A raw prompt is continued; with --chat it is put to the model as a question. Several --prompt make one batch.
+A prompt is continued as it is; with --chat it is sent as a user's message. Several --prompt flags make one batch.
 
   python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is" --max-new-tokens=16
   python -m palladion.model.generate --model=smollm2 --chat --prompt="What is the capital of France?"
@@ -16,28 +16,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final
 
 import jax
 from absl import app, flags, logging
 
 from palladion.kernels.backend import BACKENDS, Unsupported
 from palladion.model.checkpoint import CheckpointError
+from palladion.model.exit_status import INTERRUPTED, USER_ERROR
 from palladion.model.generator import Generation, Generator, check_seed
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics
 from palladion.model.vocabulary import check_text
 
 MODEL = flags.DEFINE_string("model", "smollm2", "A .gguf file, a Hugging Face folder, or the packaged model 'smollm2'.")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "What to continue; several times for a batch.", required=True)
-CHAT = flags.DEFINE_bool("chat", False, "Treat the prompt as a user's message and use the model's chat template.")
-SYSTEM = flags.DEFINE_string("system", None, "A system message for --chat; none is sent otherwise.")
-BACKEND = flags.DEFINE_enum("backend", "auto", BACKENDS, "Which implementation of the operations runs.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat the flag for a batch.", required=True)
+CHAT = flags.DEFINE_bool("chat", False, "Send the prompt as a user's message, through the model's chat template.")
+SYSTEM = flags.DEFINE_string("system", None, "System message for --chat; by default there is none.")
+BACKEND = flags.DEFINE_enum("backend", "auto", BACKENDS, "Implementation of the operations.")
 INTERPRET = flags.DEFINE_bool(
-    "interpret", None, "Interpret kernels, slowly and anywhere; by default where --backend=pallas meets a CPU."
+    "interpret", None, "Interpret kernels: slow, on any platform; by default only with --backend=pallas on a CPU."
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", "keep", ("keep", "dequantize"), "Run a GGUF file's 4- and 8-bit weights as they are, or make them dense."
+    "weights", "keep", ("keep", "dequantize"), "Keep a GGUF file's 4- and 8-bit weights quantized, or dequantize them."
 )
 QUANTIZE = flags.DEFINE_string(
     "quantize", None, "Quantize weights while loading: int8, int4-g32, int4-g128-zeros, float8_e4m3fn, mxfp4, …"
@@ -46,26 +46,25 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ("float32", "bfloat16", "float16"),
-    "Of activations and dense weights; by default float32 on a CPU, bfloat16 elsewhere.",
+    "Dtype of activations and dense weights; by default float32 on a CPU, bfloat16 elsewhere.",
 )
 KV_DTYPE = flags.DEFINE_string(
-    "kv_dtype", None, "Of the KV cache: a dtype as above, or int8, float8_e4m3fn, float8_e5m2."
+    "kv_dtype", None, "Dtype of the KV cache: one of --dtype's, int8, float8_e4m3fn or float8_e5m2; by default --dtype."
 )
-MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of cache for each sequence, prompt and answer together.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.")
-TEMPERATURE = flags.DEFINE_float("temperature", None, "Draw tokens at this temperature; greedy without it.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
-TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that reach this probability together.")
-MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this fraction as likely as the likeliest.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
-IGNORE_STOP_TOKENS = flags.DEFINE_bool("ignore_stop_tokens", False, "Go on after a stop token.")
-
-USER_ERROR: Final = 2
-"""Exit status where what was asked for cannot be done."""
+MAX_LEN = flags.DEFINE_integer(
+    "max_len", None, "Room in the KV cache, in tokens per sequence, prompt and answer together."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Maximum number of tokens to generate.")
+TEMPERATURE = flags.DEFINE_float("temperature", None, "Sample at this temperature; greedy by default.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Sample only from the k likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Sample only from the likeliest tokens that together reach this probability.")
+MIN_P = flags.DEFINE_float("min_p", None, "Sample only from tokens at least this fraction as likely as the likeliest.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
+IGNORE_STOP_TOKENS = flags.DEFINE_bool("ignore_stop_tokens", False, "Continue after a stop token.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command; errors that the user can mend are one line and exit status 2."""
+    """Runs the command; a mistake that the user can correct prints one line and exits with `USER_ERROR`."""
     logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}; put the text after --prompt= and in quotes")
@@ -74,11 +73,11 @@ def main(arguments: Sequence[str]) -> None:
     except (CheckpointError, ValueError, Unsupported, ImportError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _generate() -> None:
-    # What is wrong here is said before a model is loaded.
+    # Flags are checked before the model is loaded.
     for name, text in [*(("--prompt", prompt) for prompt in PROMPT.value), ("--system", SYSTEM.value or "")]:
         check_text(text, name)
     seed = check_seed(SEED.value)
@@ -127,13 +126,14 @@ def _chat(generator: Generator, prompt: str) -> str:
 
 
 class _Progress:
-    """What is going on, on one line of standard error that is written over, or on few lines where it is no terminal."""
+    """Progress on standard error: one line that is overwritten in a terminal, a few lines elsewhere."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._terminal = sys.stderr.isatty()
 
     def loading(self, step: str, fraction: float) -> None:
+        """Shows the fraction that is loaded."""
         if self._terminal:
             print(
                 f"\r\033[Kloading {fraction:4.0%}  {step}",
@@ -145,6 +145,7 @@ class _Progress:
             self.say(f"loaded in {time.perf_counter() - self._start:.1f} s")
 
     def say(self, text: str) -> None:
+        """Prints a line."""
         print(text, file=sys.stderr, flush=True)
 
 
@@ -154,7 +155,7 @@ def _fail(message: str) -> None:
 
 
 def run() -> None:
-    """The command's entry: flags may be written with dashes or underscores."""
+    """Runs the command; flags may be written with dashes or underscores."""
     arguments = [sys.argv[0]]
     for argument in sys.argv[1:]:
         name, separator, value = argument.partition("=")

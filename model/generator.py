@@ -1,4 +1,4 @@
-"""Generates text: prompts in, text out as it comes, and how far each step was from the memory-bandwidth limit."""
+"""Generates text: prompts in, streamed text out, and statistics against the memory-bandwidth limit."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from palladion.reference import KVCache, QuantizedArray, Scheme
 from palladion.reference.platforms import target_platform
 
 DEFAULT_MAX_LEN: Final = 2048
-"""Tokens of cache for each sequence where nothing else is asked, unless the model was trained for fewer."""
+"""Room in the KV cache by default, in tokens per sequence, unless the model was trained for fewer."""
 
 MAX_LEN_LIMIT: Final = 1 << 30
-"""The longest cache there can be: positions are 32-bit integers."""
+"""Maximum tokens per sequence in a KV cache: positions are 32-bit integers."""
 
 Stop = Literal["stop token", "max_new_tokens", "cache full"]
+"""Reasons for a generation to end."""
+
 Prompt = str | Sequence[int]
+"""A text, or its token ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What followed one prompt.
+    """The continuation of one prompt.
 
     Attributes:
       text: the generated text.
-      tokens: the generated tokens, a stop token at the end included.
-      prompt_tokens: tokens of the prompt.
-      stopped_by: why it ended.
+      tokens: the generated tokens, including a stop token at the end.
+      prompt_tokens: number of tokens in the prompt.
+      stopped_by: why the generation ended.
     """
 
     text: str
@@ -50,19 +53,19 @@ class Generation:
 
 
 class Generator:
-    """A model ready to generate.
+    """A model that generates text.
 
     Args:
-      checkpoint: of `load_checkpoint`.
-      dtype: of activations: "float32", "bfloat16" or "float16"; None takes float32 on a CPU, bfloat16 elsewhere.
-      kv_dtype: of the cache, also "int8", "float8_e4m3fn" or "float8_e5m2"; None means that of the activations.
-      max_len: tokens, of prompt and answer together, that each sequence has room for; None means 2048, or what the
-        model was trained for if that is less.
-      backend: of the operations; see `palladion.BACKENDS`.
-      interpret: whether kernels are interpreted; None does so where backend="pallas" meets a CPU.
+      checkpoint: returned by `load_checkpoint`.
+      dtype: dtype of activations: "float32", "bfloat16" or "float16"; None means float32 on a CPU, bfloat16 elsewhere.
+      kv_dtype: dtype of the KV cache, also "int8", "float8_e4m3fn" or "float8_e5m2"; None means `dtype`.
+      max_len: tokens that each sequence has room for, prompt and answer together; None means 2048, or the model's
+        trained context length if that is less.
+      backend: backend of the operations, one of `palladion.BACKENDS`.
+      interpret: whether kernels are interpreted; None interprets where backend="pallas" runs on a CPU.
 
     Raises:
-      ValueError: an argument is not among those above.
+      ValueError: an argument is not among those accepted.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class Generator:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {dtype!r}; accepted: float32, bfloat16, float16")
         kv_dtype = kv_dtype or dtype
-        jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises where there is no such cache
+        jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises for a dtype that no cache has
         if max_len is None:
             max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
         max_len = check_integer(max_len, "max_len")
@@ -94,7 +97,7 @@ class Generator:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.options = EngineOptions(max_len, dtype, kv_dtype, backend, interpret)
-        self._engines: dict[Any, Engine] = {}
+        self._engines: dict[tuple[int, Any, bool], Engine] = {}  # by batch size, filters, whether stop tokens count
 
     @classmethod
     def load(
@@ -105,17 +108,23 @@ class Generator:
         weights: Literal["keep", "dequantize"] = "keep",
         quantize: str | Scheme | None = None,
         progress: Callable[[str, float], None] | None = None,
-        **options: Any,
+        kv_dtype: str | None = None,
+        max_len: int | None = None,
+        backend: str | None = None,
+        interpret: bool | None = None,
     ) -> Generator:
         """Loads a checkpoint in the form that suits the platform.
 
         Args:
           model: a .gguf file, a Hugging Face folder, or the name of a packaged model ("smollm2").
-          dtype: of activations and dense weights; None takes float32 on a CPU, bfloat16 elsewhere.
-          weights: "keep" runs a GGUF file's own 4- and 8-bit weights as they are, "dequantize" makes them dense.
-          quantize: a scheme to quantize the weights to instead, "int8" or "int4-g32" for example.
-          progress: called with what was just loaded and the fraction done.
-          **options: of `Generator`.
+          dtype: dtype of activations and dense weights; None means float32 on a CPU, bfloat16 elsewhere.
+          weights: "keep" keeps a GGUF file's 4- and 8-bit weights quantized, "dequantize" makes them dense.
+          quantize: scheme to quantize the weights to instead, for example "int8" or "int4-g32".
+          progress: called with the part just loaded and the fraction done.
+          kv_dtype: as for `Generator`.
+          max_len: as for `Generator`.
+          backend: as for `Generator`.
+          interpret: as for `Generator`.
 
         Raises:
           CheckpointError: the checkpoint is missing, damaged or unsupported.
@@ -124,15 +133,15 @@ class Generator:
         """
         dtype = dtype or default_dtype()
         platform = target_platform()
-        # The layers are a loop over stacked weights, which compiles in seconds and reads them without a copy; but a
-        # GPU's XLA would copy dense weights out of the stack for its matrix multiplications.
+        # A loop over stacked layers compiles in seconds and reads the weights without a copy. On a GPU, however, XLA
+        # copies dense weights out of the stack for its matrix products.
         checkpoint = load_checkpoint(
             model, dtype=dtype, weights=weights, quantize=quantize, stack=platform != "gpu", progress=progress
         )
         if platform == "tpu":
             parameters = _without_float16_scales(checkpoint.parameters)
             checkpoint = dataclasses.replace(checkpoint, parameters=parameters)
-        return cls(checkpoint, dtype=dtype, **options)
+        return cls(checkpoint, dtype=dtype, kv_dtype=kv_dtype, max_len=max_len, backend=backend, interpret=interpret)
 
     @property
     def parameters(self) -> Parameters:
@@ -140,14 +149,14 @@ class Generator:
         return self.checkpoint.parameters
 
     def compile(self, batch: int = 1, sampling: Sampling | None = None) -> float:
-        """Compiles what `generate` needs for that many prompts, ahead of it; returns the seconds it took."""
+        """Compiles the programs that `generate` needs for a number of prompts; returns the seconds it took."""
         engine = self._engine(check_integer(batch, "batch"), _checked_sampling(sampling), stops=True)
         before = engine.compile_seconds
         engine.compile()
         return engine.compile_seconds - before
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as the model was trained to read it, for `generate`; see `Tokenizer.render_chat`."""
+        """Renders a conversation as a prompt for `generate`; see `Tokenizer.render_chat`."""
         return self.tokenizer.render_chat(messages)
 
     def generate(
@@ -163,20 +172,20 @@ class Generator:
         """Continues one or several prompts, as one batch.
 
         Args:
-          prompts: a text, or texts or token lists of any lengths.
-          max_new_tokens: tokens to generate for each at most.
+          prompts: a text, or a list of texts and token lists of any lengths.
+          max_new_tokens: maximum number of tokens to generate for each prompt.
           sampling: how tokens are chosen; None is greedy.
-          seed: of random draws, a 64-bit integer (JAX takes its low 32 bits unless `jax_enable_x64` is set): the same
-            seed, prompt and sampling give the same text, whatever else is in the batch.
-          ignore_stop_tokens: goes on after a stop token, as benchmarks want it.
-          on_text: called with a prompt's index and its next piece of text, as soon as there is one.
+          seed: seed of random draws, a 64-bit integer (JAX uses its low 32 bits unless `jax_enable_x64` is set): the
+            same seed, prompt and sampling give the same text, whatever else is in the batch.
+          ignore_stop_tokens: whether generation continues after a stop token, as benchmarks need.
+          on_text: called with a prompt's index and its next piece of text, as soon as the piece is complete.
 
         Returns:
           A `Generation` for each prompt, in order, and the `Statistics` of the run.
 
         Raises:
-          ValueError: no prompt, an empty one, one that the cache has no room for, max_new_tokens below 1, or a value
-            of the wrong type.
+          ValueError: there is no prompt, one is empty or too long for the cache, max_new_tokens is below 1, or a value
+            has the wrong type.
         """
         run = _Run(self, _as_batch(prompts), max_new_tokens, sampling, seed, ignore_stop_tokens)
         for index, text in run.pieces():
@@ -193,11 +202,12 @@ class Generator:
         seed: int = 0,
         ignore_stop_tokens: bool = False,
     ) -> Iterator[str]:
-        """Continues one prompt and yields the text piece by piece; arguments and errors are those of `generate`."""
+        """Yields the continuation of one prompt piece by piece; arguments and errors are those of `generate`."""
         run = _Run(self, [prompt], max_new_tokens, sampling, seed, ignore_stop_tokens)
         return (text for _, text in run.pieces())
 
     def _engine(self, batch: int, sampling: Sampling, stops: bool) -> Engine:
+        """Returns the engine for a batch size and a set of filters, made at its first use."""
         key = (batch, jax.tree.structure(sampling), stops)
         if key not in self._engines:
             stop_tokens = self.config.stop_tokens if stops else ()
@@ -205,7 +215,7 @@ class Generator:
         return self._engines[key]
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token lists of prompts, checked."""
+        """Returns the tokens of each prompt, checked."""
         if not prompts:
             raise ValueError("prompts: got none; give at least one")
         token_lists = []
@@ -228,7 +238,7 @@ class Generator:
 
 
 class _Run:
-    """One call of `generate` or `stream`: checked when made, run by iterating over `pieces`."""
+    """One call of `generate` or `stream`: arguments are checked when it is made, iterating over `pieces` runs it."""
 
     def __init__(
         self,
@@ -255,11 +265,11 @@ class _Run:
         self._steps = 0
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """Runs; yields the index of a prompt and its next piece of text."""
+        """Runs the generation; yields the index of a prompt and its next piece of text."""
         engine, keys = self._engine, self._engine.keys(self._seed)
-        compiled_before = engine.compile_seconds
+        seconds_before = engine.compile_seconds
         engine.compile(sorted(set(plan_chunks(max(map(len, self._prompts))))))
-        self._seconds["compile"] = engine.compile_seconds - compiled_before
+        self._seconds["compile"] = engine.compile_seconds - seconds_before
         start = time.perf_counter()
         state = engine.prefill(self._prompts, keys, self._sampling)
         first = np.asarray(state.tokens)
@@ -278,21 +288,21 @@ class _Run:
                 yield index, text
 
     def generations(self) -> list[Generation]:
-        """What was generated so far."""
+        """Returns the generations so far."""
         return [
             Generation("".join(texts), tuple(tokens), len(prompt), self._stopped_by(index))
             for index, (texts, tokens, prompt) in enumerate(zip(self._texts, self._tokens, self._prompts, strict=True))
         ]
 
     def statistics(self) -> Statistics:
-        """Figures of the run, which has ended."""
+        """Returns the statistics of the finished run."""
         generator = self._generator
         sizes = [(len(prompt), len(tokens)) for prompt, tokens in zip(self._prompts, self._tokens, strict=True)]
         cache = self._engine.cache_like
         caches = cache if isinstance(cache, tuple) else (cache,)
-        per_token = sum(part.bytes_per_token for part in caches)
-        # Step s of a sequence reads the prompt and the s tokens that were written by then.
-        held = sum(prompt * (new - 1) + new * (new - 1) // 2 for prompt, new in sizes)
+        per_token = sum(layer_cache.bytes_per_token for layer_cache in caches)
+        # Step s of a sequence reads the prompt's keys and values and those of s generated tokens.
+        tokens_read = sum(prompt * (new - 1) + new * (new - 1) // 2 for prompt, new in sizes)
         return Statistics(
             sequences=len(sizes),
             prompt_tokens=sum(prompt for prompt, _ in sizes),
@@ -302,13 +312,13 @@ class _Run:
             prefill_seconds=self._seconds["prefill"],
             decode_seconds=self._seconds["decode"],
             weight_bytes=generator.parameters.bytes_per_step(len(sizes)),
-            cache_bytes=held * per_token // max(self._steps, 1),
+            cache_bytes=tokens_read * per_token // max(self._steps, 1),
             memory_bandwidth=measured_bandwidth(),
             peak_memory=peak_memory(),
         )
 
     def _take(self, tokens: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Takes tokens `[steps, batch]`, -1 for none; yields the text that they complete."""
+        """Adds tokens `[steps, batch]`, -1 for none, to the generations; yields the text that they complete."""
         for index, row in enumerate(tokens.T.tolist()):
             new = [token for token in row if token >= 0]
             self._tokens[index] += new
@@ -318,10 +328,11 @@ class _Run:
                 yield index, text
 
     def _stopped_by(self, index: int) -> Stop:
+        """Returns why a sequence ended; "max_new_tokens" while it continues."""
         tokens = self._tokens[index]
         if tokens and tokens[-1] in self._stop_tokens:
             return "stop token"
-        # The last token generated is not in the cache.
+        # The newest token is not in the cache.
         full = len(self._prompts[index]) + len(tokens) - 1 >= self._generator.options.max_len
         return "cache full" if full else "max_new_tokens"
 
@@ -330,7 +341,7 @@ class _Run:
 
 
 def check_seed(seed: Any) -> int:
-    """`seed` as a Python integer; raises ValueError for one that has no 64 bits."""
+    """Returns `seed` as a Python integer; raises ValueError where it does not fit into 64 bits."""
     number = check_integer(seed, "seed")
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"seed: got {number}; accepted: an integer from -2**63 to 2**63 - 1")
@@ -349,7 +360,7 @@ def _checked_sampling(sampling: Any) -> Sampling:
 
 
 def _as_batch(prompts: Any) -> list[Any]:
-    """The prompts of a call; what is one prompt of tokens, or none at all, is an error that says how to write it."""
+    """Returns the prompts of a call as a list; raises ValueError for one list of token ids, which is ambiguous."""
     if isinstance(prompts, str):
         return [prompts]
     batch = prompts.tolist() if hasattr(prompts, "tolist") else prompts
@@ -368,16 +379,16 @@ def _as_batch(prompts: Any) -> list[Any]:
 
 
 def default_dtype() -> str:
-    """The dtype of activations where none is asked for: what the platform computes fastest."""
+    """Returns the default dtype of activations, the fastest on the platform."""
     return "float32" if target_platform() == "cpu" else "bfloat16"
 
 
 def _without_float16_scales(parameters: Parameters) -> Parameters:
-    """Scales as float32 where they are float16, which a TPU does not have."""
+    """Converts float16 scales to float32: TPUs have no float16."""
 
-    def widen(leaf: Any) -> Any:
+    def convert(leaf: Any) -> Any:
         if isinstance(leaf, QuantizedArray) and leaf.scales.dtype == "float16":
             return leaf.with_scale_dtype("float32")
         return leaf
 
-    return jax.tree.map(widen, parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    return jax.tree.map(convert, parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

@@ -1,4 +1,4 @@
-"""Llama-family checkpoints in GGUF files: memory mapped, and kept in the file's own quantization bit for bit."""
+"""Llama-family checkpoints in GGUF files: memory-mapped, and kept in the file's own quantization bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 
 ARCHITECTURE: Final = "llama"
-"""The only architecture that is read; Llama, Mistral, SmolLM and their relatives all carry this name."""
+"""The one supported architecture; Llama, Mistral, SmolLM and similar models all have this name."""
 
 TENSOR_NAMES: Final = {
     "embedding": "token_embd.weight",
@@ -44,12 +44,13 @@ TENSOR_NAMES: Final = {
     "up": "blk.{layer}.ffn_up.weight",
     "down": "blk.{layer}.ffn_down.weight",
 }
+"""The file's name for each tensor's role in the model."""
 
 FREQUENCY_DIVISORS: Final = "rope_freqs.weight"
-"""By how much each rotary frequency is divided: Llama 3's scaling, already worked out by whoever wrote the file."""
+"""Tensor with the divisor of each rotary frequency: Llama 3's scaling, computed by the converter."""
 
 SCALING_FACTORS: Final = ("rope.scaling.factor", "rope.scale_linear")
-"""Where linear scaling's factor stands; the second is the name that old files use."""
+"""Keys of linear scaling's factor; old files use the second."""
 
 NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "attention.causal": (True,),
@@ -67,33 +68,33 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "rope.scaling.attn_factor": (1,),
     "use_parallel_residual": (False,),
 }
-"""Keys that change what a model computes and that are not applied, with the values under which they change nothing."""
+"""Keys that this decoder does not apply, with the values for which they have no effect."""
 
 BLOCK: Final = 32
-"""Weights in a block of the types that are kept."""
+"""Weights per block of the types in `KEPT`."""
 
 KEPT: Final = {
     "Q4_0": Scheme("int4", BLOCK),
     "Q4_1": Scheme("int4", BLOCK, "minimums"),
     "Q8_0": Scheme("int8", BLOCK),
 }
-"""The tensor types that a QuantizedArray holds without loss."""
+"""Tensor types that a QuantizedArray holds without loss."""
 
 DECODED_AT_ONCE: Final = 1 << 22
-"""Weights decoded to float32 at a time: bounds the memory needed besides the result."""
+"""Weights decoded to float32 at a time, which bounds the memory needed beside the result."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file starts as GGUF files do."""
+    """Returns whether a file starts with the magic of GGUF."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 class GGUFCheckpoint:
-    """An opened GGUF file; the `CheckpointReader` of this format.
+    """The `CheckpointReader` for GGUF files.
 
     Raises:
-      CheckpointError: the file is damaged, of another architecture, or uses what this model does not have.
+      CheckpointError: the file is damaged, or has an architecture or a feature that is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,15 +109,15 @@ class GGUFCheckpoint:
         self.config = self._read_config()
 
     def tensor_names(self) -> Collection[str]:
-        """Names of the tensors that hold weights."""
+        """Implements `CheckpointReader.tensor_names`."""
         return self._tensors.keys() - {FREQUENCY_DIVISORS}
 
-    def name_of(self, part: str, layer: int | None) -> str:
-        """The file's name for a part of the model."""
-        return TENSOR_NAMES[part].format(layer=layer)
+    def tensor_name(self, role: str, layer: int | None) -> str:
+        """Implements `CheckpointReader.tensor_name`."""
+        return TENSOR_NAMES[role].format(layer=layer)
 
     def tensor(self, name: str) -> StoredTensor:
-        """The tensor of that name, its rows in the order of the half-split rotary form."""
+        """Implements `CheckpointReader.tensor`; rows of queries and keys are in the half-split rotary order."""
         stored = self._tensors[name]
         kind = stored.tensor_type
         if not _is_decodable(kind):
@@ -124,8 +125,8 @@ class GGUFCheckpoint:
                 f"{self.path}: tensor {name!r} has type {kind.name}, which the gguf package cannot decode; take a file "
                 "in Q4_0, Q4_1, Q8_0, F16, BF16 or F32, or requantize it with llama-quantize --allow-requantize"
             )
-        part = name.split(".")[-2]
-        heads = {"attn_q": self.config.q_heads, "attn_k": self.config.kv_heads}.get(part)
+        module = name.split(".")[-2]
+        heads = {"attn_q": self.config.q_heads, "attn_k": self.config.kv_heads}.get(module)
         shape = tuple(int(size) for size in reversed(stored.shape))
         rows = functools.partial(_rows, stored.data, heads)
         label = f"{self.path}: tensor {name!r}"
@@ -137,7 +138,7 @@ class GGUFCheckpoint:
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer whose vocabulary the file holds."""
+        """Implements `CheckpointReader.tokenizer`."""
         return self._tokenizer
 
     def _check_supported(self) -> None:
@@ -147,10 +148,10 @@ class GGUFCheckpoint:
                 f"{self.path}: architecture {shorten(architecture)} is not supported; supported: {ARCHITECTURE!r} "
                 "(Llama, Mistral, SmolLM and others of that form)"
             )
-        parts = check_integer(self._metadata.get("split.count", 0), f"{self.path}: metadata key 'split.count'", 0)
-        if parts > 1:
+        files = check_integer(self._metadata.get("split.count", 0), f"{self.path}: metadata key 'split.count'", 0)
+        if files > 1:
             raise CheckpointError(
-                f"{self.path}: one of {parts} parts of a split checkpoint; join them with llama-gguf-split --merge"
+                f"{self.path}: one of {files} parts of a split checkpoint; join them with llama-gguf-split --merge"
             )
         if experts := self._integer("expert_count", 0, minimum=0):
             raise CheckpointError(f"{self.path}: a mixture of {experts} experts is not supported; take a dense model")
@@ -162,7 +163,7 @@ class GGUFCheckpoint:
                 )
 
     def _value(self, key: str, default: Any) -> tuple[Any, str]:
-        """A value under `llama.` and what to call it; an array of one number per layer, all equal, is that number."""
+        """Returns a value under `llama.` and its name for errors; a list of equal numbers counts as one of them."""
         value = self._metadata.get(f"{ARCHITECTURE}.{key}", default)
         label = f"{self.path}: metadata key '{ARCHITECTURE}.{key}'"
         if value is None:
@@ -206,7 +207,7 @@ class GGUFCheckpoint:
                 rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
                 sliding_window=None if _is_zero(window) else check_window(window, window_label),
                 tied_embedding=TENSOR_NAMES["head"] not in self._tensors,
-                # Files write -1 or its unsigned form for a token that they do not have.
+                # Some files have -1, or its unsigned form, for a token that does not exist.
                 stop_tokens=tuple(t for t in self._tokenizer.stop_tokens if 0 <= t < self._tokenizer.vocab_size),
             )
         except CheckpointError:
@@ -215,7 +216,7 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{self.path}: its metadata describe no model: {error}") from error
 
     def inverse_frequencies(self) -> np.ndarray:
-        """The rotary frequencies, `[head_dim / 2]` float32, linear or Llama 3's scaling applied."""
+        """Implements `CheckpointReader.inverse_frequencies`."""
         divisors: np.ndarray | float = self._linear_divisor()
         if FREQUENCY_DIVISORS in self._tensors:
             factors = self.tensor(FREQUENCY_DIVISORS).read(np.float64)
@@ -229,7 +230,7 @@ class GGUFCheckpoint:
         return rotary_frequencies(self.config.head_dim, self.config.rope_theta, divisors=divisors)
 
     def _linear_divisor(self) -> float:
-        """What linear scaling divides frequencies by, as llama.cpp reads it: 0 and no factor at all are 1."""
+        """Returns the divisor of linear scaling, read as llama.cpp does: 1 for a factor of 0, or without a factor."""
         kind, _ = self._value("rope.scaling.type", "linear")
         if kind not in ("none", "linear"):
             raise CheckpointError(
@@ -244,11 +245,12 @@ class GGUFCheckpoint:
 
 
 def _is_zero(value: Any) -> bool:
+    """Returns whether a value is the number 0; False is not."""
     return not isinstance(value, bool) and isinstance(value, int | float) and value == 0
 
 
 def _open(path: Path) -> Any:
-    """A GGUFReader over the file, every access checked against its end."""
+    """Returns a GGUFReader of the file that checks every access against the file's size."""
     with models_extra("reading a GGUF file"):
         import gguf
 
@@ -256,11 +258,11 @@ def _open(path: Path) -> Any:
 
     class BoundedReader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            # Without this a slice past the end is silently shorter, and a damaged array length loops for hours.
+            # A slice past the end would be silently shorter, and a damaged array length would loop for hours.
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
             if end > size:
                 raise EOFError(f"needs {end:,} bytes, has {size:,}")
-            # Slices of a plain view cost a third of those of a memmap, and there are several for each vocabulary entry.
+            # Slicing an array takes a third of the time of slicing a memmap; each token takes several slices.
             self.data: np.ndarray = np.asarray(self.data)
             return super()._get(offset, dtype, count, override_order)
 
@@ -268,7 +270,7 @@ def _open(path: Path) -> Any:
         reader = BoundedReader(os.fspath(path))
     except EOFError as error:
         raise CheckpointError(f"{path}: truncated or damaged: {error}; download it again") from error
-    except Exception as error:  # Whatever the parser trips over in a damaged file, the way out is the same.
+    except Exception as error:  # A damaged file may raise anything in the parser; the remedy is the same.
         raise CheckpointError(f"{path}: damaged GGUF file ({error}); download it again") from error
     if reader.byte_order != "I":
         raise CheckpointError(f"{path}: written in the other byte order; convert it with gguf-convert-endian")
@@ -276,6 +278,7 @@ def _open(path: Path) -> Any:
 
 
 def _metadata(path: Path, reader: Any) -> Mapping[str, Any]:
+    """Returns the metadata as plain Python values, by key."""
     try:
         return {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError) as error:
@@ -283,10 +286,10 @@ def _metadata(path: Path, reader: Any) -> Mapping[str, Any]:
 
 
 def _rows(data: np.ndarray, heads: int | None) -> np.ndarray:
-    """A tensor's rows as they are stored, those of query and key projections brought back to half-split order.
+    """Returns a tensor's rows, those of query and key projections reordered to the half-split rotary form.
 
-    GGUF keeps the two coordinates that a rotary position turns next to each other: row 2 i + h of a head is row
-    i + h * head_dim / 2 of the model. Whole rows move, so that quantized ones move without loss.
+    GGUF stores the two coordinates of a rotary pair next to each other: its row 2 i + h of a head is the model's row
+    i + h * head_dim / 2. Whole rows are moved, so quantized rows are moved without loss.
     """
     if heads is None:
         return data
@@ -296,7 +299,7 @@ def _rows(data: np.ndarray, heads: int | None) -> np.ndarray:
 
 @functools.cache
 def _is_decodable(kind: Any) -> bool:
-    """Whether the gguf package knows a tensor type's values: it lists many more types than it decodes."""
+    """Returns whether the gguf package can decode a tensor type: it lists many more types than it decodes."""
     import gguf
 
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -308,7 +311,7 @@ def _is_decodable(kind: Any) -> bool:
 
 
 def _decode(kind: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of a tensor type in float32; what is not finite is found by whoever takes them."""
+    """Decodes rows of a tensor type to float32; the caller checks that they are finite."""
     import gguf
 
     with np.errstate(all="ignore"):
@@ -316,6 +319,7 @@ def _decode(kind: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def _read_dense(rows: np.ndarray, shape: tuple[int, ...], kind: Any, dtype: Any, name: str) -> np.ndarray:
+    """Decodes a tensor some rows at a time."""
     if len(shape) == 1:
         return cast(_decode(kind, rows), dtype, name)
     result = np.empty(shape, dtype)
@@ -326,7 +330,7 @@ def _read_dense(rows: np.ndarray, shape: tuple[int, ...], kind: Any, dtype: Any,
 
 
 def _read_quantized(rows: np.ndarray, scheme: Scheme, name: str) -> QuantizedArray:
-    """Takes blocks apart (a float16 scale, a float16 minimum where there is one, then codes) and transposes them."""
+    """Splits blocks (a float16 scale, a float16 minimum if any, codes) into arrays, and transposes these."""
     header = 4 if scheme.offset == "minimums" else 2
     blocks = rows.reshape(len(rows), -1, header + (BLOCK // 2 if scheme.packed else BLOCK))
     factors = np.ascontiguousarray(blocks[..., :header]).view(np.float16)

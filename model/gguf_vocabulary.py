@@ -1,7 +1,7 @@
-"""The vocabulary that a GGUF file's metadata describe: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
+"""Vocabularies of GGUF files: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
 
-Which tokens are control tokens and which of them end a turn follows llama.cpp: by their type, and by well-known names
-whatever their type, because many converted files give those names the type of ordinary text.
+As in llama.cpp, control tokens and the ends of a turn are recognized by their type, and by well-known names whatever
+their type, because many converted files give such tokens the type of ordinary text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from palladion.model.checkpoint_files import CheckpointError, models_extra
+from palladion.model.checkpoint_files import CheckpointError, models_extra, shorten
 from palladion.model.vocabulary import (
     SPACE,
     SPECIAL_NAMES,
@@ -22,7 +22,7 @@ from palladion.model.vocabulary import (
 
 
 class TokenType(enum.IntEnum):
-    """What `tokenizer.ggml.token_type` says of a token."""
+    """Values of `tokenizer.ggml.token_type`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -32,12 +32,12 @@ class TokenType(enum.IntEnum):
 
 
 class PreTokenizer(NamedTuple):
-    """How text is cut before byte pairs are merged, by the names that `tokenizer.ggml.pre` uses.
+    """The rules by which text is split before byte pairs are merged.
 
     Attributes:
-      patterns: regular expressions, each cutting the pieces that those before it left.
-      ignore_merges: whether a piece that is itself in the vocabulary is taken whole.
-      add_bos: whether a prompt starts with the BOS token where the file does not say.
+      patterns: regular expressions, applied in order, each to the pieces that the previous one made.
+      ignore_merges: whether a piece that is in the vocabulary becomes one token without merges.
+      add_bos: whether a prompt starts with the BOS token by default.
     """
 
     patterns: tuple[str, ...]
@@ -61,6 +61,7 @@ PRE_TOKENIZERS: Final = {
     "llama-v3": LLAMA3,
     "qwen2": PreTokenizer((LLAMA3_PATTERN.replace("{1,3}", ""),)),
 }
+"""Pre-tokenizers by the names that `tokenizer.ggml.pre` uses."""
 
 END_OF_TURN: Final = frozenset(
     (
@@ -89,7 +90,7 @@ END_OF_TURN: Final = frozenset(
         "[e~[",
     )
 )
-"""Tokens that end a turn wherever they occur: files name one token as EOS, a chat may use another."""
+"""Tokens that always end a turn: a chat may use another one than the EOS token that the file names."""
 
 END_OF_FILE: Final = frozenset(
     (
@@ -106,7 +107,7 @@ END_OF_FILE: Final = frozenset(
         "<|file_sep|>",
     )
 )
-"""Tokens with which models of code end a file or begin another: a generation ends there too."""
+"""Tokens that separate files in models of code; they end a generation too."""
 
 FILL_IN_MIDDLE: Final = frozenset(
     (
@@ -136,21 +137,21 @@ FILL_IN_MIDDLE: Final = frozenset(
         "<|middle|>",
     )
 )
-"""Control tokens around the parts of a file into which a model of code writes."""
+"""Control tokens that mark the parts of a file for a model of code that fills in its middle."""
 
 SHOWN: Final = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
-"""Tokens that structure an answer and belong to its text, though files call them control tokens."""
+"""Tokens that are part of an answer's text, although files call them control tokens."""
 
 
 def read_gguf_vocabulary(metadata: Mapping[str, Any], source: str) -> Vocabulary:
-    """Builds the vocabulary that a GGUF file describes.
+    """Builds the vocabulary of a GGUF file.
 
     Args:
-      metadata: the file's metadata as plain Python values, by key; those under `tokenizer.` are used.
-      source: the file's name, for messages.
+      metadata: the file's metadata as plain Python values, by key; keys under `tokenizer.` are used.
+      source: name of the file, for errors.
 
     Raises:
-      CheckpointError: the tokenizer is of an unsupported kind, or a part of it is missing or of the wrong type.
+      CheckpointError: the tokenizer is unsupported, or a part of it is missing or has the wrong type.
     """
     with models_extra("reading a tokenizer"):
         import tokenizers
@@ -159,8 +160,8 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any], source: str) -> Vocabulary
     kind = values.text("model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{source}: tokenizer model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE) and 'llama' "
-            "(SentencePiece BPE)"
+            f"{source}: tokenizer model {shorten(kind)} is not supported; supported: 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece BPE)"
         )
     tokens = _tokens(values)
     types = values.items("token_type", int, len(tokens)) or [TokenType.NORMAL] * len(tokens)
@@ -202,32 +203,33 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any], source: str) -> Vocabulary
 
 
 KIND_NAMES: Final = {str: "a string", int: "an integer", float: "a number", bool: "a boolean", list: "a list"}
+"""Names of types, for errors."""
 
 
 class _Metadata:
-    """Metadata under `tokenizer.ggml.`, their types checked as they are read."""
+    """The metadata under `tokenizer.ggml.`, whose types are checked when they are read."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self._metadata = metadata
         self.source = source
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A string, or the default; a key that begins with "tokenizer." is whole."""
+        """Returns a string, or the default; a key that begins with "tokenizer." is complete."""
         return self._value(key, str, default)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A boolean."""
+        """Returns a boolean, or the default."""
         return self._value(key, bool, default)
 
     def items(self, key: str, kind: type, count: int | None = None) -> list[Any]:
-        """A list of strings, integers or numbers, [] where there is none; `count` is how many there must be."""
+        """Returns a list of strings, integers or numbers, [] where it is absent; `count` is its required length."""
         items = self._value(key, list, [])
         accepted = (int, float) if kind is float else kind
         wrong = next((i for i in items if isinstance(i, bool) or not isinstance(i, accepted) or i != i), None)
         if wrong is not None:
             raise CheckpointError(
                 f"{self.source}: 'tokenizer.ggml.{key}' must hold {KIND_NAMES[kind]} for each token, has "
-                f"{wrong!r}; convert the model again"
+                f"{shorten(wrong)}; convert the model again"
             )
         if items and count is not None and len(items) != count:
             raise CheckpointError(
@@ -237,9 +239,9 @@ class _Metadata:
         return items
 
     def token(self, key: str, count: int) -> int | None:
-        """The token of a key "…_token_id"; None where the file has none, and for an id that is no token.
+        """Returns the token id under "<key>_token_id"; None where it is absent, or not a token's id.
 
-        Some files write -1 or its unsigned form for a token that they do not have.
+        Some files have -1, or its unsigned form, for a token that does not exist.
         """
         value = self._value(f"{key}_token_id", int, None)
         return value if value is not None and 0 <= value < count else None
@@ -250,15 +252,14 @@ class _Metadata:
         if value is None:
             return default
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            shown = repr(value)
             raise CheckpointError(
-                f"{self.source}: {key!r} must be {KIND_NAMES[kind]}, got {shown[:60]}; convert the model again"
+                f"{self.source}: {key!r} must be {KIND_NAMES[kind]}, got {shorten(value)}; convert the model again"
             )
         return value
 
 
 def _tokens(values: _Metadata) -> list[str]:
-    """The names of all tokens, each once; an empty one is given the name that llama.cpp gives it."""
+    """Returns the names of all tokens, which are unique; an empty name becomes the one that llama.cpp uses."""
     tokens = values.items("tokens", str)
     if not tokens:
         raise CheckpointError(f"{values.source}: 'tokenizer.ggml.tokens' is missing or empty; convert the model again")
@@ -267,22 +268,22 @@ def _tokens(values: _Metadata) -> list[str]:
         first = {token: i for i, token in reversed([*enumerate(named)])}
         again = next(i for i, token in enumerate(named) if first[token] != i)
         raise CheckpointError(
-            f"{values.source}: 'tokenizer.ggml.tokens' has {named[again]!r} twice, as {first[named[again]]} and "
+            f"{values.source}: 'tokenizer.ggml.tokens' has {shorten(named[again])} twice, as {first[named[again]]} and "
             f"{again}; convert the model again"
         )
     return named
 
 
 def _control_tokens(tokens: Sequence[str], types: Sequence[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """Tokens that end a generation by their names; and all control tokens, by type or name."""
+    """Returns the tokens whose names end a generation; and all control tokens, by type or name."""
     names = END_OF_TURN | END_OF_FILE
     present = names.intersection(tokens)
     if present >= {"<|return|>", "<|call|>", "<|end|>"} or (
         present >= {"<|flush|>", "<|end|>"} and present & {"<|call|>", "<|calls|>"}
     ):
-        names -= {"<|end|>"}  # ends a message there, several of which make a turn
+        names -= {"<|end|>"}  # ends a message, and a turn may have several
     if "<|tool_response>" in present:
-        names -= {"</s>"}  # ordinary text in those vocabularies
+        names -= {"</s>"}  # ordinary text in these vocabularies
     ends = frozenset(i for i, token in enumerate(tokens) if token in names)
     shown = SHOWN | {"<|end|>"} - names
     by_type = (TokenType.CONTROL, TokenType.UNKNOWN)
@@ -293,15 +294,15 @@ def _control_tokens(tokens: Sequence[str], types: Sequence[int]) -> tuple[frozen
 
 
 def _byte_level_encoder(values: _Metadata, tokens: Sequence[str]) -> tuple[Any, bool]:
-    """The encoder of a byte-level BPE vocabulary, and whether its prompts start with BOS by default."""
+    """Returns the encoder of a byte-level BPE vocabulary, and whether prompts start with BOS by default."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     name = values.text("pre", "default")
     pre = PRE_TOKENIZERS.get(str(name))
     if pre is None:
         raise CheckpointError(
-            f"{values.source}: pre-tokenizer {name!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}. "
-            "The model's Hugging Face folder brings its own tokenizer"
+            f"{values.source}: pre-tokenizer {shorten(name)} is not supported; supported: {', '.join(PRE_TOKENIZERS)}. "
+            "Load the model's Hugging Face folder instead, which has its own tokenizer"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in values.items("merges", str)]
     encoder = Tokenizer(
@@ -314,7 +315,7 @@ def _byte_level_encoder(values: _Metadata, tokens: Sequence[str]) -> tuple[Any, 
 
 
 def _sentencepiece_encoder(values: _Metadata, tokens: Sequence[str], types: Sequence[int]) -> Any:
-    """The encoder of a SentencePiece BPE vocabulary."""
+    """Returns the encoder of a SentencePiece BPE vocabulary."""
     from tokenizers import Tokenizer, models, normalizers
 
     scores = values.items("scores", float, len(tokens))
@@ -336,7 +337,7 @@ def _sentencepiece_encoder(values: _Metadata, tokens: Sequence[str], types: Sequ
 
 
 def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece leaves implicit: any two tokens that make a third, the best third first."""
+    """Returns the merges that SentencePiece implies: any two tokens that form a third, the highest score first."""
     ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == TokenType.NORMAL}
     merges = [
         (-scores[i], ids[token[:cut]], ids[token[cut:]])

@@ -1,4 +1,4 @@
-"""Llama-family checkpoints in Hugging Face folders: config.json and safetensors files, whole or in shards."""
+"""Llama-family checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -32,26 +32,36 @@ TENSOR_NAMES: Final = {
     "up": "model.layers.{layer}.mlp.up_proj.weight",
     "down": "model.layers.{layer}.mlp.down_proj.weight",
 }
+"""The name of each tensor's role in the model."""
 
 ATTENTION_BIASES: Final = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+"""Endings of the names of attention's biases."""
 
 FLOAT_TYPES: Final = ("F64", "F32", "F16", "BF16")
+"""Supported tensor types."""
 
 BASE_PREFIX: Final = "model."
-"""What the names of a decoder's tensors start with, unless it was saved without its output head."""
+"""Prefix of a decoder's tensor names, absent where it was saved without its output head."""
 
-BASE_PARTS: Final = ("embed_tokens.", "layers.", "norm.")
-"""What names start with that were saved without the prefix."""
+BASE_MODULES: Final = ("embed_tokens.", "layers.", "norm.")
+"""First components of names that lack `BASE_PREFIX`."""
 
 NAMED_FILES: Final = 8
-"""Missing files that an error names."""
+"""Maximum number of missing files that an error names."""
 
 COMPARED_ROWS: Final = 4096
-"""Rows that are read at a time to see whether two tables are the same."""
+"""Rows read at a time when two tables are compared."""
 
 
-class StoredAs(NamedTuple):
-    """Where a tensor is: its file, its name there, its shape and its type."""
+class Location(NamedTuple):
+    """Location of a tensor.
+
+    Attributes:
+      file: the safetensors file.
+      name: name in that file.
+      shape: shape of the tensor.
+      kind: type of its numbers, as safetensors names it.
+    """
 
     file: Path
     name: str
@@ -60,16 +70,15 @@ class StoredAs(NamedTuple):
 
 
 def is_huggingface_folder(path: Path) -> bool:
-    """Whether a folder looks like a Hugging Face checkpoint."""
+    """Returns whether a folder looks like a Hugging Face checkpoint."""
     return any(exists(path / name) for name in ("config.json", "model.safetensors", "model.safetensors.index.json"))
 
 
 class HuggingFaceCheckpoint:
-    """An opened Hugging Face folder; the `CheckpointReader` of this format.
+    """The `CheckpointReader` for Hugging Face folders.
 
     Raises:
-      CheckpointError: a file is missing or damaged, the architecture is another one, or it uses what this model does
-        not have.
+      CheckpointError: a file is missing or damaged, or the architecture or a feature is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +86,7 @@ class HuggingFaceCheckpoint:
         self.name = path.resolve().name
         self._values = JsonFile(path / "config.json")
         self._family = read_family(self._values)
-        # Both layouts: the rotary settings beside the other keys, or all of them in `rope_parameters`.
+        # Rotary settings are in `rope_scaling` and beside it, or, in newer files, all in `rope_parameters`.
         rope = self._values.section("rope_scaling")
         rope = rope if rope.content else self._values.section("rope_parameters")
         _check_unquantized(self._values)
@@ -90,20 +99,19 @@ class HuggingFaceCheckpoint:
         self._check_added_tokens()
 
     def tensor_names(self) -> Collection[str]:
-        """Names of the tensors that hold weights: no rotary frequencies, no second copy of a tied head."""
+        """Implements `CheckpointReader.tensor_names`: without rotary frequencies and a tied head's second copy."""
         ignored = {name for name in self._stored if name.endswith(".rotary_emb.inv_freq")}
         if self.config.tied_embedding:
             ignored.add(TENSOR_NAMES["head" if TENSOR_NAMES["embedding"] in self._stored else "embedding"])
         return self._stored.keys() - ignored
 
-    def name_of(self, part: str, layer: int | None) -> str:
-        """The name for a part of the model; a tied table may stand under either of its two names."""
-        if part == "embedding" and self.config.tied_embedding and TENSOR_NAMES["embedding"] not in self._stored:
-            part = "head"
-        return TENSOR_NAMES[part].format(layer=layer)
+    def tensor_name(self, role: str, layer: int | None) -> str:
+        """Implements `CheckpointReader.tensor_name`; a tied table may have either of its two names."""
+        by_head = role == "embedding" and self.config.tied_embedding and TENSOR_NAMES["embedding"] not in self._stored
+        return TENSOR_NAMES["head" if by_head else role].format(layer=layer)
 
     def tensor(self, name: str) -> StoredTensor:
-        """The tensor of that name."""
+        """Implements `CheckpointReader.tensor`."""
         stored = self._stored[name]
         if stored.kind not in FLOAT_TYPES:
             raise CheckpointError(
@@ -113,14 +121,14 @@ class HuggingFaceCheckpoint:
         return StoredTensor(name=name, shape=stored.shape, read=lambda dtype: _read_tensor(stored, dtype))
 
     def inverse_frequencies(self) -> np.ndarray:
-        """The rotary frequencies, `[head_dim / 2]` float32, linear or Llama 3's scaling applied."""
+        """Implements `CheckpointReader.inverse_frequencies`."""
         config = self.config
         return rotary_frequencies(
             config.head_dim, config.rope_theta, scaling=config.rope_scaling, divisors=self._divisor
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the folder."""
+        """Implements `CheckpointReader.tokenizer`."""
         return self._tokenizer
 
     def _read_config(self, theta: float, scaling: RopeScaling | None) -> ModelConfig:
@@ -149,7 +157,7 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{values.path}: describes no model: {error}") from error
 
     def _check_biases(self) -> None:
-        """Checks that no biases are there of which config.json says that there are none: transformers drops them."""
+        """Checks that there are no biases if config.json says so: transformers would ignore them."""
         if self._values.boolean("attention_bias", True) or self._family.model_type == "qwen2":
             return
         for name in sorted(self._stored):
@@ -160,7 +168,7 @@ class HuggingFaceCheckpoint:
                 )
 
     def _check_added_tokens(self) -> None:
-        """Checks the tokens that every text is given; others beyond the embedding's rows may never be used."""
+        """Checks that the tokens added to every text have rows in the embedding; others may never be used."""
         beyond = [token for token in self._tokenizer.encode("") if token >= self.config.vocab_size]
         if beyond:
             raise CheckpointError(
@@ -169,19 +177,20 @@ class HuggingFaceCheckpoint:
             )
 
     def _has_one_table(self) -> bool:
-        """Whether embedding and output head are one table; as in transformers, two that differ are not tied."""
-        embedding, head = (self._stored.get(TENSOR_NAMES[part]) for part in ("embedding", "head"))
+        """Returns whether embedding and output head are equal; as in transformers, others are not tied."""
+        embedding, head = (self._stored.get(TENSOR_NAMES[role]) for role in ("embedding", "head"))
         if embedding is None or head is None:
             return True
         if (embedding.shape, embedding.kind) != (head.shape, head.kind):
             return False
         if embedding.kind not in FLOAT_TYPES or len(embedding.shape) != 2:
-            return True  # Whoever reads the table says what is wrong with it.
+            return True  # Reading the table reports what is wrong with it.
         pairs = zip(_raw_rows(embedding), _raw_rows(head), strict=True)
         return all(np.array_equal(first, second) for first, second in pairs)
 
 
 def _check_unquantized(values: JsonFile) -> None:
+    """Raises CheckpointError for quantized weights."""
     if quantization := values.section("quantization_config").content:
         raise CheckpointError(
             f"{values.path}: weights already quantized by {shorten(quantization.get('quant_method'))} are not "
@@ -191,7 +200,7 @@ def _check_unquantized(values: JsonFile) -> None:
 
 
 def _rope_scaling(rope: JsonFile, max_positions: int) -> tuple[RopeScaling | None, float]:
-    """Llama 3's scaling or None, and the number by which linear scaling divides all frequencies."""
+    """Returns Llama 3's scaling or None, and the divisor of linear scaling."""
     kind = rope.text("rope_type") or rope.text("type")
     if kind is None and rope.content.get("factor") is not None:
         raise CheckpointError(f"{rope.path}: rotary scaling by a 'factor' has no 'rope_type'; take the original file")
@@ -217,37 +226,37 @@ def _rope_scaling(rope: JsonFile, max_positions: int) -> tuple[RopeScaling | Non
     return scaling, 1.0
 
 
-def _list_tensors(path: Path) -> dict[str, StoredAs]:
-    """Every tensor of a folder by the name that a whole model has for it."""
+def _list_tensors(path: Path) -> dict[str, Location]:
+    """Returns the location of every tensor, by its name in a whole model."""
     with models_extra("reading a Hugging Face checkpoint"):
         import safetensors
 
-    found: dict[str, StoredAs] = {}
+    locations: dict[str, Location] = {}
     for file in _weight_files(path):
         try:
             with safetensors.safe_open(file, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # not a mapping: it has no iterator
                     entry = tensors.get_slice(name)
-                    stored = StoredAs(file, name, tuple(entry.get_shape()), entry.get_dtype())
-                    other = found.setdefault(_full_name(name), stored)
+                    stored = Location(file, name, tuple(entry.get_shape()), entry.get_dtype())
+                    other = locations.setdefault(_full_name(name), stored)
                     if other.name != name:
                         raise CheckpointError(
                             f"{file}: has tensor {shorten(name)} as {shorten(other.name)} too; take the original file"
                         )
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{file}: truncated or damaged ({error}); download it again") from error
-    return found
+    return locations
 
 
 def _full_name(name: str) -> str:
-    """A tensor's name in a whole model: a decoder saved without its output head lacks the prefix."""
-    if name.startswith(BASE_PARTS):
+    """Returns a tensor's name in a whole model: a decoder saved without its output head lacks the prefix."""
+    if name.startswith(BASE_MODULES):
         return BASE_PREFIX + name
     return TENSOR_NAMES["head"] if name == BASE_PREFIX + TENSOR_NAMES["head"] else name
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights; as in transformers, a whole file counts before an index of shards."""
+    """Returns the files with the weights; as in transformers, a single file takes precedence over shards."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if exists(whole):
         check_regular(whole)
@@ -263,6 +272,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(path: Path, index: Path) -> list[Path]:
+    """Returns the files that an index of shards names, which exist."""
     shards = JsonFile(index).content.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index}: has no 'weight_map'; download it again")
@@ -284,8 +294,8 @@ def _shards(path: Path, index: Path) -> list[Path]:
     return files
 
 
-def _raw_rows(stored: StoredAs) -> Iterator[np.ndarray]:
-    """A table's bytes, some rows at a time."""
+def _raw_rows(stored: Location) -> Iterator[np.ndarray]:
+    """Yields a table's bytes, some rows at a time."""
     with _opened(stored) as tensors:
         rows = tensors.get_slice(stored.name)
         for start in range(0, stored.shape[0], COMPARED_ROWS):
@@ -293,15 +303,16 @@ def _raw_rows(stored: StoredAs) -> Iterator[np.ndarray]:
             yield np.ascontiguousarray(taken).view(np.uint8)
 
 
-def _read_tensor(stored: StoredAs, dtype: Any) -> np.ndarray:
+def _read_tensor(stored: Location, dtype: Any) -> np.ndarray:
+    """Reads a tensor."""
     with _opened(stored) as tensors:
         array = tensors.get_tensor(stored.name)
     return cast(array, dtype, f"{stored.file}: tensor {shorten(stored.name)}")
 
 
 @contextlib.contextmanager
-def _opened(stored: StoredAs) -> Iterator[Any]:
-    """The file of a tensor, open; raises CheckpointError where it cannot be read."""
+def _opened(stored: Location) -> Iterator[Any]:
+    """Opens a tensor's file; raises CheckpointError where it cannot be read."""
     import safetensors
 
     try:

@@ -1,11 +1,12 @@
-"""The vocabulary of a Hugging Face folder, read as `transformers` reads it.
+"""Vocabularies of Hugging Face folders, read as `transformers` reads them.
 
-tokenizer.json is the tokenizer; other files add tokens to it, name the special ones, and hold the chat template and
-the stop tokens. What goes around a text is the business of tokenizer.json's post-processor alone: where there is that
-file, `add_bos_token` and `add_eos_token` of tokenizer_config.json have no effect.
+tokenizer.json is the tokenizer; other files add tokens, name the special ones, and hold the chat template and the stop
+tokens. Only tokenizer.json's post-processor adds tokens around a text: `add_bos_token` and `add_eos_token` of
+tokenizer_config.json have no effect.
 
-One thing is not followed: the classes GPT2Tokenizer and Qwen2Tokenizer of transformers 5 cut text by rules of their own
-where tokenizer.json has others, such as digits one by one. The file has the rules that the model was trained with.
+There is one exception: the classes GPT2Tokenizer and Qwen2Tokenizer of transformers 5 split text by their own rules
+even where tokenizer.json has others, such as single digits. The model was trained with those of the file, which apply
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, models_extra
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, models_extra, shorten
 from palladion.model.vocabulary import (
     SPACE,
     SPECIAL_NAMES,
@@ -35,23 +36,23 @@ FILES: Final = (
     "generation_config.json",
     "chat_template.jinja",
 )
+"""Files that are read."""
 
 NAMED_TOKENS: Final = (*SPECIAL_NAMES, "sep_token", "cls_token", "mask_token")
-"""Keys of tokenizer_config.json whose tokens are special ones."""
+"""Keys of tokenizer_config.json that name special tokens."""
 
 TOKEN_OPTIONS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What is said of an added token besides its text, each a boolean."""
+"""Boolean options of an added token."""
 
 REBUILT_CLASS: Final = "LlamaTokenizer"
-"""The tokenizer class that does not cut text as a SentencePiece tokenizer.json says, but by rules of its own."""
+"""Tokenizer class that splits text by its own rules instead of those of a SentencePiece tokenizer.json."""
 
 
 def read_folder_vocabulary(path: Path) -> Vocabulary:
     """Reads the vocabulary of a Hugging Face folder.
 
     Raises:
-      CheckpointError: tokenizer.json is missing, damaged, or of a kind that cannot be decoded byte by byte; or another
-        file is not as it has to be.
+      CheckpointError: a file is missing or damaged, or the kind of tokenizer cannot be decoded byte by byte.
     """
     with models_extra("reading a tokenizer"):
         import tokenizers
@@ -81,7 +82,7 @@ def read_folder_vocabulary(path: Path) -> Vocabulary:
     stops = _stop_tokens(config) + _stop_tokens(JsonFile(path / "generation_config.json", optional=True))
     if "eos_token" in special:
         stops.append(special["eos_token"])
-    pieces, drops_space = _decoding_of(content, encoder, file)
+    pieces, drops_space = _token_bytes(content, encoder, file)
     vocabulary = Vocabulary(
         encoder=encoder,
         pieces=pieces,
@@ -97,7 +98,7 @@ def read_folder_vocabulary(path: Path) -> Vocabulary:
 
 
 def _settings(path: Path) -> JsonFile:
-    """tokenizer_config.json, with what older folders keep in special_tokens_map.json."""
+    """Returns tokenizer_config.json, merged with special_tokens_map.json of older folders."""
     settings = JsonFile(path / "tokenizer_config.json", optional=True)
     if "added_tokens_decoder" in settings.content:
         return settings
@@ -106,10 +107,10 @@ def _settings(path: Path) -> JsonFile:
 
 
 def _rebuilt_scheme(settings: JsonFile, config: JsonFile, content: Mapping[str, Any]) -> str | None:
-    """Where the class LlamaTokenizer puts a space; None for a folder of another class, or one that is byte-level.
+    """Returns where the class LlamaTokenizer adds a space; None for other classes and byte-level tokenizers.
 
-    It puts a space before a text only, where many a tokenizer.json puts one after each special token too; unless
-    `legacy` is true. A Mistral model's tokenizer is never of that class, whatever its folder says.
+    It adds a space only before a text, unless `legacy` is true; many a tokenizer.json adds one after each special token
+    too. A Mistral model's tokenizer is never of this class, whatever its folder says.
     """
     named = settings.text("tokenizer_class") or ""
     is_mistral = config.text("model_type") == "mistral"
@@ -121,17 +122,19 @@ def _rebuilt_scheme(settings: JsonFile, config: JsonFile, content: Mapping[str, 
 
 
 def _add_tokens(encoder: Any, settings: JsonFile, path: Path) -> None:
-    """Adds the tokens that other files name and tokenizer.json does not have, in the order of transformers."""
+    """Adds tokens that only other files name, in the same order as transformers."""
     from tokenizers import AddedToken
 
     listed = settings.section("added_tokens_decoder")
-    where = f"{settings.path}: 'added_tokens_decoder'"
+    label = f"{settings.path}: 'added_tokens_decoder'"
     numbered: dict[int, Any] = {}
     for key, entry in listed.content.items():
         if not key.isdecimal():
-            raise CheckpointError(f"{where} has the key {key!r}; its keys must be token ids; take the original file")
-        numbered[int(key)] = _added_token(entry, f"{where}[{key!r}]", special=False)
-    named = [_added_token(entry, where, special=True) for where, entry in _named_tokens(settings)]
+            raise CheckpointError(
+                f"{label} has the key {shorten(key)}; its keys must be token ids; take the original file"
+            )
+        numbered[int(key)] = _added_token(entry, f"{label}[{shorten(key)}]", special=False)
+    named = [_added_token(entry, key_label, special=True) for key_label, entry in _named_tokens(settings)]
     if "added_tokens_decoder" not in settings.content:
         older = JsonFile(path / "added_tokens.json", optional=True)
         special = {token.content for token in named}
@@ -149,14 +152,15 @@ def _add_tokens(encoder: Any, settings: JsonFile, path: Path) -> None:
 
 
 def _named_tokens(settings: JsonFile) -> Iterator[tuple[str, Any]]:
-    """Every token that the settings call special: where it stands, and its text or description."""
+    """Yields every special token of the settings: its label for errors, and its text or description."""
     for key, entry in settings.content.items():
         if key in NAMED_TOKENS and entry is not None:
             yield f"{settings.path}: {key!r}", entry
     extra = settings.content.get("extra_special_tokens") or settings.content.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise CheckpointError(
-            f"{settings.path}: 'extra_special_tokens' must be a list of tokens, got {extra!r}; take the original file"
+            f"{settings.path}: 'extra_special_tokens' must be a list of tokens, got {shorten(extra)}; take the "
+            "original file"
         )
     for entry in extra.values() if isinstance(extra, dict) else extra:
         yield f"{settings.path}: 'extra_special_tokens'", entry
@@ -165,8 +169,8 @@ def _named_tokens(settings: JsonFile) -> Iterator[tuple[str, Any]]:
             yield f"{settings.path}: {key!r}", entry
 
 
-def _added_token(entry: Any, where: str, special: bool) -> Any:
-    """A token written as its text, or as an object that holds the text."""
+def _added_token(entry: Any, label: str, special: bool) -> Any:
+    """Returns the AddedToken that an entry describes: its text, or an object with its text and options."""
     from tokenizers import AddedToken
 
     if isinstance(entry, str):
@@ -175,14 +179,14 @@ def _added_token(entry: Any, where: str, special: bool) -> Any:
     options = {name: entry[name] for name in TOKEN_OPTIONS if name in entry} if isinstance(entry, dict) else {}
     if not isinstance(text, str) or not all(isinstance(value, bool) for value in options.values()):
         raise CheckpointError(
-            f"{where} must be a token: a string, or an object of 'content' and booleans; got {entry!r}; take the "
-            "original file"
+            f"{label} must be a token: a string, or an object of 'content' and booleans; got {shorten(entry)}; take "
+            "the original file"
         )
     return AddedToken(text, **({"special": special} | options | ({"special": True} if special else {})))
 
 
 def _special_tokens(encoder: Any, settings: JsonFile, config: JsonFile) -> dict[str, int]:
-    """Ids of the special tokens that the settings name; config.json's BOS token where they name none."""
+    """Returns the ids of the special tokens that the settings name; BOS may come from config.json instead."""
     special: dict[str, int] = {}
     for name in SPECIAL_NAMES:
         entry = settings.content.get(name)
@@ -197,11 +201,12 @@ def _special_tokens(encoder: Any, settings: JsonFile, config: JsonFile) -> dict[
 
 
 def _stop_tokens(file: JsonFile) -> list[int]:
+    """Returns the tokens that end a generation."""
     return _ids(file, "eos_token_id")
 
 
 def _ids(file: JsonFile, key: str) -> list[int]:
-    """Token ids under a key, each one that a vocabulary can have."""
+    """Returns the token ids under a key, checked against `TOKEN_LIMIT`."""
     ids = file.tokens(key)
     if wrong := [token for token in ids if token >= TOKEN_LIMIT]:
         raise CheckpointError(
@@ -212,16 +217,18 @@ def _ids(file: JsonFile, key: str) -> list[int]:
 
 
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    """Returns whether a tokenizer.json is of a byte-level tokenizer."""
     return "ByteLevel" in {step.get("type") for step in _decoder_steps(content)}
 
 
 def _decoder_steps(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the steps of tokenizer.json's decoder."""
     decoder = content.get("decoder") or {}
     return decoder.get("decoders", [decoder])
 
 
-def _decoding_of(content: Mapping[str, Any], encoder: Any, file: Path) -> tuple[list[bytes], bool]:
-    """What tokenizer.json's decoder makes of each token, and whether it drops the space that a text starts with."""
+def _token_bytes(content: Mapping[str, Any], encoder: Any, file: Path) -> tuple[list[bytes], bool]:
+    """Returns the bytes into which tokenizer.json decodes each token, and whether it drops a text's leading space."""
     steps = _decoder_steps(content)
     kinds = {step.get("type") for step in steps}
     added = encoder.get_added_tokens_decoder().keys()
@@ -229,7 +236,7 @@ def _decoding_of(content: Mapping[str, Any], encoder: Any, file: Path) -> tuple[
     last = max(vocabulary, key=vocabulary.__getitem__, default="")
     if vocabulary and vocabulary[last] >= TOKEN_LIMIT:
         raise CheckpointError(
-            f"{file}: token {last!r} has the id {vocabulary[last]}, which no vocabulary has: ids are below "
+            f"{file}: token {shorten(last)} has the id {vocabulary[last]}, which no vocabulary has: ids are below "
             f"{TOKEN_LIMIT:,}; take the original file"
         )
     pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -250,7 +257,7 @@ def _decoding_of(content: Mapping[str, Any], encoder: Any, file: Path) -> tuple[
 
 
 def _chat_template(path: Path, settings: JsonFile) -> str | None:
-    """The chat template: its own file if there is one, else the one in tokenizer_config.json, by name if several."""
+    """Returns the chat template: that of its own file, else the (default) one in tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
         try:

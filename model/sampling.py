@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or drawn at a temperature from what the filters leave."""
+"""Sampling: chooses the next token from the logits, greedily or at random among those that the filters keep."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 
 SMALLEST: Final = float(np.finfo(np.float32).tiny)
-"""The smallest number that arithmetic keeps apart from 0: temperatures and probabilities are raised to it."""
+"""The smallest normal float32: temperatures and probabilities are raised to it, as smaller ones may flush to 0."""
 
 LARGEST: Final = {"temperature": float(np.finfo(np.float32).max), "top_k": 2**31 - 1, "top_p": 1, "min_p": 1}
-"""The largest values that differ from others; larger ones are lowered to them."""
+"""The largest values that make a difference; larger ones are lowered to them."""
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen. A pytree: which filters are on is static, their values are not and never recompile.
+    """Sampling parameters, as a pytree: which filters are set is static, their values never cause a recompilation.
 
-    Filters apply in the order of the attributes, each to what the one before has left. Without a temperature they mean
-    temperature 1; at temperature 0 they change nothing and are dropped. A value may also be a JAX scalar, traced or
-    not, which is taken as it is; the caller keeps it in its range.
+    Filters apply in the order of the attributes, each to the tokens that the previous one kept. Filters without a
+    temperature imply temperature 1; at temperature 0 they have no effect and are dropped. A value may also be a JAX
+    scalar, traced or not: it is not checked, and the caller keeps it in range.
 
     Attributes:
-      temperature: what logits are divided by; None without a filter, or 0, takes the likeliest token.
-      top_k: keeps the k likeliest tokens (and those as likely as the last of them).
+      temperature: divisor of the logits. 0, or None without filters, chooses the likeliest token.
+      top_k: keeps the k likeliest tokens, and those that tie with the last of them.
       top_p: keeps the likeliest tokens that together reach this probability (arXiv 1904.09751).
       min_p: keeps tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
 
     Raises:
-      ValueError: a value outside its range, or of the wrong type.
+      ValueError: a value is out of range or has the wrong type.
     """
 
     temperature: float | None = None
@@ -57,20 +57,8 @@ class Sampling:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-    ) -> Sampling:
-        """Makes a Sampling, as the class itself does; see the attributes."""
-        return cls(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
     def as_arrays(self) -> Sampling:
-        """The same with values as arrays, whose dtypes are those of the fields: new values never need a new program."""
+        """Returns a copy with the values as arrays of fixed dtypes, so that new values reuse the compiled program."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         dtypes = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in values}
         arrays: dict[str, Any] = {
@@ -79,12 +67,12 @@ class Sampling:
         return Sampling(**arrays)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """The values, for JAX."""
+        """Returns the values as children, for JAX."""
         return (self.temperature, self.top_k, self.top_p, self.min_p), None
 
     @classmethod
     def tree_unflatten(cls, _: None, values: tuple[Any, ...]) -> Sampling:
-        """A Sampling of anything, unchecked: JAX puts tracers, shapes and markers of its own into trees."""
+        """Returns a Sampling without checks: JAX puts tracers, shapes and its own markers into pytrees."""
         sampling = object.__new__(cls)
         for field, value in zip(dataclasses.fields(cls), values, strict=True):
             object.__setattr__(sampling, field.name, value)
@@ -92,7 +80,7 @@ class Sampling:
 
 
 def _checked(name: str, value: Any, valid: Callable[[Any], bool], accepted: str) -> Any:
-    """A value as a Python number, however it was written; None and JAX's scalars as they are."""
+    """Returns a value as a Python number; None and JAX scalars unchanged."""
     if value is None or (isinstance(value, jax.Array) and value.shape == ()):
         return value
     number = value.item() if isinstance(value, np.generic | np.ndarray) and value.shape == () else value
@@ -109,23 +97,23 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
     Args:
       logits: float32 `[batch, vocab]`.
-      keys: PRNG keys `[batch]`, one for each sequence, so that no sequence depends on the others beside it.
-      sampling: how.
+      keys: PRNG keys `[batch]`, one per sequence, so that no sequence depends on the others in the batch.
+      sampling: temperature and filters.
 
     Returns:
       int32 `[batch]`.
     """
     if sampling.temperature is None:
         return greedy(logits)
-    # Less the largest first, which is then 0 however small the temperature: nothing overflows upwards.
+    # The largest logit is subtracted first, so that it is 0 at any temperature and nothing overflows.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = filtered(shifted / jnp.maximum(sampling.temperature, SMALLEST), sampling)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The index of each row's largest logit, the first of equals; int32 `[batch]`."""
-    # Two plain reductions: XLA's argmax carries value and index together, five times slower on a CPU.
+    """Returns the index of each row's largest logit, the first among equals; int32 `[batch]`."""
+    # Two plain reductions: XLA's argmax reduces value and index together, five times slower on a CPU.
     vocab = logits.shape[-1]
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
     index = jnp.where(is_largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
@@ -133,9 +121,9 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sets the logits of tokens that the filters drop to -inf; `[batch, vocab]`."""
+    """Returns the logits `[batch, vocab]`, -inf for tokens that the filters drop."""
     if sampling.top_k is not None:
-        # A k beyond the vocabulary keeps all of it.
+        # A k larger than the vocabulary keeps every token.
         k = jnp.minimum(sampling.top_k, logits.shape[-1])
         threshold = _largest_threshold(logits, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= k)
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)
@@ -154,31 +142,31 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _largest_threshold(logits: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest float32 t `[batch, 1]` for which `is_enough(logits >= t)` holds.
+    """Returns the largest float32 threshold t `[batch, 1]` for which `is_enough(logits >= t)` holds.
 
-    A bisection over the bits of t, exact after 32 halvings: each reads the logits once, where a sort of a whole
-    vocabulary takes far longer.
+    Bisects the bits of t, exact after 32 steps. Each step reads the logits once; sorting a whole vocabulary takes far
+    longer.
     """
-    lowest = jnp.full((logits.shape[0],), _order(jnp.float32(-jnp.inf)))
-    highest = jnp.full((logits.shape[0],), _order(jnp.float32(jnp.inf)))
+    lowest = jnp.full((logits.shape[0],), _sort_key(jnp.float32(-jnp.inf)))
+    highest = jnp.full((logits.shape[0],), _sort_key(jnp.float32(jnp.inf)))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # enough at low; not known above high
+        low, high = bounds  # the keys of thresholds: low keeps enough, anything above high does not
         middle = low + (high - low) // 2 + (high - low) % 2
-        enough = is_enough(logits >= _float(middle)[:, None])
+        enough = is_enough(logits >= _from_sort_key(middle)[:, None])
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
     low, _ = jax.lax.fori_loop(0, 32, halve, (lowest, highest))
-    return _float(low)[:, None]
+    return _from_sort_key(low)[:, None]
 
 
-def _order(x: jax.Array) -> jax.Array:
-    """float32 to uint32 that sorts the same way."""
+def _sort_key(x: jax.Array) -> jax.Array:
+    """Maps float32 to uint32 that sort in the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _float(order: jax.Array) -> jax.Array:
-    """The inverse of `_order`."""
-    bits = jnp.where(order >> 31 == 1, order & jnp.uint32((1 << 31) - 1), ~order)
+def _from_sort_key(key: jax.Array) -> jax.Array:
+    """Inverts `_sort_key`."""
+    bits = jnp.where(key >> 31 == 1, key & jnp.uint32((1 << 31) - 1), ~key)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,4 +1,4 @@
-"""What a run of the generator took, set against the bytes that it had to read."""
+"""Times of a generation, compared with the bytes that its steps had to read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Statistics:
     """Times and traffic of one run, all sequences together.
 
     Attributes:
-      sequences: prompts in the batch.
-      prompt_tokens: tokens read.
-      generated_tokens: tokens written.
-      decode_steps: calls of the model that generated them, after the first token of each sequence.
-      compile_seconds: spent in compiling; 0 where everything had been compiled before.
-      prefill_seconds: time to the first token of every sequence, compilation not counted.
-      decode_seconds: from there to the last token.
+      sequences: number of prompts in the batch.
+      prompt_tokens: tokens in the prompts.
+      generated_tokens: tokens generated.
+      decode_steps: decode steps, which follow the first token of each sequence.
+      compile_seconds: time spent compiling; 0 where everything was compiled before.
+      prefill_seconds: time to the first token of every sequence, without compilation.
+      decode_seconds: time from the first token to the last.
       weight_bytes: bytes of weights that a decode step must read.
       cache_bytes: bytes of the filled cache that a decode step must read, averaged over the steps.
       memory_bandwidth: bytes per second at which this device reads memory, measured.
-      peak_memory: most bytes that the process (on a CPU) or the device has held so far; None where it is not known.
+      peak_memory: peak memory of the process (on a CPU) or the device so far, in bytes; None where it is not known.
     """
 
     sequences: int
@@ -46,7 +46,7 @@ class Statistics:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second of decoding; 0 where no step was needed."""
+        """Decoded tokens per second; 0 if there was no decode step."""
         decoded = self.generated_tokens - self.sequences
         return decoded / self.decode_seconds if self.decode_steps else 0.0
 
@@ -57,7 +57,7 @@ class Statistics:
 
     @property
     def achieved_bandwidth(self) -> float:
-        """Bytes per second of decoding, of those that had to be read."""
+        """Bytes that had to be read per second of decoding; 0 if there was no decode step."""
         return self.bytes_per_step * self.decode_steps / self.decode_seconds if self.decode_steps else 0.0
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Statistics:
 
 
 def peak_memory() -> int | None:
-    """Most bytes that have been held: by the device, or on a CPU by this process; None where it is not known."""
+    """Returns the peak memory of the device, or on a CPU of this process, in bytes; None where it is not known."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

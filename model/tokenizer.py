@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the vocabulary and the chat template that a checkpoint brings along."""
+"""The tokenizer: converts text to tokens and back, with a checkpoint's own vocabulary and chat template."""
 
 from __future__ import annotations
 
@@ -24,63 +24,61 @@ class Tokenizer:
     """A byte-level or SentencePiece BPE tokenizer; made by `from_gguf` or `from_folder`.
 
     Attributes:
-      bos: the token that starts a text, or None.
-      stop_tokens: tokens that end a generation, ascending.
+      bos: id of the token that begins a text, or None.
+      stop_tokens: ids of the tokens that end a generation, ascending.
       chat_template: the checkpoint's Jinja template, or None.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Takes what a checkpoint says about its tokens."""
+        """Makes a tokenizer from a checkpoint's vocabulary."""
         self.bos = vocabulary.special.get("bos_token")
         self.stop_tokens = tuple(sorted(vocabulary.stop_tokens))
         self.chat_template = vocabulary.chat_template
         self._vocabulary = vocabulary
-        texts = {name: self._text_of(vocabulary.special.get(name)) for name in SPECIAL_NAMES}
+        texts = {name: self._special_text(vocabulary.special.get(name)) for name in SPECIAL_NAMES}
         self._chat = None if self.chat_template is None else ChatTemplate(self.chat_template, texts)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "GGUF") -> Tokenizer:
-        """Builds the tokenizer that a GGUF file describes.
+        """Builds the tokenizer of a GGUF file.
 
         Args:
-          metadata: the file's metadata as plain Python values, by key; those under `tokenizer.` are used.
-          source: the file's name, for messages.
+          metadata: the file's metadata as plain Python values, by key; keys under `tokenizer.` are used.
+          source: name of the file, for errors.
 
         Raises:
-          CheckpointError: the tokenizer is of an unsupported kind, or a part of it is missing or damaged.
+          CheckpointError: the tokenizer is unsupported, or a part of it is missing or damaged.
         """
         return cls(read_gguf_vocabulary(metadata, source))
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Reads the tokenizer of a Hugging Face folder; it gives the tokens that transformers gives.
+        """Reads the tokenizer of a Hugging Face folder; its tokens are those of transformers.
 
         Args:
-          path: a folder with tokenizer.json and, as far as they exist, tokenizer_config.json, chat_template.jinja,
-            config.json and generation_config.json (where the stop tokens are).
+          path: a folder with tokenizer.json and optionally tokenizer_config.json, chat_template.jinja, and config.json
+            and generation_config.json for the stop tokens.
 
         Raises:
-          CheckpointError: tokenizer.json is missing, damaged, or of a kind that cannot be decoded byte by byte.
+          CheckpointError: a file is missing or damaged, or the kind of tokenizer cannot be decoded byte by byte.
         """
         return cls(read_folder_vocabulary(Path(path)))
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are; a model's embedding may have more rows, which pad it."""
+        """Number of tokens; a model's embedding may be padded to more rows."""
         return len(self._vocabulary.pieces)
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Turns text into tokens; the names of special tokens in it become those tokens.
+        """Converts text to tokens; names of special tokens in the text become these tokens.
 
         Args:
-          text: any text. What `render_chat` returns has its special tokens already.
-          add_bos: whether the BOS token goes first; None leaves it to the checkpoint what goes before a text, and
-            after it. A text that itself begins with the name of the BOS token then has two of them, as it has by
-            transformers and llama.cpp.
+          text: any text. A result of `render_chat` already contains its special tokens.
+          add_bos: whether the BOS token comes first; None adds the tokens that the checkpoint puts around a text. A
+            text that begins with the name of the BOS token then has two of them, as in transformers and llama.cpp.
 
         Raises:
-          ValueError: `text` is no string, or not valid Unicode; or `add_bos` is True and the vocabulary has no BOS
-            token.
+          ValueError: `text` is not a string of valid Unicode, or `add_bos` is True and there is no BOS token.
         """
         check_text(text, "encode: text")
         if add_bos and self.bos is None:
@@ -93,49 +91,48 @@ class Tokenizer:
         return [self.bos, *ids] if add_bos and self.bos is not None else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Turns tokens into text.
+        """Converts tokens to text.
 
         Args:
-          ids: token ids, an array of them included; rows that pad the embedding beyond the vocabulary have no text.
-          special: whether control tokens are written out, or left out.
+          ids: list or array of token ids; ids beyond the vocabulary, which pad the embedding, have no text.
+          special: whether the text includes control tokens.
 
         Returns:
-          The text; bytes that form no character come out as U+FFFD.
+          The text; invalid UTF-8 becomes U+FFFD.
 
         Raises:
-          ValueError: `ids` are no integers, or one of them is negative.
+          ValueError: one of `ids` is negative or not an integer.
         """
         stream = self.stream(special=special)
         return "".join([stream.push(token) for token in token_ids(ids, "decode: ids")]) + stream.flush()
 
     def stream(self, *, special: bool = False, continuing: bool = False) -> TextStream:
-        """A decoder that takes tokens one by one and gives text as soon as it is complete.
+        """Returns a decoder that takes tokens one by one and returns text as soon as it is complete.
 
         Args:
-          special: whether control tokens are written out, or left out.
-          continuing: whether the text continues another, so that a space before its first word stays.
+          special: whether the text includes control tokens.
+          continuing: whether the text continues another one, so that its leading space is kept.
         """
         drops_space = self._vocabulary.drops_leading_space and not continuing
         hidden = frozenset() if special else self._vocabulary.control
         return TextStream(self._vocabulary.pieces, hidden, drops_space)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> ChatText:
-        """Writes a conversation as the model was trained to read it, with the checkpoint's own template.
+        """Renders a conversation with the checkpoint's own template, as the model was trained to read it.
 
-        A conversation without a system message is rendered without one, also where the template would put one of its
-        own in. The template runs in a sandbox that bounds its work: see `palladion.model.chat_sandbox`.
+        A conversation without a system message is rendered without one, even if the template has a default one. The
+        template runs in a sandbox that bounds its work: see `palladion.model.chat_sandbox`.
 
         Args:
           messages: dictionaries of "role" ("system", "user", "assistant") and "content", a string or a list of text
-            parts; others of their keys are the template's business.
-          add_generation_prompt: whether the text ends where the assistant's answer begins.
+            parts; other keys are passed to the template.
+          add_generation_prompt: whether the text ends with the beginning of the assistant's turn.
 
         Returns:
-          The text, a string that `encode` takes as it is, without more special tokens.
+          The text, to which `encode` adds no special tokens.
 
         Raises:
-          ValueError: `messages` are no conversation, the checkpoint has no chat template, or its template refuses the
-            conversation.
+          ValueError: `messages` is not a conversation, or the chat template is missing, not valid, or refuses it.
         """
         if self._chat is None:
             raise ValueError(
@@ -144,26 +141,26 @@ class Tokenizer:
             )
         return self._chat.render(messages, add_generation_prompt)
 
-    def _text_of(self, token: int | None) -> str:
-        """The text of a special token, "" where there is none."""
+    def _special_text(self, token: int | None) -> str:
+        """Returns the text of a special token, "" where it does not exist."""
         return "" if token is None else self._vocabulary.pieces[token].decode("utf-8", errors="replace")
 
 
 class TextStream:
-    """Text from tokens as they come; the pieces joined are the text of all tokens. Made by `Tokenizer.stream`."""
+    """An incremental decoder, made by `Tokenizer.stream`; the pieces that it returns join to the text of all tokens."""
 
     def __init__(self, pieces: Sequence[bytes], hidden: frozenset[int], drops_space: bool) -> None:
         self._pieces = pieces
         self._hidden = hidden
         self._drops_space = drops_space
-        # Keeps an unfinished character's bytes until the rest comes; only bytes that cannot become one are replaced.
+        # Keeps the bytes of an incomplete character until it is complete; invalid bytes are replaced.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Takes the next token; returns the text that is complete now, often one word, "" within a character.
+        """Adds a token and returns the text that it completes: often a word, "" within a character.
 
         Raises:
-          ValueError: `token` is negative, or no integer.
+          ValueError: `token` is negative or not an integer.
         """
         token = check_integer(token, "decode: a token")
         if token < 0:
@@ -177,5 +174,5 @@ class TextStream:
         return self._decoder.decode(piece)
 
     def flush(self) -> str:
-        """Ends the text: U+FFFD for a character that was never finished, else ""."""
+        """Ends the text; returns U+FFFD for an incomplete character, else ""."""
         return self._decoder.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, whatever files it comes from, and the boundary to the `tokenizers` package."""
+"""The vocabulary of a tokenizer, independent of file formats; errors of the `tokenizers` package; argument checks."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from palladion.model.checkpoint_files import CheckpointError
+from palladion.model.checkpoint_files import CheckpointError, shorten
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""The special tokens that chat templates refer to."""
+"""Names of the special tokens that chat templates use."""
 
 SPACE: Final = "\u2581"
-"""What a SentencePiece vocabulary writes for a space."""
+"""The character that stands for a space in a SentencePiece vocabulary."""
 
 TOKEN_LIMIT: Final = 1 << 24
-"""Token ids lie below this, sixty times the largest vocabulary in use: an id beyond it comes from a damaged file."""
+"""Bound of token ids, sixty times the largest vocabulary in use: larger ids come from damaged files."""
 
 PROBE: Final = "Hello,  w\u00f6rld 12\n\u65e5\U0001f642"
-"""Encoded once while loading, so that a part of a tokenizer that cannot run is found there."""
+"""A text that is encoded at load, so that a tokenizer that cannot run is found there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Everything that a checkpoint says about its tokens.
+    """A checkpoint's tokens.
 
     Attributes:
       encoder: a `tokenizers.Tokenizer`; its post-processor adds the tokens that the checkpoint puts around a text.
-      pieces: the bytes that each token stands for.
-      control: tokens that are no text, such as the end of a turn.
-      special: ids of `SPECIAL_NAMES`, as far as the vocabulary has them.
+      pieces: bytes of each token.
+      control: tokens without text, such as the end of a turn.
+      special: ids of those of `SPECIAL_NAMES` that exist.
       stop_tokens: tokens that end a generation.
-      bos_starts_chats: whether a chat prompt begins with the BOS token also where its template does not write it.
-      drops_leading_space: whether encoding puts a space before a text, which decoding takes off.
+      bos_starts_chats: whether a chat prompt begins with the BOS token even if its template does not write it.
+      drops_leading_space: whether encoding adds a space before a text, which decoding removes.
       chat_template: a Jinja template, or None.
     """
 
@@ -53,10 +53,10 @@ class Vocabulary:
     chat_template: str | None
 
     def probe(self, source: str) -> None:
-        """Encodes a short text.
+        """Encodes a short text as a check.
 
         Raises:
-          CheckpointError: the encoder cannot run, or gives what is no token; `source` names the file.
+          CheckpointError: the encoder fails, or returns an id that is not a token's; `source` names the file.
         """
         with tokenizer_errors(CheckpointError, f"{source}: the tokenizer cannot encode", quiet=True):
             ids = self.encoder.encode(PROBE).ids
@@ -67,20 +67,21 @@ class Vocabulary:
             )
 
 
-# ------------------------------------------------------------------------------------- the boundary to the Rust package
+# -------------------------------------------------------------------------------------- errors of the Rust package
 
 _STDERR_LOCK: Final = threading.Lock()
+"""Held while file descriptor 2 is redirected."""
 
 
 @contextlib.contextmanager
 def tokenizer_errors(kind: type[ValueError], message: str, *, quiet: bool = False) -> Iterator[None]:
-    """Around calls of the `tokenizers` package: whatever goes wrong in it is raised as a `kind` with that message.
+    """Wraps calls of the `tokenizers` package; any failure in them is raised as `kind`.
 
     Args:
-      kind: the class of the error.
-      message: what failed, and in which file.
-      quiet: whether the trace that a Rust panic writes is kept off standard error: all that the process writes there
-        meanwhile is lost, so only for short calls.
+      kind: class of the error.
+      message: beginning of the message: what failed, and in which file.
+      quiet: whether the trace of a Rust panic is kept off standard error. Everything that the process writes there
+        meanwhile is lost, so use it for short calls only.
     """
     with _stderr_discarded() if quiet else contextlib.nullcontext():
         try:
@@ -88,22 +89,22 @@ def tokenizer_errors(kind: type[ValueError], message: str, *, quiet: bool = Fals
         except CheckpointError:
             raise
         except BaseException as error:
-            # A panic of the Rust code arrives as an exception of its own that cannot be imported, and that is no
-            # Exception. Other errors are bare Exceptions.
+            # A panic of the Rust code is raised as a class that cannot be imported and is not an Exception. Other
+            # errors are plain Exceptions.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise kind(f"{message} ({error}); download the checkpoint again") from error
+            raise kind(f"{message} ({shorten(str(error))[1:-1]}); download the checkpoint again") from error
 
 
 @contextlib.contextmanager
 def _stderr_discarded() -> Iterator[None]:
-    """Discards what is written to file descriptor 2, where Rust writes past Python's `sys.stderr`."""
-    with _STDERR_LOCK:  # two threads would each restore what the other had redirected
+    """Discards output to file descriptor 2, where Rust writes without Python's `sys.stderr`."""
+    with _STDERR_LOCK:  # otherwise one thread would restore the redirection of another
         with contextlib.suppress(Exception):
             sys.stderr.flush()
         try:
             saved = os.dup(2)
-        except OSError:  # there is no standard error
+        except OSError:  # the process has no standard error
             yield
             return
         discarded = os.open(os.devnull, os.O_WRONLY)
@@ -120,10 +121,10 @@ def _stderr_discarded() -> Iterator[None]:
 
 
 def check_text(text: Any, label: str) -> str:
-    """`text` if it is a string of Unicode characters; `label` says in an error what it is.
+    """Returns `text` if it is a string of Unicode characters; `label` names it in an error.
 
     Raises:
-      ValueError: it is something else, or has surrogates, which stand for bytes that are not UTF-8.
+      ValueError: it is not a string, or has lone surrogates, which stand for bytes that are not UTF-8.
     """
     if not isinstance(text, str):
         raise ValueError(f"{label}: got {_shown(text)}; accepted: a string")
@@ -138,14 +139,14 @@ def check_text(text: Any, label: str) -> str:
 
 
 def token_ids(values: Any, label: str) -> list[int]:
-    """Token ids as a list of Python integers; `label` says in an error what they are.
+    """Returns token ids as a list of Python integers.
 
     Args:
-      values: an iterable of integers, such as a list, or a one-dimensional array of NumPy or JAX.
-      label: the argument's name.
+      values: iterable of integers, such as a list, or a one-dimensional NumPy or JAX array.
+      label: name of the argument, for errors.
 
     Raises:
-      ValueError: it is something else, or one of the values is no integer.
+      ValueError: `values` is not such an iterable, or one of them is not an integer.
     """
     given = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
@@ -154,10 +155,10 @@ def token_ids(values: Any, label: str) -> list[int]:
 
 
 def check_integer(value: Any, label: str) -> int:
-    """`value` as a Python integer, from one of any library; a bool or a float is none.
+    """Returns an integer of any library as a Python integer.
 
     Raises:
-      ValueError: it is no integer; `label` says what it is.
+      ValueError: it is not an integer, as bools and floats are not; `label` names it.
     """
     try:
         if not isinstance(value, bool):
@@ -168,24 +169,24 @@ def check_integer(value: Any, label: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: its kind, and its beginning."""
+    """Returns a value's type and the beginning of its repr, for an error."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-# ------------------------------------------------------------------------------------------ the bytes of a single token
+# ---------------------------------------------------------------------------------------------- bytes of a single token
 
 
 @functools.cache
 def _byte_alphabet() -> Mapping[str, int]:
-    """The characters in which byte-level vocabularies write bytes: visible ones as they are, others from U+0100 on."""
+    """Returns the byte of each character in a byte-level vocabulary: visible bytes stand for themselves."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def byte_level_bytes(token: str, literal: bool) -> bytes:
-    """The bytes of a byte-level vocabulary's token; a `literal` one stands for its own name."""
+    """Returns the bytes of a token of a byte-level vocabulary; a `literal` token's bytes are its name."""
     alphabet = _byte_alphabet()
     if literal or not all(character in alphabet for character in token):
         return token.encode()
@@ -193,7 +194,7 @@ def byte_level_bytes(token: str, literal: bool) -> bytes:
 
 
 def sentencepiece_bytes(token: str, is_byte: bool) -> bytes:
-    """The bytes of a SentencePiece vocabulary's token; `is_byte` says that "<0x41>" is the byte 0x41."""
+    """Returns the bytes of a token of a SentencePiece vocabulary; with `is_byte`, "<0x41>" is the byte 0x41."""
     if is_byte and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
         return bytes.fromhex(match[1])
     return token.replace(SPACE, " ").encode()

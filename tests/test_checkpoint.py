@@ -599,7 +599,7 @@ def test_arguments(tmp_path: Path) -> None:
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, kind: str) -> None:
     path = gguf_file(tmp_path) if kind == "file" else hugging_face_folder(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r'not here: pip install "palladion\[models\]"'):
+    with pytest.raises(ImportError, match=r'not installed: pip install "palladion\[models\]"'):
         load_checkpoint(path)
 
 

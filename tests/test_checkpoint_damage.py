@@ -20,6 +20,7 @@ from small_checkpoints import (
     Type,
     encode,
     gguf_file,
+    gguf_type,
     hugging_face_folder,
     hugging_face_names,
     random_weights,
@@ -40,7 +41,7 @@ LISTS = ([1, 2], [16, 16], [0.5], ["a"], ["a", "b"], [[1], [2]], [True])
 
 
 def loads_or_says_why(path: Path, damage: str) -> bool:
-    """Whether it loads; a model that does can be made a generator, and an error names the file in few words."""
+    """Returns whether it loads; then the model generates and the tokenizer encodes, else an error names the file."""
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
@@ -50,6 +51,7 @@ def loads_or_says_why(path: Path, damage: str) -> bool:
     except Exception as error:
         raise AssertionError(damage) from error
     config = Generator(checkpoint).config
+    assert isinstance(checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("ab 1\U0001f642")), str), damage
     assert all(0 <= token < 2**31 for token in config.stop_tokens), damage
     assert config.sliding_window is None or 0 < config.sliding_window < 2**30, damage
     frequencies = np.asarray(checkpoint.parameters.inverse_frequencies)
@@ -82,7 +84,52 @@ GGUF_KEYS = (
     "rope.scale_linear",
     "attention.causal",
     "logit_scale",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.chat_template",
 )
+SENTENCEPIECE = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [-float(i) for i in range(VOCAB)]}
+ENTRIES = (-1, 0, 1, 2, 6, 7, 2**31, 2**63, 0.5, math.nan, -math.inf, "", "a", "a b", "x" * 10_000, True, [1], ["a"])
+"""Entries of a list with as many as there are tokens."""
+
+
+@pytest.mark.parametrize("base", [{}, SENTENCEPIECE], ids=["byte-level", "sentencepiece"])
+def test_damaged_gguf_vocabulary(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Lists of the right length with wrong entries, all of them or one."""
+    tensors = encode(random_weights(), lambda _: Type.F32)
+    path = tmp_path / "model.gguf"
+    assert loads_or_says_why(write_gguf(path, tensors, base), "undamaged")
+    right = {
+        "tokens": TOKENS,
+        "token_type": [1] * VOCAB,
+        "scores": [-float(i) for i in range(VOCAB)],
+        "merges": ["a b"] * VOCAB,
+    }
+    loaded = {}
+    for key, entries in right.items():
+        for entry in ENTRIES:
+            damaged = [[entry] * VOCAB]
+            if gguf_type(entry) == gguf_type(entries[0]):  # a list in a file has one type
+                damaged += [[*entries[:-1], entry], [entry, *entries[1:]]]
+            for place, value in enumerate(damaged):
+                write_gguf(path, tensors, base | {f"tokenizer.ggml.{key}": value})
+                loaded[key, repr(entry), place] = loads_or_says_why(path, f"{key}: {entry!r:.50}, {place}")
+    assert loaded["tokens", "''", 1], "an empty token has a name of its own"
+    assert not loaded["tokens", "'a'", 0]
+    assert not loaded["token_type", "'a'", 0]
+    assert loaded["scores", "nan", 1] == (base == {}), "scores count for SentencePiece only"
 
 
 def test_damaged_gguf_metadata(tmp_path: Path) -> None:
@@ -95,6 +142,10 @@ def test_damaged_gguf_metadata(tmp_path: Path) -> None:
     }
     assert loaded["general.name", "[1, 2]"]
     assert loaded["attention.sliding_window", str(2**32 - 1)]
+    assert loaded["tokenizer.ggml.eot_token_id", "-1"]
+    assert not loaded["tokenizer.ggml.eot_token_id", "0.5"]
+    assert not loaded["tokenizer.ggml.add_bos_token", "1"]
+    assert not loaded["tokenizer.chat_template", "[1, 2]"]
     assert not loaded["split.count", "'8'"]
     assert not loaded["rope.scaling.factor", "1e-300"]
     assert not loaded["rope.freq_base", "1e+300"]
@@ -116,7 +167,7 @@ def test_gguf_tokens_that_there_are_not(tmp_path: Path) -> None:
         ({"context_length": 1}, r"'llama\.context_length' must be an integer of at least 2, got 1"),
         (
             {
-                "tokenizer.ggml.tokens": [*TOKENS, *(f"{t}-2" for t in TOKENS)],
+                "tokenizer.ggml.tokens": [*TOKENS, *(f"token {i}" for i in range(VOCAB))],
                 "tokenizer.ggml.token_type": [1] * 2 * VOCAB,
             },
             rf"'token_embd\.weight' has shape \[{VOCAB}, .* asks for \[{2 * VOCAB}, ",
@@ -247,6 +298,31 @@ def test_damaged_generation_config(tmp_path: Path) -> None:
     for value in JSON_VALUES:
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         loads_or_says_why(path, f"eos_token_id: {value!r:.50}")
+
+
+TOKENIZER_KEYS = (
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "bos_token",
+    "chat_template",
+    "extra_special_tokens",
+    "legacy",
+    "pad_token",
+    "sep_token",
+    "tokenizer_class",
+)
+
+
+def test_damaged_tokenizer_config(tmp_path: Path) -> None:
+    path = hugging_face_folder(tmp_path)
+    loaded = {}
+    for key in TOKENIZER_KEYS:
+        for value in JSON_VALUES:
+            (path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+            loaded[key, repr(value)] = loads_or_says_why(path, f"{key}: {value!r:.50}")
+    assert loaded["bos_token", "None"]
+    assert not loaded["bos_token", "1"]
+    assert not loaded["added_tokens_decoder", "{'a': 1}"]
 
 
 def test_damaged_index(tmp_path: Path) -> None:

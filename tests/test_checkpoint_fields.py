@@ -326,8 +326,15 @@ def test_added_token_beyond_the_embedding(tmp_path: Path) -> None:
         token["id"] += 10
     content["model"]["vocab"] = {t: i + 10 * (i >= BOS) for t, i in content["model"]["vocab"].items()}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
     load_checkpoint(folder)
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    bos = content["added_tokens"][0]["content"]
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [BOS + 10], "tokens": [bos]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f"adds token {BOS + 10} to every text, but 'vocab_size' is {VOCAB}"):
         load_checkpoint(folder)

@@ -20,7 +20,7 @@ def test_every_step_draws_anew(path: Path):
     generator = Generator.load(path, max_len=64)
     # So hot that all tokens are equally likely: with the same random numbers again, the same token would follow.
     (generation,), _ = generator.generate(
-        [[1, 2, 3]], max_new_tokens=40, sampling=Sampling.of(temperature=1e6), ignore_stop_tokens=True
+        [[1, 2, 3]], max_new_tokens=40, sampling=Sampling(temperature=1e6), ignore_stop_tokens=True
     )
     assert len(set(generation.tokens)) > 20
 

@@ -59,7 +59,7 @@ def test_gpu_kernels_choose_the_same_tokens(path: Path, generator: Generator):
     assert tokens_of(by_kernels, PROMPTS[::2], **options) == tokens_of(generator, PROMPTS[::2], **options)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling.of(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)])
 def test_a_batch_is_each_prompt_alone(generator: Generator, sampling: Sampling):
     options: dict[str, Any] = {"max_new_tokens": 20, "sampling": sampling, "seed": 3, "ignore_stop_tokens": True}
     together = tokens_of(generator, PROMPTS, **options)
@@ -68,7 +68,7 @@ def test_a_batch_is_each_prompt_alone(generator: Generator, sampling: Sampling):
 
 def test_seeds(generator: Generator):
     def drawn(seed: int) -> Any:
-        return tokens_of(generator, PROMPTS[:1], sampling=Sampling.of(temperature=2.0), seed=seed)
+        return tokens_of(generator, PROMPTS[:1], sampling=Sampling(temperature=2.0), seed=seed)
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
@@ -142,7 +142,7 @@ def test_stop_tokens(generator: Generator):
 
 
 def test_nothing_compiles_twice(generator: Generator):
-    sampling = Sampling.of(temperature=0.5, top_p=0.9)
+    sampling = Sampling(temperature=0.5, top_p=0.9)
     generator.generate(PROMPTS[:1], max_new_tokens=3, sampling=sampling)
     compiled: list[str] = []
 
@@ -155,7 +155,7 @@ def test_nothing_compiles_twice(generator: Generator):
     try:
         for prompt, seed, temperature in ((PROMPTS[2], 1, 0.7), ([5] * 16, 2, 1.5)):
             _, statistics = generator.generate(
-                [prompt], max_new_tokens=25, sampling=Sampling.of(temperature=temperature, top_p=0.5), seed=seed
+                [prompt], max_new_tokens=25, sampling=Sampling(temperature=temperature, top_p=0.5), seed=seed
             )
             assert statistics.compile_seconds == 0
     finally:
@@ -210,7 +210,7 @@ def test_greedy_takes_the_first_of_equals():
 
 def kept(logits: np.ndarray, **options: Any) -> np.ndarray:
     return np.isfinite(
-        np.asarray(filtered(jnp.asarray(logits, jnp.float32)[None], Sampling.of(temperature=1.0, **options)))
+        np.asarray(filtered(jnp.asarray(logits, jnp.float32)[None], Sampling(temperature=1.0, **options)))
     )[0]
 
 
@@ -255,15 +255,14 @@ def test_draws_follow_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities), (20_000, 4))
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = np.asarray(sample(logits, keys, Sampling.of(temperature=1.0)))
+    drawn = np.asarray(sample(logits, keys, Sampling(temperature=1.0)))
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20_000, probabilities, atol=0.015)
-    hot = np.asarray(sample(logits, keys, Sampling.of(temperature=0.5)))
+    hot = np.asarray(sample(logits, keys, Sampling(temperature=0.5)))
     np.testing.assert_allclose(
         np.bincount(hot, minlength=4) / 20_000, probabilities**2 / (probabilities**2).sum(), atol=0.015
     )
 
 
-@pytest.mark.parametrize("make", [Sampling, Sampling.of])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,9 +286,9 @@ def test_draws_follow_the_distribution():
         ({"temperature": 0, "min_p": 2}, r"Sampling\.min_p: got 2"),
     ],
 )
-def test_sampling_errors(make: Any, arguments: dict[str, Any], message: str):
+def test_sampling_errors(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        make(**arguments)
+        Sampling(**arguments)
 
 
 def test_sampling_of_temperature_zero_is_greedy():

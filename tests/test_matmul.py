@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -18,7 +20,7 @@ from compiling import options_for
 from palladion import Unsupported, matmul, quantized_matmul, record_choices
 from palladion.benchmarks.measure.operations.products import IN_NUMPY
 from palladion.kernels.linear import Inputs
-from palladion.kernels.matmul import IMPLEMENTATIONS, cases
+from palladion.kernels.matmul import IMPLEMENTATIONS, XlaProduct, cases
 from palladion.kernels.matmul.cases import Case
 from palladion.kernels.matmul.triton import call as triton
 from palladion.reference import oracle
@@ -115,15 +117,58 @@ def test_leading_dimensions_and_batches():
     assert_right(mapped, reference, exact)
 
 
-def test_many_rows_are_left_to_xla():
-    x, w = jnp.ones((5, 64)), jnp.ones((64, 32))
-    with pytest.raises(Unsupported, match=re.escape("triton: x must have 1 to 4 rows, got 5. backend='xla' covers it")):
-        matmul(x, w, backend="triton", interpret=True)
-    with record_choices() as choices:
-        matmul(x, w, interpret=True)
-        matmul(x[:1], w, interpret=True)
-    assert [choice.backend for choice in choices] == ["xla", "triton"]
-    assert choices[0].reasons == {"triton": "x must have 1 to 4 rows, got 5"}
+@contextlib.contextmanager
+def traced_for(platform: str, kind: str) -> Iterator[None]:
+    """Traces for an accelerator that is not here."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 128])
+@pytest.mark.parametrize(
+    ("platform", "kind", "row"), [("tpu", "TPU v6 lite", "mosaic_tpu"), ("gpu", "NVIDIA H100 80GB HBM3", "triton")]
+)
+def test_which_rows_run_a_kernel(platform: str, kind: str, row: str, rows: int):
+    """ "auto", "pallas" and the backend's name take the platform's row; only a few rows on a GPU run a kernel."""
+    x, w = jax.ShapeDtypeStruct((rows, 64), "bfloat16"), jax.ShapeDtypeStruct((64, 32), "bfloat16")
+    for backend in ("auto", "pallas", row):
+        with traced_for(platform, kind), record_choices() as choices:
+            traced = jax.make_jaxpr(functools.partial(matmul, backend=backend))(x, w)
+        (choice,) = choices
+        by_kernel = platform == "gpu" and rows <= triton.MAX_ROWS
+        assert choice.backend == row
+        assert isinstance(choice.config, triton.Config if by_kernel else XlaProduct)
+        assert ("pallas_call" in str(traced)) == by_kernel
+
+
+def test_many_rows_are_xlas_product():
+    """The row of a GPU gives what XLA gives, bit for bit, where its kernel does not run."""
+    case = dataclasses.replace(TESTS["norm-residual"], rows=5)
+    inputs, reference, _ = expected(case)
+    for backend in ("mosaic_tpu", "triton"):
+        with record_choices() as choices:
+            result = multiply(case, inputs, backend)
+        assert [choice.config for choice in choices] == [XlaProduct()]
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(reference))
+    message = "config: got Config(block_out=32, num_warps=4); accepted: None: with more than 4 rows XLA's product runs"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        multiply(case, inputs, "triton", config=triton.Config(32))
+
+
+def test_the_tuner_has_nothing_to_try_for_xlas_product():
+    table = {row.name: row for row in IMPLEMENTATIONS}
+    few = TESTS["bfloat16"].problem()
+    many = dataclasses.replace(few, rows=5)
+    assert table["triton"].space(few).axes
+    assert not list(table["triton"].space(many).neighbours(XlaProduct()))
+    assert triton.Config(32) not in table["triton"].space(many)
+    assert table["mosaic_tpu"].space is None
+
+
+def test_named_backends_need_their_platform():
+    with pytest.raises(Unsupported, match=re.escape("runs on gpu, not on cpu (interpret=True runs it anywhere)")):
+        matmul(jnp.ones((5, 64)), jnp.ones((64, 32)), backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +189,7 @@ def test_many_rows_are_left_to_xla():
         ({"w": jnp.ones((64, 31)), "gated": True}, "gated: got 31 channels; accepted: an even number"),
         ({"out_dtype": "int8"}, "out_dtype: got int8; accepted: None, float32"),
         ({"backend": "triton", "interpret": True, "config": 3}, "config: got 3; accepted: triton.Config"),
+        ({"backend": "mosaic_tpu", "interpret": True, "config": 3}, "config: got 3; accepted: None: XLA's product"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else None,
 )

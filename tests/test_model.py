@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from small_checkpoints import VOCAB, save_with_transformers
 
+from palladion.kernels.backend import record_choices
 from palladion.model.checkpoint import Checkpoint, CheckpointError, find_model, load_checkpoint
 from palladion.model.config import ModelConfig
 from palladion.model.transformer import empty_cache, forward
@@ -127,6 +128,29 @@ def test_kernels_give_the_same_logits(judge: Judge, backend: str):
     judge.check(logits, positions=15)
     logits, cache = run(judge.checkpoint, cache, TOKENS[:, 16:17], [17] * 3, backend=backend, interpret=True)
     judge.check(logits, positions=16)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "row"), [("tpu", "TPU v6 lite", "mosaic_tpu"), ("gpu", "NVIDIA H100 80GB HBM3", "triton")]
+)
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_a_backend_means_the_same_for_every_operation(judge: Judge, platform: str, kind: str, row: str, q_len: int):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    cache = jax.eval_shape(lambda: new_cache(judge.checkpoint, 3, max_len=128))
+    arrays = (jax.ShapeDtypeStruct((3, q_len), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32), cache)
+    for backend, expected in (("auto", row), ("pallas", row), (row, row), ("xla", "xla")):
+        call = functools.partial(forward, config=judge.checkpoint.config, backend=backend)
+        with jax.sharding.use_abstract_mesh(mesh), record_choices() as choices:
+            jax.eval_shape(
+                lambda parameters, tokens, lengths, cache, call=call: call(
+                    parameters, tokens=tokens, lengths=lengths, cache=cache
+                ),
+                judge.checkpoint.parameters,
+                *arrays,
+            )
+        assert {choice.operation for choice in choices} == {"append_qkv", "decode_attention", "matmul"}
+        assert {choice.backend for choice in choices} == {expected}
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "float8_e4m3fn"])

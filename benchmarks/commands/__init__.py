@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final, NoReturn
 
+from palladion.model.exit_status import INTERRUPTED, USER_ERROR
+
 COMMANDS: Final[dict[str, str]] = {
     "suite": "palladion.benchmarks.commands.suite",
     "check": "palladion.benchmarks.commands.check",
@@ -34,12 +36,6 @@ COMMANDS: Final[dict[str, str]] = {
     "numerics": "palladion.benchmarks.commands.numerics",
 }
 """The module of each command; it is imported when the command is called."""
-
-USER_ERROR: Final = 2
-"""Exit status for a mistake that the user can correct."""
-
-INTERRUPTED: Final = 130
-"""Exit status after Ctrl-C or SIGTERM."""
 
 PROGRAM: Final = "python -m palladion.benchmarks"
 

@@ -30,7 +30,7 @@ from typing import Final
 
 import jax
 
-from palladion.benchmarks.commands import INTERRUPTED, options
+from palladion.benchmarks.commands import options
 from palladion.benchmarks.plotting import require_matplotlib
 from palladion.benchmarks.static import examiner, figures, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
@@ -40,6 +40,7 @@ from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu import table as tpu_table
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
+from palladion.model.exit_status import INTERRUPTED
 
 HELP: Final = "examines kernels with the TPU and GPU compilers, without a chip: times, traffic, spills; estimates"
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.benchmarks.commands import INTERRUPTED, options
+from palladion.benchmarks.commands import options
 from palladion.benchmarks.static.examiner import MOST_SECONDS, Examiner
 from palladion.benchmarks.static.peers import estimates, packages, table
 from palladion.benchmarks.static.peers.by_name import CONTESTS
@@ -34,6 +34,7 @@ from palladion.benchmarks.static.peers.contests import OURS, Contender, Contest
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
+from palladion.model.exit_status import INTERRUPTED
 
 HELP: Final = "compares our TPU kernels with others' by the compiler's schedule, without a chip; estimates"
 

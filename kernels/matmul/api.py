@@ -1,19 +1,32 @@
-"""matmul: its signature and contract, and the table of what can run it."""
+"""Signature and contract of matmul, and the table of its implementations.
+
+XLA's own product of dense matrices is hard to beat. A hand-written kernel pays only for a few rows on a GPU, where each
+norm, sum of splits and residual would be a launch of its own. So each platform has a row in the table, and where no
+kernel is faster that row runs XLA's product: on a TPU for every call, on a GPU for more than `MAX_ROWS` rows. That is
+what "pallas" and the backend's name mean there; `record_choices` shows it, as `Choice.config` is then an `XlaProduct`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
 import jax
 
 from palladion.kernels.backend import Implementation
-from palladion.kernels.checks import as_array
+from palladion.kernels.checks import as_array, check
 from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton import call as triton
+from palladion.kernels.tuning import Space
 from palladion.reference import matmul as reference
 from palladion.reference.quantized_matmul import NORM_EPS
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaProduct:
+    """The config of a call that runs XLA's own product: it has no block sizes to choose."""
 
 
 def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
@@ -32,16 +45,32 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
     )
 
 
+def _mosaic_tpu(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+    """Runs XLA's product: on a TPU it fuses what stands around it, and no kernel is faster."""
+    check(config is None or isinstance(config, XlaProduct), "config", config, "None: XLA's product has no block sizes")
+    return _reference(problem, inputs, config=config, interpret=interpret)
+
+
+def _triton(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+    """Runs the kernel for the few rows that it covers, XLA's product for more: tensor cores then take less time."""
+    if triton.unsupported(problem) is None:
+        return triton.matmul(problem, inputs, config=config, interpret=interpret)
+    accepted = f"None: with more than {triton.MAX_ROWS} rows XLA's product runs, which has no block sizes"
+    check(config is None or isinstance(config, XlaProduct), "config", config, accepted)
+    return _reference(problem, inputs, config=config, interpret=interpret)
+
+
+def _triton_heuristic(problem: Problem) -> triton.Config | XlaProduct:
+    return triton.heuristic(problem) if triton.unsupported(problem) is None else XlaProduct()
+
+
+def _triton_space(problem: Problem) -> Space:
+    return triton.space(problem) if triton.unsupported(problem) is None else Space(XlaProduct(), {})
+
+
 IMPLEMENTATIONS: Final = (
-    Implementation(
-        "triton",
-        "gpu",
-        triton.unsupported,
-        triton.matmul,
-        triton.Config,
-        triton.heuristic,
-        triton.space,
-    ),
+    Implementation("mosaic_tpu", "tpu", lambda _: None, _mosaic_tpu, heuristic=lambda _: XlaProduct()),
+    Implementation("triton", "gpu", lambda _: None, _triton, triton.Config, _triton_heuristic, _triton_space),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
@@ -63,32 +92,32 @@ def matmul(
     config: Any = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """x @ w for a dense w, with all that `quantized_matmul` fuses.
+    """Multiplies x by a dense weight, with everything that `quantized_matmul` fuses.
 
-    XLA's own products of dense matrices are hard to beat, but for a row or a few on a GPU: there each norm, sum of
-    splits and residual is a launch of its own, which takes as long as many bytes. Only there is a kernel.
+    A kernel runs on GPUs for up to four rows of x. Elsewhere the platform's backend is XLA's own product, which is
+    faster there; `record_choices` then shows the config `XlaProduct()`.
 
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
-      w: weights `[in, out]`, of these dtypes too.
+      w: weights `[in, out]`; float32, bfloat16 or float16.
       bias: float `[out]`, added before the activation.
       activation: any elementwise JAX function of a float32 array, for example `jax.nn.silu`.
       gated: the first out / 2 channels are gates and the others ups: returns activation(gate) * up, `[..., out / 2]`.
       norm: float `[in]`: x is normalized first, x / sqrt(mean(x ** 2) + norm_eps) * norm over its last axis (RMS norm).
-      norm_eps: what is added to the mean square.
+      norm_eps: constant added to the mean square.
       residual: `[..., out]`, or `[..., out / 2]` where gated; float32, bfloat16 or float16; added to the result.
-      layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar.
+      layer: index of the matrix to multiply with, an int32 scalar, where w has a leading `[num_layers]`.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
       config: block sizes for the kernel that is named by `backend`, its `Config`; None chooses.
-      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+      interpret: whether a kernel is interpreted; None interprets where backend="pallas" runs on a CPU.
 
     Returns:
       `[..., out]`, or `[..., out / 2]` where gated, in `out_dtype`.
 
     Raises:
-      ValueError: shapes, dtypes or options do not go together; the message says which.
-      Unsupported: the chosen backend does not cover this call.
+      ValueError: shapes, dtypes or options do not fit each other; the message says which.
+      Unsupported: the chosen backend does not run on this platform.
 
     Source: GLU Variants Improve Transformer (arXiv 2002.05202); RMS norm (arXiv 1910.07467).
     """

@@ -1,4 +1,4 @@
-"""Named matmul workloads, shared by tests, compile checks, the tuner and benchmarks."""
+"""Named workloads of matmul, shared by tests, compile checks, the tuner and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Case:
       rows: rows of x.
       in_features: columns of x.
       out_features: columns of w, gate and up together where gated.
-      dtype: of x.
-      w_dtype: of w; None means that of x.
-      out_dtype: of the result; None means that of x.
-      bias: whether there is one.
+      dtype: dtype of x.
+      w_dtype: dtype of w; None means that of x.
+      out_dtype: dtype of the result; None means that of x.
+      bias: whether a bias is added.
       activation: applied to the result, or None.
       gated: whether the first half of the channels gates the second.
       norm: whether x is normalized first.
-      residual: whether something is added to the result.
-      num_layers: matrices stacked in w, of which the last is taken; None for one.
+      residual: whether a residual is added to the result.
+      num_layers: matrices stacked in w, of which the last is used; None for a single matrix.
     """
 
     name: str
@@ -50,24 +50,24 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `matmul` that are no arrays."""
+        """Keyword arguments of `matmul` other than arrays."""
         return {name: getattr(self, name) for name in ("activation", "gated", "out_dtype")}
 
     def shapes(self) -> Inputs:
-        """The arrays that `matmul` takes, without their values: enough to compile."""
+        """Returns shapes and dtypes of the inputs: enough to compile."""
         return jax.eval_shape(lambda: _inputs(self, jax.random.key(0)))
 
     def problem(self) -> Problem:
-        """The `Problem` of a call with this case's inputs and options."""
-        found: list[Problem] = []
+        """Returns the `Problem` of a call with this case's inputs and options."""
+        problems: list[Problem] = []
         jax.eval_shape(
-            lambda inputs: found.append(Problem.of(inputs, **self.options, norm_eps=NORM_EPS)), self.shapes()
+            lambda inputs: problems.append(Problem.of(inputs, **self.options, norm_eps=NORM_EPS)), self.shapes()
         )
-        return found[0]
+        return problems[0]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Normal-distributed inputs; a weight's columns have unit norm, other layers are not finite."""
+    """Returns normal-distributed inputs: columns of w have unit norm, and layers that are not used are NaN."""
     inputs = _inputs(case, jax.random.key(seed))
     if case.num_layers is None:
         return inputs
@@ -75,17 +75,17 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def _inputs(case: Case, key: jax.Array) -> Inputs:
-    of_x, of_w, of_bias, of_norm, of_residual = jax.random.split(key, 5)
+    x_key, w_key, bias_key, norm_key, residual_key = jax.random.split(key, 5)
     stacked = () if case.num_layers is None else (case.num_layers,)
-    weights = jax.random.normal(of_w, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
+    weights = jax.random.normal(w_key, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
     features = case.out_features // 2 if case.gated else case.out_features
     return Inputs(
-        x=jax.random.normal(of_x, (case.rows, case.in_features)).astype(case.dtype),
+        x=jax.random.normal(x_key, (case.rows, case.in_features)).astype(case.dtype),
         w=weights.astype(case.w_dtype or case.dtype),
-        bias=jax.random.normal(of_bias, (case.out_features,)) if case.bias else None,
+        bias=jax.random.normal(bias_key, (case.out_features,)) if case.bias else None,
         layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
-        norm=1 + 0.1 * jax.random.normal(of_norm, (case.in_features,)) if case.norm else None,
-        residual=jax.random.normal(of_residual, (case.rows, features)).astype(case.dtype) if case.residual else None,
+        norm=1 + 0.1 * jax.random.normal(norm_key, (case.in_features,)) if case.norm else None,
+        residual=jax.random.normal(residual_key, (case.rows, features)).astype(case.dtype) if case.residual else None,
     )
 
 
@@ -100,7 +100,7 @@ MODELS: Final = (
     Case(name="llama-3-8b-qkv-4", rows=4, in_features=4096, out_features=6144, norm=True),
     Case(name="smollm2-gate-up-float32", rows=1, in_features=576, out_features=3072, dtype="float32", **_SILU),
 )
-"""What models ask for: compiled, tuned and measured."""
+"""Shapes of real models: compiled, tuned and measured."""
 
 TESTS: Final = (
     Case(name="bfloat16", rows=1, in_features=384, out_features=512),
@@ -116,4 +116,4 @@ TESTS: Final = (
     Case(name="few", rows=1, in_features=1, out_features=1, dtype="float32"),
     Case(name="wide-out", rows=1, in_features=64, out_features=70_000, dtype="float32"),
 )
-"""Small workloads with every option that a test compares with the oracle."""
+"""Small workloads that cover every option, compared with the oracle."""

@@ -1,4 +1,4 @@
-"""What a matmul call asks for: shapes, dtypes and options, validated before anything is computed."""
+"""The problem of a matmul call: shapes, dtypes and options, validated before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from palladion.reference.caches import FLOAT_CACHE_DTYPES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem(LinearProblem):
-    """A matmul call without its arrays; what is not listed here is `LinearProblem`'s.
+    """A matmul call without its arrays; `LinearProblem` has the other attributes.
 
     Attributes:
       w_dtype: dtype of the weight.
@@ -35,7 +35,11 @@ class Problem(LinearProblem):
         out_dtype: Any,
         norm_eps: float,
     ) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        """Describes a call.
+
+        Raises:
+          ValueError: arrays and options do not fit each other; the message names the argument.
+        """
         w, layer = inputs.w, inputs.layer
         if layer is None:
             check(w.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
@@ -50,15 +54,15 @@ class Problem(LinearProblem):
         return cls(**shared, w_dtype=dtype_name(w))
 
     def bytes_moved(self) -> int:
-        """Bytes that must move between memory and chip: all inputs and the result, once each."""
+        """Returns the bytes that must move between memory and chip: all inputs and the result, once each."""
         return self.in_features * self.out_features * jnp.dtype(self.w_dtype).itemsize + self.bytes_beside()
 
     def planned(self) -> Problem:
-        """The problem by which block sizes are chosen."""
+        """Returns the problem by which block sizes are chosen."""
         return self
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns what block sizes depend on."""
         gated = " gated" if self.gated else ""
         return TuningKey(
             kind=f"{self.x_dtype} x {self.w_dtype} to {self.out_dtype}{gated}",

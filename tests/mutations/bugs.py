@@ -215,9 +215,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "matmul-gpu-residual-row",
-        "kernels/matmul/triton/call.py",
-        "result = result + read(ref.residual, (m, channel), real)",
-        "result = result + read(ref.residual, (0, channel), real)",
+        "kernels/matmul/triton/kernel.py",
+        "result = result + _read(refs.residual, (m, channel), in_result)",
+        "result = result + _read(refs.residual, (0, channel), in_result)",
         ("tests/test_matmul.py", "-k", "kernels_are_right or explicit_blocks"),
         "Every row gets the residual of the first.",
     ),
