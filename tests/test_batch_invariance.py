@@ -1,4 +1,4 @@
-"""`batch_invariant=True`: to the last bit the same, whatever else is in the batch, and however large that is."""
+"""`batch_invariant=True` gives the same bits for every batch size and whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from palladion.reference.compare import assert_right
 
 BATCH = 5
 MAX_LEN = 256
-ROWS = 70  # more than a block of rows that does not follow their number
+ROWS = 70  # more than one block of rows, whose size does not depend on the number of rows
 BACKENDS = tuple(row.name for row in ATTENTION)
 SCHEMES = ("int8", "int4-g32-zeros", "int4-g64-minimums")
 
@@ -46,7 +46,7 @@ def multiplication(backend: str, **options: Any) -> Any:
 
 
 def equal(found: Any, expected: Any) -> None:
-    """To the last bit."""
+    """Asserts that results are equal to the last bit."""
     for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(part, np.float32), np.asarray(other, np.float32))
 
@@ -110,7 +110,7 @@ def test_what_stands_around_products(backend: str):
 
 
 def test_block_sizes_do_not_follow_the_batch():
-    """What they follow otherwise: else there would be nothing to ask for."""
+    """Block sizes depend on the batch without `batch_invariant`, so the option has an effect."""
     w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8"))
 
     def config(rows: int, *, batch_invariant: bool) -> Any:

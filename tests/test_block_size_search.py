@@ -1,4 +1,4 @@
-"""The search for block sizes never picks what loses, and continues where it was."""
+"""The search for block sizes never picks a slower config, and resumes where it was interrupted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from palladion.kernels.tuning import Entry
 
 
 class Costs:
-    """A cost model that knows what everything costs."""
+    """A cost model that computes every cost from a function."""
 
     origin = "measured"
 
@@ -58,7 +58,7 @@ class Costs:
 
 
 def valley(config: Config) -> float:
-    """Best at 512 and 8 warps, with a bump at 256 that a walk has to step over."""
+    """Returns a cost that is least at 512 and 8 warps, with a bump at 256 that the search has to cross."""
     bump = 3.0 if config.block == 256 else 0.0
     return 1.0 + abs(config.block.bit_length() - 10) + 0.1 * abs(config.warps - 8) + bump
 
@@ -136,14 +136,14 @@ def test_noise_is_no_gain():
     rng = random.Random(0)
     same = [Samples(tuple(1 + rng.random() for _ in range(15)), 1) for _ in range(2)]
     assert certain_gain(*same) <= 1.0
-    # A machine that slows down in the middle does so for both.
+    # Where the machine slows down in the middle, it slows down for both.
     pace = [1.0] * 7 + [3.0] * 8
     better, start = (Samples(tuple(p * each * (1 + rng.random() / 50) for p in pace), 1) for each in (1.0, 1.3))
     assert certain_gain(better, start) == pytest.approx(1.3, rel=0.05)
 
 
 class Doubling(Operation):
-    """x * 2 by a kernel that is wrong from blocks of 128 on, and does not compile from 1024 on."""
+    """An operation x * 2 whose kernel is wrong from blocks of 128 on, and does not compile from 1024 on."""
 
     name = "doubling"
 
@@ -235,14 +235,14 @@ def test_tuning_a_case_keeps_a_log_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert found.config == dataclasses.asdict(best)
     assert found.origin == "measured"
     assert found.heuristic_seconds > found.seconds
-    # Another source of the kernel: nothing that was tried before counts.
+    # Trials of another version of the kernel's source do not count.
     monkeypatch.setattr(tune, "_versions", lambda _: {"source": "other"})
     third = Costs(cost)
     tuned(third, 1)
     assert third.asked == [triton.heuristic(case.problem())]
 
 
-# --- For a TPU that is not here ---
+# --- Tuning for a TPU that is not present ---
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b-gate-up-1-int8", "smollm2-head-16"])

@@ -1,4 +1,4 @@
-"""The studies of what bits cost: the emulated arithmetic, and that results are kept, tabulated and drawn."""
+"""The studies of rounding: emulated arithmetic, and results that are kept, tabulated and drawn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from palladion.model.transformer import empty_cache, forward
     ],
 )
 def test_sums_of_sines_are_those_of_the_course(inputs: str, accumulator: str, in_order: float, shuffled: float):
-    """Session 9 of High Performance LLMs from First Principles; the shuffle is Python's with seed 0."""
+    """The course is High Performance LLMs from First Principles, session 9; Python shuffles, with seed 0."""
     found = SumMethod(inputs, accumulator, "one after the other").sum(np.stack([sums.sines(), sums.shuffled_sines()]))
     np.testing.assert_allclose(found, [in_order, shuffled], atol=1e-3 if accumulator == "bfloat16" else 1e-4)
 
@@ -167,7 +167,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     made.clear()
     with pytest.raises(KeyboardInterrupt):
         language_model.study(path, str(checkpoint))
-    # The baseline again, which all others are compared with, and then what was missing.
+    # The baseline runs again, because all others are compared with it; then the missing runs follow.
     assert made == [first[0], *(run.name for run in language_model.runs()[3:5])]
     assert len(json.loads(path.read_text())["runs"]) == 5
 

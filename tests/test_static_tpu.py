@@ -1,4 +1,4 @@
-"""What the TPU compiler says without the chip: the listings, their execution, and what is made of them."""
+"""The static analysis of TPU kernels without a chip: traffic, estimates, reports and the command."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu i
 CHIPS = tuple(tpu_chips())
 attention_cases = workloads.named_cases("decode_attention")
 UNIT_BYTES = 128 * 256 * 4
-"""What the kernel `ring` moves at a time."""
+"""Bytes of one transfer of the kernel `ring`."""
 BLOCK_BYTES = UNIT_BYTES
-"""What the kernel `blocks` moves at a time."""
+"""Bytes of one transfer of the kernel `blocks`."""
 
 KERNELS = str(Path(static_kernels.__file__))
 examiner = Examiner()
@@ -44,19 +44,19 @@ examiner = Examiner()
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process_for_all() -> Iterator[None]:
-    """The compiler lists in a process of its own: compiling in this one takes no longer for it."""
+    """Runs the compiler that writes listings in one process of its own, so compiling in this one is not slowed down."""
     with examiner:
         yield
 
 
 @functools.cache
 def examined(name: str, chip: str = "v6e") -> Examination:
-    """What comes out for a function of static_kernels.py."""
+    """Returns the examination of a function of static_kernels.py."""
     return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "v6e") -> KernelReport:
-    """The report on its only kernel."""
+    """Returns the report on the only kernel of a function."""
     row = examined(name, chip)
     assert row.failure is None
     (found,) = row.reports
@@ -72,7 +72,7 @@ def asked(name: str, **options: Any) -> dict[str, Traffic]:
 
 @needs_libtpu
 class TestTraffic:
-    """What kernels ask for as they are written, against counts by hand."""
+    """Transfers counted from a kernel's source, compared with counts by hand."""
 
     def test_blocks(self):
         counted = asked("blocks", rows=1000, block=128)
@@ -86,8 +86,8 @@ class TestTraffic:
 
     def test_blocks_move_when_their_index_changes(self):
         counted = asked("revisits")
-        # Of x [40, 128] in blocks of 16 rows: 16, 16 and 8 rows, each for two steps in a row, for both columns of
-        # blocks. The table is fetched once. Of the sums, one block for each column of blocks.
+        # x [40, 128] has blocks of 16, 16 and 8 rows. Each is fetched for two consecutive steps, once for each of the
+        # two columns of blocks. The table is fetched once. One block of sums is written for each column of blocks.
         assert counted == {
             "hbm_to_vmem": Traffic(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
             "vmem_to_hbm": Traffic(2, 2 * 8 * 128 * 4),
@@ -101,10 +101,10 @@ class TestTraffic:
     @pytest.mark.parametrize(
         ("grid", "semantics", "shares"),
         [
-            ((3, 4), "pp", [[(n, 0), (n, 1)] for n in range(3)]),  # the first that two divides
+            ((3, 4), "pp", [[(n, 0), (n, 1)] for n in range(3)]),  # the first axis whose size is even is divided
             ((3, 4), "ap", [[(n, 0), (n, 1)] for n in range(3)]),
             ((2, 3), "pa", [[(0, n)] for n in range(3)]),
-            ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three for two: both take the second
+            ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three steps for two cores: both run the second
         ],
     )
     def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
@@ -287,7 +287,7 @@ class TestWorkloads:
 
 
 class TestSimulator:
-    """libtpu's own simulator, and when it is believed."""
+    """The simulator of libtpu, whose results count only where its transfers are right."""
 
     def test_what_it_writes(self, tmp_path: Path):
         profile = 'profiles {\n  hlo_op_name: "blocks.1"\n  estimated_cycles: 1234\n}\n'

@@ -1,4 +1,4 @@
-"""A TPU kernel's schedule: how its listings are read, how it is executed, and when transfers are done."""
+"""A TPU kernel's schedule: listings are parsed, its scalar instructions executed, its transfers timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from palladion.kernels.devices import tpu_chips
 CHIPS = tuple(tpu_chips())
 RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
 UNIT_BYTES = 128 * 256 * 4
-"""What the kernel `ring` moves at a time."""
+"""Bytes of one transfer of the kernel `ring`."""
 
 
 def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:

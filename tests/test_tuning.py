@@ -1,4 +1,4 @@
-"""Block sizes: where they come from."""
+"""Block sizes come from the caller, from tuned data, or from the heuristic."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def entry(length: int, size: int, *, kind: str = "bfloat16", batch: int = 1, **c
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a user's own entries for this device."""
+    """Returns the file of the user's own entries for this device."""
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     path = tuning.user_file("operation", target_device_kind())
     assert path is not None

@@ -1,4 +1,4 @@
-"""Tuning keys: block sizes that were found for one problem are taken for another only where they may be."""
+"""Tuning keys: the tuned block sizes of a problem serve another problem only where the two are similar."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ROW = Implementation(
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """What the fields of a problem are to its block sizes.
+    """How block sizes depend on the fields of a problem.
 
     Attributes:
-      module: where the problem is.
-      problem: one of them.
-      kinds: other values, each of which makes another kind of problem.
-      sizes: fields that may differ a little, together.
-      ignored: fields that block sizes do not depend on.
+      module: the module of the operation's `Problem`.
+      problem: an example.
+      kinds: other values of fields, each of which makes another kind of problem.
+      sizes: groups of fields that may differ a little, all by the same factor.
+      ignored: other values of fields that block sizes do not depend on.
     """
 
     module: ModuleType
@@ -58,7 +58,7 @@ class Fields:
     ignored: dict[str, Any]
 
     def names(self) -> set[str]:
-        """Fields that are spoken of."""
+        """Returns the names of all fields that are listed here."""
         return {name for names in (*self.kinds, *self.sizes, self.ignored) for name in names}
 
 
@@ -179,13 +179,13 @@ OPERATIONS = {
 
 
 def fields_of(problem: Any) -> set[str]:
-    """Its fields; those of what it appends instead of that one."""
+    """Returns the names of a problem's fields, with those of its `append` problem in place of `append`."""
     names = {field.name for field in dataclasses.fields(problem)}
     return names - {"append"} | fields_of(problem.append) if "append" in names else names
 
 
 def changed(problem: Any, changes: dict[str, Any]) -> Any:
-    """The problem with other values in some fields."""
+    """Returns the problem with other values in some fields."""
     own = {field.name for field in dataclasses.fields(problem)}
     inner = {name: value for name, value in changes.items() if name not in own}
     outer = {name: value for name, value in changes.items() if name in own}
@@ -200,7 +200,7 @@ def value_of(problem: Any, name: str) -> Any:
 
 @pytest.fixture(params=OPERATIONS)
 def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fields:
-    """An operation whose problem has been tuned on this device."""
+    """Tunes the problem of an operation on this device, and returns its fields."""
     fields = OPERATIONS[request.param]
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     path = tuning.user_file("operation", target_device_kind())
@@ -221,7 +221,7 @@ def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def source(problem: Any) -> str:
-    """Where the block sizes of a problem come from."""
+    """Returns where the block sizes of a problem come from."""
     return tuning.resolve("operation", ROW, problem, None)[1]
 
 
