@@ -99,7 +99,7 @@ def test_gated_products_of_quantized_rows(backend: str):
 
 
 @pytest.mark.parametrize("backend", [row.name for row in MATMUL])
-def test_what_stands_around_products(backend: str):
+def test_products_with_norm_and_residual(backend: str):
     x, residual = normal(9, 200, seed=1, dtype=jnp.bfloat16), normal(9, 64, seed=2, dtype=jnp.bfloat16)
     w, norm = quantize(normal(200, 64), "int8"), normal(200, seed=3)
     multiply = functools.partial(multiplication(backend), w=w, norm=norm)
@@ -109,7 +109,7 @@ def test_what_stands_around_products(backend: str):
         equal(multiply(x[chosen], residual=residual[chosen]), together[chosen])
 
 
-def test_block_sizes_do_not_follow_the_batch():
+def test_block_sizes_do_not_depend_on_the_batch():
     """Block sizes depend on the batch without `batch_invariant`, so the option has an effect."""
     w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8"))
 

@@ -193,7 +193,7 @@ def test_caches_beyond_4_gib():
     assert_streams(kernel)
 
 
-def test_what_a_tuner_leaves_out_has_no_room():
+def test_configs_that_the_tuner_leaves_out_exceed_shared_memory():
     """The shared memory computed for block sizes is close to what the compiler allocates."""
     case = {case.name: case for case in attention_cases.MODELS}["llama-3-8b-layers"]
     with gpu_compiler.tracing_for(90):
@@ -238,7 +238,7 @@ def test_half_precision_is_multiplied_by_tensor_cores():
     + [("int4-g32", 1, 90), ("int4-g32", 1, 100), ("float8_e4m3fn", 1, 80), ("float8_e4m3fn", 1, 90)]
     + [("int8", 3, 90), ("int8", 2, 100), ("int4-g128", 2, 100)],
 )
-def test_what_stands_around_a_product_is_fused_with_it(scheme: str, rows: int, arch: int):
+def test_norm_and_residual_are_fused_with_a_product(scheme: str, rows: int, arch: int):
     """A row's norm and residual cost no launch and no spill, and few instructions per byte of codes."""
     silu: dict[str, Any] = {"gated": True, "activation": jax.nn.silu, "in_features": 4096, "out_features": 28672}
     cases = [
@@ -315,7 +315,7 @@ def hot_loop(kernel: gpu_compiler.CompiledKernel) -> list[str]:
 
 
 @pytest.mark.parametrize("name", HOT_LOOPS)
-def test_codes_are_widened_in_few_instructions(name: str):
+def test_codes_are_dequantized_in_few_instructions(name: str):
     case, arch, most, multiplies = HOT_LOOPS[name]
     problem = case.problem()
     with gpu_compiler.tracing_for(arch):

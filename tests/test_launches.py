@@ -77,7 +77,7 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
         ("append_qkv", "llama-3-8b", ("append_qkv",)),
     ],
 )
-def test_what_is_timed_is_calls_and_nothing_else(name: str, case: str, kernels: tuple[str, ...]):
+def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: tuple[str, ...]):
     """A program of three calls launches only them; two copies of the donated array take turns and are not copied."""
     operation = OPERATIONS[name]
     donated, inputs = operation.split(operation.named_cases()[case].shapes())

@@ -70,7 +70,7 @@ def test_subnormal_weights_count_as_zero(scheme: str):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32-zeros", "int4-g32-minimums", "float8_e5m2"])
-def test_scales_that_their_dtype_cannot_hold_make_nan_and_too_small_ones_zeros(scheme: str):
+def test_scales_too_large_for_their_dtype_give_nan_and_too_small_ones_zeros(scheme: str):
     weight = normal(64, 3) * jnp.array([1e12, 1.0, 1e-9])
     back = np.asarray(dequantize(quantize(weight, scheme, scale_dtype=jnp.float16)))
     assert np.isnan(back[:, 0]).all()
@@ -81,7 +81,7 @@ def test_scales_that_their_dtype_cannot_hold_make_nan_and_too_small_ones_zeros(s
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [1.0, -0.3, 3e38, -1e-30])
-def test_groups_of_equal_weights_come_back(scheme: str, value: float):
+def test_groups_of_equal_weights_are_restored(scheme: str, value: float):
     back = np.asarray(dequantize(quantize(jnp.full((128, 2), value), scheme)), np.float64)
     # The scale of mxfp4 is a power of two, so its codes have to represent the rest of the value.
     bound = 0.25 if scheme == "mxfp4" else 4 * UNIT_ROUNDOFF
@@ -103,7 +103,7 @@ def test_a_row_with_a_bad_number_has_scale_nan_and_codes_of_zero(dtype: str):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_append_kv_stores_the_same_of_bad_tokens_everywhere(dtype: str):
+def test_every_append_kv_stores_bad_tokens_in_the_same_way(dtype: str):
     """Every implementation stores the same codes, scales and NaN."""
     k = normal(2, 3, 2, 64).at[0, 0, 0, 1].set(jnp.nan).at[0, 1, 1, 2].set(jnp.inf).at[1, 2].set(1e-40)
     v = -k.at[1, 0, 0].set(3.4e38)
@@ -305,7 +305,7 @@ def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
-def test_rows_that_are_bytes_are_within_their_bound(scheme: str, seed: int):
+def test_products_in_bytes_are_within_their_bound(scheme: str, seed: int):
     """The GPU's vector form keeps its bound: the largest number of a chunk decides how the others are rounded."""
     generator = np.random.default_rng(seed)
     w = quantize(jnp.asarray(generator.standard_normal((192, 144)) * 192**-0.5, jnp.float32), scheme)
@@ -371,7 +371,7 @@ def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magn
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-def test_sequences_of_no_length_are_exactly_nothing(backend: str):
+def test_empty_sequences_are_exact(backend: str):
     q, k = normal(3, 4, 64), jnp.full((3, 2, 256, 64), jnp.nan)
     out, lse = _attention(backend)(q, k, k, jnp.zeros(3, jnp.int32))
     assert (np.asarray(out) == 0).all()
@@ -389,7 +389,7 @@ def test_sequences_of_no_length_are_exactly_nothing(backend: str):
     spread=st.sampled_from([0.0, 1.0, 3.0]),
     seed=st.integers(0, 2**16),
 )
-def test_rows_come_back_within_half_a_code(dtype: str, spread: float, seed: int):
+def test_quantized_rows_are_within_half_a_code(dtype: str, spread: float, seed: int):
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((8, 96)) * np.exp(spread * generator.standard_normal((8, 96)))
     codes, scales = _rows(jnp.asarray(x, jnp.float32), dtype)
@@ -418,7 +418,7 @@ def _equal(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-def test_attention_is_the_same_run_after_run_and_whatever_the_neighbours_are(backend: str):
+def test_attention_is_deterministic_and_independent_of_other_sequences(backend: str):
     q, k, v = normal(3, 4, 64), normal(3, 2, 256, 64, seed=1), normal(3, 2, 256, 64, seed=2)
     attend = _attention(backend)
     first = attend(q, k, v, jnp.array([200, 70, 129], jnp.int32))
@@ -432,7 +432,7 @@ def test_attention_is_the_same_run_after_run_and_whatever_the_neighbours_are(bac
 
 
 @pytest.mark.parametrize("backend", MATMUL)
-def test_products_are_the_same_run_after_run_and_whatever_the_other_rows_are(backend: str):
+def test_products_are_deterministic_and_independent_of_other_rows(backend: str):
     x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32")
     multiply = _multiplication(backend)
     first = multiply(x, w)
@@ -441,7 +441,7 @@ def test_products_are_the_same_run_after_run_and_whatever_the_other_rows_are(bac
     _equal(multiply(x.at[1:].set(3 * x[:-1]), w)[0], first[0])
 
 
-def test_compiling_anew_gives_the_same_bits():
+def test_recompiling_gives_the_same_bits():
     x, w = normal(3, 128), quantize(normal(128, 48), "int4-g64-minimums")
     once, again = (jax.jit(functools.partial(quantized_matmul, backend="xla")) for _ in range(2))
     _equal(once(x, w), again(x, w))

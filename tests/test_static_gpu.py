@@ -121,7 +121,7 @@ class TestMachineCode:
         opcodes = ("LDS.U8", "LDS", "LDS.64", "STS.128", "LDSM.16.M88", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
         assert [instruction(one).load_store_cycles for one in opcodes] == [1, 1, 2, 4, 1, 4, 4]
 
-    def test_what_tensor_cores_do(self):
+    def test_flops_of_tensor_cores(self):
         operations = 2 * 16 * 8 * 16
         assert instruction("HMMA.16816.F32.BF16").tensor_flops == operations
         assert instruction("HMMA.1688.F32.TF32").tensor_flops == operations  # half as many, at half the rate
@@ -142,7 +142,7 @@ class TestLoops:
         assert (outer.first, set(outer.body), outer.depth) == (1, {1, 2, 3}, 1)
         assert (inner.first, set(inner.body), inner.depth) == (2, {2, 3}, 2)
 
-    def test_what_comes_back_from_elsewhere_is_no_loop(self):
+    def test_a_jump_back_from_outside_is_no_loop(self):
         # The compiler puts waits after the end: 1 goes to 3, which goes back to 2, and 1 also goes to 2.
         assert natural_loops([[1], [2, 3], [], [2]]) == ()
 
@@ -160,7 +160,7 @@ class TestTrips:
         assert found.loads == (8,)
 
     @pytest.mark.parametrize("arch", ARCHS)
-    def test_what_was_not_given_is_not_guessed(self, arch: int):
+    def test_unknown_arguments_are_not_guessed(self, arch: int):
         with pytest.raises(Undecided, match="depends on the values of argument 0 of the kernel, which were not given"):
             trips(arch, None)
 
@@ -242,7 +242,7 @@ class TestExamine:
         assert found.bound == "compute"
         assert found.roofline == pytest.approx((found.memory_seconds or 0) / (found.compute_seconds or 1))
 
-    def test_the_compiler_installed_lists_as_before(self):
+    def test_the_installed_compiler_agrees_with_the_golden_listing(self):
         before = golden(90)
         found = report("sums")
         assert found.trip.instructions == pytest.approx(len(before.inside(before.loops[0])), rel=0.2)
@@ -257,7 +257,7 @@ class TestExamine:
         assert found.bytes_loaded == 64 * 256 * 4
         assert found.bound == "memory"
 
-    def test_what_is_not_known_is_unknown(self):
+    def test_undecided_times_are_unknown(self):
         for name, reason in (
             ("sums_of_unknown_lengths", "the values of argument 0 of the kernel, which were not given"),
             ("decided_by_data", "it depends on what is in shared memory"),
@@ -278,7 +278,7 @@ class TestExamine:
     def test_bytes_needed(self):
         assert report("with_bytes").bytes_needed == 12345
 
-    def test_what_does_not_compile_costs_its_own_row(self):
+    def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused").failure or "")
         assert "no Pallas-Triton kernel in it: pallas_call takes Triton where" in (examined("no_kernel").failure or "")
         assert examined("sums").failure is None

@@ -124,7 +124,7 @@ def test_records_can_be_read_again():
     assert estimates.from_record(json.loads(json.dumps(one.record()))) == one
 
 
-def test_the_kept_table_is_of_contests_that_there_are():
+def test_kept_results_are_of_existing_contests():
     kept = json.loads(FIGURES.read_text())
     found = [estimates.from_record(one) for one in kept["results"]]
     assert {one.contest for one in found} <= set(CONTESTS)
@@ -141,7 +141,7 @@ def test_the_readme_has_the_kept_table(operation: str):
     assert expected in readme.read_text(), expected
 
 
-def test_packages_that_are_not_there():
+def test_packages_that_are_not_installed():
     assert packages.versions(["no-such-package"]) == {}
     assert packages.how_to_get("tokamax") == "pip install --no-deps tokamax"
     if not packages.installed("tokamax"):

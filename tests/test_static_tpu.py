@@ -107,7 +107,7 @@ class TestTraffic:
             ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three steps for two cores: both run the second
         ],
     )
-    def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
+    def test_steps_of_the_first_of_two_cores(self, grid: Any, semantics: str, shares: list[list[Any]]):
         names = ["parallel" if one == "p" else "arbitrary" for one in semantics]
         assert divide_among_cores(grid, names, 2)[0] == [step for steps in shares for step in steps]
         assert {step for share in divide_among_cores(grid, names, 2) for step in share} == set(np.ndindex(*grid))
@@ -116,7 +116,7 @@ class TestTraffic:
     def test_cores_that_cannot_share_evenly(self, name: str):
         assert report(name, "v5p").agrees
 
-    def test_what_is_not_known(self):
+    def test_scalars_that_are_not_known(self):
         with pytest.raises(Undecided, match="a scalar that was not given"):
             asked("ring", lengths=None)
         assert asked("decided_by_data")["hbm_to_vmem"].transfers == 1
@@ -161,7 +161,7 @@ class TestExamine:
         assert found.moved == report("ring").moved
         assert found.agrees
 
-    def test_the_compiler_installed_lists_as_before(self):
+    def test_the_installed_compiler_agrees_with_the_golden_listing(self):
         found = report("ring")
         before = golden("v6e")
         assert found.bundles == pytest.approx(len(before.bundles), rel=0.2)
@@ -197,7 +197,7 @@ class TestExamine:
         assert two.busy_cycles is not None
         assert 1.7 < one.busy_cycles / two.busy_cycles < 2
 
-    def test_what_is_not_known_is_unknown(self):
+    def test_undecided_times_are_unknown(self):
         for found, reason in (
             (report("ring_of_unknown_lengths"), r"argument 0 of the kernel, int32\[4\], which were not given"),
             (report("decided_by_data"), "depends on the result of "),
@@ -229,7 +229,7 @@ class TestExamine:
         with pytest.raises(RuntimeError, match=r"libtpu is loaded already.*keep_listings\(\) before anything is"):
             examine(*static_kernels.blocks())
 
-    def test_what_does_not_compile_costs_its_own_row(self):
+    def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused", "v5e").failure or "")
         assert examined("no_kernel", "v5e").failure == "no Pallas kernel in it"
         crashed = examined("crashes", "v5e")
@@ -289,7 +289,7 @@ class TestWorkloads:
 class TestSimulator:
     """The simulator of libtpu, whose results count only where its transfers are right."""
 
-    def test_what_it_writes(self, tmp_path: Path):
+    def test_its_output_is_read(self, tmp_path: Path):
         profile = 'profiles {\n  hlo_op_name: "blocks.1"\n  estimated_cycles: 1234\n}\n'
         (tmp_path / "blocks.1_TPU v5 lite_static_llo_profile.textproto").write_text(profile)
         (unlisted,) = simulator.read(tmp_path, "v5e", ["blocks.1", "other.2"])
@@ -302,7 +302,7 @@ class TestSimulator:
         assert simulator.read(tmp_path, "v5e", ["blocks.1"])[0].moved is None
 
     @needs_libtpu
-    def test_it_is_believed_where_it_moves_what_is_due(self):
+    def test_it_is_believed_where_its_transfers_are_right(self):
         found = report("blocks")
         eight = Traffic(8, 8 * BLOCK_BYTES)
         right = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": eight, "vmem_to_hbm": eight})
@@ -316,7 +316,7 @@ class TestSimulator:
         assert kernel["believed"] is False
 
     @needs_libtpu
-    def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self):
+    def test_it_agrees_with_the_executed_schedule_where_compute_is_the_bound(self):
         (simulated,) = simulator.simulate(WorkloadName("", "compute_bound", KERNELS), "v6e")
         found = report("compute_bound")
         assert found.instruction == simulated.name

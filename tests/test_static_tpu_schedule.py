@@ -65,7 +65,7 @@ class TestSchedule:
         assert branch.target == 16
         assert (first.depth, second.depth, second.label, third.instructions) == (1, 2, "LB", ())
 
-    def test_transfers_that_never_take_place(self):
+    def test_transfers_with_a_false_predicate_are_left_out(self):
         text = "  0   :  {{ %1 = dma.hbm_to_vmem [thread:$0]  {}/*hbm=*/%s1_s1, 256, %s2_s2, %s3_s3 }}\n"
         for condition, count in (("", 1), ("(1), ", 1), ("(!0), ", 1), ("(0), ", 0), ("(!1), ", 0)):
             (bundle,) = parse_bundles(text.format(condition))
@@ -101,7 +101,7 @@ class TestExecution:
         assert 2 * (medium.busy - short.busy) == long.busy - medium.busy > 0
         assert short.cycles < medium.cycles < long.cycles
 
-    def test_what_was_not_given_is_not_guessed(self):
+    def test_unknown_arguments_are_not_guessed(self):
         with pytest.raises(Undecided, match="depends on the values of the lengths, which were not given"):
             execute("v6e", None)
 

@@ -225,7 +225,7 @@ def source(problem: Any) -> str:
     return tuning.resolve("operation", ROW, problem, None)[1]
 
 
-def test_every_field_is_spoken_of(tuned: Fields):
+def test_every_field_is_listed(tuned: Fields):
     assert tuned.names() == fields_of(tuned.problem)
 
 
@@ -243,14 +243,14 @@ def test_an_entry_is_taken_for_similar_sizes_and_no_others(tuned: Fields):
                 assert source(changed(tuned.problem, changes)) == expected, changes
 
 
-def test_what_block_sizes_do_not_depend_on_changes_nothing(tuned: Fields):
+def test_ignored_fields_do_not_change_the_key(tuned: Fields):
     for name, value in tuned.ignored.items():
         assert value != value_of(tuned.problem, name)
         other = changed(tuned.problem, {name: value})
         assert other.tuning_key() == tuned.problem.tuning_key(), name
 
 
-def test_a_window_counts_by_what_is_seen_through_it():
+def test_a_window_counts_by_its_visible_tokens():
     problem = changed(OPERATIONS["decode_attention"].problem, {"sliding_window": 256, "max_len": 8192})
     longer = changed(problem, {"max_len": 16384})
     wider = changed(problem, {"sliding_window": 4096})
