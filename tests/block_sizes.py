@@ -1,4 +1,4 @@
-"""A kernel with block sizes to choose, for tests of tuning."""
+"""A fake kernel whose block sizes can be chosen, for tests of tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every test file."""
+"""Fixtures and settings for all test files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pytest
 
 from palladion.kernels import devices
 
-# Lowered programs are not told which line of Python each operation comes from: nobody looks, and it takes a tenth of
-# the time. Nor does the collector find much among millions of objects: it looks less often.
+# Lowered programs do not record the Python line of each operation: no test reads it, and it takes a tenth of the time.
+# The garbage collector runs less often: it finds little among millions of objects.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_given_back() -> Iterator[None]:
-    """Every program that XLA compiles for the CPU holds mappings of memory, of which Linux grants 65,530 to a process.
+    """Releases compiled programs after each test file.
 
-    Past that the compiler ends with a segmentation fault. The tests of one file stay below a third of it.
+    Every program that XLA compiles for the CPU holds memory mappings. Linux allows a process 65,530 of them, and the
+    compiler ends with a segmentation fault when there are no more. The tests of one file need less than a third.
     """
     yield
     jax.clear_caches()
@@ -28,7 +29,7 @@ def compiled_programs_are_given_back() -> Iterator[None]:
 
 @pytest.fixture
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measures what a machine can do in no time, on little memory and a small product."""
+    """Makes measurements of the machine's peak rates short: they read little memory and multiply small matrices."""
     monkeypatch.setitem(devices.READ_BYTES, "cpu", 2**22)
     monkeypatch.setitem(devices.SQUARE, "cpu", 64)
     yield

@@ -1,4 +1,4 @@
-"""Listings of the kernel `ring` in tests/golden, parsed."""
+"""Parsed listings of the kernel `ring`, from tests/golden."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from palladion.kernels.devices import tpu_chips
 
 @functools.cache
 def golden(chip: str) -> Schedule:
-    """The compiler's listing of the kernel `ring`."""
+    """Returns the parsed listing that the compiler made of the kernel `ring` for a chip."""
     texts = [(GOLDEN / f"ring_{chip}_{name}.txt").read_text() for name in ("bundles", "utilization")]
     return parse_schedule(*texts, tpu_chips()[chip].branch_delay_slots)

@@ -1,4 +1,4 @@
-"""Measurements for tests, and files of them."""
+"""Made-up measurements for tests, and files of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, written file by file: what tests load, and damage."""
+"""Small checkpoints with random weights, which tests load and damage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Tensors = dict[str, tuple[np.ndarray, Any]]
 
 
 def random_weights(tied: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
-    """Float weights under GGUF's names, rows in the model's own (half-split) order."""
+    """Returns float weights under GGUF's names, with rows in the model's own (half-split) order."""
     generator = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCAB, HIDDEN), "output_norm": (HIDDEN,)}
     if not tied:
@@ -56,7 +56,7 @@ def random_weights(tied: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows from half-split to GGUF's interleaved order, one by one: the definition, not a reshape."""
+    """Reorders rows from half-split to GGUF's interleaved order, one by one, as the format defines it."""
     head_dim = len(rows) // heads
     result = np.empty_like(rows)
     for head in range(heads):
@@ -72,7 +72,7 @@ def stored(name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def encode(weights: dict[str, np.ndarray], kinds: Callable[[str], Any]) -> Tensors:
-    """Weights in the types that `kinds` gives by name, still in the model's row order."""
+    """Encodes weights in the types that `kinds` returns for their names; rows stay in the model's order."""
     return {
         name: (
             array if array.ndim == 1 else gguf.quants.quantize(array, kinds(name)),
@@ -85,9 +85,9 @@ def encode(weights: dict[str, np.ndarray], kinds: Callable[[str], Any]) -> Tenso
 def write_gguf(
     path: Path, tensors: Tensors, metadata: dict[str, Any] | None = None, architecture: str = "llama"
 ) -> Path:
-    """A file of the architecture's usual metadata, changed by `metadata`; None removes a key.
+    """Writes a GGUF file with the architecture's usual metadata, changed by `metadata`; None removes a key.
 
-    Keys stand under the architecture's name, unless they start with "general.", "split." or "tokenizer.".
+    Keys get the architecture's name as prefix, unless they start with "general.", "split." or "tokenizer.".
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("a small model")
@@ -125,7 +125,7 @@ def write_gguf(
 
 
 def gguf_type(value: Any) -> gguf.GGUFValueType:
-    """The narrowest of the types that converters use, in which a value can be written."""
+    """Returns the narrowest type that converters use and that can hold a value."""
     kinds = gguf.GGUFValueType
     if isinstance(value, bool | str | list):
         return {bool: kinds.BOOL, str: kinds.STRING, list: kinds.ARRAY}[type(value)]
@@ -143,7 +143,7 @@ def gguf_file(path: Path, kind: Any = Type.F32, tied: bool = False, **metadata: 
 def hugging_face_folder(
     path: Path, tensors: dict[str, np.ndarray] | None = None, config: dict[str, Any] | None = None
 ) -> Path:
-    """A folder written key by key, so that tests can write wrong ones."""
+    """Writes a Hugging Face folder key by key, so that tests can write wrong ones."""
     path.mkdir(exist_ok=True)
     values = {
         "architectures": ["LlamaForCausalLM"],

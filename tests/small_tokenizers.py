@@ -1,4 +1,4 @@
-"""Small tokenizers, written as the metadata of GGUF files and as Hugging Face folders."""
+"""Small tokenizers, as metadata of GGUF files and as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHAT = (
 
 
 def byte_level_metadata(**changes: Any) -> dict[str, Any]:
-    """The metadata of a byte-level tokenizer: a token for each byte, a few merges."""
+    """Returns the metadata of a byte-level tokenizer with a token for each byte and a few merges."""
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w"]
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
     metadata = {
@@ -57,7 +57,7 @@ def byte_level_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
-    """The metadata of a SentencePiece tokenizer: bytes, letters, and pieces with scores."""
+    """Returns the metadata of a SentencePiece tokenizer with bytes, letters, and pieces with scores."""
     pieces = ["he", "ll", "hell", "hello", f"{SPACE}w", f"{SPACE}wor", "or", "ld", f"{SPACE}world", SPACE * 2, "é"]
     letters = [SPACE, *"abcdefghijklmnopqrstuvwxyz"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]

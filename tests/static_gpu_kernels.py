@@ -1,6 +1,8 @@
-"""Small GPU kernels of known size for the tests of the static instrument, and the listings that are checked in of one.
+"""Small GPU kernels of known size, for tests of the static analysis.
 
-PYTHONPATH=src:tests python -m static_gpu_kernels     # writes tests/golden anew, with the triton that is installed
+Listings of the kernel `sums` are checked in. This command writes them again, with the installed triton:
+
+    PYTHONPATH=src:tests python -m static_gpu_kernels
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ Workload = tuple[Any, tuple[Any, ...]]
 """A function and its arguments."""
 
 TRITON: Final = plgpu.CompilerParams()
-"""Without it pallas_call takes another backend."""
+"""Compiler parameters that make pallas_call use Triton; without them it uses another backend."""
 
 LENGTHS: Final = (0, 1, 33, 1024)
-"""Of the sequences that `sums` reads, in blocks of 32 rows: 0 + 1 + 2 + 32 trips."""
+"""Lengths of the sequences that `sums` reads, in blocks of 32 rows: 0 + 1 + 2 + 32 trips."""
 
 BLOCK: Final = (32, 128)
 BLOCK_BYTES: Final = 32 * 128 * 4
 
 
 def sums(lengths: Any = LENGTHS, *, num_stages: int = 2) -> Workload:
-    """The sum of each sequence's rows, float32 `[4, 1024, 128]`, in blocks of 32 rows."""
+    """Returns a kernel that sums each sequence's rows, float32 `[4, 1024, 128]`, in blocks of 32 rows."""
 
     def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any) -> None:
         b = pl.program_id(0)
@@ -62,12 +64,12 @@ def sums(lengths: Any = LENGTHS, *, num_stages: int = 2) -> Workload:
 
 
 def sums_of_unknown_lengths() -> Workload:
-    """`sums` of lengths that are decided at run time."""
+    """Returns `sums` with lengths that are known only at run time."""
     return sums(None)
 
 
 def decided_by_data() -> Workload:
-    """A loop whose bound is computed from data."""
+    """Returns a kernel with a loop whose bound is computed from data."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         column = jnp.arange(128, dtype=jnp.int32)
@@ -80,7 +82,7 @@ def decided_by_data() -> Workload:
 
 
 def doubles(rows: int = 64) -> Workload:
-    """Twice an array of float32 `[rows, 256]`, a row in each program: no loop."""
+    """Returns a kernel without a loop: it doubles float32 `[rows, 256]`, one row in each program."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = 2 * x_ref[...]
@@ -100,12 +102,12 @@ def doubles(rows: int = 64) -> Workload:
 
 
 def with_bytes() -> tuple[Any, ...]:
-    """`doubles`, with bytes that must move."""
+    """Returns `doubles` and a number of bytes that it supposedly needs."""
     return *doubles(), 12345
 
 
 def two_kernels() -> Workload:
-    """One kernel after another, the second three times."""
+    """Returns a function that calls one kernel, then another three times."""
     first, (x,) = doubles(64)
     second, _ = doubles(32)
 
@@ -116,7 +118,7 @@ def two_kernels() -> Workload:
 
 
 def nested() -> Workload:
-    """`sums`, three times over."""
+    """Returns a kernel that computes `sums` three times, in nested loops."""
 
     def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any) -> None:
         b = pl.program_id(0)
@@ -139,7 +141,7 @@ def nested() -> Workload:
 
 
 def refused() -> Workload:
-    """What Pallas cannot do with Triton."""
+    """Returns a kernel that Pallas cannot lower to Triton."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = jnp.sort(x_ref[...])
@@ -149,7 +151,7 @@ def refused() -> Workload:
 
 
 def no_kernel() -> Workload:
-    """A function without a kernel."""
+    """Returns a function without a kernel."""
     return jnp.sin, (jax.ShapeDtypeStruct((8,), jnp.float32),)
 
 

@@ -1,6 +1,8 @@
-"""Small TPU kernels of known size for the tests of the static instruments, and the listings that are checked in of one.
+"""Small TPU kernels of known size, for tests of the static analysis.
 
-PYTHONPATH=src:tests python -m static_kernels     # writes tests/golden anew, with the libtpu that is installed
+Listings of the kernel `ring` are checked in. This command writes them again, with the installed libtpu:
+
+    PYTHONPATH=src:tests python -m static_kernels
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ Workload = tuple[Any, tuple[Any, ...]]
 """A function and its arguments."""
 
 LENGTHS: Final = (0, 1, 129, 1024)
-"""Of the sequences that `ring` reads, in units of 128 rows: 0 + 1 + 2 + 8 transfers."""
+"""Lengths of the sequences that `ring` reads, 128 rows at a time: 0 + 1 + 2 + 8 transfers."""
 
 TABLE_SUM: Final = 14
+"""Sum of the table that `table` reads."""
 
 
 def blocks(rows: int = 1024, block: int = 128, *, work: int = 1, semantics: str = "arbitrary") -> Workload:
-    """tanh, `work` times over, of `[rows, 256]` in blocks of rows."""
+    """Returns a kernel that applies tanh `work` times to `[rows, 256]`, in blocks of rows."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         x = x_ref[...]
@@ -55,7 +58,7 @@ def blocks(rows: int = 1024, block: int = 128, *, work: int = 1, semantics: str 
 
 
 def ring(lengths: Any = LENGTHS) -> Workload:
-    """The maximum of each sequence's rows, which the kernel moves itself, 128 at a time, as many as there are."""
+    """Returns a kernel that takes the maximum of each sequence's rows and copies them itself, 128 at a time."""
     batch, rows, width = 4, 1024, 256
 
     def kernel(lengths_ref: Any, x_ref: Any, o_ref: Any, buffers: Any, arrived: Any) -> None:
@@ -99,13 +102,13 @@ ring_of_unknown_lengths = functools.partial(ring, None)
 
 
 def ring_of_wide_lengths() -> Workload:
-    """`ring`, with lengths as NumPy makes them of Python numbers."""
+    """Returns `ring` with lengths in int64, NumPy's default for Python numbers."""
     call, (lengths, x) = ring()
     return call, (lengths.astype(np.int64), x)
 
 
 def table() -> Workload:
-    """tanh as often as the sum of a row of a two-dimensional table says: `TABLE_SUM` times in all."""
+    """Returns a kernel that applies tanh as often as the sum of a table's row says: `TABLE_SUM` times in all."""
     given = np.zeros((10, 300), np.int32)
     given[3, 299], given[9, 130], given[0, 1] = 5, 7, 2
 
@@ -144,7 +147,7 @@ compute_bound = functools.partial(blocks, 8192, 512, work=64)
 
 
 def odd_grid_of_two() -> Workload:
-    """tanh over a grid of 3 x 3, both parallel."""
+    """Returns a kernel that computes tanh over a grid of 3 x 3, both axes parallel."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = jnp.tanh(x_ref[...])
@@ -159,7 +162,10 @@ def odd_grid_of_two() -> Workload:
 
 
 def revisits() -> Workload:
-    """Sums of the rows of x `[40, 128]`, in blocks of 16 that stay for two steps, and of a table that stays for all."""
+    """Returns a kernel that accumulates a table and sums of the rows of x `[40, 128]`.
+
+    A block of 16 rows of x stays for two steps, the table for all steps.
+    """
 
     def kernel(x_ref: Any, table_ref: Any, o_ref: Any) -> None:
         total = jnp.sum(x_ref[...], axis=0, keepdims=True)
@@ -182,7 +188,7 @@ def revisits() -> Workload:
 
 
 def decided_by_data() -> Workload:
-    """As many rounds of tanh as the largest element says: nothing is known of them before they run."""
+    """Returns a kernel that applies tanh as often as its largest element says, which is known only at run time."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = x_ref[...]
@@ -199,12 +205,12 @@ def decided_by_data() -> Workload:
 
 
 def with_bytes() -> tuple[Any, tuple[Any, ...], int]:
-    """`ring`, and a number of bytes that it is said to need."""
+    """Returns `ring` and a number of bytes that it supposedly needs."""
     return *ring(), 12345
 
 
 def refused() -> Workload:
-    """Something that the compiler does not know."""
+    """Returns a kernel that the compiler refuses."""
 
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = jax.lax.sort(x_ref[...])
@@ -214,12 +220,12 @@ def refused() -> Workload:
 
 
 def no_kernel() -> tuple[Any, Any]:
-    """XLA alone."""
+    """Returns a function without a kernel."""
     return jnp.sin, jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
 
 def crashes() -> Workload:
-    """Takes its process down while it is compiled, as compilers do."""
+    """Returns a function that aborts its process while it is compiled, as compilers may."""
 
     def function(_: Any) -> None:
         print("F0101 Check failed: this and that", flush=True)
@@ -229,19 +235,19 @@ def crashes() -> Workload:
 
 
 def nonsense() -> int:
-    """No workload."""
+    """Returns something that is not a workload."""
     return 5
 
 
 def two_kernels() -> Workload:
-    """Two kernels, one of them three times in a loop; a user's file may look like this."""
+    """Returns a function with two kernels, one of them called three times in a loop, as in a user's file."""
     small, (shape,) = blocks(256, 64)
     large, _ = blocks(256, 128)
     return lambda x: jax.lax.fori_loop(0, 3, lambda _, x: small(x), large(x) + 1), (shape,)
 
 
 def two_kernels_with_bytes() -> tuple[Any, tuple[Any, ...], int]:
-    """A number of bytes for two kernels together, which says nothing of either."""
+    """Returns two kernels and one number of bytes, which cannot be attributed to either."""
     return *two_kernels(), 5
 
 

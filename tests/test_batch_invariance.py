@@ -1,4 +1,4 @@
-"""`batch_invariant=True`: to the last bit the same, whatever else is in the batch, and however large that is."""
+"""`batch_invariant=True` gives the same bits for every batch size and whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from palladion.reference.compare import assert_right
 
 BATCH = 5
 MAX_LEN = 256
-ROWS = 70  # more than a block of rows that does not follow their number
+ROWS = 70  # more than one block of rows, whose size does not depend on the number of rows
 BACKENDS = tuple(row.name for row in ATTENTION)
 SCHEMES = ("int8", "int4-g32-zeros", "int4-g64-minimums")
 
@@ -45,7 +45,7 @@ def multiplication(backend: str, **options: Any) -> Any:
 
 
 def equal(found: Any, expected: Any) -> None:
-    """To the last bit."""
+    """Asserts that results are equal to the last bit."""
     for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(part, np.float32), np.asarray(other, np.float32))
 
@@ -98,7 +98,7 @@ def test_gated_products_of_quantized_rows(backend: str):
 
 
 @pytest.mark.parametrize("backend", [row.name for row in MATMUL])
-def test_what_stands_around_products(backend: str):
+def test_products_with_norm_and_residual(backend: str):
     x, residual = normal(9, 200, seed=1, dtype=jnp.bfloat16), normal(9, 64, seed=2, dtype=jnp.bfloat16)
     w, norm = quantize(normal(200, 64), "int8"), normal(200, seed=3)
     multiply = functools.partial(multiplication(backend), w=w, norm=norm)
@@ -108,8 +108,8 @@ def test_what_stands_around_products(backend: str):
         equal(multiply(x[chosen], residual=residual[chosen]), together[chosen])
 
 
-def test_block_sizes_do_not_follow_the_batch():
-    """What they follow otherwise: else there would be nothing to ask for."""
+def test_block_sizes_do_not_depend_on_the_batch():
+    """Block sizes depend on the batch without `batch_invariant`, so the option has an effect."""
     w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8"))
 
     def config(rows: int, *, batch_invariant: bool) -> Any:

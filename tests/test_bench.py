@@ -1,4 +1,4 @@
-"""Contenders are checked before they are timed; one that fails costs nobody else."""
+"""Contenders are checked before they are timed, and a contender that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peer(name: str, make: Callable[[str, Any, Any], Runner], **given: Any) -> Pe
 
 
 def of_values(change: Callable[[Any], Any]) -> Callable[[str, Any, Any], Runner]:
-    """A contender whose result is that of the reference, changed."""
+    """Returns a function that makes a contender with a changed copy of the reference's result."""
 
     def make(name: str, case: Any, inputs: Any) -> Runner:
         result = OPERATIONS["quantized_matmul"].function(case, backend="xla")(inputs)
@@ -95,7 +95,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.Monkey
     turns: list[str | None] = []
     plan_ = bench.RunOptions(backends=("triton", "xla"), rounds=1, sample_seconds=0.001, on_turn=turns.append)
     assert bench.compile_ahead([(chosen, TINY, plan_)]) == {}  # on a CPU
-    # As on an accelerator that is no GPU: its kernel cannot take part.
+    # The platform is an accelerator other than a GPU, so the Triton kernel cannot take part.
     monkeypatch.setattr(bench, "target_platform", lambda: "other")
     crashed = dataclasses.replace(plan_, crashed={bench.COMPILING: "ended its process by SIGSEGV"})
     assert bench.compile_ahead([(chosen, TINY, crashed)]) == {}

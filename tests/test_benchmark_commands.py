@@ -1,4 +1,4 @@
-"""The commands: their help, their answers to mistakes, and what they write."""
+"""The benchmark commands: their help, their error messages, and the files that they write."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(
 
 
 def test_a_checkout_with_jax_alone_is_enough():
-    """What else there is makes pictures and peers: nothing that a command begins with."""
+    """Other packages serve plots and peers only, so every command starts without them."""
     absent = (
         "torch",
         "transformers",

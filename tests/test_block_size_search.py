@@ -1,4 +1,4 @@
-"""The search for block sizes never picks what loses, and continues where it was."""
+"""The search for block sizes never picks a slower config, and resumes where it was interrupted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from palladion.kernels.tuning import Entry
 
 
 class Costs:
-    """A cost model that knows what everything costs."""
+    """A cost model that computes every cost from a function."""
 
     origin = "measured"
 
@@ -58,7 +58,7 @@ class Costs:
 
 
 def valley(config: Config) -> float:
-    """Best at 512 and 8 warps, with a bump at 256 that a walk has to step over."""
+    """Returns a cost that is least at 512 and 8 warps, with a bump at 256 that the search has to cross."""
     bump = 3.0 if config.block == 256 else 0.0
     return 1.0 + abs(config.block.bit_length() - 10) + 0.1 * abs(config.warps - 8) + bump
 
@@ -71,7 +71,7 @@ def test_the_search_finds_the_best_behind_a_bump():
     assert len(cost_model.asked) == len(set(cost_model.asked)) == len(trials)
 
 
-def test_what_does_not_compile_or_fit_is_never_the_best():
+def test_configs_that_do_not_compile_or_fit_are_never_the_best():
     cost_model = Costs(lambda config: None if config.block >= 256 else valley(config))
     best, trials = search(space(Problem(4096)), cost_model)
     assert best is not None
@@ -93,7 +93,7 @@ def test_a_heuristic_that_is_rejected_gives_way_to_its_neighbours():
     assert best.config == Config(512, 8)
 
 
-def test_a_search_ends_when_told_and_goes_on_where_it_was():
+def test_a_search_stops_when_told_and_resumes():
     cost_model = Costs(valley)
     seen: list[Trial] = []
     best, _ = search(space(Problem(4096)), cost_model, proceed=lambda: len(seen) < 3, on_trial=seen.append)
@@ -136,14 +136,14 @@ def test_noise_is_no_gain():
     rng = random.Random(0)
     same = [Samples(tuple(1 + rng.random() for _ in range(15)), 1) for _ in range(2)]
     assert certain_gain(*same) <= 1.0
-    # A machine that slows down in the middle does so for both.
+    # Where the machine slows down in the middle, it slows down for both.
     pace = [1.0] * 7 + [3.0] * 8
     better, start = (Samples(tuple(p * each * (1 + rng.random() / 50) for p in pace), 1) for each in (1.0, 1.3))
     assert certain_gain(better, start) == pytest.approx(1.3, rel=0.05)
 
 
 class Doubling(Operation):
-    """x * 2 by a kernel that is wrong from blocks of 128 on, and does not compile from 1024 on."""
+    """An operation x * 2 whose kernel is wrong from blocks of 128 on, and does not compile from 1024 on."""
 
     name = "doubling"
 
@@ -179,7 +179,7 @@ def test_wrong_and_broken_configs_are_rejected_not_timed():
         cost_model.seconds(Config(1024))
 
 
-def test_what_is_expected_is_compiled_with_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytest.MonkeyPatch):
     together: list[list[int]] = []
 
     def noted(jobs: Sequence[Any]) -> Any:
@@ -199,7 +199,7 @@ def test_what_is_expected_is_compiled_with_what_is_asked_for(monkeypatch: pytest
     assert together == [[64, 1024, 32], [128, 16]]
 
 
-def test_the_search_tells_what_it_will_ask_for():
+def test_the_search_announces_the_configs_that_it_will_request():
     cost_model = Costs(valley)
     seen: list[Trial] = []
     search(space(Problem(4096)), cost_model, known={Config(32): Trial(Config(32), 9.0)}, on_trial=seen.append)
@@ -235,18 +235,18 @@ def test_tuning_a_case_keeps_a_log_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert found.config == dataclasses.asdict(best)
     assert found.origin == "measured"
     assert found.heuristic_seconds > found.seconds
-    # Another source of the kernel: nothing that was tried before counts.
+    # Trials of another version of the kernel's source do not count.
     monkeypatch.setattr(tune, "_versions", lambda _: {"source": "other"})
     third = Costs(cost)
     tuned(third, 1)
     assert third.asked == [triton.heuristic(case.problem())]
 
 
-# --- For a TPU that is not here ---
+# --- Tuning for a TPU that is not present ---
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b-gate-up-1-int8", "smollm2-head-16"])
-def test_a_candidate_is_what_another_process_examines(tmp_path: Path, name: str):
+def test_a_candidate_is_read_by_another_process(tmp_path: Path, name: str):
     operation = OPERATIONS["quantized_matmul"]
     case = operation.named_cases()[name]
     (row,) = (row for row in operation.table if row.platform == "tpu")
@@ -278,7 +278,7 @@ def test_a_candidate_is_what_another_process_examines(tmp_path: Path, name: str)
         (["model", "--model=gpt"], "--model: got gpt; accepted: smollm2-135m"),
     ],
 )
-def test_what_cannot_be_tuned(
+def test_wrong_commands_are_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv(tuning.CACHE, raising=False)

@@ -1,4 +1,4 @@
-"""The real Triton compiler takes every Triton kernel, for GPUs that need not be there, and spills nothing."""
+"""The real Triton compiler compiles every Triton kernel without spills, for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import pytest
-from compiling import OF_OTHER_SIZES
+from compiling import SAME_BUT_FOR_SIZES
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
@@ -58,7 +58,7 @@ def dense(case: DenseCase) -> Compilable:
 
 
 def dense_rows(name: str) -> int:
-    """Of x, in a case of `matmul`."""
+    """Returns the rows of x in a case of `matmul`."""
     return next(case.rows for case in dense_cases.MODELS if name == f"matmul-{case.name}")
 
 
@@ -80,9 +80,9 @@ OPERATIONS: dict[str, Callable[[], Compilable]] = {
         ("matmul", dense, dense_cases.MODELS),
     )
     for case in models
-    if operation != "quantized_matmul" or case.name not in OF_OTHER_SIZES
+    if operation != "quantized_matmul" or case.name not in SAME_BUT_FOR_SIZES
 }
-"""What is compiled for one GPU: the cases that models ask for."""
+"""Calls compiled for one GPU: the shapes of real models."""
 
 ON_EVERY_GPU = (
     "decode_attention-llama-3-8b-layers",
@@ -94,7 +94,7 @@ ON_EVERY_GPU = (
     "quantized_matmul-llama-3-8b-qkv-1-int8",
     "quantized_matmul-llama-3-8b-gate-up-1-int4-g32",
 )
-"""What is compiled for all of them."""
+"""Calls compiled for every GPU."""
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_compiles_without_spills(name: str, arch: int):
 
 
 def assert_reads_rows(kernel: CompiledKernel, rows: int) -> None:
-    """128 bits at a time, of which a byte costs a conversion and a multiply-add for each row, or less."""
+    """Asserts loads of 128 bits, and per byte at most a conversion and a multiply-add for each row."""
     loop = hot_loop(kernel)
     wide = sum(name.startswith("LDG.E.128") for name in loop)
     print(f"{len(loop) / (16 * wide):.2f} instructions a byte")
@@ -132,7 +132,7 @@ def assert_reads_rows(kernel: CompiledKernel, rows: int) -> None:
 
 
 def assert_loads_together(kernel: CompiledKernel) -> None:
-    """A multiprocessor waits for enough bytes at a time to be busy: an H200 for 29 KiB, if memory takes 0.8 µs."""
+    """Asserts enough bytes in flight to use the whole bandwidth: 29 KiB per multiprocessor of an H200, at 0.8 µs."""
     thread = max(bytes_awaited(instructions) for _, instructions in by_loop(parse(kernel.code)))
     warp, warps = 32 * thread, kernel.kernel.num_warps
     print(f"a thread waits for {thread} bytes, {warps} warps for {warp * warps >> 10} KiB")
@@ -141,7 +141,10 @@ def assert_loads_together(kernel: CompiledKernel) -> None:
 
 
 def assert_streams(kernel: CompiledKernel) -> None:
-    """Keys and values come 16 bytes at a time, past the registers; what is narrower are scales and page tables."""
+    """Asserts that keys and values are copied 16 bytes at a time, past the registers.
+
+    Only scales and page tables have narrower copies.
+    """
     counts = {name: count for name, count in kernel.instructions.items() if name.startswith("LDGSTS")}
     wide = counts.pop("LDGSTS.E.BYPASS.128")
     print(f"{wide} copies of 16 bytes, others: {counts}")
@@ -156,8 +159,8 @@ def assert_streams(kernel: CompiledKernel) -> None:
 @pytest.mark.parametrize(
     ("name", "arch", "products", "conversions", "instructions"),
     [
-        # Of a code: none for keys between integers, 2 for values; half a one from float8 to float16, 2 to bfloat16.
-        # Queries become integers before the loop, which counts here as well.
+        # Conversions per code: none for keys multiplied as integers, 2 for values; 0.5 from float8 to float16, 2 to
+        # bfloat16. Queries become integers before the loop, which is counted here as well.
         ("llama-3-8b-int8", 90, "IMMA", ("LOP3", "PRMT", "HADD2"), 2.0),
         ("llama-3-8b-int8", 80, "IMMA", ("LOP3", "PRMT", "HFMA2", "HADD2"), 2.0),
         ("llama-3-8b-float8", 90, "HMMA", ("F2FP", "HADD2"), 1.4),
@@ -171,7 +174,8 @@ def test_codes_become_operands_in_few_instructions(
     assert kernel.count(products) > 0
     copies = kernel.instructions["LDGSTS.E.BYPASS.128"]
     stages = kernel.kernel.num_stages
-    codes = 16 * copies / stages  # of a thread in a trip: the loop is entered with `num_stages` - 1 more
+    # Codes of a thread in one trip: the code before the loop loads for `num_stages` - 1 trips more.
+    codes = 16 * copies / stages
     found = sum(kernel.count(conversion) for conversion in conversions)
     total = sum(kernel.instructions.values())
     print(f"{found / codes:.2f} instructions to convert a code, {total / codes:.1f} in all, start and end included")
@@ -180,7 +184,7 @@ def test_codes_become_operands_in_few_instructions(
 
 
 def test_caches_beyond_4_gib():
-    # Addresses of 64 bits take registers.
+    # Addresses of 64 bits take more registers.
     case = {case.name: case for case in attention_cases.MODELS}["llama-3-8b-paged-int8"]
     function, arguments = attention(dataclasses.replace(case, num_layers=40, max_len=16384))
     kernel, _ = gpu_compiler.compile_for_gpu(function, *arguments)
@@ -189,8 +193,8 @@ def test_caches_beyond_4_gib():
     assert_streams(kernel)
 
 
-def test_what_a_tuner_leaves_out_has_no_room():
-    """The shared memory that block sizes are known to take is what the compiler gives them, but for a little."""
+def test_configs_that_the_tuner_leaves_out_exceed_shared_memory():
+    """The shared memory computed for block sizes is close to what the compiler allocates."""
     case = {case.name: case for case in attention_cases.MODELS}["llama-3-8b-layers"]
     with gpu_compiler.tracing_for(90):
         space, most = attention_triton.space(case.problem()), gpu_to_plan_for().program_shared_bytes
@@ -214,7 +218,7 @@ def test_what_a_tuner_leaves_out_has_no_room():
         function, arguments = matmul(product, config=config)
         kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)
         assert known <= kernel.shared <= known + 16 * 1024
-    # What the vector form does not read is not varied.
+    # The tuner does not vary fields that the vector form does not use.
     assert {(config.tile, config.num_stages) for config in vector.neighbours(vector.start)} == {
         (vector.start.tile, vector.start.num_stages)
     }
@@ -234,8 +238,8 @@ def test_half_precision_is_multiplied_by_tensor_cores():
     + [("int4-g32", 1, 90), ("int4-g32", 1, 100), ("float8_e4m3fn", 1, 80), ("float8_e4m3fn", 1, 90)]
     + [("int8", 3, 90), ("int8", 2, 100), ("int4-g128", 2, 100)],
 )
-def test_what_stands_around_a_product_is_fused_with_it(scheme: str, rows: int, arch: int):
-    """A row's norm and residual cost no launch, no spill, and nothing to speak of for a byte of codes."""
+def test_norm_and_residual_are_fused_with_a_product(scheme: str, rows: int, arch: int):
+    """A row's norm and residual cost no launch and no spill, and few instructions per byte of codes."""
     silu: dict[str, Any] = {"gated": True, "activation": jax.nn.silu, "in_features": 4096, "out_features": 28672}
     cases = [
         MatmulCase(name="gate-up", rows=rows, scheme=scheme, norm=True, **silu),
@@ -245,7 +249,7 @@ def test_what_stands_around_a_product_is_fused_with_it(scheme: str, rows: int, a
         with gpu_compiler.tracing_for(arch):
             config = matmul_triton.heuristic(case.problem())
         if config.splits > 1 or config.form != "vector":
-            continue  # where the sum of splits takes a launch, XLA also normalizes in one
+            continue  # a sum of splits takes a launch, and XLA normalizes in another
         function, arguments = matmul(case, config=config, backend="triton", interpret=False)
         plain = dataclasses.replace(case, norm=False, residual=False)
         plain_function, plain_arguments = matmul(plain, config=config, backend="triton", interpret=False)
@@ -261,7 +265,7 @@ def test_what_stands_around_a_product_is_fused_with_it(scheme: str, rows: int, a
 
 
 def test_offsets_fit_into_32_bits():
-    """Pallas takes 64 bits for an array of more than 4 GiB: one-byte codes of 2 to 4 GiB would be read elsewhere."""
+    """Pallas uses 64-bit offsets only beyond 4 GiB, so reads of one-byte codes of 2 to 4 GiB would go astray."""
     case = {case.name: case for case in matmul_cases.MODELS}["llama-3-8b-gate-up-1-int8"]
     for num_layers, passed_on in ((16, 16), (32, 1), (64, 64)):
         function, arguments = matmul(dataclasses.replace(case, num_layers=num_layers))
@@ -270,7 +274,7 @@ def test_offsets_fit_into_32_bits():
 
 
 HOT_LOOPS = {
-    # name: case, architecture, most instructions for each byte of codes, what multiplies
+    # name: case, architecture, most instructions per byte of codes, prefix of the multiplying instruction
     "vector-int8": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 90, 2.5, "IDP"),
     "vector-int8-3": (MatmulCase(name="", rows=3, scheme="int8", **QKV), 90, 5.8, "IDP"),
     "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 4.8, "IDP"),
@@ -289,13 +293,13 @@ HOT_LOOPS = {
     "prefill-int8": (MatmulCase(name="", rows=4096, scheme="int8", **QKV), 90, 8.1, "HGMMA"),
     "prefill-int4": (MatmulCase(name="", rows=4096, scheme="int4-g128", **QKV), 90, 19.0, "HGMMA"),
 }
-"""A few percent above what was counted; README.md of the operation says how many a GPU has time for."""
+"""Limits a few percent above the counts; the operation's README.md says how many instructions a GPU has time for."""
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
 def hot_loop(kernel: gpu_compiler.CompiledKernel) -> list[str]:
-    """Instructions of the longest loop of a kernel, by name."""
+    """Returns the names of the instructions of a kernel's longest loop."""
     listing: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in kernel.code.splitlines():
@@ -311,7 +315,7 @@ def hot_loop(kernel: gpu_compiler.CompiledKernel) -> list[str]:
 
 
 @pytest.mark.parametrize("name", HOT_LOOPS)
-def test_codes_are_widened_in_few_instructions(name: str):
+def test_codes_are_dequantized_in_few_instructions(name: str):
     case, arch, most, multiplies = HOT_LOOPS[name]
     problem = case.problem()
     with gpu_compiler.tracing_for(arch):
@@ -337,7 +341,7 @@ def test_codes_are_widened_in_few_instructions(name: str):
     loads = [i for i in loop if i.startswith("LDG.E.128" if config.form == "vector" else "LDGSTS.E.BYPASS")]
     assert len(loads) * 16 * 32 * config.num_warps >= codes, loads
     if config.form == "tensor_core":
-        # Scales and zeros of one byte are read so; codes would be as many as there are.
+        # Scales and zeros of one byte are read this way; reads of codes would be as many as the codes.
         bytewise = sum(instruction.startswith("LDS.U8") for instruction in loop)
         assert 4 * bytewise <= codes // (32 * config.num_warps), "codes are read byte by byte"
     assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"

@@ -1,4 +1,4 @@
-"""A whole model for chips that are not here: what the engine runs on them, with Llama-3-8B's shapes."""
+"""The engine's programs compiled for chips that are not present, with the shapes of Llama-3-8B."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LLAMA_3_8B = ModelConfig(
 BATCH, MAX_LEN = 8, 4096
 
 SMALLEST_WEIGHT = 4096 * 4096
-"""Numbers in the smallest of a layer's weights."""
+"""Elements of a layer's smallest weight."""
 
 WRITTEN_BY_XLA = re.compile(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast\(|custom-call|get-tuple-element)[\w-]+\(")
-"""An instruction that makes an array; kernels and views of what is there left out."""
+"""Pattern of an instruction that writes an array: neither a kernel nor a view of an existing array."""
 
 
 def parameters(scheme: str | None) -> Parameters:
-    """Shapes of all weights; `scheme` None leaves them dense."""
+    """Returns the shapes of all weights; `scheme` None leaves them dense."""
     config = LLAMA_3_8B
 
     def weight(*shape: int) -> Any:
@@ -73,7 +73,7 @@ def parameters(scheme: str | None) -> Parameters:
 
 
 def engine(weights: Parameters, kv_dtype: str, there: jax.sharding.Sharding | None = None, **options: Any) -> Engine:
-    """An engine whose programs can be compiled for a chip, but not run."""
+    """Returns an engine whose programs can be compiled for a chip, but not run."""
     shapes = jax.tree.map(lambda leaf: tpu_compiler.described(leaf, there), weights)
     options = {"max_len": MAX_LEN, "dtype": "bfloat16", "kv_dtype": kv_dtype} | options
     return Engine(shapes, LLAMA_3_8B, BATCH, Sampling(), EngineOptions(**options), stop_tokens=(128001, 128009))
@@ -105,7 +105,7 @@ def test_decoding_copies_neither_weights_nor_cache(chip: str, scheme: str | None
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < SMALLEST_WEIGHT // 2
     made = [math.prod(map(int, shape.split(","))) for shape in WRITTEN_BY_XLA.findall(program.as_text())]
-    # XLA's own products of dense weights are listed with the slices that they read.
+    # For dense weights XLA's own products are listed together with the slices that they read.
     assert scheme is None or max(made) < SMALLEST_WEIGHT
 
 
@@ -121,7 +121,7 @@ def test_decoding_on_a_gpu_is_one_program_that_moves_neither_weights_nor_cache(a
     operations = list(gpu_compiler.operations_in(module.operation))
     # One dispatch runs many steps.
     assert sum(one.name == "stablehlo.while" for one in operations) == 1
-    # Whatever a step hands on to the next stays where it is.
+    # Arrays that a step passes on to the next are updated in place.
     (main,) = (one for one in operations if one.name == "func.func" and '"main"' in str(one.attributes["sym_name"]))
     donated = collections.Counter(
         str(of)
@@ -131,24 +131,24 @@ def test_decoding_on_a_gpu_is_one_program_that_moves_neither_weights_nor_cache(a
     leaves = jax.tree.leaves(here.cache_like)
     assert donated[f"tensor<{'x'.join(map(str, leaves[0].shape))}xbf16>"] == len(leaves) == 2 * LLAMA_3_8B.num_layers
     assert donated.total() == len(leaves) + 3  # tokens, lengths, finished
-    # Loops and calls hand arrays on, kernels read them where they lie, and a scatter writes into its operand.
+    # Loops and calls pass arrays on, kernels read them in place, and a scatter writes into its operand.
     passes_on = ("stablehlo.custom_call", "stablehlo.while", "func.call", "func.func", "stablehlo.scatter")
     made = [one for one in operations if one.name not in passes_on and not _is_view(one)]
     assert not [str(one)[:200] for one in made if max(map(_size, one.results), default=0) >= SMALLEST_WEIGHT]
 
 
 def apart(stacked: Parameters) -> Parameters:
-    """Layers one by one, as they are loaded for a GPU."""
+    """Returns the parameters with separate layers, as they are loaded for a GPU."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked.layers)
     return dataclasses.replace(stacked, layers=(one,) * LLAMA_3_8B.num_layers)
 
 
 def _size(value: Any) -> int:
-    """Numbers in a value of MLIR."""
+    """Returns the number of elements of an MLIR value."""
     return math.prod(getattr(value.type, "shape", ()))
 
 
 def _is_view(operation: Any) -> bool:
-    """Whether an operation only gives an array another shape."""
+    """Returns whether an operation only gives an array another shape."""
     reshapes = operation.name in ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
     return reshapes and _size(operation.operands[0]) == _size(operation.results[0])

@@ -1,4 +1,4 @@
-"""The real TPU compiler takes every TPU kernel, for chips that need not be there."""
+"""The real TPU compiler compiles every TPU kernel, for chips that need not be present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from compiling import OF_OTHER_SIZES
+from compiling import SAME_BUT_FOR_SIZES
 
 from palladion import KVCache, append_kv, decode_attention, quantized_matmul
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
@@ -25,7 +25,7 @@ from palladion.kernels.tpu_layout import minor_axes
 pytestmark = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 
 Compilable = tuple[Callable[..., Any], tuple[Any, ...], int]
-"""A function, its arguments, and the size of the large one that must not be copied on the way to the kernel."""
+"""A function, its arguments, and the size of the large argument, which must not be copied on its way to the kernel."""
 
 
 def attention(case: AttentionCase) -> Compilable:
@@ -45,7 +45,7 @@ def matmul(case: MatmulCase) -> Compilable:
 
 
 def append(case: AppendCase) -> Compilable:
-    """Into every layer in turn, as the model does, where there are several; neither cache nor scales are copied."""
+    """Returns appends to every layer in turn, as in the model; neither cache nor scales may be copied."""
     inputs = case.shapes()
 
     def call(cache: KVCache, k: jax.Array, v: jax.Array, lengths: jax.Array) -> KVCache:
@@ -64,10 +64,10 @@ OPERATIONS: dict[str, Callable[[], Compilable]] = {
 OPERATIONS |= {
     f"quantized_matmul-{case.name}": functools.partial(matmul, case)
     for case in matmul_cases.MODELS
-    if case.name not in OF_OTHER_SIZES
+    if case.name not in SAME_BUT_FOR_SIZES
 }
 OPERATIONS |= {f"append_kv-{case.name}": functools.partial(append, case) for case in append_cases.MODELS}
-"""What is compiled for v6e: the cases that models ask for."""
+"""Calls compiled for v6e: the shapes of real models."""
 
 ON_OTHER_CHIPS = {
     "append_kv-llama-3-8b-int8": ("v4", "v5e", "v5p", "v7x"),
@@ -85,15 +85,15 @@ ON_OTHER_CHIPS = {
     "quantized_matmul-llama-3-8b-qkv-1-int8": ("v5p", "v7x"),
     "quantized_matmul-llama-3-8b-gate-up-1-int4-g32": ("v4", "v5e", "v5p", "v7x"),
 }
-"""What is compiled for others, too: each has every dtype and layout; `test_static_figures.py` compiles more for all."""
+"""Calls compiled for other chips, too: each gets every dtype and layout; test_static_figures.py compiles more."""
 
 
 COPIED = {f"quantized_matmul-smollm2-down-{rows}" for rows in (1, 256)}
-"""Weights that XLA turns over on the way: 576 channels would be padded to 640 lanes, and are kept the other way."""
+"""Weights that XLA transposes: 576 channels would be padded to 640 lanes, so XLA stores them the other way round."""
 
 
 def sizes(compiled: Any) -> dict[str, int]:
-    """The most numbers that an instruction of each kind makes, kernels and the arguments of the program left out."""
+    """Returns the size of the largest result of each kind of instruction, except kernels and program arguments."""
     largest: dict[str, int] = {}
     for dimensions, kind in re.findall(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", compiled.as_text()):
         size = 1

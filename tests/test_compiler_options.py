@@ -1,4 +1,4 @@
-"""XLA's options: only those that the installed XLA knows are passed on, and only where they mean something."""
+"""XLA's compiler options: only options that the installed XLA knows are passed, and only on their own platform."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_options_that_xla_does_not_know_are_left_out():
     unknown = {"xla_gpu_enable_command_buffers": "WHILE", "xla_gpu_graph_min_graph_size": "many"}
     assert known_options(**known, **unknown) == known
     assert known_options(xla_gpu_enable_command_buffer="LOOPS") == {}
-    # Older versions of XLA were told so to record Triton kernels.
+    # Older versions of XLA recorded Triton kernels only with this option.
     assert known_options(legacy_command_buffer_custom_call_targets=gpu_compiler.TRITON_CALL) == {}
 
 

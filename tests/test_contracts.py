@@ -1,4 +1,4 @@
-"""What holds for every operation and every backend, whatever is computed."""
+"""Contracts that hold for every operation and every backend."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ SCHEMES = (
 
 
 def _schemed(scheme: Scheme, in_features: int, out_features: int, scale_dtype: str) -> QuantizedArray:
-    """A weight that is only described."""
+    """Returns a weight that has only shapes and dtypes."""
     rows = in_features // 2 if scheme.packed else in_features
     values = jax.ShapeDtypeStruct((rows, out_features), CODE_DTYPE[scheme.format])
     groups = (scheme.groups(in_features), out_features)
@@ -440,7 +440,7 @@ def test_heuristics_of_attention_and_append_choose_what_their_kernel_takes(backe
 
 @pytest.mark.parametrize("backend", DEVICES)
 def test_heuristics_of_products_pass_their_own_check(backend: str):
-    """The same for far more problems, without tracing the kernel."""
+    """The heuristic's choice passes the kernel's check for far more problems than the traced ones."""
     random = np.random.default_rng(0)
 
     def any_of(*values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What an engine does at its edges: random numbers of successive steps, and the last place of its cache."""
+"""Edge cases of the engine: random numbers of successive steps, and the last position of the cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_step_draws_anew(path: Path):
     generator = Generator.load(path, max_len=64)
-    # So hot that all tokens are equally likely: with the same random numbers again, the same token would follow.
+    # The temperature makes all tokens equally likely: repeated random numbers would give the same token again.
     (generation,), _ = generator.generate(
         [[1, 2, 3]], max_new_tokens=40, sampling=Sampling(temperature=1e6), ignore_stop_tokens=True
     )
@@ -27,7 +27,7 @@ def test_every_step_draws_anew(path: Path):
 
 def test_the_cache_is_full_with_its_last_place_and_not_before(path: Path):
     generator = Generator.load(path, max_len=16)
-    # The last token of an answer needs no place in the cache: 3 of the prompt and 13 more fill it.
+    # The last token of an answer is not cached: 3 tokens of the prompt and 13 more fill the cache.
     for max_new_tokens, stopped_by in ((13, "max_new_tokens"), (14, "cache full"), (15, "cache full")):
         (generation,), _ = generator.generate([[1, 2, 3]], max_new_tokens=max_new_tokens, ignore_stop_tokens=True)
         assert len(generation.tokens) == min(max_new_tokens, 14)

@@ -1,4 +1,4 @@
-"""Whole programs by XLA's compiler for GPUs, with no GPU: what a step of decoding launches, and what it copies."""
+"""Launches and copies of a decode step, in programs that XLA's compiler makes for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
 @needs_plugin
 @pytest.mark.parametrize(("scheme", "arch"), [("int8", 80), ("int8", 90), ("int4-g32", 90), ("mxfp4", 100)])
 def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: int):
-    """Shared memory is for what threads add up at the end; older Tritons put numbers into other threads through it."""
+    """Shared memory serves only the final sum over threads; older Tritons also moved operands between threads in it."""
     w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 6144)), scheme))
     x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
     program = gpu_program.compile_program(lambda x, w: quantized_matmul(x, w, backend="pallas"), x, w, arch=arch)
@@ -77,8 +77,8 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
         ("append_qkv", "llama-3-8b", ("append_qkv",)),
     ],
 )
-def test_what_is_timed_is_calls_and_nothing_else(name: str, case: str, kernels: tuple[str, ...]):
-    """Three of them, in turns with two copies of what is donated, which stay where they are."""
+def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: tuple[str, ...]):
+    """A program of three calls launches only them; two copies of the donated array take turns and are not copied."""
     operation = OPERATIONS[name]
     donated, inputs = operation.split(operation.named_cases()[case].shapes())
     function = operation.function(operation.named_cases()[case], backend="triton")
@@ -87,7 +87,7 @@ def test_what_is_timed_is_calls_and_nothing_else(name: str, case: str, kernels: 
     names = [launch.name for launch in program.launches]
     assert len(names) == 3 * len(kernels), names
     assert all(name.startswith(kernel) for name, kernel in zip(names, 3 * kernels, strict=True)), names
-    # All but the place for queries, which are written anew.
+    # Everything is aliased except the array of queries, which is a new result.
     assert program.aliased_bytes >= 0.999 * 2 * sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated)
     )
@@ -123,7 +123,7 @@ def test_the_command_lists_a_step(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 A_LAYER = ["matmul", "append_qkv", "decode_attention", "decode_attention_merge", "matmul", "matmul", "matmul"]
-"""What one sequence's decode step launches for a layer: no norm, no rotation, no sum and no addition by itself."""
+"""Launches of a layer in a decode step of one sequence: norms, rotations, sums and additions are all fused."""
 
 
 @needs_plugin
@@ -146,7 +146,7 @@ def test_a_layer_is_seven_launches(scheme: str, arch: int):
 
 @needs_plugin
 def test_many_sequences_take_no_more_than_xla_needs():
-    """Tensor cores take over, XLA normalizes, rotates and adds up splits: 13 launches a layer, and no copy."""
+    """Tensor cores multiply 16 sequences; XLA normalizes, rotates and sums splits: 13 launches a layer, no copies."""
     shape = models.model("llama3-8b")
     counts = [
         len(

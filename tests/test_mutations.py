@@ -1,4 +1,4 @@
-"""The mutation check itself: its list fits the sources, and its runner tells what is caught from what is not."""
+"""The mutation check itself: its list matches the sources, and its runner tells caught bugs from surviving ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_names_are_unique_and_each_has_a_result():
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of a small repository of one function and its tests."""
+    """Returns a copy of a small repository with one function and its tests."""
     root = tmp_path / "root"
     files = {
         "src/double.py": "def double(x):\n    # Twice.\n    return x + x\n",

@@ -1,4 +1,4 @@
-"""What numbers may be relied on: bad input, error bounds, determinism, and how much of a batch a result depends on."""
+"""Numerical guarantees: bad input, error bounds, determinism, and independence of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def outlying(seed: int) -> jax.Array:
-    """Weights `[256, 24]` with outliers, as real ones have them."""
+    """Returns weights `[256, 24]` with outliers, as real weights have."""
     return jnp.asarray(np.random.default_rng(seed).standard_t(4, (256, 24)), jnp.float32)
 
 
@@ -70,20 +70,20 @@ def test_subnormal_weights_count_as_zero(scheme: str):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32-zeros", "int4-g32-minimums", "float8_e5m2"])
-def test_scales_that_their_dtype_cannot_hold_make_nan_and_too_small_ones_zeros(scheme: str):
+def test_scales_too_large_for_their_dtype_give_nan_and_too_small_ones_zeros(scheme: str):
     weight = normal(64, 3) * jnp.array([1e12, 1.0, 1e-9])
     back = np.asarray(dequantize(quantize(weight, scheme, scale_dtype=jnp.float16)))
     assert np.isnan(back[:, 0]).all()
     assert np.isfinite(back[:, 1]).all()
-    # The smallest float16 is 6e-8: below half of it there is no scale, and a minimum is gone too.
+    # The smallest float16 is 6e-8: scales and minimums below half of it become 0.
     assert (back[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [1.0, -0.3, 3e38, -1e-30])
-def test_groups_of_equal_weights_come_back(scheme: str, value: float):
+def test_groups_of_equal_weights_are_restored(scheme: str, value: float):
     back = np.asarray(dequantize(quantize(jnp.full((128, 2), value), scheme)), np.float64)
-    # mxfp4's scale is a power of two, so that its codes have to carry the value.
+    # The scale of mxfp4 is a power of two, so its codes have to represent the rest of the value.
     bound = 0.25 if scheme == "mxfp4" else 4 * UNIT_ROUNDOFF
     np.testing.assert_allclose(back, np.float32(value), rtol=bound)
 
@@ -103,8 +103,8 @@ def test_a_row_with_a_bad_number_has_scale_nan_and_codes_of_zero(dtype: str):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_append_kv_stores_the_same_of_bad_tokens_everywhere(dtype: str):
-    """Codes, scales and NaN alike, whichever implementation writes them."""
+def test_every_append_kv_stores_bad_tokens_in_the_same_way(dtype: str):
+    """Every implementation stores the same codes, scales and NaN."""
     k = normal(2, 3, 2, 64).at[0, 0, 0, 1].set(jnp.nan).at[0, 1, 1, 2].set(jnp.inf).at[1, 2].set(1e-40)
     v = -k.at[1, 0, 0].set(3.4e38)
     lengths = jnp.array([5, 130], jnp.int32)
@@ -116,7 +116,7 @@ def test_append_kv_stores_the_same_of_bad_tokens_everywhere(dtype: str):
         found.append(jax.tree.leaves(jax.jit(write, compiler_options=QUICKLY)(cache, k, v, lengths)))
     for parts in zip(*found, strict=True):
         for part in parts[1:]:
-            # float8's NaN compares equal as float32 only.
+            # NaN in float8 compares equal only after conversion to float32.
             np.testing.assert_array_equal(part.astype(jnp.float32), parts[0].astype(jnp.float32))
     assert np.isnan(np.asarray(found[0][2 if dtype != "bfloat16" else 0], np.float32)).any()
 
@@ -169,7 +169,7 @@ def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtyp
     clean_out, clean_lse = run(q, k, v)
     for bad in (np.nan, np.inf):
         out, lse = run(q.at[1, 2, 5].set(bad), k, v)
-        # An infinite query may have logits of -inf only, as if it saw nothing, where keys are few; not of 70.
+        # With few keys an infinite query may have only logits of -inf, as if no key were visible; 70 keys are too many.
         assert np.isnan(out[1, 2]).all()
         assert np.isnan(lse[1, 2])
         out[1, 2], lse[1, 2] = clean_out[1, 2], clean_lse[1, 2]
@@ -185,7 +185,8 @@ def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtyp
     out, lse = run(q, k.at[0, 1, 10, 3].set(jnp.nan), v)
     assert np.isnan(out[0, 2:]).all()
     assert np.isnan(lse[0, 2:]).all()
-    # Heads that are multiplied together may spoil each other; what follows mixes them anyway. Sequences may not.
+    # NaN may spread to heads that are multiplied together, because the output projection mixes heads anyway, but never
+    # to other sequences.
     others = out[0, :2]
     np.testing.assert_array_equal(others[~np.isnan(others)], clean_out[0, :2][~np.isnan(others)])
     np.testing.assert_array_equal(out[1:], clean_out[1:])
@@ -207,7 +208,7 @@ def test_mse_is_never_worse_than_absmax(scheme: str):
 
     absmax, least = error("absmax"), error("mse")
     assert (least <= absmax * (1 + 1e-5)).all()
-    # 8-bit codes are fine enough for outliers; of 4 bits there is something to gain, and more the larger a group is.
+    # 8-bit codes are fine enough for outliers. With 4 bits "mse" gains, and more so for larger groups.
     if scheme != "int8":
         assert least.sum() < absmax.sum() * (0.9 if scheme == "int4" else 1)
 
@@ -255,23 +256,23 @@ def test_errors(options: dict[str, Any], message: str):
 
 
 def gamma(operations: float) -> float:
-    """What that many roundings to float32 may add up to, relatively (Higham, Accuracy and Stability, lemma 3.1)."""
+    """Returns the largest relative error of this many roundings to float32 (Higham, lemma 3.1)."""
     return operations * UNIT_ROUNDOFF / (1 - operations * UNIT_ROUNDOFF)
 
 
 def arithmetic_of_matmul(x: np.ndarray, w: Any) -> np.ndarray:
-    """How far quantized_matmul may be off before its result is rounded; the derivation is in docs/numerics.md."""
+    """Returns the error bound of quantized_matmul before its result is rounded; docs/numerics.md derives it."""
     magnitudes = dataclasses.replace(
         w, scales=jnp.abs(w.scales), minimums=None if w.minimums is None else jnp.abs(w.minimums)
     )
-    # |code - zero| <= |code| + |zero|: those two may be scaled, and added up, apart.
+    # |code - zero| <= |code| + |zero|: an implementation may scale and sum the two separately.
     codes = np.abs(oracle.dequantize(dataclasses.replace(magnitudes, zeros=None, minimums=None)))
     apart = codes + 2 * np.abs(oracle.dequantize(dataclasses.replace(w, values=jnp.zeros_like(w.values))))
     return gamma(w.in_features + 8) * (np.abs(x) @ apart)
 
 
 def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
-    """How far it may be off in all."""
+    """Returns the error bound of quantized_matmul, with the rounding of its result."""
     exact, arithmetic = x @ oracle.dequantize(w), arithmetic_of_matmul(x, w)
     return arithmetic + 0.5 * float(jnp.finfo(out_dtype).eps) * (np.abs(exact) + arithmetic)
 
@@ -291,7 +292,7 @@ def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
     seed=st.integers(0, 2**16),
 )
 def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread: float, seed: int):
-    """Of the reference, whatever the magnitudes; kernels are held to twice its error by their own tests."""
+    """The reference keeps its bound for all magnitudes; the tests of kernels allow twice the reference's error."""
     scheme, rows, dtype = case
     generator = np.random.default_rng(seed)
     weight = generator.standard_normal((256, 24)) * np.exp(spread * generator.standard_normal((256, 24)))
@@ -304,8 +305,8 @@ def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
-def test_rows_that_are_bytes_are_within_their_bound(scheme: str, seed: int):
-    """Of a GPU's vector form: the largest of a chunk decides how its other numbers are rounded."""
+def test_products_in_bytes_are_within_their_bound(scheme: str, seed: int):
+    """The GPU's vector form keeps its bound: the largest number of a chunk decides how the others are rounded."""
     generator = np.random.default_rng(seed)
     w = quantize(jnp.asarray(generator.standard_normal((192, 144)) * 192**-0.5, jnp.float32), scheme)
     x = generator.standard_normal((1, 192)) * np.exp(4 * generator.standard_normal((1, 192)))
@@ -324,7 +325,7 @@ def _in_bytes(x: jax.Array, w: Any) -> jax.Array:
 
 
 def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int) -> tuple[float, np.ndarray]:
-    """How far the lse, and float32 outputs, of one query over one head may be off; see docs/numerics.md."""
+    """Returns the error bounds of the lse and of float32 outputs, for one query and one head; see docs/numerics.md."""
     head_dim, blocks = len(q), -(-length // 128)
     keys, values = k[:length], v[:length]
     logits = keys @ q * head_dim**-0.5
@@ -347,7 +348,7 @@ def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int)
     split=st.booleans(),
 )
 def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magnitude: float, seed: int, split: bool):
-    """Over the whole cache, or over two parts that are merged, each within the same bound."""
+    """Attention keeps its bound over the whole cache; merged from two parts, it keeps three times the bound."""
     q = magnitude * normal(1, 2, 64, seed=seed)
     k, v = normal(1, 1, 300, 64, seed=seed + 1), normal(1, 1, 300, 64, seed=seed + 2)
     if split:
@@ -372,12 +373,12 @@ def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magn
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-def test_sequences_of_no_length_are_exactly_nothing(backend: str):
+def test_empty_sequences_are_exact(backend: str):
     q, k = normal(3, 4, 64), jnp.full((3, 2, 256, 64), jnp.nan)
     out, lse = _attention(backend)(q, k, k, jnp.zeros(3, jnp.int32))
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
-    # Merged with anything, they leave it as it is, to the last bit.
+    # Merging them with another result does not change a bit of it.
     other = normal(3, 4, seed=1)
     merged, merged_lse = merge_partials(jnp.stack([out, q]), jnp.stack([lse, other]))
     np.testing.assert_array_equal(merged, q)
@@ -390,7 +391,7 @@ def test_sequences_of_no_length_are_exactly_nothing(backend: str):
     spread=st.sampled_from([0.0, 1.0, 3.0]),
     seed=st.integers(0, 2**16),
 )
-def test_rows_come_back_within_half_a_code(dtype: str, spread: float, seed: int):
+def test_quantized_rows_are_within_half_a_code(dtype: str, spread: float, seed: int):
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((8, 96)) * np.exp(spread * generator.standard_normal((8, 96)))
     codes, scales = _rows(jnp.asarray(x, jnp.float32), dtype)
@@ -402,29 +403,29 @@ def test_rows_come_back_within_half_a_code(dtype: str, spread: float, seed: int)
         info = jnp.finfo(dtype)
         smallest = largest * float(info.smallest_subnormal) / float(info.max)
         bound = np.maximum(np.abs(np.float32(x)) * float(info.eps) / 2, smallest / 2)
-    # A quotient that float32 rounds across the middle between two codes is off by that rounding more.
+    # Where float32 rounds a quotient across the middle between two codes, the error grows by that rounding.
     assert (error <= bound * (1 + 1e-5) + 4 * UNIT_ROUNDOFF * largest).all()
 
 
 _rows = jax.jit(quantize_rows, static_argnums=1)
 
 
-# ----------------------------------------------------------------------- determinism, and what else is in the batch
+# --------------------------------------------------------------- determinism, and independence of the rest of the batch
 
 
 def _equal(found: Any, expected: Any) -> None:
-    """To the last bit."""
+    """Asserts that results are equal to the last bit."""
     for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(part, other)
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-def test_attention_is_the_same_run_after_run_and_whatever_the_neighbours_are(backend: str):
+def test_attention_is_deterministic_and_independent_of_other_sequences(backend: str):
     q, k, v = normal(3, 4, 64), normal(3, 2, 256, 64, seed=1), normal(3, 2, 256, 64, seed=2)
     attend = _attention(backend)
     first = attend(q, k, v, jnp.array([200, 70, 129], jnp.int32))
     _equal(attend(q, k, v, jnp.array([200, 70, 129], jnp.int32)), first)
-    for lengths in ([200, 256, 0], [200, 1, 256]):  # blocks that only others have, and none that others need
+    for lengths in ([200, 256, 0], [200, 1, 256]):  # other sequences have more blocks, or fewer
         found = attend(q, k, v, jnp.array(lengths, jnp.int32))
         _equal([part[0] for part in found], [part[0] for part in first])
     order = jnp.array([2, 0, 1])
@@ -433,7 +434,7 @@ def test_attention_is_the_same_run_after_run_and_whatever_the_neighbours_are(bac
 
 
 @pytest.mark.parametrize("backend", MATMUL)
-def test_products_are_the_same_run_after_run_and_whatever_the_other_rows_are(backend: str):
+def test_products_are_deterministic_and_independent_of_other_rows(backend: str):
     x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32")
     multiply = _multiplication(backend)
     first = multiply(x, w)
@@ -442,7 +443,7 @@ def test_products_are_the_same_run_after_run_and_whatever_the_other_rows_are(bac
     _equal(multiply(x.at[1:].set(3 * x[:-1]), w)[0], first[0])
 
 
-def test_compiling_anew_gives_the_same_bits():
+def test_recompiling_gives_the_same_bits():
     x, w = normal(3, 128), quantize(normal(128, 48), "int4-g64-minimums")
     once, again = (jax.jit(functools.partial(quantized_matmul, backend="xla")) for _ in range(2))
     _equal(once(x, w), again(x, w))

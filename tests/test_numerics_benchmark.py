@@ -1,4 +1,4 @@
-"""The studies of what bits cost: the emulated arithmetic, and that results are kept, tabulated and drawn."""
+"""The studies of rounding: emulated arithmetic, and results that are kept, tabulated and drawn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from palladion.model.transformer import empty_cache, forward
     ],
 )
 def test_sums_of_sines_are_those_of_the_course(inputs: str, accumulator: str, in_order: float, shuffled: float):
-    """Session 9 of High Performance LLMs from First Principles; the shuffle is Python's with seed 0."""
+    """The course is High Performance LLMs from First Principles, session 9; Python shuffles, with seed 0."""
     found = SumMethod(inputs, accumulator, "one after the other").sum(np.stack([sums.sines(), sums.shuffled_sines()]))
     np.testing.assert_allclose(found, [in_order, shuffled], atol=1e-3 if accumulator == "bfloat16" else 1e-4)
 
@@ -54,7 +54,7 @@ def test_compensation_and_trees_help():
     assert error("Kahan") < error("pairwise") < 0.3 * error("one after the other")
 
 
-def test_codes_of_one_scale_know_no_order():
+def test_sums_of_codes_with_one_scale_do_not_depend_on_the_order():
     x = np.random.default_rng(0).standard_normal((1, 1000), np.float32)
     shuffled = x[:, random.Random(0).sample(range(1000), 1000)]
     method = SumMethod("int8", "exact", "one scale")
@@ -123,13 +123,13 @@ def test_results_are_tabulated_and_drawn(study: dict[str, Any], tmp_path: Path):
     assert max(path.stat().st_size for path in pictures) < 100_000
 
 
-def test_the_front_is_what_nothing_beats():
+def test_the_pareto_front():
     worse = RUN | {"name": "worse", "weight_bytes": 2e8, "kl": 0.02}
     smaller = RUN | {"name": "smaller", "weight_bytes": 5e7, "kl": 0.5}
     assert figures.pareto([RUN, worse, smaller]) == {"int8", "smaller"}
 
 
-def test_runs_are_valid_and_have_names_of_their_own():
+def test_runs_are_valid_and_have_unique_names():
     runs = language_model.runs()
     assert len({run.name for run in runs}) == len(runs)
     assert [run.kind for run in runs].count("baseline") == 1
@@ -144,7 +144,7 @@ def test_runs_are_valid_and_have_names_of_their_own():
     assert not set(texts[0].split("\n\n")) & set(texts[1].split("\n\n"))
 
 
-def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[str] = []
 
     class Subject:
@@ -167,7 +167,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     made.clear()
     with pytest.raises(KeyboardInterrupt):
         language_model.study(path, str(checkpoint))
-    # The baseline again, which all others are compared with, and then what was missing.
+    # The baseline runs again, because all others are compared with it; then the missing runs follow.
     assert made == [first[0], *(run.name for run in language_model.runs()[3:5])]
     assert len(json.loads(path.read_text())["runs"]) == 5
 

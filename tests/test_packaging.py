@@ -1,4 +1,4 @@
-"""What gets installed: all of palladion, and nothing beside it."""
+"""The packages install all of palladion and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDERS = ("benchmarks", "kernels", "model", "reference")
 
 
 def sources() -> set[str]:
-    """Every file that belongs into a wheel, by its path in it."""
+    """Returns the paths in a wheel of every file that belongs in it."""
     files = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")}
     packaged = {
         f"palladion/{path.relative_to(ROOT)}"
@@ -59,7 +59,7 @@ def test_every_module_imports_on_a_cpu():
     for name in sorted(name for name in sources() if name.endswith(".py")):
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if "if __name__" in (ROOT / "src" / name).read_text():
-            # A command defines its flags where it is imported: each has a process of its own.
+            # A command defines its flags when it is imported, so each is imported in a process of its own.
             run = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT / "src", check=False)
             assert run.returncode == 0
         else:
@@ -75,7 +75,7 @@ def test_the_public_names():
 
 
 def test_arrows_run_one_way():
-    """benchmarks use the model, the model uses kernels, kernels use references; never the other way."""
+    """Benchmarks import the model, the model imports kernels, kernels import references; never the other way."""
     order = ("reference", "kernels", "model", "benchmarks")
     for place, folder in enumerate(order):
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Files of measurements: what is written is read again, tabulated and compared."""
+"""Files of measurements are written, read again, tabulated and compared."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     writer = records.Writer(path, {}, LIMITS)
     writer.write(measurement("xla", (0.1,)))
-    # On disk before the next one, whatever becomes of the writer.
+    # A row is on disk before the next one is written, even if the writer is never closed.
     assert [one.contender for one in records.read(path)[2]] == ["xla"]
     writer.write(measurement("peer", (0.1,)))
     assert len(records.read(path)[2]) == 2
@@ -111,4 +111,4 @@ def test_comparisons_beside_the_memory_of_the_same_minutes():
     assert (beside.change, beside.factor) == ("same", pytest.approx(1.0))
     assert compare.compare([], new)[0].change == "new"
     slower = compare.compare([measurement("torch", (1.0,) * 3)], [measurement("torch", (9.0,) * 3)])[0]
-    assert (slower.change, slower.worse) == ("slower", False)  # a peer's affair
+    assert (slower.change, slower.worse) == ("slower", False)  # a slower peer is not a regression of ours

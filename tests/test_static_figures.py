@@ -1,6 +1,6 @@
-"""What the compiler made of the kernels when the figures in benchmarks/results were taken, it still makes of them.
+"""The compiler still makes of the kernels what the figures in benchmarks/results say.
 
-After a change that is meant, take them anew:
+After an intended change, this command updates the figures:
 
     python -m palladion.benchmarks.static tpu --figures=benchmarks/results/static_tpu.jsonl
 """
@@ -24,7 +24,7 @@ from palladion.kernels.devices import tpu_chips
 RESULTS: Final = Path(__file__).parents[1] / "benchmarks" / "results" / "static_tpu.jsonl"
 
 SLACK: Final = 1.05
-"""By how much a kernel may become slower before it is a regression."""
+"""Factor by which a kernel may become slower before it counts as a regression."""
 
 HELD: Final = (
     ("decode_attention", "llama-3-8b"),
@@ -36,7 +36,7 @@ HELD: Final = (
     ("quantized_matmul", "llama-3-8b-qkv-1-int8"),
     ("quantized_matmul", "llama-3-8b-output-1-int4-g32"),
 )
-"""What is compiled again, for every generation; all figures would take a quarter of an hour."""
+"""Cases that are compiled again, for every generation; all cases would take a quarter of an hour."""
 
 examiner = Examiner()
 

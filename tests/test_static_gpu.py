@@ -1,4 +1,4 @@
-"""What the GPU compilers say without the chip: the listings, how often their loops run, and what is made of them."""
+"""The static analysis of GPU kernels without a chip: machine code, trip counts of loops, reports and the command."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ needs_triton = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton i
 ARCHS = tuple(gpu_compiler.ARCHITECTURES)
 KERNELS = str(Path(static_gpu_kernels.__file__))
 WARPS = 4
-"""Of the kernel `sums`."""
+"""Warps of a program of the kernel `sums`."""
 
 examiner = Examiner()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process_for_all() -> Iterator[None]:
-    """Kernels are compiled in one process of their own."""
+    """Compiles all kernels in one process of its own."""
     with examiner:
         yield
 
 
 @functools.cache
 def golden(arch: int) -> Code:
-    """The machine code of the kernel `sums`."""
+    """Returns the machine code of the kernel `sums`."""
     return parse((GOLDEN / f"sums_sm_{arch}.sass").read_text())
 
 
@@ -56,12 +56,12 @@ def trips(arch: int, lengths: tuple[int, ...] | None) -> TripCounts:
 
 @functools.cache
 def examined(name: str, chip: str = "sm_90") -> Examination:
-    """What comes out for a function of static_gpu_kernels.py."""
+    """Returns the examination of a function of static_gpu_kernels.py."""
     return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "sm_90") -> GpuReport:
-    """The report on its only kernel."""
+    """Returns the report on the only kernel of a function."""
     row = examined(name, chip)
     assert row.failure is None
     (found,) = row.reports
@@ -83,7 +83,7 @@ class TestMachineCode:
         assert 0 < loop.first < len(code.instructions) - len(inside)
         assert [one.opcode for one in inside if one.thread_bytes] == ["LDG.E.128"] * 8
         assert sum(one.thread_bytes or 0 for one in inside) * 32 * WARPS == BLOCK_BYTES
-        # What is before, behind and inside is all there is.
+        # Together, the instructions inside and outside the loop are all instructions.
         assert len(code.inside(None)) + len(inside) == len(code.instructions)
         assert sum(one.name == "EXIT" for one in code.inside(None)) >= 1
 
@@ -121,7 +121,7 @@ class TestMachineCode:
         opcodes = ("LDS.U8", "LDS", "LDS.64", "STS.128", "LDSM.16.M88", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
         assert [instruction(one).load_store_cycles for one in opcodes] == [1, 1, 2, 4, 1, 4, 4]
 
-    def test_what_tensor_cores_do(self):
+    def test_flops_of_tensor_cores(self):
         operations = 2 * 16 * 8 * 16
         assert instruction("HMMA.16816.F32.BF16").tensor_flops == operations
         assert instruction("HMMA.1688.F32.TF32").tensor_flops == operations  # half as many, at half the rate
@@ -142,8 +142,8 @@ class TestLoops:
         assert (outer.first, set(outer.body), outer.depth) == (1, {1, 2, 3}, 1)
         assert (inner.first, set(inner.body), inner.depth) == (2, {2, 3}, 2)
 
-    def test_what_comes_back_from_elsewhere_is_no_loop(self):
-        # Waits are put behind the end: 1 → 3 and back to 2, which 1 goes to as well.
+    def test_a_jump_back_from_outside_is_no_loop(self):
+        # The compiler puts waits after the end: 1 goes to 3, which goes back to 2, and 1 also goes to 2.
         assert natural_loops([[1], [2, 3], [], [2]]) == ()
 
     def test_a_program_without_branches(self):
@@ -160,7 +160,7 @@ class TestTrips:
         assert found.loads == (8,)
 
     @pytest.mark.parametrize("arch", ARCHS)
-    def test_what_was_not_given_is_not_guessed(self, arch: int):
+    def test_unknown_arguments_are_not_guessed(self, arch: int):
         with pytest.raises(Undecided, match="depends on the values of argument 0 of the kernel, which were not given"):
             trips(arch, None)
 
@@ -188,18 +188,18 @@ class TestTrips:
             ret;
         """
         text = f".visible .entry kernel(\n.param .u64 .ptr .global .align 1 kernel_param_0\n)\n{{{body}}}\n"
-        # (n >> 1 >> 1) & 3 trips, and 5 for what is below 0.
+        # (n >> 1 >> 1) & 3 trips, and 5 for negative n.
         values = np.array([99, 12, -8, 3], np.int32)
         found = count_trips(text, (3, 1, 1), [values], 1)
         assert (found.total, found.most, found.loads) == ((3 + 5,), (5,), (1,))
 
 
 class TestOccupancy:
-    """Against the examples of NVIDIA's CUDA C++ Best Practices Guide; those GPUs have as many registers and warps."""
+    """Examples of NVIDIA's CUDA C++ Best Practices Guide, whose GPUs have as many registers and warps."""
 
     def test_registers(self):
         a100 = gpus()["a100"]
-        # 37 registers: 12 programs of 128 threads, 75 %; only four of 320, 63 %.
+        # With 37 registers a thread, 12 programs of 128 threads fit (75 % of the warps), or four of 320 (63 %).
         assert occupancy(a100, registers=37, shared_bytes=0, num_warps=4) == Occupancy(12, "registers", 48)
         assert occupancy(a100, registers=37, shared_bytes=0, num_warps=10) == Occupancy(4, "registers", 40)
 
@@ -207,7 +207,7 @@ class TestOccupancy:
         h200 = gpus()["h200"]
         assert occupancy(h200, registers=24, shared_bytes=0, num_warps=8) == Occupancy(8, "warps", 64)
         assert occupancy(h200, registers=16, shared_bytes=0, num_warps=1) == Occupancy(32, "programs", 32)
-        # 228 KiB, of which each program takes 1 KiB more than it asks for.
+        # A multiprocessor has 228 KiB, and each program takes 1 KiB more than it asks for.
         assert occupancy(h200, registers=32, shared_bytes=75 * 1024, num_warps=4) == Occupancy(3, "shared memory", 12)
         assert occupancy(h200, registers=32, shared_bytes=75 * 1024 + 1, num_warps=4).programs == 2
         assert occupancy(h200, registers=32, shared_bytes=228 * 1024, num_warps=4) == Occupancy(0, "shared memory", 0)
@@ -229,7 +229,7 @@ class TestExamine:
         assert found.trip.bytes_loaded == BLOCK_BYTES
         assert found.bytes_loaded == 35 * BLOCK_BYTES
         assert found.bytes_needed == 4 * 4 + 4 * 1024 * 128 * 4 + 4 * 128 * 4
-        # One program of four warps on one multiprocessor; the assembler has put half of the loads behind the first use.
+        # One program of four warps runs on a multiprocessor; the assembler moved half of the loads after the first use.
         assert found.bytes_in_flight == found.trip.awaited * WARPS * 32 == BLOCK_BYTES // 2
         assert found.idle_multiprocessors == found.gpu.multiprocessors - 4
         assert found.waves == pytest.approx(4 / found.gpu.multiprocessors / found.occupancy.programs)
@@ -242,7 +242,7 @@ class TestExamine:
         assert found.bound == "compute"
         assert found.roofline == pytest.approx((found.memory_seconds or 0) / (found.compute_seconds or 1))
 
-    def test_the_compiler_installed_lists_as_before(self):
+    def test_the_installed_compiler_agrees_with_the_golden_listing(self):
         before = golden(90)
         found = report("sums")
         assert found.trip.instructions == pytest.approx(len(before.inside(before.loops[0])), rel=0.2)
@@ -257,7 +257,7 @@ class TestExamine:
         assert found.bytes_loaded == 64 * 256 * 4
         assert found.bound == "memory"
 
-    def test_what_is_not_known_is_unknown(self):
+    def test_undecided_times_are_unknown(self):
         for name, reason in (
             ("sums_of_unknown_lengths", "the values of argument 0 of the kernel, which were not given"),
             ("decided_by_data", "it depends on what is in shared memory"),
@@ -278,7 +278,7 @@ class TestExamine:
     def test_bytes_needed(self):
         assert report("with_bytes").bytes_needed == 12345
 
-    def test_what_does_not_compile_costs_its_own_row(self):
+    def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused").failure or "")
         assert "no Pallas-Triton kernel in it: pallas_call takes Triton where" in (examined("no_kernel").failure or "")
         assert examined("sums").failure is None
@@ -293,7 +293,7 @@ class TestExamine:
         )
         assert found.unknown is None
         assert found.spilled == 0
-        # All codes are loaded, and little besides.
+        # Hardly anything but the codes is loaded.
         codes = 4096 * 6144
         assert codes <= (found.bytes_loaded or 0) < 2 * codes
 

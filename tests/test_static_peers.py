@@ -1,4 +1,4 @@
-"""Ours beside others' kernels: who takes part, what is kept, what is said. No peer needs to be installed."""
+"""Comparison with other packages' TPU kernels: contenders, kept results, reports. No peer needs to be installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def result(contender: str, setting: str = "", seconds: float | None = 1e-4, **ch
 
 
 class Silent:
-    """Examines nothing, and keeps what it was asked for."""
+    """An examiner that examines nothing and records what it is asked for."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -53,7 +53,7 @@ class Silent:
 
 
 def hold(*contests: Contest, examiner: Silent, **options: object) -> list[Estimate]:
-    """All results of contests on v6e."""
+    """Holds contests on v6e and returns all results."""
     found: dict[tuple[str, str], list[Estimate]] = {}
     for contest, chip, so_far in estimates.hold_contests(contests, ["v6e"], examiner, **options):  # type: ignore[arg-type]
         found[contest.name, chip] = list(so_far)
@@ -124,7 +124,7 @@ def test_records_can_be_read_again():
     assert estimates.from_record(json.loads(json.dumps(one.record()))) == one
 
 
-def test_the_kept_table_is_of_contests_that_there_are():
+def test_kept_results_are_of_existing_contests():
     kept = json.loads(FIGURES.read_text())
     found = [estimates.from_record(one) for one in kept["results"]]
     assert {one.contest for one in found} <= set(CONTESTS)
@@ -141,7 +141,7 @@ def test_the_readme_has_the_kept_table(operation: str):
     assert expected in readme.read_text(), expected
 
 
-def test_packages_that_are_not_there():
+def test_packages_that_are_not_installed():
     assert packages.versions(["no-such-package"]) == {}
     assert packages.how_to_get("tokamax") == "pip install --no-deps tokamax"
     if not packages.installed("tokamax"):
@@ -151,7 +151,7 @@ def test_packages_that_are_not_there():
 
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
 def test_ours_is_examined():
-    """Through the process and the compiler, as the command does."""
+    """Our kernels are compiled in the examiner's process, as by the command."""
     contest = CONTESTS["decode_attention/1x4096-32x8x128-bfloat16-pages-of-64"]
     with Examiner() as examiner:
         *_, (_, _, found) = estimates.hold_contests(

@@ -1,4 +1,4 @@
-"""What the TPU compiler says without the chip: the listings, their execution, and what is made of them."""
+"""The static analysis of TPU kernels without a chip: traffic, estimates, reports and the command."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ needs_libtpu = pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu i
 CHIPS = tuple(tpu_chips())
 attention_cases = workloads.named_cases("decode_attention")
 UNIT_BYTES = 128 * 256 * 4
-"""What the kernel `ring` moves at a time."""
+"""Bytes of one transfer of the kernel `ring`."""
 BLOCK_BYTES = UNIT_BYTES
-"""What the kernel `blocks` moves at a time."""
+"""Bytes of one transfer of the kernel `blocks`."""
 
 KERNELS = str(Path(static_kernels.__file__))
 examiner = Examiner()
@@ -44,19 +44,19 @@ examiner = Examiner()
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process_for_all() -> Iterator[None]:
-    """The compiler lists in a process of its own: compiling in this one takes no longer for it."""
+    """Runs the compiler that writes listings in one process of its own, so compiling in this one is not slowed down."""
     with examiner:
         yield
 
 
 @functools.cache
 def examined(name: str, chip: str = "v6e") -> Examination:
-    """What comes out for a function of static_kernels.py."""
+    """Returns the examination of a function of static_kernels.py."""
     return examiner.examine(WorkloadName("", name, KERNELS), chip)
 
 
 def report(name: str, chip: str = "v6e") -> KernelReport:
-    """The report on its only kernel."""
+    """Returns the report on the only kernel of a function."""
     row = examined(name, chip)
     assert row.failure is None
     (found,) = row.reports
@@ -72,7 +72,7 @@ def asked(name: str, **options: Any) -> dict[str, Traffic]:
 
 @needs_libtpu
 class TestTraffic:
-    """What kernels ask for as they are written, against counts by hand."""
+    """Transfers counted from a kernel's source, compared with counts by hand."""
 
     def test_blocks(self):
         counted = asked("blocks", rows=1000, block=128)
@@ -86,8 +86,8 @@ class TestTraffic:
 
     def test_blocks_move_when_their_index_changes(self):
         counted = asked("revisits")
-        # Of x [40, 128] in blocks of 16 rows: 16, 16 and 8 rows, each for two steps in a row, for both columns of
-        # blocks. The table is fetched once. Of the sums, one block for each column of blocks.
+        # x [40, 128] has blocks of 16, 16 and 8 rows. Each is fetched for two consecutive steps, once for each of the
+        # two columns of blocks. The table is fetched once. One block of sums is written for each column of blocks.
         assert counted == {
             "hbm_to_vmem": Traffic(6 + 1, 2 * 40 * 128 * 4 + 8 * 128 * 4),
             "vmem_to_hbm": Traffic(2, 2 * 8 * 128 * 4),
@@ -101,13 +101,13 @@ class TestTraffic:
     @pytest.mark.parametrize(
         ("grid", "semantics", "shares"),
         [
-            ((3, 4), "pp", [[(n, 0), (n, 1)] for n in range(3)]),  # the first that two divides
+            ((3, 4), "pp", [[(n, 0), (n, 1)] for n in range(3)]),  # the first axis whose size is even is divided
             ((3, 4), "ap", [[(n, 0), (n, 1)] for n in range(3)]),
             ((2, 3), "pa", [[(0, n)] for n in range(3)]),
-            ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three for two: both take the second
+            ((3, 1), "pa", [[(n, 0)] for n in range(2)]),  # three steps for two cores: both run the second
         ],
     )
-    def test_what_the_first_of_two_cores_does(self, grid: Any, semantics: str, shares: list[list[Any]]):
+    def test_steps_of_the_first_of_two_cores(self, grid: Any, semantics: str, shares: list[list[Any]]):
         names = ["parallel" if one == "p" else "arbitrary" for one in semantics]
         assert divide_among_cores(grid, names, 2)[0] == [step for steps in shares for step in steps]
         assert {step for share in divide_among_cores(grid, names, 2) for step in share} == set(np.ndindex(*grid))
@@ -116,7 +116,7 @@ class TestTraffic:
     def test_cores_that_cannot_share_evenly(self, name: str):
         assert report(name, "v5p").agrees
 
-    def test_what_is_not_known(self):
+    def test_scalars_that_are_not_known(self):
         with pytest.raises(Undecided, match="a scalar that was not given"):
             asked("ring", lengths=None)
         assert asked("decided_by_data")["hbm_to_vmem"].transfers == 1
@@ -161,7 +161,7 @@ class TestExamine:
         assert found.moved == report("ring").moved
         assert found.agrees
 
-    def test_the_compiler_installed_lists_as_before(self):
+    def test_the_installed_compiler_agrees_with_the_golden_listing(self):
         found = report("ring")
         before = golden("v6e")
         assert found.bundles == pytest.approx(len(before.bundles), rel=0.2)
@@ -197,7 +197,7 @@ class TestExamine:
         assert two.busy_cycles is not None
         assert 1.7 < one.busy_cycles / two.busy_cycles < 2
 
-    def test_what_is_not_known_is_unknown(self):
+    def test_undecided_times_are_unknown(self):
         for found, reason in (
             (report("ring_of_unknown_lengths"), r"argument 0 of the kernel, int32\[4\], which were not given"),
             (report("decided_by_data"), "depends on the result of "),
@@ -229,7 +229,7 @@ class TestExamine:
         with pytest.raises(RuntimeError, match=r"libtpu is loaded already.*keep_listings\(\) before anything is"):
             examine(*static_kernels.blocks())
 
-    def test_what_does_not_compile_costs_its_own_row(self):
+    def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused", "v5e").failure or "")
         assert examined("no_kernel", "v5e").failure == "no Pallas kernel in it"
         crashed = examined("crashes", "v5e")
@@ -287,9 +287,9 @@ class TestWorkloads:
 
 
 class TestSimulator:
-    """libtpu's own simulator, and when it is believed."""
+    """The simulator of libtpu, whose results count only where its transfers are right."""
 
-    def test_what_it_writes(self, tmp_path: Path):
+    def test_its_output_is_read(self, tmp_path: Path):
         profile = 'profiles {\n  hlo_op_name: "blocks.1"\n  estimated_cycles: 1234\n}\n'
         (tmp_path / "blocks.1_TPU v5 lite_static_llo_profile.textproto").write_text(profile)
         (unlisted,) = simulator.read(tmp_path, "v5e", ["blocks.1", "other.2"])
@@ -302,7 +302,7 @@ class TestSimulator:
         assert simulator.read(tmp_path, "v5e", ["blocks.1"])[0].moved is None
 
     @needs_libtpu
-    def test_it_is_believed_where_it_moves_what_is_due(self):
+    def test_it_is_believed_where_its_transfers_are_right(self):
         found = report("blocks")
         eight = Traffic(8, 8 * BLOCK_BYTES)
         right = simulator.Simulation("blocks.1", 5000, {"hbm_to_vmem": eight, "vmem_to_hbm": eight})
@@ -316,7 +316,7 @@ class TestSimulator:
         assert kernel["believed"] is False
 
     @needs_libtpu
-    def test_it_agrees_with_what_is_executed_where_computing_is_what_takes_time(self):
+    def test_it_agrees_with_the_executed_schedule_where_compute_is_the_bound(self):
         (simulated,) = simulator.simulate(WorkloadName("", "compute_bound", KERNELS), "v6e")
         found = report("compute_bound")
         assert found.instruction == simulated.name

@@ -1,4 +1,4 @@
-"""A TPU kernel's schedule: how its listings are read, how it is executed, and when transfers are done."""
+"""A TPU kernel's schedule: listings are parsed, its scalar instructions executed, its transfers timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from palladion.kernels.devices import tpu_chips
 CHIPS = tuple(tpu_chips())
 RATE = Rate(bytes_per_cycle=1000.0, latency_cycles=500.0, granule_bytes=32)
 UNIT_BYTES = 128 * 256 * 4
-"""What the kernel `ring` moves at a time."""
+"""Bytes of one transfer of the kernel `ring`."""
 
 
 def execute(chip: str, lengths: tuple[int, ...] | None) -> Execution:
@@ -65,7 +65,7 @@ class TestSchedule:
         assert branch.target == 16
         assert (first.depth, second.depth, second.label, third.instructions) == (1, 2, "LB", ())
 
-    def test_transfers_that_never_take_place(self):
+    def test_transfers_with_a_false_predicate_are_left_out(self):
         text = "  0   :  {{ %1 = dma.hbm_to_vmem [thread:$0]  {}/*hbm=*/%s1_s1, 256, %s2_s2, %s3_s3 }}\n"
         for condition, count in (("", 1), ("(1), ", 1), ("(!0), ", 1), ("(0), ", 0), ("(!1), ", 0)):
             (bundle,) = parse_bundles(text.format(condition))
@@ -101,7 +101,7 @@ class TestExecution:
         assert 2 * (medium.busy - short.busy) == long.busy - medium.busy > 0
         assert short.cycles < medium.cycles < long.cycles
 
-    def test_what_was_not_given_is_not_guessed(self):
+    def test_unknown_arguments_are_not_guessed(self):
         with pytest.raises(Undecided, match="depends on the values of the lengths, which were not given"):
             execute("v6e", None)
 

@@ -1,4 +1,4 @@
-"""The clock: contenders in turns, inputs in no cache, several calls in a program, work on all cores."""
+"""Timing: contenders take turns, inputs are not cached, one program makes several calls, jobs use all cores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_probes")
 
 
 class Scripted:
-    """A runner whose calls take what a script says."""
+    """A runner whose calls take the time that a script says."""
 
     def __init__(self, name: str, turns: list[str], takes: Callable[[int], float]) -> None:
         self.name, self._turns, self._takes, self._count = name, turns, takes, 0
@@ -78,7 +78,7 @@ def test_medians_spreads_and_ratios():
     assert samples.spread == pytest.approx(3 / 3.5)
     assert samples.noisy
     assert quantile([1.0], 0.8) == 1.0
-    # A slow minute is slow for both.
+    # The second round was slow for both.
     assert ratio(Samples((2.0, 20.0, 2.0), 1), Samples((1.0, 10.0, 1.0), 1)) == 2.0
 
 
@@ -136,7 +136,7 @@ def test_on_an_accelerator_several_calls_are_one_program_one_after_the_other(mon
     assert len(calls) == 8
     assert took >= 0.01
     assert np.diff(calls).min() >= 0.009
-    # What is donated goes with its own inputs.
+    # Each donated array is used with its own inputs.
     runner = JaxRunner.compile("b", lambda total, x: total + x, jnp.ones(4), donated=jnp.zeros(4), copies=2)
     runner.seconds(4)
     np.testing.assert_array_equal(np.asarray(runner._donated[0]), 3)
@@ -148,9 +148,9 @@ def test_a_program_takes_longer_than_its_dispatch(monkeypatch: pytest.MonkeyPatc
     short, long = timing.Layout.choose(25 * 2**20), timing.Layout.choose(2**30)
     assert short.width == timing.CALLS_IN_A_PROGRAM
     assert short.width * 25 * 2**20 > timing.PROGRAM_BYTES / 2
-    assert (long.width, long.groups) == (1, 2)  # one passes by while the other is not used
+    assert (long.width, long.groups) == (1, 2)  # reading one group evicts the other from the cache
     assert timing.Layout.choose(25 * 2**20, copies=1) == timing.Layout(1, 1, 1)
-    # A call that updates a large cache touches little of it: many calls on few copies.
+    # A call that updates a large cache reads little of it, so many calls use few copies.
     assert timing.Layout.choose(2**10, 2**30) == timing.Layout(timing.CALLS_IN_A_PROGRAM, 2, 1)
 
 

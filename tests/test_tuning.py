@@ -1,4 +1,4 @@
-"""Block sizes: where they come from."""
+"""Block sizes come from the caller, from tuned data, or from the heuristic."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def entry(length: int, size: int, *, kind: str = "bfloat16", batch: int = 1, **c
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a user's own entries for this device."""
+    """Returns the file of the user's own entries for this device."""
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     path = tuning.user_file("operation", target_device_kind())
     assert path is not None
@@ -73,14 +73,14 @@ def test_the_nearest_entry_serves_similar_problems(cache: Path):
     assert resolved(2048, batch=2) == (Config(256, 8), "nearest")
 
 
-def test_what_lies_far_off_or_is_of_another_kind_is_left_to_the_heuristic(cache: Path):
+def test_distant_entries_and_other_kinds_are_left_to_the_heuristic(cache: Path):
     tuning.save(cache, "cpu", [entry(4096, 256), entry(64, 16, kind="int8")])
     assert resolved(512)[1] == "heuristic"
     assert resolved(4096, batch=8)[1] == "heuristic"
     assert resolved(64)[1] == "heuristic"
 
 
-def test_an_entry_that_the_problem_does_not_take_gives_way_to_the_next(cache: Path):
+def test_an_entry_that_does_not_fit_the_problem_gives_way_to_the_next(cache: Path):
     tuning.save(cache, "cpu", [entry(4096, 1024), entry(2048, 128)])
     assert resolved(3 * 1024 + 128) == (Config(128, 8), "nearest")  # 1024 does not divide it
 
@@ -160,7 +160,7 @@ def test_every_kernels_heuristic_is_in_its_space(name: str, kind: str):
                     assert all(config in found for config in found.neighbours(found.start))
 
 
-def test_values_that_do_not_go_together_are_passed_over():
+def test_values_that_a_config_rejects_are_passed_over():
     @dataclasses.dataclass(frozen=True)
     class Pair:
         first: int

@@ -1,4 +1,4 @@
-"""Tuning keys: block sizes that were found for one problem are taken for another only where they may be."""
+"""Tuning keys: the tuned block sizes of a problem serve another problem only where the two are similar."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ROW = Implementation(
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """What the fields of a problem are to its block sizes.
+    """How block sizes depend on the fields of a problem.
 
     Attributes:
-      module: where the problem is.
-      problem: one of them.
-      kinds: other values, each of which makes another kind of problem.
-      sizes: fields that may differ a little, together.
-      ignored: fields that block sizes do not depend on.
+      module: the module of the operation's `Problem`.
+      problem: an example.
+      kinds: other values of fields, each of which makes another kind of problem.
+      sizes: groups of fields that may differ a little, all by the same factor.
+      ignored: other values of fields that block sizes do not depend on.
     """
 
     module: ModuleType
@@ -58,7 +58,7 @@ class Fields:
     ignored: dict[str, Any]
 
     def names(self) -> set[str]:
-        """Fields that are spoken of."""
+        """Returns the names of all fields that are listed here."""
         return {name for names in (*self.kinds, *self.sizes, self.ignored) for name in names}
 
 
@@ -179,13 +179,13 @@ OPERATIONS = {
 
 
 def fields_of(problem: Any) -> set[str]:
-    """Its fields; those of what it appends instead of that one."""
+    """Returns the names of a problem's fields, with those of its `append` problem in place of `append`."""
     names = {field.name for field in dataclasses.fields(problem)}
     return names - {"append"} | fields_of(problem.append) if "append" in names else names
 
 
 def changed(problem: Any, changes: dict[str, Any]) -> Any:
-    """The problem with other values in some fields."""
+    """Returns the problem with other values in some fields."""
     own = {field.name for field in dataclasses.fields(problem)}
     inner = {name: value for name, value in changes.items() if name not in own}
     outer = {name: value for name, value in changes.items() if name in own}
@@ -200,7 +200,7 @@ def value_of(problem: Any, name: str) -> Any:
 
 @pytest.fixture(params=OPERATIONS)
 def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fields:
-    """An operation whose problem has been tuned on this device."""
+    """Tunes the problem of an operation on this device, and returns its fields."""
     fields = OPERATIONS[request.param]
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     path = tuning.user_file("operation", target_device_kind())
@@ -221,11 +221,11 @@ def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def source(problem: Any) -> str:
-    """Where the block sizes of a problem come from."""
+    """Returns where the block sizes of a problem come from."""
     return tuning.resolve("operation", ROW, problem, None)[1]
 
 
-def test_every_field_is_spoken_of(tuned: Fields):
+def test_every_field_is_listed(tuned: Fields):
     assert tuned.names() == fields_of(tuned.problem)
 
 
@@ -243,14 +243,14 @@ def test_an_entry_is_taken_for_similar_sizes_and_no_others(tuned: Fields):
                 assert source(changed(tuned.problem, changes)) == expected, changes
 
 
-def test_what_block_sizes_do_not_depend_on_changes_nothing(tuned: Fields):
+def test_ignored_fields_do_not_change_the_key(tuned: Fields):
     for name, value in tuned.ignored.items():
         assert value != value_of(tuned.problem, name)
         other = changed(tuned.problem, {name: value})
         assert other.tuning_key() == tuned.problem.tuning_key(), name
 
 
-def test_a_window_counts_by_what_is_seen_through_it():
+def test_a_window_counts_by_its_visible_tokens():
     problem = changed(OPERATIONS["decode_attention"].problem, {"sliding_window": 256, "max_len": 8192})
     longer = changed(problem, {"max_len": 16384})
     wider = changed(problem, {"sliding_window": 4096})

@@ -2,16 +2,16 @@
 
 Operations, each with `backend=`:
   decode_attention    attention of the newest tokens over a dense or paged KV cache
-  append_kv           writes new tokens into that cache, in place
-  append_qkv          the same out of a joined projection, with rotary positions
-  quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside
+  append_kv           writes new tokens into a KV cache, in place
+  append_qkv          splits a joined projection, rotates queries and keys, and appends keys and values
+  quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside the kernel
   matmul              x @ w with a dense w
 
-What they work on:
-  KVCache             dense or paged, plain or quantized
-  QuantizedArray      a weight matrix in few bits, made by `quantize`; `Scheme` names how
+Data:
+  KVCache             a dense or paged cache, plain or quantized
+  QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
 
-Which implementation runs: `BACKENDS`, `using_backend`, `record_choices`, `Unsupported`.
+Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 

@@ -1,1 +1,1 @@
-"""Mutation checks: known one-line bugs, and whether the tests that ought to see them do."""
+"""Mutation checks: known one-line bugs, and whether the tests catch them."""

@@ -1,10 +1,10 @@
-r"""Checks that the tests see known one-line bugs; takes about half an hour on two cores.
+r"""Checks that the tests catch known one-line bugs; takes about half an hour on two cores.
 
   python -m tests.mutations
   python -m tests.mutations --only '*-semaphore' model-min-p-edge
 
-Bugs are applied one at a time to a scratch copy of the repository. What became of each is kept in `results.json`; the
-exit status is 1 where one survived.
+Bugs are applied one at a time to a scratch copy of the repository. `results.json` keeps the outcome of each; the exit
+status is 1 if a bug survived.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Applies one mutation at a time to a scratch copy of the repository, and runs the tests that ought to see it there.
+"""Applies one mutation at a time to a scratch copy of the repository, and runs the tests that should catch it there.
 
 A mutation is caught when a test fails with it and passes without it. A crash of the interpreter counts as a failing
 test, and so does a run that does not end: both stop continuous integration.
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Final, Literal
 
 LEFT_OUT: Final = (".*", "__pycache__", "*.egg-info", "build", "dist")
-"""Names of files and folders that are no part of the sources: environments, caches, what git keeps."""
+"""Names of files and folders that are not sources: environments, caches, the data of git."""
 
 Outcome = Literal["caught", "survived"]
 
 
 class MutationError(Exception):
-    """A mutation that says nothing about the tests: it cannot be applied, or its tests cannot be run."""
+    """A mutation cannot be applied, or its tests cannot be run, so it says nothing about the tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Mutation:
     """A one-line bug.
 
     Attributes:
-      name: unique, for the table and `--only`.
+      name: unique name, for the table and `--only`.
       file: path from the root of the repository.
       old: a snippet that occurs once in the file.
-      new: what replaces it.
-      tests: arguments of pytest that select the tests that ought to see the bug.
+      new: its replacement.
+      tests: arguments of pytest that select the tests that should catch the bug.
       bug: one sentence about what goes wrong.
     """
 
@@ -52,14 +52,14 @@ class Mutation:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a mutation.
+    """The outcome of a mutation.
 
     Attributes:
-      name: of the mutation.
+      name: name of the mutation.
       outcome: "caught" or "survived".
-      by: the test that failed, or how the run ended otherwise; empty where nothing did.
-      seconds: of the run.
-      commit: of the repository, with "+" where files differ from it.
+      by: the test that failed, or how the run ended otherwise; empty where the mutation survived.
+      seconds: duration of the run.
+      commit: commit of the repository, with "+" where files differ from it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Result:
 
 
 def mutated(mutation: Mutation, text: str) -> str:
-    """The text of a file with the bug in it.
+    """Returns the text of a file with the bug in it.
 
     Raises:
       MutationError: the snippet does not occur exactly once, or its replacement is the same.
@@ -85,7 +85,7 @@ def mutated(mutation: Mutation, text: str) -> str:
 
 @contextlib.contextmanager
 def applied(mutation: Mutation, tree: Path) -> Iterator[None]:
-    """Has the bug in a tree for as long as a `with` block lasts."""
+    """Puts the bug into a tree for the duration of a `with` block."""
     path = tree / mutation.file
     text = path.read_text()
     path.write_text(mutated(mutation, text))
@@ -96,18 +96,18 @@ def applied(mutation: Mutation, tree: Path) -> Iterator[None]:
 
 
 def copy_sources(root: Path, tree: Path) -> None:
-    """Copies the sources below `root` to a folder that is not there yet; links stay links."""
+    """Copies the sources below `root` to a folder that does not exist yet; links stay links."""
     shutil.copytree(root, tree, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 def check(mutation: Mutation, tree: Path, *, timeout: float, commit: str) -> Result:
-    """Runs the tests of a mutation in a tree that has the bug, and those that fail once more without it.
+    """Runs a mutation's tests in a tree that has the bug, and the test that fails once more without the bug.
 
     Args:
-      mutation: which one.
-      tree: a copy of the repository, which is the same afterwards.
+      mutation: the mutation.
+      tree: a copy of the repository, unchanged afterwards.
       timeout: seconds after which a run counts as failed.
-      commit: of which the tree is a copy.
+      commit: the commit of which the tree is a copy.
 
     Raises:
       MutationError: the snippet does not occur once, no test was run to its end, or one fails without the bug, too.
@@ -134,12 +134,12 @@ def check(mutation: Mutation, tree: Path, *, timeout: float, commit: str) -> Res
 
 
 def _pytest(tree: Path, arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """The exit status of pytest in a tree, None where it did not end, and what it printed."""
+    """Runs pytest in a tree; returns its exit status, or None where it did not end, and its output."""
     shutil.rmtree(tree / ".pytest_cache", ignore_errors=True)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(tree / "src"),
-        # Compiled modules are told apart by size and time, which two mutations may share.
+        # Python recognizes a changed module by size and time, which two mutations may share.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     with subprocess.Popen(
@@ -163,7 +163,7 @@ def _pytest(tree: Path, arguments: Sequence[str], timeout: float) -> tuple[int |
 
 
 def commit_of(root: Path) -> str:
-    """The commit of a checkout, with "+" where files differ from it; "unknown" outside of one."""
+    """Returns the commit of a checkout, with "+" where files differ from it, or "unknown" outside of a checkout."""
 
     def said(*arguments: str) -> str:
         run = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=False)
@@ -174,14 +174,14 @@ def commit_of(root: Path) -> str:
 
 
 def load(path: Path) -> dict[str, Result]:
-    """Results of earlier runs, by name."""
+    """Returns the results of earlier runs, by name."""
     if not path.is_file():
         return {}
     return {record["name"]: Result(**record) for record in json.loads(path.read_text())}
 
 
 def save(path: Path, mutations: Sequence[Mutation], results: dict[str, Result]) -> None:
-    """Writes the results of the mutations that there are, in their order, one a line."""
+    """Writes the results of the existing mutations, in their order, one per line."""
     known = [results[mutation.name] for mutation in mutations if mutation.name in results]
     lines = ",\n  ".join(json.dumps(dataclasses.asdict(result)) for result in known)
     path.write_text(f"[\n  {lines}\n]\n")
