@@ -120,15 +120,16 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
     names = ["q", "k_scale", "v_scale"] if quantized else ["q", "k", "v"]
     names += ["sinks"] if case.sinks else []
     gradients = compile(jax.grad(loss))({name: getattr(inputs, name) for name in names})
+
+    def exact_loss(name: str, value: np.ndarray) -> float:
+        out, lse = exact_attention(inputs._replace(**{name: value}), **case.options)
+        return float((out * of_out).sum() + (np.where(of_lse == 0, 0.0, lse) * of_lse).sum())
+
     for name, gradient in gradients.items():
         value = oracle.to_float64(getattr(inputs, name))
         direction = rng.standard_normal(value.shape)
-
-        def shifted(step: float, name: str = name, value: Any = value, direction: Any = direction) -> float:
-            out, lse = exact_attention(inputs._replace(**{name: value + step * direction}), **case.options)
-            return float((out * of_out).sum() + (np.where(of_lse == 0, 0.0, lse) * of_lse).sum())
-
-        expected = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+        step = 1e-5 * direction
+        expected = (exact_loss(name, value + step) - exact_loss(name, value - step)) / 2e-5
         assert gradient.dtype == getattr(inputs, name).dtype
         found = oracle.to_float64(gradient)
         assert np.isfinite(found).all()
