@@ -118,9 +118,10 @@ def test_constants_of_a_program_are_arguments(name: str, backend: str):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["mosaic_tpu", "triton"])
 def test_xla_has_no_bits_of_another_width_to_fold(name: str, backend: str):
-    """Around a compiled kernel no bitcast changes the width of numbers: XLA folds that of a constant wrongly.
+    """No bitcast around a compiled kernel changes the width of numbers: XLA folds such bitcasts of constants wrongly.
 
-    And a kernel leaves no array in memory unread: with such an operand some TPU compilers read zeros elsewhere.
+    A kernel also reads every array in memory that it gets: with an unread operand, some TPU compilers read zeros from
+    others.
     """
     function, arguments = CALLS[name]()
     traced = jax.make_jaxpr(functools.partial(function, backend=backend, interpret=False))(*arguments)
@@ -236,7 +237,7 @@ def _attend(backend: str, window: int | None) -> Any:
 
 
 def _pages() -> jax.Array:
-    """Pages of 32 tokens for three sequences, some of which do not exist."""
+    """Returns a page table of three sequences with pages of 32 tokens, some of which do not exist."""
     table = np.random.default_rng(0).permutation(24).reshape(3, 8)
     table[0, 7], table[1, 0], table[2, 0] = 2**31 - 1, 24, -1
     return jnp.asarray(table, jnp.int32)
@@ -340,7 +341,7 @@ def test_a_program_can_be_exported_and_loaded():
 
 @contextlib.contextmanager
 def planned_for(kind: str, platform: str, cores: int | None) -> Iterator[None]:
-    """Has heuristics plan for a chip that is not here."""
+    """Makes heuristics plan for a chip that is not present."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         yield
@@ -371,7 +372,7 @@ def _schemed(scheme: Scheme, in_features: int, out_features: int, scale_dtype: s
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_heuristics_of_products_choose_what_their_kernel_takes(backend: str, data: st.DataObject):
-    """Whatever the options, a backend traces a call or says Unsupported: what it chooses itself is never an error."""
+    """A backend traces every call or raises Unsupported: block sizes that it chose itself are never an error."""
     draw: Callable[[Any], Any] = data.draw
     scheme = Scheme.parse(draw(st.sampled_from(SCHEMES)))
     in_features = 128 * draw(st.sampled_from([1, 2, 3, 9, 16]))
