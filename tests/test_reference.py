@@ -119,18 +119,18 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
     quantized = inputs.k_scale is not None
     names = ["q", "k_scale", "v_scale"] if quantized else ["q", "k", "v"]
     names += ["sinks"] if case.sinks else []
-    gradients = compile(jax.grad(loss))({name: getattr(inputs, name) for name in names})
+    gradients = compile(jax.grad(loss))({part: getattr(inputs, part) for part in names})
 
-    def exact_loss(name: str, value: np.ndarray) -> float:
-        out, lse = exact_attention(inputs._replace(**{name: value}), **case.options)
+    def exact_loss(part: str, value: np.ndarray) -> float:
+        out, lse = exact_attention(inputs._replace(**{part: value}), **case.options)
         return float((out * of_out).sum() + (np.where(of_lse == 0, 0.0, lse) * of_lse).sum())
 
-    for name, gradient in gradients.items():
-        value = oracle.to_float64(getattr(inputs, name))
+    for part, gradient in gradients.items():
+        value = oracle.to_float64(getattr(inputs, part))
         direction = rng.standard_normal(value.shape)
         step = 1e-5 * direction
-        expected = (exact_loss(name, value + step) - exact_loss(name, value - step)) / 2e-5
-        assert gradient.dtype == getattr(inputs, name).dtype
+        expected = (exact_loss(part, value + step) - exact_loss(part, value - step)) / 2e-5
+        assert gradient.dtype == getattr(inputs, part).dtype
         found = oracle.to_float64(gradient)
         assert np.isfinite(found).all()
         assert (found[np.isnan(value)] == 0).all()  # what no query sees
