@@ -55,32 +55,29 @@ def decode_attention(
         page = int(np.asarray(page_table)[b, t // page_size])
         return to_float64(part[min(max(page, 0), len(part) - 1), head, t % page_size])
 
-    for b in range(batch):
-        length = min(max(int(np.asarray(lengths)[b]), 0), max_len)
-        for i in range(q_len):
-            position = length - q_len + i
-            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-            visible = range(first, position + 1)
-            for h in range(q_heads):
-                head = h // group
-                logits = np.array([q[b, i, h] @ token(k, b, t, head) for t in visible]) * scale
-                if k_scale is not None:
-                    logits = logits * np.array([token(k_scale, b, t, head) for t in visible])
-                if logits_soft_cap is not None:
-                    logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
-                # A sink takes part in the softmax and has no value.
-                with_sink = logits if sinks is None else np.append(logits, to_float64(sinks)[h])
-                if with_sink.size == 0:
-                    continue
-                maximum = with_sink.max()
-                total = np.exp(with_sink - maximum).sum()
-                lse[b, i, h] = maximum + np.log(total)
-                weights = np.exp(logits - maximum) / total
-                for weight, t in zip(weights, visible, strict=True):
-                    value = token(v, b, t, head)
-                    if v_scale is not None:
-                        value = value * token(v_scale, b, t, head)
-                    out[b, i, h] += weight * value
+    for b, i, h in np.ndindex(batch, q_len, q_heads):
+        head = h // group
+        position = min(max(int(np.asarray(lengths)[b]), 0), max_len) - q_len + i
+        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        visible = range(first, position + 1)
+        logits = np.array([q[b, i, h] @ token(k, b, t, head) for t in visible]) * scale
+        if k_scale is not None:
+            logits = logits * np.array([token(k_scale, b, t, head) for t in visible])
+        if logits_soft_cap is not None:
+            logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+        # A sink takes part in the softmax and has no value.
+        with_sink = logits if sinks is None else np.append(logits, to_float64(sinks)[h])
+        if with_sink.size == 0:
+            continue
+        maximum = with_sink.max()
+        total = np.exp(with_sink - maximum).sum()
+        lse[b, i, h] = maximum + np.log(total)
+        weights = np.exp(logits - maximum) / total
+        for weight, t in zip(weights, visible, strict=True):
+            value = token(v, b, t, head)
+            if v_scale is not None:
+                value = value * token(v_scale, b, t, head)
+            out[b, i, h] += weight * value
     return (out[:, 0], lse[:, 0]) if squeeze else (out, lse)
 
 

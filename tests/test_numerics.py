@@ -1,4 +1,4 @@
-"""Numerical guarantees: bad input, error bounds, determinism, and independence of the rest of the batch."""
+"""Numerical guarantees: bad input, error bounds, determinism, and independence of the rest of a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def outlying(seed: int) -> jax.Array:
-    """Returns weights `[256, 24]` with outliers, as real weights have."""
+    """Returns weights `[256, 24]` with outliers, such as real models have."""
     return jnp.asarray(np.random.default_rng(seed).standard_t(4, (256, 24)), jnp.float32)
 
 
@@ -208,7 +208,7 @@ def test_mse_is_never_worse_than_absmax(scheme: str):
 
     absmax, least = error("absmax"), error("mse")
     assert (least <= absmax * (1 + 1e-5)).all()
-    # 8-bit codes are fine enough for outliers. With 4 bits "mse" gains, and more so for larger groups.
+    # 8-bit codes are fine enough for outliers; 4-bit codes gain, the more the larger the group is.
     if scheme != "int8":
         assert least.sum() < absmax.sum() * (0.9 if scheme == "int4" else 1)
 
@@ -256,7 +256,7 @@ def test_errors(options: dict[str, Any], message: str):
 
 
 def gamma(operations: float) -> float:
-    """Returns the largest relative error of this many roundings to float32 (Higham, lemma 3.1)."""
+    """Returns the relative error bound of so many roundings to float32 (Higham, Accuracy and Stability, lemma 3.1)."""
     return operations * UNIT_ROUNDOFF / (1 - operations * UNIT_ROUNDOFF)
 
 
@@ -272,7 +272,7 @@ def arithmetic_of_matmul(x: np.ndarray, w: Any) -> np.ndarray:
 
 
 def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
-    """Returns the error bound of quantized_matmul, with the rounding of its result."""
+    """Returns the error bound of quantized_matmul, the rounding of its result included."""
     exact, arithmetic = x @ oracle.dequantize(w), arithmetic_of_matmul(x, w)
     return arithmetic + 0.5 * float(jnp.finfo(out_dtype).eps) * (np.abs(exact) + arithmetic)
 
@@ -292,7 +292,7 @@ def bound_of_matmul(x: np.ndarray, w: Any, out_dtype: Any) -> np.ndarray:
     seed=st.integers(0, 2**16),
 )
 def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread: float, seed: int):
-    """The reference keeps its bound for all magnitudes; the tests of kernels allow twice the reference's error."""
+    """The reference keeps its bound at any magnitudes; kernels are held to twice its error by their own tests."""
     scheme, rows, dtype = case
     generator = np.random.default_rng(seed)
     weight = generator.standard_normal((256, 24)) * np.exp(spread * generator.standard_normal((256, 24)))
@@ -305,8 +305,8 @@ def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
-def test_products_in_bytes_are_within_their_bound(scheme: str, seed: int):
-    """The GPU's vector form keeps its bound: the largest number of a chunk decides how the others are rounded."""
+def test_rows_that_are_bytes_are_within_their_bound(scheme: str, seed: int):
+    """The vector form of a GPU rounds the activations of a chunk relative to the largest of them."""
     generator = np.random.default_rng(seed)
     w = quantize(jnp.asarray(generator.standard_normal((192, 144)) * 192**-0.5, jnp.float32), scheme)
     x = generator.standard_normal((1, 192)) * np.exp(4 * generator.standard_normal((1, 192)))
@@ -325,7 +325,7 @@ def _in_bytes(x: jax.Array, w: Any) -> jax.Array:
 
 
 def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int) -> tuple[float, np.ndarray]:
-    """Returns the error bounds of the lse and of float32 outputs, for one query and one head; see docs/numerics.md."""
+    """Returns the error bounds of the lse and the float32 outputs of one query and head; see docs/numerics.md."""
     head_dim, blocks = len(q), -(-length // 128)
     keys, values = k[:length], v[:length]
     logits = keys @ q * head_dim**-0.5
@@ -348,7 +348,7 @@ def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int)
     split=st.booleans(),
 )
 def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magnitude: float, seed: int, split: bool):
-    """Attention keeps its bound over the whole cache; merged from two parts, it keeps three times the bound."""
+    """Attention over the whole cache is within its bound, and so is each of two parts that are merged."""
     q = magnitude * normal(1, 2, 64, seed=seed)
     k, v = normal(1, 1, 300, 64, seed=seed + 1), normal(1, 1, 300, 64, seed=seed + 2)
     if split:
@@ -365,7 +365,7 @@ def test_decode_attention_and_its_merge_are_within_their_bound(length: int, magn
         of_lse, of_out = bound_of_attention(
             *(oracle.to_float64(part) for part in (q[0, head], k[0, 0], v[0, 0])), length
         )
-        # Merging weighs each part by its lse.
+        # Merging weights each part by its lse.
         times = 3 if split else 1
         assert abs(float(lse[0, head]) - exact_lse[0, head]) <= times * of_lse
         assert (np.abs(oracle.to_float64(out[0, head]) - exact_out[0, head]) <= times * of_out).all()
@@ -403,7 +403,7 @@ def test_quantized_rows_are_within_half_a_code(dtype: str, spread: float, seed: 
         info = jnp.finfo(dtype)
         smallest = largest * float(info.smallest_subnormal) / float(info.max)
         bound = np.maximum(np.abs(np.float32(x)) * float(info.eps) / 2, smallest / 2)
-    # Where float32 rounds a quotient across the middle between two codes, the error grows by that rounding.
+    # Rounding in float32 may move a quotient across the middle between two codes.
     assert (error <= bound * (1 + 1e-5) + 4 * UNIT_ROUNDOFF * largest).all()
 
 
@@ -414,7 +414,7 @@ _rows = jax.jit(quantize_rows, static_argnums=1)
 
 
 def _equal(found: Any, expected: Any) -> None:
-    """Asserts that results are equal to the last bit."""
+    """Asserts that all leaves are equal to the last bit."""
     for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(part, other)
 

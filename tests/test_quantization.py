@@ -1,4 +1,4 @@
-"""Quantized arrays: codes, packing, scales and dequantization."""
+"""Quantized arrays: codes, packing, scales and dequantizing."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_dequantize_is_the_oracles(scheme: str):
 
 
 def largest_error(scheme: Scheme, w: QuantizedArray, exact: np.ndarray) -> np.ndarray:
-    """Returns the largest error that a weight may have: half the distance between two codes."""
+    """Returns the largest error of each weight: half the distance of two codes."""
     groups = w.scales.shape[0]
     scales = np.repeat(np.asarray(w.scales, np.float64), exact.shape[0] // groups, axis=0)
     if scheme.format in ("int8", "int4"):
-        # A zero point is rounded itself, which moves the range by up to half a code.
+        # Rounding the zero point moves the range by up to half a code.
         return scales * (1.0 if scheme.offset == "zeros" else 0.5)
     if scheme.format == "mxfp4":
-        # A number up to 8 is rounded down to 6 where a group's largest number is just below the next power of two.
+        # Up to 8 saturates at 6 where the largest weight of a group is just below the next power of two.
         return np.maximum(np.abs(exact) / 4, scales * 0.25)
     info = ml_dtypes.finfo(scheme.format)
     return np.maximum(np.abs(exact) * float(info.eps) / 2, scales * float(info.smallest_subnormal) / 2)
@@ -108,7 +108,7 @@ def test_codes_are_packed_as_in_gguf():
     ("kind", "scheme"), [("Q4_0", "int4-g32"), ("Q4_1", "int4-g32-minimums"), ("Q8_0", "int8-g32"), ("MXFP4", "mxfp4")]
 )
 def test_ggufs_blocks_mean_the_same(kind: str, scheme: str):
-    """Blocks made by the gguf package, parsed here by hand, dequantize to the package's own values."""
+    """Blocks made by the gguf package, parsed here by hand, dequantize to what the package computes."""
     rows = np.asarray(normal(3, 96), np.float32)
     stored = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind]).reshape(3, 3, -1)
     expected = gguf.quants.dequantize(stored.reshape(3, -1), gguf.GGMLQuantizationType[kind])
@@ -132,9 +132,9 @@ def test_e2m1_numbers():
     levels = np.array([*E2M1_LEVELS, *(-level for level in E2M1_LEVELS)], np.float32)
     np.testing.assert_array_equal(decode_e2m1(jnp.arange(16)), levels)
     expected = np.arange(16)
-    expected[8] = 0  # there is one code for zero
+    expected[8] = 0  # zero has one code
     np.testing.assert_array_equal(encode_e2m1(jnp.asarray(levels)), expected)
-    # Ties go to the even code, and numbers beyond the largest are clipped.
+    # Ties go to the even code, and numbers beyond the largest saturate.
     x = jnp.array([0.25, 0.75, 2.5, 3.5, 5.0, 7.0, -100.0])
     np.testing.assert_array_equal(decode_e2m1(encode_e2m1(x)), [0.0, 1.0, 2.0, 4.0, 4.0, 6.0, -6.0])
 

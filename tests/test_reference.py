@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function, compiler_options=UNOPTIMIZED)
 
 
@@ -75,10 +75,10 @@ def test_blocked_attention_is_the_definition(name: str):
     options = case.options | {"scale": case.scale or case.head_dim**-0.5}
     exact = exact_attention(inputs, **options)
     page, blocked = (
-        compile(functools.partial(form.decode_attention, **options))(*arguments(inputs))
+        compiled(functools.partial(form.decode_attention, **options))(*arguments(inputs))
         for form in (attention.definition, attention.blocked)
     )
-    alone = compile(
+    alone = compiled(
         functools.partial(
             attention.blocked.one_by_one, functools.partial(attention.blocked.decode_attention, **options)
         )
@@ -105,25 +105,25 @@ def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invari
     inputs = inputs._replace(q=jnp.where(sees[..., None, None], inputs.q, jnp.nan))
     exact_lse = exact_attention(inputs, **case.options)[1]
     rng = np.random.default_rng(1)
-    of_out, of_lse = rng.standard_normal(inputs.q.shape), rng.standard_normal(exact_lse.shape)
-    of_lse = np.where(np.isfinite(exact_lse), of_lse, 0.0)  # a query that sees nothing has no finite lse
+    out_weights, lse_weights = rng.standard_normal(inputs.q.shape), rng.standard_normal(exact_lse.shape)
+    lse_weights = np.where(np.isfinite(exact_lse), lse_weights, 0.0)  # a query that sees nothing has no finite lse
 
     def loss(varied: dict[str, Any]) -> jax.Array:
         given = inputs._replace(**varied)._asdict()
         options = case.options | {"return_lse": True, "batch_invariant": batch_invariant}
         out, lse = decode_attention(**given, **options, backend="xla")
-        return jnp.sum(out * of_out.astype(np.float32)) + jnp.sum(
-            jnp.where(of_lse == 0, 0.0, lse) * of_lse.astype(np.float32)
+        return jnp.sum(out * out_weights.astype(np.float32)) + jnp.sum(
+            jnp.where(lse_weights == 0, 0.0, lse) * lse_weights.astype(np.float32)
         )
 
     quantized = inputs.k_scale is not None
     names = ["q", "k_scale", "v_scale"] if quantized else ["q", "k", "v"]
     names += ["sinks"] if case.sinks else []
-    gradients = compile(jax.grad(loss))({part: getattr(inputs, part) for part in names})
+    gradients = compiled(jax.grad(loss))({part: getattr(inputs, part) for part in names})
 
     def exact_loss(part: str, value: np.ndarray) -> float:
         out, lse = exact_attention(inputs._replace(**{part: value}), **case.options)
-        return float((out * of_out).sum() + (np.where(of_lse == 0, 0.0, lse) * of_lse).sum())
+        return float((out * out_weights).sum() + (np.where(lse_weights == 0, 0.0, lse) * lse_weights).sum())
 
     for part, gradient in gradients.items():
         value = oracle.to_float64(getattr(inputs, part))
@@ -149,7 +149,7 @@ def test_codes_of_a_cache_are_constants_to_differentiation(name: str):
     def loss(k: jax.Array) -> jax.Array:
         return jnp.sum(decode_attention(**inputs._replace(k=k)._asdict(), **case.options, backend="xla"))
 
-    gradient = compile(jax.grad(loss, allow_int=True))(inputs.k)
+    gradient = compiled(jax.grad(loss, allow_int=True))(inputs.k)
     assert gradient.shape == inputs.k.shape
     assert gradient.dtype == (jax.dtypes.float0 if name == "int8" else inputs.k.dtype)
     assert name == "int8" or (np.asarray(gradient, np.float32) == 0).all()
@@ -164,10 +164,10 @@ def test_attention_is_differentiated_forwards_under_vmap_and_keeps_its_inputs_on
 
     gradient = jax.grad(lambda q: jnp.sum(attend(q) ** 2) / 2)
     direction = normal(*inputs.q.shape)
-    backward = compile(gradient)(inputs.q)
-    out, forward = compile(lambda q: jax.jvp(attend, (q,), (direction,)))(inputs.q)
+    backward = compiled(gradient)(inputs.q)
+    out, forward = compiled(lambda q: jax.jvp(attend, (q,), (direction,)))(inputs.q)
     np.testing.assert_allclose(jnp.sum(forward * out), jnp.sum(backward * direction), rtol=1e-5)
-    mapped = compile(jax.vmap(gradient))(jnp.stack([inputs.q, 2 * inputs.q]))
+    mapped = compiled(jax.vmap(gradient))(jnp.stack([inputs.q, 2 * inputs.q]))
     np.testing.assert_allclose(mapped[0], backward, rtol=1e-5, atol=1e-6)
     pullback = jax.eval_shape(lambda q: jax.vjp(attend, q)[1], inputs.q)
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
@@ -198,8 +198,8 @@ def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: 
     weights = normal(2, 128, 72, seed=1) / 12
     w, layer = quantize(weights, scheme), jnp.int32(1)
     exact = oracle.quantized_matmul(x, jax.tree.map(lambda part: part[1], w))
-    page = compile(products.definition.quantized_matmul)(x, w, layer=layer)
-    fast = compile(lambda *given: products.quantized_matmul(*given, layer=layer))(x, w)
+    page = compiled(products.definition.quantized_matmul)(x, w, layer=layer)
+    fast = compiled(lambda *given: products.quantized_matmul(*given, layer=layer))(x, w)
     bound = 4 * np.sqrt(128) * EPS * np.abs(exact).max()
     assert np.abs(np.asarray(page) - exact).max() <= bound
     assert_right(fast, page, exact)
@@ -211,8 +211,8 @@ def test_every_form_of_a_dense_product_is_the_definition(dtypes: tuple[str, str]
     del platform
     x, w, layer = normal(rows, 128, dtype=dtypes[0]), normal(2, 128, 72, seed=1, dtype=dtypes[1]), jnp.int32(1)
     exact = oracle.quantized_matmul(x, w[1])
-    page = compile(products.definition.matmul)(x, w, layer=layer, out_dtype=None)
-    fast = compile(lambda *given: products.matmul(*given, layer=layer))(x, w)
+    page = compiled(products.definition.matmul)(x, w, layer=layer, out_dtype=None)
+    fast = compiled(lambda *given: products.matmul(*given, layer=layer))(x, w)
     bound = 4 * np.sqrt(128) * EPS + float(jnp.finfo(dtypes[0]).eps)
     assert np.abs(np.asarray(page, np.float64) - exact).max() <= bound * np.abs(exact).max()
     assert_right(fast, page, exact)
@@ -223,9 +223,9 @@ def test_products_are_differentiated_as_the_definition(rows: int):
     """Narrow weights pass through a CPU as bits, which have no derivatives."""
     x, w, cotangent = normal(rows, 64), normal(64, 48, seed=1, dtype=jnp.bfloat16), normal(rows, 48, seed=2)
     pullback = jax.vjp(functools.partial(matmul, backend="xla"), x, w)[1]
-    of_x, of_w = pullback(cotangent)
-    np.testing.assert_allclose(of_x, cotangent @ w.astype(jnp.float32).T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(of_w.astype(jnp.float32), x.T @ cotangent, rtol=2**-8, atol=1e-5)
+    x_gradient, w_gradient = pullback(cotangent)
+    np.testing.assert_allclose(x_gradient, cotangent @ w.astype(jnp.float32).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(w_gradient.astype(jnp.float32), x.T @ cotangent, rtol=2**-8, atol=1e-5)
 
     codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums")
 
@@ -265,7 +265,7 @@ def test_every_form_of_an_append_is_the_definition_and_differentiated_as_it(dtyp
 
     floats = (k, v) if dtype == "int8" else (k, v, cache.k, cache.v)
     page, form = (
-        compile(jax.value_and_grad(functools.partial(total, append), has_aux=True))
+        compiled(jax.value_and_grad(functools.partial(total, append), has_aux=True))
         for append in (appends.definition.append_kv, functools.partial(append_kv, backend="xla"))
     )
     for length, layer in ((5, 0), (8, 1), (0, 0), (9, 1), (3, 2), (3, -1)):
