@@ -1,4 +1,4 @@
-"""What an engine does at its edges: random numbers of successive steps, and the last place of its cache."""
+"""Edges of the engine: random numbers of successive steps, and the last position of its cache."""
 
 from __future__ import annotations
 
