@@ -1,4 +1,4 @@
-"""What config.json and the names of tensors say is applied as transformers applies it, or is an error that names it."""
+"""Fields of config.json and names of tensors are applied as in transformers, or are errors that name them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edge cases of the engine: random numbers of successive steps, and the last position of the cache."""
+"""Edges of the engine: random numbers of successive steps, and the last position of its cache."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def tokens_of(generator: Generator, prompts: Any, **options: Any) -> list[tuple[
 
 
 def test_greedy_tokens_are_the_likeliest(generator: Generator):
-    """Token by token against whole forward passes."""
+    """Greedy decoding chooses the tokens that complete forward passes choose."""
     expected: list[int] = []
     step = jax.jit(functools.partial(forward, config=generator.config))
     for _ in range(20):
@@ -53,7 +53,7 @@ def test_greedy_tokens_are_the_likeliest(generator: Generator):
 
 
 def test_gpu_kernels_choose_the_same_tokens(path: Path, generator: Generator):
-    """Interpreted; for those of the TPU see `test_smollm2_by_kernels`."""
+    """Interpreted GPU kernels choose the same tokens; `test_smollm2_by_kernels` tests the TPU's."""
     by_kernels = Generator.load(path, max_len=64, backend="triton", interpret=True)
     options: dict[str, Any] = {"max_new_tokens": 6, "ignore_stop_tokens": True}
     assert tokens_of(by_kernels, PROMPTS[::2], **options) == tokens_of(generator, PROMPTS[::2], **options)

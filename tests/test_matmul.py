@@ -62,7 +62,7 @@ def test_kernels_are_right(backend: str, name: str):
 
 @pytest.mark.parametrize("name", TESTS)
 def test_the_reference_is_right(name: str):
-    """Within what float32 sums and a rounding of x, weights' products and the result may be off."""
+    """The reference's error is within the bounds of float32 sums and the roundings of x and the result."""
     case, (_, result, exact) = TESTS[name], expected(TESTS[name])
     # A normalized x is rounded to its own dtype, the result to its.
     eps = float(jnp.finfo(result.dtype).eps) + (float(jnp.finfo(case.dtype).eps) if case.norm else 0)

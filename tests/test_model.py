@@ -84,7 +84,7 @@ def new_cache(checkpoint: Checkpoint, batch: int, dtype: str = "float32", max_le
     ],
 )
 def test_logits_are_those_of_transformers(tmp_path: Path, architecture: str, config: dict[str, Any], stack: bool):
-    """Of a prompt, then of single tokens: what a step reads from the cache is not what a prompt reads."""
+    """Compares a prompt's logits, then those of single tokens, whose steps read the cache."""
     judge = Judge(tmp_path, architecture, stack, **config)
     cache = new_cache(judge.checkpoint, 3)
     logits, cache = run(judge.checkpoint, cache, TOKENS[:, :10], [10] * 3, every_position=True)
@@ -107,7 +107,7 @@ def test_a_prompt_in_chunks(judge: Judge):
 
 
 def test_prompts_of_different_lengths(judge: Judge):
-    """Aligned at their ends, with anything in front; one of them begins in the second chunk only."""
+    """Prompts are aligned at their ends with arbitrary padding; one of them begins in the second chunk."""
     lengths = np.array([24, 5, 13])
     aligned = np.full((3, 24), 1)
     for row, length in enumerate(lengths):
@@ -165,7 +165,7 @@ def test_narrow_caches_change_little(judge: Judge, kv_dtype: str):
 
 
 def test_the_cache_is_updated_in_place(judge: Judge):
-    """Donated, it is aliased to the result, and no instruction of the program makes an array of its size."""
+    """A donated cache is aliased to the result, and the program allocates no array of its size."""
     checkpoint = judge.checkpoint
     cache = new_cache(checkpoint, 1, max_len=4096)
     call = functools.partial(forward, config=checkpoint.config)
