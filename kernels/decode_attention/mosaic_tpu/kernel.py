@@ -153,7 +153,7 @@ class OnlineSoftmax:
         """Updates m, l and acc of some head blocks; without masks all tokens are visible."""
         scratch = self.scratch
         s = self._logits(head_blocks, block)
-        mask = None if masks is None else masks.of_logits(s.shape)
+        mask = None if masks is None else masks.for_logits(s.shape)
         if mask is not None:
             s = jnp.where(mask, s, -jnp.inf)
         m_prev = scratch.m[head_blocks]  # [n, rows, LANES], as reductions leave it and products take it
@@ -190,7 +190,7 @@ class OnlineSoftmax:
             scale = self.reader.scale(block.v_scale, head_blocks)
             scale = scale if mask is None else jnp.where(mask, scale, 0.0)
         if masks is not None and not self._integers:
-            v = jnp.where(masks.of_values(v.shape, token_axis), v, jnp.zeros_like(v))
+            v = jnp.where(masks.for_values(v.shape, token_axis), v, jnp.zeros_like(v))
         p = p if scale is None else p * scale
         if scale is None or not self._integers:
             return multiply(p.astype(self.scratch.q.dtype), v, token_axis) * self._factor

@@ -102,7 +102,7 @@ class Masks:
 
         return functools.reduce(jnp.logical_and, map(one, self.starts, self.queries))
 
-    def of_logits(self, shape: tuple[int, ...]) -> jax.Array:
+    def for_logits(self, shape: tuple[int, ...]) -> jax.Array:
         """Returns which tokens each query sees, for logits `[block_batch * head_blocks, rows, block_kv]`."""
 
         def one(shape: tuple[int, ...], start: Scalar, first_query: Scalar, last_query: Scalar) -> jax.Array:
@@ -113,9 +113,9 @@ class Masks:
             mask = token <= jnp.minimum(query, last_query)
             return mask if self.visible.window is None else mask & (token > query - self.visible.window)
 
-        return self._of_sequences(one, shape)
+        return self._concatenate(one, shape)
 
-    def of_values(self, shape: tuple[int, ...], token_axis: int) -> jax.Array:
+    def for_values(self, shape: tuple[int, ...], token_axis: int) -> jax.Array:
         """Returns which tokens any query sees, for values whose tokens lie along `token_axis`."""
 
         def one(shape: tuple[int, ...], start: Scalar, first_query: Scalar, last_query: Scalar) -> jax.Array:
@@ -123,9 +123,9 @@ class Masks:
             mask = token <= last_query
             return mask if self.visible.window is None else mask & (token > first_query - self.visible.window)
 
-        return self._of_sequences(one, shape)
+        return self._concatenate(one, shape)
 
-    def _of_sequences(self, mask: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    def _concatenate(self, mask: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
         """Returns the masks of all sequences, concatenated along the first axis."""
         shape = (shape[0] // len(self.starts), *shape[1:])
         masks = [mask(shape, start, *queries) for start, queries in zip(self.starts, self.queries, strict=True)]

@@ -95,7 +95,7 @@ class Rows(NamedTuple):
     position: jax.Array
     span: VisibleSpan
 
-    def of_tile(self, tile: Tile, head_dim: int) -> tuple[tuple[Any, ...], jax.Array]:
+    def tile_index(self, tile: Tile, head_dim: int) -> tuple[tuple[Any, ...], jax.Array]:
         """Returns the index of the rows' features in q or out, and which of them exist."""
         features = tile.features
         index = (self.query[:, None], self.q_head[:, None], features[None, :])
@@ -193,7 +193,7 @@ def kernel(
 
     loaded = []
     for tile in tiles:
-        index, mask = rows.of_tile(tile, p.head_dim)
+        index, mask = rows.tile_index(tile, p.head_dim)
         loaded.append(plgpu.load(operands.q.at[b, *index], mask=mask, other=0))  # [block_rows, width]
     queries = products.prepare_queries(p, loaded, integers=config.integers)
 
@@ -227,7 +227,7 @@ def kernel(
 
     outs, lse = online_softmax.finish(p, state)
     for tile, out in zip(tiles, outs, strict=True):
-        index, mask = rows.of_tile(tile, p.head_dim)
+        index, mask = rows.tile_index(tile, p.head_dim)
         plgpu.store(out_ref.at[split, b, *index], out.astype(out_ref.dtype), mask=mask)
     plgpu.store(lse_ref.at[split, b, rows.query, rows.q_head], lse, mask=rows.exists)
 
