@@ -36,7 +36,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-tpu-ring-overrun",
-        f"{ATTENTION}/mosaic_tpu/dma_ring.py",
+        f"{ATTENTION}/mosaic_tpu/ring.py",
         "jax.lax.fori_loop(0, self.slots - 1, fetch, 0)",
         "jax.lax.fori_loop(0, self.slots, fetch, 0)",
         (SEMAPHORES, ATTENTION_TESTS, "-k", ORDER),

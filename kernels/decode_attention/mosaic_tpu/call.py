@@ -9,7 +9,7 @@ For every sequence b, query block i and KV block j that the queries see:
 
 Grid: (cores, which divide the KV heads or the sequences; batch blocks; query blocks). A grid step goes through the KV
 blocks that its queries see, and takes those of all its KV heads at once, with one softmax over all of them: with one
-head at a time, the chip mostly waits. KV blocks come out of a DMA ring (`dma_ring.py`) that is filled across grid
+head at a time, the chip mostly waits. KV blocks come out of a DMA ring (`ring.py`) that is filled across grid
 steps, so that transfers never pause between sequences.
 
 Resident in VMEM: q, m, l, acc and the output of (b, i); the ring, two to three KV blocks. In SMEM: lengths, page table,
@@ -36,10 +36,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
-from palladion.kernels.decode_attention.mosaic_tpu.dma_ring import CURSOR
 from palladion.kernels.decode_attention.mosaic_tpu.kernel import kernel
 from palladion.kernels.decode_attention.mosaic_tpu.products import OPERANDS, QUERY_PIECES, float_dtype, operands_for
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
+from palladion.kernels.decode_attention.mosaic_tpu.ring import CURSOR
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import (
     Tiling,
     chunk_multiple,

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from palladion.kernels.decode_attention.mosaic_tpu.dma_ring import DmaRing
 from palladion.kernels.decode_attention.mosaic_tpu.kv_block import BlockReader, CacheSource, HeadBlocks, KVBlock
 from palladion.kernels.decode_attention.mosaic_tpu.products import (
     FACTOR,
@@ -20,6 +19,7 @@ from palladion.kernels.decode_attention.mosaic_tpu.products import (
     split,
 )
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
+from palladion.kernels.decode_attention.mosaic_tpu.ring import DmaRing
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
 from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Masks, Scalar, VisibleRange
 from palladion.kernels.decode_attention.problem import Problem

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from palladion.kernels.decode_attention.mosaic_tpu.dma_ring import RingArray
 from palladion.kernels.decode_attention.mosaic_tpu.products import as_operand, from_words
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
+from palladion.kernels.decode_attention.mosaic_tpu.ring import RingArray
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
 from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Scalar, divide
 from palladion.kernels.decode_attention.problem import Problem
