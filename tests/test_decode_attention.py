@@ -1,4 +1,4 @@
-"""decode_attention: every implementation on every case, and what must hold for all of them."""
+"""decode_attention: every implementation on every case, and the properties that all of them share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from palladion.reference.compare import assert_right
 KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
-# What a kernel refuses of the test cases: a case that is missing here and refused fails.
+# The test cases that each kernel refuses; any other refusal fails.
 REFUSED = {
     "mosaic_tpu": {"gqa-float16", "odd-cache", "short-cache", "paged-narrow"},
     "triton": set(),
@@ -50,20 +50,20 @@ def compiled(backend: str, interpret: Any, **options: Any) -> Any:
 
 
 def attend(inputs: Inputs, backend: str, interpret: Any = None, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """Out and lse by one implementation, compiled once for every shape."""
+    """Returns out and lse of one implementation, which is compiled once for every shape."""
     return compiled(backend, (backend != "xla") if interpret is None else interpret, **options)(inputs)
 
 
 @functools.cache
 def expected(name: str) -> tuple[Inputs, tuple[jax.Array, jax.Array], tuple[np.ndarray, np.ndarray]]:
-    """A test case's inputs, and what the reference and the oracle make of them."""
+    """Returns a test case's inputs, and the results of the reference and of the oracle."""
     case = TESTS[name]
     inputs = cases.make_inputs(case)
     return inputs, attend(inputs, "xla", **case.options), judge(inputs, **case.options)
 
 
 def judge(inputs: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle, which knows no layers."""
+    """Returns the oracle's results; the oracle takes a single layer."""
     arrays = inputs._asdict()
     layer = arrays.pop("layer")
     if layer is not None:
@@ -596,7 +596,7 @@ def test_a_page_table_must_fit_into_scalar_memory():
     assert reason == "the page table must fit into 512 KiB, got 1024; larger pages make it smaller"
 
 
-# --- What a problem says of itself ---
+# --- Traffic, work and block sizes ---
 
 
 def test_traffic_and_work_of_a_problem():

@@ -1,4 +1,8 @@
-"""The signature and contract of decode_attention, and the table of its implementations."""
+"""The signature and contract of decode_attention, and the table of its implementations.
+
+Sources: Attention Is All You Need (arXiv 1706.03762); online softmax (arXiv 1805.02867); soft-capping as in Gemma 2
+(arXiv 2408.00118); sinks as in gpt-oss (arXiv 2508.10925).
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,27 @@ IMPLEMENTATIONS: Final = (
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns out and lse."""
+
+
+def _inputs(
+    q: jax.Array, k: Any, v: Any, lengths: Any, page_table: Any, sinks: Any, k_scale: Any, v_scale: Any, layer: Any
+) -> Inputs:
+    """Returns the arguments as arrays; raises ValueError for one that is not an array."""
+
+    def optional(name: str, x: Any, dtype: Any = None) -> jax.Array | None:
+        return None if x is None else as_array(name, x, dtype)
+
+    return Inputs(
+        q=q,
+        k=as_array("k", k),
+        v=as_array("v", v),
+        lengths=as_array("lengths", lengths),
+        page_table=optional("page_table", page_table),
+        sinks=optional("sinks", sinks),
+        k_scale=optional("k_scale", k_scale),
+        v_scale=optional("v_scale", v_scale),
+        layer=optional("layer", layer, "int32"),
+    )
 
 
 @overload
@@ -153,28 +178,12 @@ def decode_attention(
     Raises:
       ValueError: an argument is wrong; the message names it, what was given and what is accepted.
       Unsupported: the chosen backend cannot run this call.
-
-    Source: Attention Is All You Need (arXiv 1706.03762); online softmax, arXiv 1805.02867; soft-capping, Gemma 2
-    (arXiv 2408.00118); sinks as in gpt-oss (arXiv 2508.10925).
     """
     q = as_array("q", q)
     check(q.ndim in (3, 4), "q", f"shape {q.shape}", "[batch, (q_len,) q_heads, head_dim]")
     one_token = q.ndim == 3
 
-    def optional(name: str, x: Any, dtype: Any = None) -> jax.Array | None:
-        return None if x is None else as_array(name, x, dtype)
-
-    inputs = Inputs(
-        q=q[:, None] if one_token else q,
-        k=as_array("k", k),
-        v=as_array("v", v),
-        lengths=as_array("lengths", lengths),
-        page_table=optional("page_table", page_table),
-        sinks=optional("sinks", sinks),
-        k_scale=optional("k_scale", k_scale),
-        v_scale=optional("v_scale", v_scale),
-        layer=optional("layer", layer, "int32"),
-    )
+    inputs = _inputs(q[:, None] if one_token else q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer)
     problem = Problem.of(
         inputs,
         scale=scale,

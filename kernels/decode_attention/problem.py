@@ -169,7 +169,7 @@ class Problem:
 
     @property
     def has_scales(self) -> bool:
-        """Whether the cache is quantized."""
+        """True for a quantized cache, which has scales."""
         return self.kv_dtype in QUANTIZED_CACHE_DTYPES
 
     def bytes_moved(self, lengths: Any = None) -> int:

@@ -62,8 +62,7 @@ MAX_STEP_BYTES: Final = 4 * 2**20
 """Most bytes of keys and values that a device processes in a step; larger steps gain nothing."""
 
 STEPS: Final = 8
-"""Steps that the heuristic cuts all caches into, within these bounds. Nothing is computed while the first step's blocks
-arrive, and nothing arrives while the last step is computed."""
+"""Steps that the heuristic cuts all caches into, within these bounds: the first and the last overlap with nothing."""
 
 BUFFERS: Final = 3
 """Slots of the ring: one is computed on, one is arriving, and one is already requested."""
@@ -360,15 +359,12 @@ def _grid_spec(
             return core * tiling.batch_blocks + batch_block, 0, q_block, 0
         return batch_block, core, q_block, 0
 
-    def sinks_block(core: Any, *_: Any) -> tuple[Any, ...]:
-        return 0 if cores_divide_batch else core, 0, 0
-
     queries, hbm = (
         pl.BlockSpec((block_batch, head_blocks, rows, p.head_dim), query_block),
         pl.BlockSpec(memory_space=pltpu.HBM),
     )
     scales = hbm if p.has_scales else None
-    sinks = pl.BlockSpec((head_blocks, rows, 1), sinks_block) if p.has_sinks else None
+    sinks = pl.BlockSpec((head_blocks, rows, 1), lambda core, *_: (0 if cores_divide_batch else core, 0, 0))
     last_axes = (p.head_dim, visible.block_kv) if tiling.tokens_last else (visible.block_kv, p.head_dim)
     ring = pltpu.VMEM((config.buffers, block_batch, tiling.core_heads, *last_axes), operands.k.dtype)
     scale_ring = pltpu.VMEM((config.buffers, block_batch, p.kv_heads, visible.block_kv), jnp.float32)
@@ -396,7 +392,7 @@ def _grid_spec(
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,  # the tuple of scalars
         grid=(config.cores, tiling.batch_blocks, visible.q_blocks),
-        in_specs=[Operands(queries, hbm, hbm, scales, scales, sinks)],
+        in_specs=[Operands(queries, hbm, hbm, scales, scales, sinks if p.has_sinks else None)],
         out_specs=[queries, pl.BlockSpec((block_batch, head_blocks, rows, 1), query_block)],
         scratch_shapes=[scratch],
     )

@@ -113,12 +113,12 @@ class OnlineSoftmax:
 
     @property
     def _factor(self) -> float:
-        """What keys and values are multiplied by to undo the form in which the MXU is given them."""
+        """Factor that turns operands into the numbers of the cache."""
         return FACTOR.get(self.tiling.operands, 1.0)
 
     @property
     def _integers(self) -> bool:
-        """Whether the MXU multiplies integers."""
+        """True where the MXU multiplies integers."""
         return self.tiling.operands == "integers"
 
     def start(self, sinks_ref: Any) -> None:

@@ -1,4 +1,4 @@
-"""How the TPU kernel cuts its work, and how the cache it reads lies in memory."""
+"""The static layout of the TPU kernel: how its work is cut, and how the cache lies in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK_BYTES: Final = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static layout of a kernel.
+    """The static layout of a kernel, all that does not depend on lengths.
 
     Attributes:
       tokens_last: whether keys and values are `[…, head_dim, tokens]` instead of `[…, tokens, head_dim]`.

@@ -1,4 +1,4 @@
-"""Which cached tokens a block of queries sees, as scalars and as masks inside the TPU kernel."""
+"""The cached tokens that a block of queries sees, as ranges and as masks inside the TPU kernel."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def rows_of_program(problem: Problem, config: Config, length: Any, head: Any, ro
 
 @dataclasses.dataclass(frozen=True)
 class KVBlock:
-    """Where the tokens of a KV block lie in the cache.
+    """Location of the tokens of a KV block in the cache.
 
     Attributes:
       problem: the call.
