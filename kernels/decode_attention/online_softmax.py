@@ -63,7 +63,7 @@ class VisibleSpan(NamedTuple):
 def visible_span(
     problem: Problem, length: Any, first_row: Any, last_row: Any, block_kv: int, split: Any, splits: int
 ) -> VisibleSpan:
-    """Returns what rows `first_row` to `last_row` see of a sequence, and the part of it that one split has.
+    """Returns the tokens that rows `first_row` to `last_row` see, and the KV blocks of one split.
 
     Splits are equal shares, in whole KV blocks, of what these rows see: a short sequence takes a short time.
     """

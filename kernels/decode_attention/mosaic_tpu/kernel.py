@@ -37,7 +37,7 @@ def kernel(
     visible: VisibleRange,
     tiling: Tiling,
 ) -> None:
-    """Attends from one query block of each sequence of a batch block to everything that it sees."""
+    """Computes attention of one query block of each sequence of a batch block over all that it sees."""
     core, n, q_block = (pl.program_id(axis) for axis in range(3))
     first_batch_block = 0 if tiling.cores_divide_heads else core * tiling.batch_blocks
     batch_block = first_batch_block + n
@@ -70,7 +70,7 @@ def kernel(
     def step(number: Scalar, carry: int) -> int:
         ring.fetch()
         block = KVBlock.in_slot(scratch, ring.take(batch_block, q_block, number))
-        # A sequence that has no block left is at one of which it sees nothing.
+        # Past a sequence's last block the mask hides everything that the slot holds.
         starts = [(first + number) * visible.block_kv for first, _ in blocks]
         softmax.add(block, Masks(visible, queries, starts, rows_per_head, problem.group))
         return carry
@@ -122,7 +122,7 @@ class OnlineSoftmax:
         return self.tiling.operands == "integers"
 
     def start(self, sinks_ref: Any) -> None:
-        """Sets m, l and acc to those of no token; a sink is a logit without a value, so it starts the sum."""
+        """Initializes m, l and acc; a sink is a logit without a value, so it starts the sum."""
         m, head_blocks = self.scratch.m, self.tiling.head_blocks
         m[...] = jnp.full(m.shape, -jnp.inf)
         if sinks_ref is not None:

@@ -1,4 +1,4 @@
-"""KV blocks of the TPU kernel: where they lie in HBM and in the ring, and what the MXU is given of them."""
+"""KV blocks of the TPU kernel: their location in HBM and in the ring, and their form as operands of the MXU."""
 
 from __future__ import annotations
 

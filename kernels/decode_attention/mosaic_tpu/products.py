@@ -6,7 +6,7 @@ takes as long as its operand is wide. One-byte caches are therefore multiplied a
     "floats"    floats in the queries' dtype, which holds one-byte numbers exactly; any chip, any cache
     "stored"    float8 as it is stored, with bfloat16
     "rebiased"  float8_e4m3fn where the chip has only float8_e4m3b11fnuz: the same bits are 1/16 of the number there.
-                Only -0 differs, which is repaired, and NaN, which becomes a number: the scale beside it is NaN then
+                Only -0 differs, which is repaired, and NaN, which becomes a number: its scale is NaN then
     "words"     int8 as bfloat16, where the chip has no conversion: words of four are unpacked, 2**24 times too large
     "integers"  int8 as it is stored, with the other operand in fixed point: x = factor * sum_i 128^i piece_i. Its int8
                 pieces are further rows, which cost nothing while they are few; sums of products are exact in int32

@@ -203,6 +203,6 @@ class DmaRing:
             return (batch_block < self.end) & (self.steps(jnp.minimum(batch_block, self.end - 1), q_block) <= 0)
 
         start = (jnp.int32(batch_block), jnp.int32(q_block))
-        found = jax.lax.while_loop(sees_nothing, lambda at: self._after(*at), start)
-        self.cursor[0], self.cursor[1] = found
+        position = jax.lax.while_loop(sees_nothing, lambda at: self._after(*at), start)
+        self.cursor[0], self.cursor[1] = position
         self.cursor[2] = 0

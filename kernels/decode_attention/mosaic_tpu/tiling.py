@@ -68,7 +68,7 @@ def gathers_scales(problem: Problem) -> bool:
 
 
 def chunk_multiple(problem: Problem) -> int:
-    """Returns the number of tokens that a chunk must be a multiple of: those of a tile."""
+    """Returns the number of tokens in a tile, of which chunks must be multiples."""
     if tokens_last(problem) or (problem.has_scales and not gathers_scales(problem)):
         return LANES
     return SUBLANES if problem.page_size is not None else tile_rows(problem.kv_dtype)

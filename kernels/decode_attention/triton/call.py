@@ -253,7 +253,7 @@ def decode_attention(
 
 
 def _operands(problem: Problem, inputs: Inputs) -> Operands:
-    """Returns the arrays that the kernel takes: those of the cache have their layers in front."""
+    """Returns the arrays that the kernel takes; the cache and its scales have a leading `[num_layers]`."""
     cache, layer = (inputs.k, inputs.v, inputs.k_scale, inputs.v_scale), inputs.layer
     if layer is None:
         cache = jax.tree.map(lambda x: x[None], cache)

@@ -86,7 +86,7 @@ class Rows(NamedTuple):
       q_head: query head of each row, `[block_rows]`.
       exists: whether each row is one, `[block_rows]`; the others fill the block.
       position: position of each row's query in its sequence, `[block_rows]`.
-      span: what they see.
+      span: the tokens and KV blocks that they see.
     """
 
     query: jax.Array
@@ -103,7 +103,7 @@ class Rows(NamedTuple):
 
 
 def rows_of_program(problem: Problem, config: Config, length: Any, head: Any, row_block: Any, split: Any) -> Rows:
-    """Returns the rows of a block of those that share a KV head, and the split of the cache that they attend to."""
+    """Returns the query rows of a program, and the split of the cache that they attend to."""
     p, count = problem, problem.q_len * problem.group
     first_row = row_block * config.block_rows
     row = first_row + jnp.arange(config.block_rows, dtype=jnp.int32)
@@ -159,7 +159,7 @@ class KVBlock:
 def locate(
     problem: Problem, operands: Operands, b: Any, layer: Any, head: Any, first: Any, token: jax.Array
 ) -> KVBlock:
-    """Returns where tokens of a sequence lie, those of a KV block that begins at token `first`."""
+    """Returns the location of `token`, `[block_kv]`, the tokens of the KV block of sequence b that begins at `first`."""
     p, slab, within = problem, jnp.asarray(b), token
     if p.page_size is None:
         return KVBlock(p, layer, slab, head, within)
@@ -183,7 +183,7 @@ def kernel(
     config: Config,
     row_blocks: int,
 ) -> None:
-    """Attends from a block of the query rows that share a KV head of a sequence to one split of what they see."""
+    """Computes attention of a block of query rows, which share a sequence and a KV head, over one split of the cache."""
     p, tiles = problem, tiles_of(problem.head_dim)
     b, program = pl.program_id(0), pl.program_id(1)
     head_and_rows, split = div_rem(program, config.splits)
