@@ -159,7 +159,7 @@ class KVBlock:
 def locate(
     problem: Problem, operands: Operands, b: Any, layer: Any, head: Any, first: Any, token: jax.Array
 ) -> KVBlock:
-    """Returns the location of `token`, `[block_kv]`, the tokens of the KV block of sequence b that begins at `first`."""
+    """Returns the location of `token`, `[block_kv]`, the tokens of a KV block of sequence b that begins at `first`."""
     p, slab, within = problem, jnp.asarray(b), token
     if p.page_size is None:
         return KVBlock(p, layer, slab, head, within)
@@ -183,7 +183,7 @@ def kernel(
     config: Config,
     row_blocks: int,
 ) -> None:
-    """Computes attention of a block of query rows, which share a sequence and a KV head, over one split of the cache."""
+    """Computes attention of a block of query rows, which share a sequence and KV head, over a split of the cache."""
     p, tiles = problem, tiles_of(problem.head_dim)
     b, program = pl.program_id(0), pl.program_id(1)
     head_and_rows, split = div_rem(program, config.splits)
