@@ -1,4 +1,4 @@
-"""decode_attention: every implementation on every case, and what must hold for all of them."""
+"""decode_attention: every implementation on every case, and the properties that all of them share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from palladion.reference.compare import assert_right
 KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
 TESTS = {case.name: case for case in cases.TESTS}
 
-# What a kernel refuses of the test cases: a case that is missing here and refused fails.
+# The test cases that each kernel refuses; any other refusal fails.
 REFUSED = {
     "mosaic_tpu": {"gqa-float16", "odd-cache", "short-cache", "paged-narrow"},
     "triton": set(),
@@ -50,20 +50,20 @@ def compiled(backend: str, interpret: Any, **options: Any) -> Any:
 
 
 def attend(inputs: Inputs, backend: str, interpret: Any = None, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """Out and lse by one implementation, compiled once for every shape."""
+    """Returns out and lse of one implementation, which is compiled once for every shape."""
     return compiled(backend, (backend != "xla") if interpret is None else interpret, **options)(inputs)
 
 
 @functools.cache
 def expected(name: str) -> tuple[Inputs, tuple[jax.Array, jax.Array], tuple[np.ndarray, np.ndarray]]:
-    """A test case's inputs, and what the reference and the oracle make of them."""
+    """Returns a test case's inputs, and the results of the reference and of the oracle."""
     case = TESTS[name]
     inputs = cases.make_inputs(case)
     return inputs, attend(inputs, "xla", **case.options), judge(inputs, **case.options)
 
 
 def judge(inputs: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle, which knows no layers."""
+    """Returns the oracle's results; the oracle takes a single layer."""
     arrays = inputs._asdict()
     layer = arrays.pop("layer")
     if layer is not None:
@@ -124,7 +124,7 @@ def test_kernel_refuses_only_what_is_known(row: Implementation):
 
 @pytest.mark.parametrize("mode", tpu_interpreter.MODES)
 @pytest.mark.parametrize(
-    ("name", "members"),
+    ("name", "block_batch"),
     [
         ("sinks", 3),
         ("window", 1),
@@ -139,9 +139,9 @@ def test_kernel_refuses_only_what_is_known(row: Implementation):
         ("int8-window", 2),
     ],
 )
-def test_tpu_kernel_moves_its_memory_in_order(name: str, members: int, mode: str):
+def test_tpu_kernel_moves_its_memory_in_order(name: str, block_batch: int, mode: str):
     inputs, reference, exact = expected(name)
-    config = dataclasses.replace(SMALL_BLOCKS, members=members)
+    config = dataclasses.replace(SMALL_BLOCKS, block_batch=block_batch)
     if TESTS[name].page_size is not None:
         config = dataclasses.replace(config, block_kv=2 * TESTS[name].page_size)
     result = attend(inputs, "mosaic_tpu", tpu_interpreter.MODES[mode], config=config, **TESTS[name].options)
@@ -175,7 +175,7 @@ def test_races_would_be_found():
     ("backend", "config"),
     [
         ("mosaic_tpu", mosaic_tpu.Config(block_kv=128, block_q=16)),
-        ("mosaic_tpu", mosaic_tpu.Config(block_kv=256, block_q=48, buffers=4, one_by_one=True)),
+        ("mosaic_tpu", mosaic_tpu.Config(block_kv=256, block_q=48, buffers=4, loop_heads=True)),
         ("mosaic_tpu", mosaic_tpu.Config(block_kv=384, block_q=1000, cores=2)),
         ("triton", triton.Config(block_kv=16, block_rows=32, splits=1)),
         ("triton", triton.Config(block_kv=64, block_rows=16, splits=3)),
@@ -191,7 +191,7 @@ def test_explicit_blocks(backend: str, config: Any, name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "operands", "pack"),
+    ("name", "operands", "block_heads"),
     [
         ("int8-window", "integers", 1),
         ("int8-paged-layers", "integers", 2),
@@ -204,11 +204,13 @@ def test_explicit_blocks(backend: str, config: Any, name: str):
         ("float8-e5m2", "stored", 2),
     ],
 )
-def test_ways_to_multiply_a_one_byte_cache(name: str, operands: str, pack: int):
+def test_ways_to_multiply_a_one_byte_cache(name: str, operands: str, block_heads: int):
     case = dataclasses.replace(TESTS[name], dtype="bfloat16")
     inputs = cases.make_inputs(case)
     reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
-    config = mosaic_tpu.Config(block_kv=128, block_q=16, pack=pack, one_by_one=pack > 1, operands=operands)
+    config = mosaic_tpu.Config(
+        block_kv=128, block_q=16, block_heads=block_heads, loop_heads=block_heads > 1, operands=operands
+    )
     assert_all_right(attend(inputs, "mosaic_tpu", config=config, **case.options), reference, exact, name)
 
 
@@ -259,12 +261,12 @@ def test_any_lengths(row: Implementation):
     assert_all_right(attend(inputs, row.name, **case.options), reference, exact, row.name)
 
 
-@pytest.mark.parametrize(("kv_heads", "members"), [(1, 1), (1, 4), (2, 2), (2, 4)])
-def test_cores_and_teams_of_sequences(kv_heads: int, members: int):
+@pytest.mark.parametrize(("kv_heads", "block_batch"), [(1, 1), (1, 4), (2, 2), (2, 4)])
+def test_cores_and_batch_blocks(kv_heads: int, block_batch: int):
     case = small(batch=8, kv_heads=kv_heads, q_heads=6, max_len=384, lengths=(0, 131, 384, 5, 0, 0, 1, 300), sinks=True)
     inputs = cases.make_inputs(case)
     reference, exact = attend(inputs, "xla", **case.options), judge(inputs, **case.options)
-    config = mosaic_tpu.Config(block_kv=128, block_q=1, cores=2, members=members)
+    config = mosaic_tpu.Config(block_kv=128, block_q=1, cores=2, block_batch=block_batch)
     result = attend(inputs, "mosaic_tpu", pltpu.InterpretParams(), config=config, **case.options)
     assert_all_right(result, reference, exact, f"{config}")
 
@@ -556,14 +558,17 @@ def test_wrong_blocks(config: Any, changes: dict[str, int], message: str):
             "config.cores: got 4; accepted: a divisor of 2 KV heads or of 3",
         ),
         (
-            {"block_kv": 128, "block_q": 16, "members": 2},
-            "config.members: got 2; accepted: a divisor of the 3 sequences",
+            {"block_kv": 128, "block_q": 16, "block_batch": 2},
+            "config.block_batch: got 2; accepted: a divisor of the 3 sequences",
         ),
         (
-            {"block_kv": 128, "block_q": 16, "members": 3, "one_by_one": True},
-            "config.members: got 3; accepted: 1 where heads are worked on one by one",
+            {"block_kv": 128, "block_q": 16, "block_batch": 3, "loop_heads": True},
+            "config.block_batch: got 3; accepted: 1 where loop_heads is set",
         ),
-        ({"block_kv": 128, "block_q": 16, "pack": 3}, "config.pack: got 3; accepted: a divisor of the 2 KV heads of"),
+        (
+            {"block_kv": 128, "block_q": 16, "block_heads": 3},
+            "config.block_heads: got 3; accepted: a divisor of the 2 KV heads of",
+        ),
         (
             {"block_kv": 128, "block_q": 16, "operands": "integers"},
             "config.operands: got integers; accepted: 'floats', or what multiplies float32",
@@ -581,7 +586,7 @@ def test_blocks_of_the_tpu_kernel_that_do_not_go_with_the_cache(config: dict[str
         ("mosaic_tpu", small(max_len=48, page_size=16), "page_size must be a multiple of 128 .* head_dim = 16"),
         ("mosaic_tpu", small(max_len=300), "max_len must be a multiple of 128 .* head_dim = 16 in float32, got 300"),
         ("mosaic_tpu", small(max_len=20, head_dim=128), "max_len must be a multiple of 8 .* got 20"),
-        ("mosaic_tpu", small(dtype="float16"), "float16 is not for TPUs: float32 and bfloat16 are"),
+        ("mosaic_tpu", small(dtype="float16"), "float16 is not supported on TPUs, use bfloat16 or float32"),
         ("mosaic_tpu", small(head_dim=20), "head_dim must be a multiple of 8, got 20"),
         ("mosaic_tpu", small(kv_heads=99, q_heads=99, head_dim=240), "99 KV heads of 240 in float32 they take 69"),
         ("triton", small(head_dim=320), "head_dim must be at most 256, got 320"),
@@ -597,10 +602,10 @@ def test_unsupported_says_what_is_not_covered_and_what_covers_it(backend: str, c
 def test_a_page_table_must_fit_into_scalar_memory():
     problem = small(head_dim=128, max_len=2**20, page_size=8).problem()
     reason = mosaic_tpu.unsupported(problem)
-    assert reason == "a page table must fit into 512 KiB, got 1024; larger pages make it smaller"
+    assert reason == "the page table must fit into 512 KiB, got 1024; larger pages make it smaller"
 
 
-# --- What a problem says of itself ---
+# --- Traffic, work and block sizes ---
 
 
 def test_traffic_and_work_of_a_problem():

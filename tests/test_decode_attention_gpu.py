@@ -1,4 +1,4 @@
-"""What the GPU kernel of decode_attention is made of: spans, parts of heads, operands, splits, and what it refuses."""
+"""The parts of the GPU kernel of decode_attention: visible spans, tiles of heads, operands, splits, refusals."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from palladion import Unsupported, decode_attention
 from palladion.kernels.compat import offsets_wrap
 from palladion.kernels.decode_attention import Inputs, cases
 from palladion.kernels.decode_attention.cases import Case
-from palladion.kernels.decode_attention.online_softmax import divide, span_of
+from palladion.kernels.decode_attention.online_softmax import div_rem, visible_span
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.decode_attention.triton import products as gpu_products
-from palladion.kernels.decode_attention.triton.kernel import parts_of
+from palladion.kernels.decode_attention.triton.kernel import tiles_of
 from palladion.kernels.devices import gpus
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
@@ -112,7 +112,8 @@ def test_splits_read_what_is_seen_and_nothing_else(
     for first_row in range(0, rows, block_rows):
         last_row = min(first_row + block_rows, rows) - 1
         spans = [
-            span_of(problem, jnp.int32(length), first_row, last_row, block_kv, split, splits) for split in range(splits)
+            visible_span(problem, jnp.int32(length), first_row, last_row, block_kv, split, splits)
+            for split in range(splits)
         ]
         read = [block for span in spans for block in range(int(span.begin), int(span.end))]
         seen = set()
@@ -128,12 +129,12 @@ def test_splits_read_what_is_seen_and_nothing_else(
 
 
 @pytest.mark.parametrize("head_dim", range(1, triton.MAX_HEAD_DIM + 1))
-def test_parts_of_a_head(head_dim: int):
-    parts = parts_of(head_dim)
-    assert [part.first for part in parts] == [sum(part.width for part in parts[:n]) for n in range(len(parts))]
-    width = sum(part.width for part in parts)
+def test_tiles_of_a_head(head_dim: int):
+    tiles = tiles_of(head_dim)
+    assert [tile.first for tile in tiles] == [sum(tile.width for tile in tiles[:n]) for n in range(len(tiles))]
+    width = sum(tile.width for tile in tiles)
     assert head_dim <= width < max(head_dim * 4 / 3, head_dim + 32)
-    assert all(part.width & (part.width - 1) == 0 for part in parts)
+    assert all(tile.width & (tile.width - 1) == 0 for tile in tiles)
 
 
 @quickly
@@ -145,7 +146,7 @@ def test_queries_as_operands(kv_dtype: str, q_dtype: str, seed: int, size: float
     rng = np.random.default_rng(seed)
     parts = [jnp.asarray(rng.standard_normal((16, width)) * size, q_dtype) for width in (64, 32)]
     problem = dataclasses.replace(small().problem(), kv_dtype=kv_dtype, q_dtype=q_dtype)
-    queries = gpu_products.queries_of(problem, parts, integers=True)
+    queries = gpu_products.prepare_queries(problem, parts, integers=True)
     assert queries.unit is not None
     largest = np.max([np.abs(np.asarray(part, np.float64)).max(axis=1) for part in parts], axis=0)[:, None]
     for part, pieces in zip(parts, queries.operands, strict=True):
@@ -161,7 +162,7 @@ def test_queries_as_operands(kv_dtype: str, q_dtype: str, seed: int, size: float
 def test_queries_keep_bad_numbers(kv_dtype: str, bad: float):
     problem = dataclasses.replace(small().problem(), kv_dtype=kv_dtype)
     part = jnp.ones((16, 32), jnp.bfloat16).at[3, 7].set(bad)
-    prepare = functools.partial(gpu_products.queries_of, problem, integers=True)
+    prepare = functools.partial(gpu_products.prepare_queries, problem, integers=True)
     unit = prepare([part]).unit
     assert unit is not None
     np.testing.assert_array_equal(np.isfinite(unit), np.arange(16) != 3)
@@ -176,7 +177,7 @@ def test_codes_are_operands_exactly():
     for dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
         stored = jnp.asarray(codes.view(jnp.dtype(dtype)))
         for operand in (jnp.bfloat16, jnp.float16, jnp.float32):
-            became = np.asarray(gpu_products.operand(stored, operand), np.float64)
+            became = np.asarray(gpu_products.to_operand(stored, operand), np.float64)
             np.testing.assert_array_equal(became, np.asarray(stored, np.float64))
 
 
@@ -190,7 +191,7 @@ def test_heuristics_fit_every_gpu(name: str, gpu: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(triton, "gpu_to_plan_for", lambda: chip)
     problem = MODELS[name].problem()
     config = triton.heuristic(problem)
-    width = sum(part.width for part in parts_of(problem.head_dim))
+    width = sum(tile.width for tile in tiles_of(problem.head_dim))
     item = jnp.dtype(problem.kv_dtype).itemsize
     stages = (config.num_stages - 1) * 2 * config.block_kv * width * item
     assert (
@@ -252,13 +253,13 @@ def test_one_byte_caches_that_pallas_miscounts():
     # Of a stack that is too large in all, the layer is taken out before.
     stacked = dataclasses.replace(wrong, batch=1, num_layers=3)
     operands = jax.eval_shape(lambda inputs: triton._operands(stacked.problem(), inputs), stacked.shapes())
-    assert operands["k"].shape == (1, 1, 8, 2**20, 128)
-    assert operands["k_scale"].shape == (1, 1, 8, 2**20)
+    assert operands.k.shape == (1, 1, 8, 2**20, 128)
+    assert operands.k_scale.shape == (1, 1, 8, 2**20)
 
 
 def test_division_of_what_is_not_negative():
     numbers = jnp.arange(200, dtype=jnp.int32)
     for divisor in (1, 3, 16, 40):
-        quotient, remainder = divide(numbers, divisor)
+        quotient, remainder = div_rem(numbers, divisor)
         np.testing.assert_array_equal(quotient, np.arange(200) // divisor)
         np.testing.assert_array_equal(remainder, np.arange(200) % divisor)

@@ -1,4 +1,8 @@
-"""decode_attention: its signature and contract, and the table of what can run it."""
+"""The signature and contract of decode_attention, and the table of its implementations.
+
+Sources: Attention Is All You Need (arXiv 1706.03762); online softmax (arXiv 1805.02867); soft-capping as in Gemma 2
+(arXiv 2408.00118); sinks as in gpt-oss (arXiv 2508.10925).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from palladion.reference import decode_attention as reference
 
 
 def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs the reference as an implementation, which has no block sizes and is never interpreted."""
     del config, interpret
     return reference(
         **inputs._asdict(),
@@ -47,6 +52,27 @@ IMPLEMENTATIONS: Final = (
     Implementation("xla", None, lambda _: None, _reference),
 )
 """Every implementation takes a `Problem` and its `Inputs`, and returns out and lse."""
+
+
+def _inputs(
+    q: jax.Array, k: Any, v: Any, lengths: Any, page_table: Any, sinks: Any, k_scale: Any, v_scale: Any, layer: Any
+) -> Inputs:
+    """Returns the arguments as arrays; raises ValueError for one that is not an array."""
+
+    def optional(name: str, x: Any, dtype: Any = None) -> jax.Array | None:
+        return None if x is None else as_array(name, x, dtype)
+
+    return Inputs(
+        q=q,
+        k=as_array("k", k),
+        v=as_array("v", v),
+        lengths=as_array("lengths", lengths),
+        page_table=optional("page_table", page_table),
+        sinks=optional("sinks", sinks),
+        k_scale=optional("k_scale", k_scale),
+        v_scale=optional("v_scale", v_scale),
+        layer=optional("layer", layer, "int32"),
+    )
 
 
 @overload
@@ -111,12 +137,12 @@ def decode_attention(
     config: Any = None,
     interpret: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of the newest tokens of each sequence over its KV cache, causal among the new ones.
+    """Computes attention of the newest tokens of each sequence over its KV cache, causal among the new ones.
 
-    The cache already holds the new tokens (`append_kv` first). Query i of q_len stands at position
-    lengths - q_len + i and sees what is there and before; a query whose position is negative is padding.
-    Accumulation and softmax are float32. Nothing at or past `lengths` reaches the result, NaN included. Lengths outside
-    of 0 to max_len are an error where their values are known; under jit they count as 0 or max_len.
+    The cache already holds the new tokens: call `append_kv` first. Query i of q_len has position lengths - q_len + i
+    and sees the tokens up to its own; a query with a negative position is padding. Accumulation and softmax are
+    float32. Nothing at or past `lengths` reaches the result, NaN included. Lengths outside of 0 to max_len are an error
+    where their values are known; under jit they are clamped.
 
     Args:
       q: queries `[batch, q_heads, head_dim]` or `[batch, q_len, q_heads, head_dim]`; float32, bfloat16 or float16.
@@ -125,54 +151,39 @@ def decode_attention(
         q_heads is a multiple of kv_heads; query heads h * group to (h + 1) * group - 1 read KV head h.
       v: cached values, in shape and dtype like k.
       lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included; 0 is allowed.
-      page_table: int32 `[batch, pages_per_seq]`, which page holds a sequence's tokens i * page_size and on. Entries
-        past the last filled page may be anything; a page that does not exist is read as the nearest that does.
+      page_table: int32 `[batch, pages_per_seq]`; entry i is the page of a sequence's tokens i * page_size to
+        (i + 1) * page_size - 1. Entries past the last filled page may have any value; a page that does not exist is
+        read as the nearest that does.
       scale: factor of the logits, a number known while tracing; None means 1 / sqrt(head_dim).
-      sliding_window: a query sees only this many tokens, itself included; None means all.
-      logits_soft_cap: bounds the logits to ±c by c * tanh(logits / c); None means no bound.
-      sinks: float `[q_heads]`, a logit for each head that takes part in the softmax and carries no value.
-      k_scale: float32, the shape of k without head_dim: what the codes of a key are multiplied by.
-      v_scale: the same for values.
-      layer: where k, v and the scales have a leading `[num_layers]`, which of them to read, an int32 scalar from 0 to
-        num_layers - 1; what other values read is not defined under jit.
-      batch_invariant: gives a sequence the same bits whatever else is in the batch, however large that is, and wherever
-        the sequence stands: block sizes, splits and their order are those for a batch of one. It costs what they fall
-        short of those for this batch; the reference goes through it one by one. A `config` must not follow the batch.
-      return_lse: also returns the logarithm of each softmax's denominator, with which partial results over parts of a
-        cache are merged exactly (`merge_partials`).
-      backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
-      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
-      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+      sliding_window: number of tokens that a query sees, its own included; None means all.
+      logits_soft_cap: bound c of the logits, which become c * tanh(logits / c); None means no bound.
+      sinks: float `[q_heads]`, for each head a logit that takes part in the softmax and has no value.
+      k_scale: float32, the shape of k without head_dim: factors of the codes of keys.
+      v_scale: float32, the same for values.
+      layer: int32 scalar from 0 to num_layers - 1, the layer to read where k, v and the scales have a leading
+        `[num_layers]`; under jit, the result of other values is undefined.
+      batch_invariant: whether a sequence's result has the same bits in every batch, whatever the other sequences are.
+        Block sizes, splits and their order are then those of a batch of one, which may be slower; the reference
+        computes one sequence at a time. A `config` must not depend on the batch.
+      return_lse: whether to return the log-sum-exp of each softmax too, with which partial results over parts of a
+        cache merge exactly (`merge_partials`).
+      backend: one of `palladion.BACKENDS`; None means the default that `using_backend` sets, or "auto".
+      config: block sizes, the `Config` of the kernel that `backend` names; None chooses them.
+      interpret: whether the kernel is interpreted; None interprets it where backend="pallas" runs on a CPU.
 
     Returns:
-      The shape and dtype of q; zeros for a query that sees nothing. With `return_lse` also float32
-      `[batch, (q_len,) q_heads]`: for a query that sees nothing -inf, or its head's sink where there are sinks.
+      The output in the shape and dtype of q; zeros for a query that sees nothing. With `return_lse` also the
+      log-sum-exp, float32 `[batch, (q_len,) q_heads]`; for a query that sees nothing it is -inf, or its head's sink.
 
     Raises:
-      ValueError: shapes, dtypes or values do not go together; the message says which.
-      Unsupported: the chosen backend does not cover this call.
-
-    Source: Attention Is All You Need (arXiv 1706.03762); online softmax, arXiv 1805.02867; soft-capping, Gemma 2
-    (arXiv 2408.00118); sinks as in gpt-oss (arXiv 2508.10925).
+      ValueError: an argument is wrong; the message names it, what was given and what is accepted.
+      Unsupported: the chosen backend cannot run this call.
     """
     q = as_array("q", q)
     check(q.ndim in (3, 4), "q", f"shape {q.shape}", "[batch, (q_len,) q_heads, head_dim]")
     one_token = q.ndim == 3
 
-    def optional(name: str, x: Any, dtype: Any = None) -> jax.Array | None:
-        return None if x is None else as_array(name, x, dtype)
-
-    inputs = Inputs(
-        q=q[:, None] if one_token else q,
-        k=as_array("k", k),
-        v=as_array("v", v),
-        lengths=as_array("lengths", lengths),
-        page_table=optional("page_table", page_table),
-        sinks=optional("sinks", sinks),
-        k_scale=optional("k_scale", k_scale),
-        v_scale=optional("v_scale", v_scale),
-        layer=optional("layer", layer, "int32"),
-    )
+    inputs = _inputs(q[:, None] if one_token else q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer)
     problem = Problem.of(
         inputs,
         scale=scale,

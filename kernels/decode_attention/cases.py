@@ -16,15 +16,15 @@ from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.reference.caches import QUANTIZED_CACHE_DTYPES
 
 DEAD_PAGE: Final = 2_147_480_000
-"""What stands in page-table entries past a sequence's last filled page."""
+"""Value of page-table entries past a sequence's last filled page."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A workload: sizes, dtypes, options and how full the caches are.
+    """A decode_attention workload: sizes, dtypes, options and lengths.
 
     Attributes:
-      name: letters, digits, dashes.
+      name: the case's name, of letters, digits and dashes.
       batch: sequences.
       q_heads: query heads.
       kv_heads: key/value heads.
@@ -33,10 +33,10 @@ class Case:
       q_len: new tokens of each sequence.
       lengths: tokens of each sequence, new ones included; None means full caches.
       page_size: tokens in a page; None for a dense cache.
-      num_layers: layers stacked in the cache, of which the last is read; None for a cache of one.
-      dtype: of the queries.
-      kv_dtype: of the cache; None means that of the queries.
-      scale: factor of the logits; None means the default.
+      num_layers: layers stacked in the cache, the last of which is read; None for the cache of one layer.
+      dtype: dtype of the queries.
+      kv_dtype: dtype of the cache; None means that of the queries.
+      scale: factor of the logits; None means 1 / sqrt(head_dim).
       sliding_window: tokens that a query sees, or None.
       logits_soft_cap: bound of the logits, or None.
       sinks: whether heads have attention sinks.
@@ -61,22 +61,22 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `decode_attention` that are no arrays."""
+        """Keyword arguments of `decode_attention` that are not arrays."""
         names = ("scale", "sliding_window", "logits_soft_cap")
         return {name: getattr(self, name) for name in names}
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
+        """Length of each sequence."""
         return (self.max_len,) * self.batch if self.lengths is None else self.lengths
 
     def shapes(self) -> Inputs:
-        """The arrays that `decode_attention` takes, without their values: enough to compile."""
+        """Returns the shapes and dtypes of the inputs, which are enough to compile a call."""
         kv_dtype = self.kv_dtype or self.dtype
         pages = None if self.page_size is None else self.max_len // self.page_size
-        # A paged cache has pages to spare.
-        slabs, rows = (self.batch, self.max_len) if pages is None else (self.batch * pages + 3, self.page_size)
-        cache: tuple[Any, ...] = (slabs, self.kv_heads, rows, self.head_dim)
+        # A paged cache has a few spare pages.
+        slabs, tokens = (self.batch, self.max_len) if pages is None else (self.batch * pages + 3, self.page_size)
+        cache: tuple[Any, ...] = (slabs, self.kv_heads, tokens, self.head_dim)
         if self.num_layers is not None:
             cache = (self.num_layers, *cache)
         scaled = kv_dtype in QUANTIZED_CACHE_DTYPES
@@ -97,24 +97,24 @@ class Case:
         )
 
     def problem(self) -> Problem:
-        """The `Problem` of a call with this case's inputs and options."""
-        found: list[Problem] = []
-        jax.eval_shape(lambda inputs: found.append(Problem.of(inputs, **self.options)), self.shapes())
-        return found[0]
+        """Returns the problem of a call with this case's inputs and options."""
+        problems: list[Problem] = []
+        jax.eval_shape(lambda inputs: problems.append(Problem.of(inputs, **self.options)), self.shapes())
+        return problems[0]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Normal-distributed inputs in which everything that no query sees is poison.
+    """Returns normal-distributed inputs in which everything that no query sees is poisoned.
 
-    Dead tokens are NaN (the highest code in an int8 cache, whose scales are NaN), so are other layers and spare pages;
-    pages are permuted, and dead entries of the page table point far outside the cache.
+    Dead tokens, other layers and spare pages are NaN (in an int8 cache the highest code, with NaN scales); pages are
+    permuted, and dead entries of the page table point far outside the cache.
     """
     rng = np.random.default_rng(seed)
     shapes = case.shapes()
     slabs, kv_heads, _, head_dim = shapes.k.shape[-4:]
     lengths = np.asarray(case.filled, np.int32)
 
-    # The place of every token that is seen: which sequence, and which token of it.
+    # Where each visible token lies: a sequence or page (slab), and a token within it (row).
     token = np.arange(case.max_len)
     alive = token < lengths[:, None]  # [batch, max_len]
     if case.sliding_window is not None:
@@ -133,8 +133,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         values = rng.standard_normal((slab.size, kv_heads, head_dim), np.float32)
         dtype, scales = np.dtype(shapes.k.dtype), None
         if shapes.k_scale is not None:
-            most = 127.0 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)
-            scale = np.abs(values).max(axis=-1) / most  # [tokens, kv_heads]
+            largest = 127.0 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)
+            scale = np.abs(values).max(axis=-1) / largest  # [tokens, kv_heads]
             values = values / scale[..., None]
             values = np.round(values) if dtype == np.int8 else values
             scales = _poisoned(shapes.k_scale, slab, row, scale)
@@ -156,7 +156,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def _poisoned(shape: Any, slab: np.ndarray, row: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A cache, or its scales, that is poison but for the values of these tokens in its last layer."""
+    """Returns a cache, or its scales, that is poisoned except for the given tokens of its last layer."""
     dtype = np.dtype(shape.dtype)
     cache = np.full(shape.shape, 127 if dtype == np.int8 else np.nan, dtype)
     last = cache if len(shape.shape) == values.ndim + 1 else cache[-1]
@@ -218,7 +218,7 @@ TESTS: Final = (
     _small("float8-e4m3fn", kv_dtype="float8_e4m3fn", dtype="bfloat16", lengths=(257, 2)),
     _small("float8-e5m2", kv_dtype="float8_e5m2", lengths=(257, 2), logits_soft_cap=9.0),
 )
-"""Small, and each with something that goes wrong easily."""
+"""Small cases for tests, each with something that goes wrong easily."""
 
 MODELS: Final = (
     Case(name="llama-3-8b", batch=8, q_heads=32, kv_heads=8, head_dim=128, max_len=4096),
@@ -270,11 +270,11 @@ MODELS: Final = (
         sinks=True,
     ),
 )
-"""What real models ask for."""
+"""Cases of real models."""
 
 
 def _shapes() -> Iterator[Case]:
-    """Batches and lengths from latency to capacity, the ways to share KV heads, and what a cache may be made of."""
+    """Yields a grid of batches, lengths, head counts and cache dtypes."""
     heads = ((32, 8, 128), (64, 8, 128), (16, 16, 128), (8, 1, 128), (32, 8, 64), (32, 8, 256))
     sizes = itertools.product(heads, ("bfloat16", "int8", "float8_e4m3fn"), (1, 8, 64), (1024, 4096, 32768))
     for (q_heads, kv_heads, head_dim), kv_dtype, batch, max_len in sizes:
@@ -290,4 +290,4 @@ def _shapes() -> Iterator[Case]:
 
 
 SHAPES: Final = tuple(_shapes())
-"""A grid of shapes, to see where a kernel is near the bandwidth and where it is not."""
+"""A grid of shapes that shows where a kernel is near the memory bandwidth."""

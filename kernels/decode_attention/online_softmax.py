@@ -1,14 +1,15 @@
-"""Attention over a cache, block by block: what every kernel for GPUs computes, whatever moves its memory.
+"""Attention over a cache, KV block by KV block: what GPU kernels compute, however they move memory.
 
-A program has query rows (row r is query r // group, of query head r % group of its KV head) and goes through a part of
-what they see in blocks of tokens. Its state is what it has seen so far of the softmax:
+A program has query rows (row r is query r // group, of query head r % group of its KV head) and goes through some of
+the KV blocks that they see. Its state is the online softmax so far:
 
-    s = softcap(scale * q k^T) / ln b       [rows, tokens]
-    m' = max(m, max s)                      l' = l b^(m - m') + sum b^(s - m')
-    acc' = acc b^(m - m') + b^(s - m') v    at the end: out = acc / l, lse = m ln b + log l
+    s = softcap(scale * q k^T) / ln b           [rows, tokens]
+    m_next = max(m_prev, max s)                 alpha = b^(m_prev - m_next)
+    p = b^(s - m_next)                          l = alpha l + sum p
+    acc = alpha acc + p v                       at the end: out = acc / l, lse = m ln b + log l
 
-All of it in float32, and in `jax.numpy`: nothing here knows of a backend. b is 2, which is what hardware raises to a
-power; where results are float32 it is e, because the rounding of s / ln 2 would show in them.
+Everything is float32 and plain `jax.numpy`, so that GPU backends can share it. The base b is 2, whose powers the
+hardware computes; where results are float32 it is e, because the rounding of s / ln 2 would show in them.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from palladion.kernels.decode_attention.problem import Problem
 LOG2_E: Final = math.log2(math.e)
 
 
-def _per_unit(problem: Problem) -> float:
-    """1 / ln b."""
+def _inverse_ln_base(problem: Problem) -> float:
+    """Returns 1 / ln b."""
     return 1.0 if problem.q_dtype == "float32" else LOG2_E
 
 
 def _power(problem: Problem, x: jax.Array) -> jax.Array:
+    """Returns b^x."""
     return jnp.exp(x) if problem.q_dtype == "float32" else jnp.exp2(x)
 
 
-def divide(a: Any, b: int) -> tuple[Any, Any]:
-    """Quotient and remainder of numbers that are not negative; a power of two takes a shift and a mask."""
+def div_rem(a: Any, b: int) -> tuple[Any, Any]:
+    """Returns quotient and remainder of non-negative numbers, by shift and mask where b is a power of two."""
     if isinstance(a, int):
         return divmod(a, b)
     if b & (b - 1) == 0:
@@ -42,104 +44,111 @@ def divide(a: Any, b: int) -> tuple[Any, Any]:
     return jax.lax.div(a, jnp.full_like(a, b)), jax.lax.rem(a, jnp.full_like(a, b))
 
 
-class Span(NamedTuple):
-    """Tokens of a sequence that some rows see, and the blocks that hold them.
+class VisibleSpan(NamedTuple):
+    """The tokens that some rows see, and one split of the KV blocks that hold them.
 
     Attributes:
-      oldest: the first token that any of the rows sees.
-      newest: the last one; -1 where they see none.
-      begin: the first block of a program's share.
-      end: the block after its last.
+      first_token: the first token that any of the rows sees.
+      last_token: the last token that any of the rows sees; -1 where they see none.
+      begin: the first KV block of the split.
+      end: the KV block after its last.
     """
 
-    oldest: Any
-    newest: Any
+    first_token: Any
+    last_token: Any
     begin: Any
     end: Any
 
 
-def span_of(
+def visible_span(
     problem: Problem, length: Any, first_row: Any, last_row: Any, block_kv: int, split: Any, splits: int
-) -> Span:
-    """What rows `first_row` to `last_row` see of a sequence, and the share of it that falls to one of the splits.
+) -> VisibleSpan:
+    """Returns the tokens that rows `first_row` to `last_row` see, and the KV blocks of one split.
 
-    Every sequence cuts what its own rows see, in equal shares of whole blocks: a short one takes a short time.
+    Splits are equal shares, in whole KV blocks, of what these rows see: a short sequence takes a short time.
     """
     p = problem
-    first_query = length - p.q_len + divide(first_row, p.group)[0]
-    last_query = length - p.q_len + divide(last_row, p.group)[0]
-    newest = jnp.minimum(last_query, p.max_len - 1)
-    oldest = jnp.int32(0)
+    first_query = length - p.q_len + div_rem(first_row, p.group)[0]
+    last_query = length - p.q_len + div_rem(last_row, p.group)[0]
+    last_token = jnp.minimum(last_query, p.max_len - 1)
+    first_token = jnp.int32(0)
     if p.sliding_window is not None:
-        oldest = jnp.maximum(first_query - p.sliding_window + 1, 0)
-    first_block = divide(oldest, block_kv)[0]
-    blocks = divide(jnp.maximum(newest + block_kv, 0), block_kv)[0] - first_block
-    share = divide(jnp.maximum(blocks, 0) + (splits - 1), splits)[0]
+        first_token = jnp.maximum(first_query - p.sliding_window + 1, 0)
+    first_block = div_rem(first_token, block_kv)[0]
+    blocks = div_rem(jnp.maximum(last_token + block_kv, 0), block_kv)[0] - first_block
+    share = div_rem(jnp.maximum(blocks, 0) + (splits - 1), splits)[0]
     begin = first_block + split * share
-    return Span(oldest, newest, begin, jnp.minimum(begin + share, first_block + blocks))
+    return VisibleSpan(first_token, last_token, begin, jnp.minimum(begin + share, first_block + blocks))
 
 
-def visible(problem: Problem, token: jax.Array, position: jax.Array) -> jax.Array:
-    """Which tokens the queries at some positions see: `[rows, tokens]`."""
+def visible_mask(problem: Problem, token: jax.Array, position: jax.Array) -> jax.Array:
+    """Returns which tokens the queries at `position` see, `[rows, tokens]`."""
     token, position = token[None, :], position[:, None]
-    seen = token <= jnp.minimum(position, problem.max_len - 1)
+    visible = token <= jnp.minimum(position, problem.max_len - 1)
     if problem.sliding_window is not None:
-        seen &= token > position - problem.sliding_window
-    return seen
+        visible &= token > position - problem.sliding_window
+    return visible
 
 
 class State(NamedTuple):
-    """The softmax of what was seen so far.
+    """The online softmax of the tokens so far.
 
     Attributes:
-      maximum: of the logits, `[rows]`; -inf where nothing was seen.
-      total: sums of the weights, `[rows]`.
-      values: sums of the weighted values, `[rows, width]` for each part of head_dim.
+      m: maxima of the logits, `[rows]`; -inf where nothing was visible.
+      l: sums of the weights, `[rows]`.
+      acc: sums of the weighted values, `[rows, width]` for each tile of head_dim.
     """
 
-    maximum: jax.Array
-    total: jax.Array
-    values: tuple[jax.Array, ...]
+    m: jax.Array
+    l: jax.Array  # noqa: E741, the usual name
+    acc: tuple[jax.Array, ...]
 
 
-def start(problem: Problem, rows: int, widths: tuple[int, ...], sinks: jax.Array | None) -> State:
-    """The state before the first block. A sink, `[rows]`, is a logit without a value; -inf is none."""
-    values = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
+def initial_state(problem: Problem, rows: int, widths: tuple[int, ...], sinks: jax.Array | None) -> State:
+    """Returns the state before the first KV block.
+
+    Args:
+      problem: the call.
+      rows: query rows.
+      widths: widths of the tiles of head_dim.
+      sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
+    """
+    acc = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
     if sinks is None:
-        return State(jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), values)
-    return State(sinks * _per_unit(problem), jnp.where(sinks == -jnp.inf, 0.0, 1.0), values)
+        return State(jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), acc)
+    return State(sinks * _inverse_ln_base(problem), jnp.where(sinks == -jnp.inf, 0.0, 1.0), acc)
 
 
-def logits_of(problem: Problem, products: jax.Array, k_scale: jax.Array | None, seen: jax.Array) -> jax.Array:
-    """Logits over ln b from the products of queries and codes, `[rows, tokens]`; -inf where nothing is seen.
+def masked_logits(problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array) -> jax.Array:
+    """Returns logits divided by ln b, `[rows, tokens]`, from products of queries and keys; -inf where not visible.
 
-    The scales of keys, `[tokens]`, take the place of the softmax scale: a quantized cache costs no multiplication.
+    The scales of keys, `[tokens]`, are folded into the softmax scale: a quantized cache costs no multiplication.
     """
     cap = problem.logits_soft_cap
-    factor = problem.scale * (_per_unit(problem) if cap is None else 1 / cap)
+    factor = problem.scale * (_inverse_ln_base(problem) if cap is None else 1 / cap)
     s = products * (factor if k_scale is None else (k_scale * factor)[None, :])
     if cap is not None:
-        s = jnp.tanh(s) * (cap * _per_unit(problem))
-    return jnp.where(seen, s, -jnp.inf)
+        s = jnp.tanh(s) * (cap * _inverse_ln_base(problem))
+    return jnp.where(visible, s, -jnp.inf)
 
 
-def weigh(problem: Problem, state: State, logits: jax.Array) -> tuple[jax.Array, jax.Array, State]:
-    """Takes the logits of a block into the state, but for its values.
+def update(problem: Problem, state: State, s: jax.Array) -> tuple[jax.Array, jax.Array, State]:
+    """Adds the logits s of a KV block to m and l.
 
     Returns:
-      The weights of the block's tokens, `[rows, tokens]`; what the values so far are to be multiplied by, `[rows]`; and
-      the new state, whose values are still the old ones.
+      The weights p of the block's tokens, `[rows, tokens]`; alpha, `[rows]`, by which acc must be multiplied; and the
+      new state, whose acc is still the old one.
     """
-    maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
-    # Of a row that has seen nothing yet: -inf - -inf is NaN.
-    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-    weights = _power(problem, logits - shift[:, None])
-    decay = _power(problem, state.maximum - shift)
-    return weights, decay, State(maximum, state.total * decay + jnp.sum(weights, axis=1), state.values)
+    m_next = jnp.maximum(state.m, jnp.max(s, axis=1))
+    # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
+    shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
+    p = _power(problem, s - shift[:, None])
+    alpha = _power(problem, state.m - shift)
+    return p, alpha, State(m_next, state.l * alpha + jnp.sum(p, axis=1), state.acc)
 
 
 def finish(problem: Problem, state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Outputs, `[rows, width]` for each part of head_dim, and the natural logarithm of the sums, `[rows]`."""
-    total = jnp.where(state.total == 0.0, 1.0, state.total)[:, None]
-    outs = tuple(values / total for values in state.values)
-    return outs, state.maximum * (1 / _per_unit(problem)) + jnp.log(state.total)
+    """Returns the outputs, `[rows, width]` for each tile of head_dim, and the log-sum-exp in base e, `[rows]`."""
+    total = jnp.where(state.l == 0.0, 1.0, state.l)[:, None]
+    outs = tuple(acc / total for acc in state.acc)
+    return outs, state.m * (1 / _inverse_ln_base(problem)) + jnp.log(state.l)

@@ -1,4 +1,4 @@
-"""What a decode_attention call asks for: shapes, dtypes and options, validated before anything is computed."""
+"""A decode_attention call as data: its arrays, and its shapes, dtypes and options, validated before any computation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A decode_attention call without its arrays.
+    """The shapes, dtypes and options of a decode_attention call.
 
     Attributes:
       batch: sequences.
@@ -62,14 +62,14 @@ class Problem:
       max_len: tokens that a sequence has room for.
       page_size: tokens in a page of a paged cache; None for a dense cache.
       num_pages: pages of a paged cache; None for a dense cache.
-      num_layers: layers stacked in the cache; None where it is one layer's.
+      num_layers: layers stacked in the cache; None for the cache of one layer.
       q_dtype: dtype of queries and output.
       kv_dtype: dtype of the cache.
       scale: factor of the logits.
       sliding_window: tokens that a query sees, or None.
       logits_soft_cap: bound of the logits, or None.
       has_sinks: whether each head has an attention sink.
-      batch_invariant: whether a sequence's result must not depend on the batch that it is in.
+      batch_invariant: whether a sequence's result must be the same in every batch.
     """
 
     batch: int
@@ -99,7 +99,7 @@ class Problem:
         logits_soft_cap: float | None,
         batch_invariant: bool = False,
     ) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        """Returns the problem of a call; raises ValueError, naming the argument, where an argument is wrong."""
         q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer = inputs
         check(q.ndim == 4 and min(q.shape) >= 1, "q", q.shape, "[batch, (q_len,) q_heads, head_dim], each at least 1")
         batch, q_len, q_heads, head_dim = q.shape
@@ -128,27 +128,14 @@ class Problem:
         kv_dtype = dtype_name(k)
         accepted = ", ".join(FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES)
         check(kv_dtype in FLOAT_CACHE_DTYPES + QUANTIZED_CACHE_DTYPES, "k", k.dtype, accepted)
-        for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if kv_dtype in QUANTIZED_CACHE_DTYPES:
-                check(scales is not None, name, "None", f"float32 {k.shape[:-1]}: a {kv_dtype} cache has scales")
-            else:
-                check(scales is None, name, "an array", f"None: a {kv_dtype} cache has no scales")
-            if scales is not None:
-                check_shape(name, scales, k.shape[:-1], "the shape of k without head_dim")
-                check(scales.dtype == jnp.float32, name, scales.dtype, "float32")
+        _check_scales(k, k_scale, v_scale)
         check_lengths(lengths, batch, max_len)
         if sinks is not None:
             check_shape("sinks", sinks, (q_heads,), "[q_heads]")
             check(jnp.issubdtype(sinks.dtype, jnp.floating), "sinks", sinks.dtype, "a float dtype")
         if layer is not None:
             check_layer(layer, k.shape[0])
-        check_number("scale", scale, np.isfinite, "None or a finite number")
-        check_number(
-            "sliding_window", sliding_window, lambda n: is_integer(n) and n >= 1, "None or an integer of at least 1"
-        )
-        check_number(
-            "logits_soft_cap", logits_soft_cap, lambda cap: 0 < cap < np.inf, "None or a finite number above 0"
-        )
+        _check_options(scale, sliding_window, logits_soft_cap)
         return cls(
             batch=batch,
             q_len=q_len,
@@ -171,22 +158,22 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """Query heads that share a KV head."""
+        """Number of query heads that share a KV head."""
         return self.q_heads // self.kv_heads
 
     @property
     def layer_size(self) -> int:
-        """Numbers in the keys of one layer."""
+        """Number of elements in the keys of one layer."""
         slabs = self.batch * self.max_len if self.num_pages is None else self.num_pages * (self.page_size or 1)
         return slabs * self.kv_heads * self.head_dim
 
     @property
     def has_scales(self) -> bool:
-        """Whether the cache is quantized."""
+        """True for a quantized cache, which has scales."""
         return self.kv_dtype in QUANTIZED_CACHE_DTYPES
 
     def bytes_moved(self, lengths: Any = None) -> int:
-        """Bytes that must move between memory and chip: queries and outputs once, each visible key and value once.
+        """Returns the bytes that must move to and from memory: queries, outputs, visible keys and values, once each.
 
         Args:
           lengths: tokens of each sequence, `[batch]`; None means full caches.
@@ -198,7 +185,7 @@ class Problem:
         return cached + 2 * queries
 
     def flops(self, lengths: Any = None) -> int:
-        """Floating-point operations of the two products, 2 for each multiply-add."""
+        """Returns the floating-point operations of the two products, 2 for each multiply-add."""
         filled = np.full(self.batch, self.max_len) if lengths is None else np.asarray(lengths, np.int64)
         position = filled[:, None] - self.q_len + np.arange(self.q_len)
         seen = np.maximum(position + 1, 0)
@@ -207,11 +194,11 @@ class Problem:
         return int(seen.sum()) * self.q_heads * self.head_dim * 4
 
     def planned(self) -> Problem:
-        """The problem by which block sizes are chosen: where the batch must not matter, that of one sequence."""
+        """Returns the problem that block sizes are chosen for; a batch-invariant one is planned for one sequence."""
         return dataclasses.replace(self, batch=1, batch_invariant=False) if self.batch_invariant else self
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns the key under which tuned block sizes are stored."""
         seen = self.max_len
         if self.sliding_window is not None:
             seen = min(seen, self.sliding_window + self.q_len - 1)
@@ -243,3 +230,25 @@ class Problem:
             )
             if part
         )
+
+
+def _check_scales(k: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """Raises ValueError unless the scales go with the cache."""
+    kv_dtype = dtype_name(k)
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if kv_dtype in QUANTIZED_CACHE_DTYPES:
+            check(scales is not None, name, "None", f"float32 {k.shape[:-1]}: a {kv_dtype} cache has scales")
+        else:
+            check(scales is None, name, "an array", f"None: a {kv_dtype} cache has no scales")
+        if scales is not None:
+            check_shape(name, scales, k.shape[:-1], "the shape of k without head_dim")
+            check(scales.dtype == jnp.float32, name, scales.dtype, "float32")
+
+
+def _check_options(scale: Any, sliding_window: Any, logits_soft_cap: Any) -> None:
+    """Raises ValueError unless the options are None or numbers in their ranges."""
+    check_number("scale", scale, np.isfinite, "None or a finite number")
+    check_number(
+        "sliding_window", sliding_window, lambda n: is_integer(n) and n >= 1, "None or an integer of at least 1"
+    )
+    check_number("logits_soft_cap", logits_soft_cap, lambda cap: 0 < cap < np.inf, "None or a finite number above 0")

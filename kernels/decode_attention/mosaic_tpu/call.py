@@ -1,23 +1,24 @@
-"""decode_attention on a TPU: attention of a few queries over a long cache, one pass with a running softmax.
+"""decode_attention on a TPU: attention of a few queries over a long cache, in one pass with an online softmax.
 
-For every sequence b, block i of its queries and block j of the cached tokens that these can see:
+For every sequence b, query block i and KV block j that the queries see:
 
-    s = softcap(scale * k_scale * q k^T)      [kv_heads, rows, block_kv]      rows = block_q * group
-    m' = max(m, max s)                        l = l exp(m - m') + sum exp(s - m')
-    acc = acc exp(m - m') + (exp(s - m') v_scale) v                   out = acc / l, lse = m + log l
+    s = softcap(scale * k_scale * q k^T)              [kv_heads, rows, block_kv]     rows = block_q * group
+    m_next = max(m_prev, max s)                       alpha = exp(m_prev - m_next)
+    p = exp(s - m_next)                               l = alpha l + sum p
+    acc = alpha acc + (p v_scale) v                   at the end: out = acc / l, lse = m + log l
 
-Grid: (shares of the KV heads, one for each core; batch; query blocks). A grid step walks through the blocks of tokens
-that its queries see, and takes them of all its KV heads at once, for one softmax over all of them: one head at a time,
-the chip mostly waits. Blocks come out of a ring of buffers (`stream.py`) that is filled across grid steps: what
-comes next is under way whatever sequence it is of.
+Grid: (cores, which divide the KV heads or the sequences; batch blocks; query blocks). A grid step goes through the KV
+blocks that its queries see, and takes those of all its KV heads at once, with one softmax over all of them: with one
+head at a time, the chip mostly waits. KV blocks come out of a DMA ring (`ring.py`) that is filled across grid
+steps, so that transfers never pause between sequences.
 
-Resident in VMEM: q, m, l, acc and the output of (b, i); the ring, two to three blocks of keys and values. In SMEM:
-lengths, page table, layer, and where the ring is.
+Resident in VMEM: q, m, l, acc and the output of (b, i); the ring, two to three KV blocks. In SMEM: lengths, page table,
+layer, and the state of the ring.
 
 A head narrower than the 128 lanes of a register would be padded to them, in HBM too. XLA therefore keeps such a cache
-with the tokens along the lanes, and the kernel takes it so, as [head_dim, tokens] (`tpu_layout.tokens_last`).
+with its tokens along the lanes, and the kernel reads it in that order, `[head_dim, tokens]` (`tpu_layout.tokens_last`).
 
-Scales of a quantized cache are applied to the logits and to the weights, never to keys and values.
+The scales of a quantized cache are multiplied with logits and weights, never with keys and values.
 
 Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs.
 """
@@ -35,221 +36,193 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
-from palladion.kernels.decode_attention.mosaic_tpu.kernel import View, kernel
+from palladion.kernels.decode_attention.mosaic_tpu.kernel import kernel
 from palladion.kernels.decode_attention.mosaic_tpu.products import OPERANDS, QUERY_PIECES, float_dtype, operands_for
-from palladion.kernels.decode_attention.mosaic_tpu.stream import CURSOR, Sight
+from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
+from palladion.kernels.decode_attention.mosaic_tpu.ring import CURSOR
+from palladion.kernels.decode_attention.mosaic_tpu.tiling import (
+    Tiling,
+    chunk_multiple,
+    chunk_of,
+    gathers_scales,
+    heads_of_core,
+    token_bytes,
+    tokens_last,
+)
+from palladion.kernels.decode_attention.mosaic_tpu.visible_range import VisibleRange
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.devices import Chip, target_chip, tpu_chips
-from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
+from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up
 from palladion.kernels.tuning import Space
 
-KV_BLOCK_BYTES: Final = (2 * 2**20, 4 * 2**20)
-"""Keys and values that a device works on at a time: an eighth of all there is room for, but at least so much that what
-a block costs besides its tokens does not count, and no more than is any use. The first one is waited for, and nothing
-arrives any more while the last one is worked on."""
+MIN_STEP_BYTES: Final = 2 * 2**20
+"""Fewest bytes of keys and values that a device processes in a step: with fewer, a step's fixed cost counts."""
 
-BLOCKS: Final = 8
+MAX_STEP_BYTES: Final = 4 * 2**20
+"""Most bytes of keys and values that a device processes in a step; larger steps gain nothing."""
 
-UNIT_BYTES: Final = 2**20
-"""Keys and values of a dense cache that are moved at a time, at most: a sequence's last unit is moved whole."""
+STEPS: Final = 8
+"""Steps that the heuristic cuts all caches into, within these bounds: the first and the last overlap with nothing."""
 
 BUFFERS: Final = 3
-"""Blocks in the ring: one is worked on, one arrives, and one is asked for already."""
+"""Slots of the ring: one is computed on, one is arriving, and one is already requested."""
 
 MAX_VMEM_BYTES: Final = 48 * 2**20
-"""What all blocks may take, and three quarters of a chip's VMEM at most."""
+"""Most VMEM that all blocks may take; also at most three quarters of a chip's VMEM."""
 
 SMEM_BYTES: Final = 512 * 2**10
-"""What lengths and page table may take: half of it all."""
+"""Most SMEM that lengths and page table may take, half of it."""
 
-PACK_WIDTH: Final = 256
-PACK_ROWS: Final = 16
-"""Heads are multiplied together up to this width and so many rows: what fills a matrix unit of v6e and v7x, and what
-costs nothing beside it."""
+MAX_DOT_WIDTH: Final = 256
+"""Widest operand that heads are joined to: the width of the MXU of v6e and v7x."""
 
-MAX_TEAM_ROWS: Final = 512
-"""Rows of all packs of the sequences that are worked on together, whose state is in VMEM."""
+MAX_DOT_ROWS: Final = 16
+"""Most rows for which heads are joined: up to here further rows cost nothing beside loading keys and values."""
+
+MAX_STATE_ROWS: Final = 512
+"""Most rows, over all sequences that are processed together, whose state is kept in VMEM."""
 
 BLOCK_Q_MULTIPLE: Final = 16
-"""Of the tokens in a query block where there are several, so that its rows are whole tiles in every dtype."""
-
+"""Divisor of block_q where there are several query blocks, so that rows are whole tiles in every dtype."""
 
 MORE_IN_VMEM: Final = 2
-"""Times what the heuristic puts into VMEM: what is more is refused by the compiler anyway."""
+"""Largest ring that the tuner tries, as a multiple of the heuristic's; the compiler refuses larger ones anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Block sizes.
+    """Block sizes of the TPU kernel.
 
     Attributes:
-      block_kv: cached tokens that are worked on at a time: whole pages of a paged cache, a multiple of 8 to 128 tokens
-        that divides max_len of a dense one.
-      block_q: new tokens of a grid step; at least q_len, or a multiple of 16.
-      buffers: blocks in VMEM.
-      cores: over how many cores of a device the KV heads are divided, or the sequences where the heads cannot be.
-      members: sequences that are worked on together, a block of each: a divisor of those of a core.
-      pack: KV heads that are multiplied at a time.
-      one_by_one: whether these packs are worked on one after the other instead of all at once: slower while rows are
-        few, but it takes less VMEM, and lets more queries share what is read.
-      operands: one of `tpu_products.OPERANDS`, how a one-byte cache is multiplied.
+      block_kv: cached tokens of a KV block: whole pages of a paged cache, a multiple of 8 to 128 tokens that divides
+        max_len of a dense one.
+      block_q: new tokens of a query block; at least q_len, or a multiple of 16.
+      buffers: slots of the DMA ring.
+      cores: cores of a device that divide the KV heads, or the sequences where the heads are not divisible.
+      block_batch: sequences that are processed together, a KV block of each; divides the sequences of a core.
+      block_heads: KV heads that are multiplied together; divides those of a core.
+      loop_heads: whether head blocks are processed one after the other instead of all at once: slower while rows are
+        few, but it takes less VMEM, so that more queries share what is read.
+      operands: how keys and values are multiplied, one of `products.OPERANDS`.
     """
 
     block_kv: int
     block_q: int
     buffers: int = BUFFERS
     cores: int = 1
-    members: int = 1
-    pack: int = 1
-    one_by_one: bool = False
+    block_batch: int = 1
+    block_heads: int = 1
+    loop_heads: bool = False
     operands: str = "floats"
 
     def __post_init__(self) -> None:
-        for name, least in (("block_kv", 1), ("block_q", 1), ("buffers", 2), ("cores", 1), ("members", 1), ("pack", 1)):
+        for name in ("block_kv", "block_q", "buffers", "cores", "block_batch", "block_heads"):
+            least = 2 if name == "buffers" else 1
             check(getattr(self, name) >= least, f"config.{name}", getattr(self, name), f"at least {least}")
         check(self.operands in OPERANDS, "config.operands", self.operands, ", ".join(OPERANDS))
 
 
 def _chip() -> Chip:
-    """The TPU that is being traced for; the smallest one where there is none."""
+    """Returns the TPU that is being traced for, or the smallest one."""
     return target_chip() or tpu_chips()["v4"]
 
 
 def _vmem_bytes() -> int:
-    """What all blocks may take on the chip that is being traced for."""
+    """Returns the VMEM that all blocks may take on the chip that is being traced for."""
     return min(_chip().vmem_bytes * 3 // 4, MAX_VMEM_BYTES)
 
 
 def heuristic(problem: Problem) -> Config:
-    """Blocks that keep the memory busy and fit into the chip's VMEM, and what its matrix unit is fed with."""
+    """Returns block sizes that keep the memory busy and fit into VMEM, and operands that suit the chip's MXU."""
     p, chip = problem, _chip()
     cores = next(n for n in (chip.cores, 1) if p.kv_heads % n == 0 or p.batch % n == 0)
-    kv_heads = _heads_of_a_core(p, cores)
-    share = p.batch if cores == 1 or kv_heads < p.kv_heads else p.batch // cores
-    token = _token_bytes(p) // p.kv_heads * kv_heads
-    least, most = KV_BLOCK_BYTES
-    block_bytes = min(max(p.batch * p.max_len * _token_bytes(p) // BLOCKS, least), most) // cores
-    # Half of the VMEM for the ring, the rest for a block's logits and what becomes of them.
-    block_bytes = min(block_bytes, _vmem_bytes() // 2 // BUFFERS)
-    most_members = MAX_TEAM_ROWS // (kv_heads * p.group * p.q_len)
-    # Two sequences at least, where they can be: a step takes its time, however short they are.
-    halves = 2 if share % 2 == 0 and most_members >= 2 else 1
-    block_kv = _block_kv(p, block_bytes // halves // token)
-    room = _vmem_bytes() - BUFFERS * block_kv * token
-    heads = kv_heads * p.group
+    kv_heads = heads_of_core(p, cores)
+    core_batch = p.batch if cores == 1 or kv_heads < p.kv_heads else p.batch // cores
+    bytes_per_token = token_bytes(p) // p.kv_heads * kv_heads
+    step_bytes = min(max(p.batch * p.max_len * token_bytes(p) // STEPS, MIN_STEP_BYTES), MAX_STEP_BYTES) // cores
+    # Half of the VMEM for the ring, the rest for a block's logits and weights.
+    step_bytes = min(step_bytes, _vmem_bytes() // 2 // BUFFERS)
+    heads, rows = kv_heads * p.group, p.q_len * p.group
+    most_batch = MAX_STATE_ROWS // (heads * p.q_len)
+    # At least two sequences together, if possible: a step has a fixed cost, however short they are.
+    least_batch = 2 if core_batch % 2 == 0 and most_batch >= 2 else 1
+    block_kv = _block_kv(p, step_bytes // least_batch // bytes_per_token)
+    ring_bytes = BUFFERS * block_kv * bytes_per_token
+    room = _vmem_bytes() - ring_bytes
     if room < p.q_len * _query_bytes(p, block_kv, heads, heads):
         fitting = room // _query_bytes(p, block_kv, heads, p.group) // BLOCK_Q_MULTIPLE
-        blocks = pl.cdiv(p.q_len, max(fitting, 1) * BLOCK_Q_MULTIPLE)
-        block_q = min(round_up(pl.cdiv(p.q_len, blocks), BLOCK_Q_MULTIPLE), p.q_len)
+        q_blocks = pl.cdiv(p.q_len, max(fitting, 1) * BLOCK_Q_MULTIPLE)
+        block_q = min(round_up(pl.cdiv(p.q_len, q_blocks), BLOCK_Q_MULTIPLE), p.q_len)
         operands = operands_for(p.q_dtype, p.kv_dtype, block_q * p.group, chip)
-        return Config(block_kv, block_q, BUFFERS, cores, one_by_one=True, operands=operands)
-    rows = p.q_len * p.group
-    packs = range(1, min(PACK_WIDTH // p.head_dim, PACK_ROWS // rows) + 1)
-    pack = max((n for n in packs if kv_heads % n == 0), default=1)
-    sequence = BUFFERS * block_kv * token + p.q_len * _query_bytes(p, block_kv, heads, heads)
-    most_members = min(most_members, block_bytes // (block_kv * token), _vmem_bytes() // sequence)
-    members = max((n for n in range(1, most_members + 1) if share % n == 0), default=1)
-    operands = operands_for(p.q_dtype, p.kv_dtype, pack * rows, chip)
-    return Config(block_kv, p.q_len, BUFFERS, cores, members, pack, operands=operands)
+        return Config(block_kv, block_q, BUFFERS, cores, loop_heads=True, operands=operands)
+    sizes = range(1, min(MAX_DOT_WIDTH // p.head_dim, MAX_DOT_ROWS // rows) + 1)
+    block_heads = max((n for n in sizes if kv_heads % n == 0), default=1)
+    sequence_bytes = ring_bytes + p.q_len * _query_bytes(p, block_kv, heads, heads)
+    most_batch = min(most_batch, step_bytes // (block_kv * bytes_per_token), _vmem_bytes() // sequence_bytes)
+    block_batch = max((n for n in range(1, most_batch + 1) if core_batch % n == 0), default=1)
+    operands = operands_for(p.q_dtype, p.kv_dtype, block_heads * rows, chip)
+    return Config(block_kv, p.q_len, BUFFERS, cores, block_batch, block_heads, operands=operands)
 
 
 def _block_kv(problem: Problem, most: int) -> int:
-    """About so many tokens, in equal parts of what there is."""
+    """Returns the tokens of a KV block: about `most`, such that blocks divide a cache evenly."""
     p = problem
-    # Whole registers of logits, where the cache consists of such.
-    unit = math.lcm(_unit(p), LANES if p.max_len % LANES == 0 else 1)
+    # Whole registers of logits, where a cache consists of whole registers.
+    multiple = math.lcm(chunk_of(p), LANES if p.max_len % LANES == 0 else 1)
     blocks = max(round(p.max_len / max(most, 1)), 1)
-    block_kv = round_up(pl.cdiv(p.max_len, blocks), unit)
-    # Room for what is seen through a window, wherever it begins.
-    return block_kv if p.sliding_window is None else min(block_kv, round_up(2 * (p.sliding_window + p.q_len), unit))
+    block_kv = round_up(pl.cdiv(p.max_len, blocks), multiple)
+    if p.sliding_window is None:
+        return block_kv
+    # One block has room for everything in a window, wherever that begins.
+    return min(block_kv, round_up(2 * (p.sliding_window + p.q_len), multiple))
 
 
-def _heads_of_a_core(problem: Problem, cores: int) -> int:
-    return problem.kv_heads // cores if problem.kv_heads % cores == 0 else problem.kv_heads
-
-
-def _query_bytes(problem: Problem, block_kv: int, heads: int, at_once: int) -> int:
-    """What a new token takes in VMEM, which has so many query heads, with the logits of so many `at_once`."""
+def _query_bytes(problem: Problem, block_kv: int, heads: int, heads_at_once: int) -> int:
+    """Returns the VMEM that a new token takes: the state of `heads` query heads, the logits of `heads_at_once`."""
     width, itemsize = round_up(problem.head_dim, LANES), jnp.dtype(problem.q_dtype).itemsize
-    # q and its output in two buffers each, and q as an operand; the accumulator; m, l and the like, a register each.
+    # q and its output, double-buffered, and q as an operand; the accumulator; m, l and the like, a register each.
     state = 5 * width * itemsize + 4 * width + 5 * 4 * LANES
-    return heads * state + at_once * 3 * 4 * block_kv
-
-
-def _tokens_last(problem: Problem) -> bool:
-    """Whether tokens are lanes; see `tpu_layout.tokens_last`, of which no other case is supported."""
-    return problem.head_dim % LANES != 0
-
-
-def _grain(problem: Problem) -> int:
-    """Of how many tokens the unit of a transfer must be a multiple: what a tile holds."""
-    if _tokens_last(problem) or (problem.has_scales and not _gathers_scales(problem)):
-        return LANES
-    return SUBLANES if problem.page_size is not None else tile_rows(problem.kv_dtype)
-
-
-def _gathers_scales(problem: Problem) -> bool:
-    """Whether pages are too short for their scales to be moved by the page: XLA gathers them for the kernel."""
-    return problem.has_scales and problem.page_size is not None and problem.page_size % LANES != 0
-
-
-def _unit(problem: Problem, block_kv: int = 0) -> int:
-    """The most tokens that can be moved at a time and make up such blocks; 0 where there is no such number."""
-    p, grain = problem, _grain(problem)
-    if p.page_size is not None:
-        whole = p.page_size % grain == 0 and block_kv % p.page_size == 0
-        return p.page_size if whole else 0
-    most = UNIT_BYTES // _token_bytes(p)
-    if p.sliding_window is not None:
-        # Both ends of what is seen are moved by whole units.
-        most = min(most, p.sliding_window // 4)
-    most = max(most, grain)
-    return max((n for n in range(grain, most + 1, grain) if math.gcd(p.max_len, block_kv) % n == 0), default=0)
-
-
-def _token_bytes(problem: Problem) -> int:
-    """What a token's keys and values take in VMEM."""
-    width = problem.head_dim if _tokens_last(problem) else round_up(problem.head_dim, LANES)
-    return 2 * problem.kv_heads * (width * jnp.dtype(problem.kv_dtype).itemsize + (4 if problem.has_scales else 0))
+    return heads * state + heads_at_once * 3 * 4 * block_kv
 
 
 def space(problem: Problem) -> Space:
-    """Blocks of tokens, how many of them, and how many sequences share a step."""
+    """Returns what the tuner may try: KV block sizes, slots of the ring, and sequences that share a step."""
     p, start = problem, heuristic(problem)
-    grain = LANES if p.page_size is None else p.page_size
-    rows = p.max_len
-    # Whole tiles of a dense cache that consists of such; whole pages.
-    sizes = [grain << n for n in range(8) if rows % (grain << n) == 0 and rows % grain == 0]
+    # Whole pages, or whole tiles of a dense cache that consists of whole tiles.
+    least = LANES if p.page_size is None else p.page_size
+    sizes = [least << n for n in range(8) if p.max_len % (least << n) == 0]
     cores = start.cores if p.kv_heads % start.cores else 1
-    share = p.batch // cores
-    members = [n for n in (1, 2, 4, 8) if share % n == 0 and (n == 1 or not start.one_by_one)]
-    taken = start.buffers * start.block_kv * start.members
+    core_batch = p.batch // cores
+    batches = [n for n in (1, 2, 4, 8) if core_batch % n == 0 and (n == 1 or not start.loop_heads)]
+
+    def ring_tokens(config: Config) -> int:
+        return config.buffers * config.block_kv * config.block_batch
 
     def fits(config: Config) -> bool:
-        return config.buffers * config.block_kv * config.members <= MORE_IN_VMEM * taken
+        return ring_tokens(config) <= MORE_IN_VMEM * ring_tokens(start)
 
-    return Space(start, {"block_kv": sizes, "members": members, "buffers": (2, 3, 4)}, fits)
+    return Space(start, {"block_kv": sizes, "block_batch": batches, "buffers": (2, 3, 4)}, fits)
 
 
 def unsupported(problem: Problem) -> str | None:
-    """What of a problem this kernel does not cover, or None."""
+    """Returns why this kernel cannot run a problem, or None."""
     p = problem
     if p.q_dtype == "float16" or p.kv_dtype == "float16":
-        return "float16 is not for TPUs: float32 and bfloat16 are"
+        return "float16 is not supported on TPUs, use bfloat16 or float32"
     if p.head_dim % SUBLANES:
         return f"head_dim must be a multiple of {SUBLANES}, got {p.head_dim}"
-    if _unit(p) == 0:
+    chunk = chunk_of(p)
+    if chunk == 0:
         name, given = ("max_len", p.max_len) if p.page_size is None else ("page_size", p.page_size)
-        cache = f"head_dim = {p.head_dim} in {p.kv_dtype}"
-        return f"{name} must be a multiple of {_grain(p)} where the cache has {cache}, got {given}"
+        cache = f"a cache with head_dim = {p.head_dim} in {p.kv_dtype}"
+        return f"{name} must be a multiple of {chunk_multiple(p)} for {cache}, got {given}"
     table = 0 if p.page_size is None else p.batch * (p.max_len // p.page_size) * 4
     if table > SMEM_BYTES:
-        return f"a page table must fit into {SMEM_BYTES >> 10} KiB, got {table >> 10}; larger pages make it smaller"
-    least = BUFFERS * _unit(p) * _token_bytes(p)
-    if least > _vmem_bytes():
+        return f"the page table must fit into {SMEM_BYTES >> 10} KiB, got {table >> 10}; larger pages make it smaller"
+    least, most = BUFFERS * chunk * token_bytes(p), _vmem_bytes()
+    if least > most:
         heads = f"{p.kv_heads} KV heads of {p.head_dim} in {p.kv_dtype}"
-        room = f"{BUFFERS} times {_unit(p)} tokens must fit {_vmem_bytes() >> 20} MiB"
-        return f"{room}, with {heads} they take {least >> 20}"
+        return f"{BUFFERS} times {chunk} tokens must fit into {most >> 20} MiB, with {heads} they take {least >> 20}"
     return None
 
 
@@ -262,129 +235,164 @@ def decode_attention(
       out `[batch, q_len, q_heads, head_dim]` in q's dtype, and lse `[batch, q_len, q_heads]` in float32.
     """
     check(config is None or isinstance(config, Config), "config", config, "mosaic_tpu.Config or None")
-    config = config or heuristic(problem)
-    p, group, unit = problem, problem.group, _unit(problem, config.block_kv)
-    grain = p.page_size or _grain(p)
-    check(unit > 0, "config.block_kv", config.block_kv, f"a multiple of {grain} for this cache")
-    fits = config.operands == "floats" or p.kv_dtype in OPERANDS[config.operands]
-    check(fits, "config.operands", config.operands, f"'floats', or what multiplies {p.kv_dtype}")
-    divides = p.kv_heads % config.cores == 0 or p.batch % config.cores == 0
-    check(divides, "config.cores", config.cores, f"a divisor of {p.kv_heads} KV heads or of {p.batch} sequences")
-    heads = _heads_of_a_core(p, config.cores)
-    by_heads = heads < p.kv_heads or config.cores == 1
-    share = p.batch if by_heads else p.batch // config.cores
-    members = config.members
-    check(share % members == 0, "config.members", members, f"a divisor of the {share} sequences of a core")
-    apart = members == 1 or not config.one_by_one
-    check(apart, "config.members", members, "1 where heads are worked on one by one")
-    check(heads % config.pack == 0, "config.pack", config.pack, f"a divisor of the {heads} KV heads of a core")
-    block_q = min(config.block_q, p.q_len)
-    whole = block_q == p.q_len or block_q % BLOCK_Q_MULTIPLE == 0
-    check(whole, "config.block_q", block_q, f"at least q_len = {p.q_len}, or a multiple of {BLOCK_Q_MULTIPLE}")
-    packs, rows = heads // config.pack, config.pack * block_q * group
-    q_blocks = pl.cdiv(p.q_len, block_q)
-    sight = Sight(p.max_len, p.q_len, block_q, q_blocks, config.block_kv, unit, p.sliding_window)
-
-    one = config.pack == 1 or q_blocks == 1
-    check(one, "config.pack", config.pack, f"1 where q_len = {p.q_len} is more than block_q = {block_q}")
-    # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads / pack, pack * q_len * group, head_dim]
-    q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, group, p.head_dim)
-    q = jnp.moveaxis(q, 1, 2).reshape(p.batch, p.kv_heads // config.pack, config.pack * p.q_len * group, p.head_dim)
-    view = View(
-        tokens_last=_tokens_last(p),
-        gathered=_gathers_scales(p),
-        shared=heads < p.kv_heads,
-        share=share,
-        members=members,
-        pack=config.pack,
-        one_by_one=config.one_by_one,
-        operands=config.operands,
+    p, config = problem, config or heuristic(problem)
+    visible, tiling = _layout(p, config)
+    operands = _operands(p, inputs, visible, tiling)
+    scalars = Scalars(
+        layer=jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None],
+        lengths=inputs.lengths,
+        page_table=None if inputs.page_table is None else inputs.page_table.reshape(-1),
     )
-    stacked = inputs.layer is not None
-    cache = [array if stacked else array[None] for array in (inputs.k, inputs.v)]
-    if _tokens_last(p):
-        cache = [jnp.swapaxes(array, 3, 4) for array in cache]
-    cache += _scales(p, inputs, config.block_kv)
-    scalars = [jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None], inputs.lengths]
-    if inputs.page_table is not None:
-        scalars.append(inputs.page_table.reshape(-1))
-
-    def at_queries(part: Any, b: Any, i: Any, *_: Any) -> tuple[Any, ...]:
-        return (b, part, i, 0) if by_heads else (part * (share // members) + b, 0, i, 0)
-
-    queries = pl.BlockSpec((members, packs, rows, p.head_dim), at_queries)
-    arrays, in_specs = [q, *cache], [queries, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(cache)]
-    if inputs.sinks is not None:
-        sinks = inputs.sinks.astype(jnp.float32).reshape(p.kv_heads, 1, group)
-        arrays.append(jnp.broadcast_to(sinks, (p.kv_heads, block_q, group)).reshape(-1, rows, 1))
-        in_specs.append(pl.BlockSpec((packs, rows, 1), lambda part, *_: (part if by_heads else 0, 0, 0)))
-    slab = (p.head_dim, config.block_kv) if _tokens_last(p) else (config.block_kv, p.head_dim)
-    rings = [pltpu.VMEM((config.buffers, members, heads, *slab), inputs.k.dtype)] * 2
-    if p.has_scales:
-        rings += [pltpu.VMEM((config.buffers, members, p.kv_heads, config.block_kv), jnp.float32)] * 2
-    width = config.pack * p.head_dim
-    pieces = QUERY_PIECES if config.operands == "integers" else 1
-    if config.operands == "words":
-        at_once = config.pack if config.one_by_one else members * heads
-        rings.append(pltpu.VMEM((slab[1] // LANES, at_once, slab[0] // 2, LANES), jnp.int32))
     out, lse = pl.pallas_call(
-        fresh_kernel(kernel, problem=p, sight=sight, view=view),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(config.cores, share // members, q_blocks),
-            in_specs=in_specs,
-            out_specs=[queries, pl.BlockSpec((members, packs, rows, 1), at_queries)],
-            scratch_shapes=[
-                pltpu.VMEM(
-                    (members * packs, pieces * rows, width),
-                    jnp.int8 if pieces > 1 else float_dtype(q.dtype, p.kv_dtype),
-                ),
-                pltpu.VMEM((members * packs, rows, 1), jnp.float32),
-                pltpu.VMEM((members * packs, rows, LANES), jnp.float32),
-                pltpu.VMEM((members * packs, rows, LANES), jnp.float32),
-                pltpu.VMEM((members * packs, rows, width), jnp.float32),
-                pltpu.SMEM((CURSOR,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2 + 2 * p.has_scales, config.buffers)),
-                *rings,
-            ],
-        ),
+        fresh_kernel(kernel, problem=p, visible=visible, tiling=tiling),
+        grid_spec=_grid_spec(p, config, operands, visible, tiling),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32),
+            jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
+            jax.ShapeDtypeStruct((*operands.q.shape[:3], 1), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_chip().vmem_bytes,
-            # Which pages there are, the kernel sees to itself; checking each transfer takes as long as starting it.
+            # The kernel clamps page numbers itself; checking each transfer takes as long as starting it.
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
             flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=p.flops() // (4 * p.head_dim)
         ),
         interpret=interpret,
-        name=f"decode_attention_q{block_q}_kv{config.block_kv}",
-    )(*scalars, *arrays)
-    # [batch, kv_heads / pack, pack * q_len * group, ...] -> [batch, q_len, kv_heads, group, ...] -> the shape of q
+        name=f"decode_attention_q{visible.block_q}_kv{config.block_kv}",
+    )(scalars, operands)
+    # Back from [batch, kv_heads / block_heads, block_heads * q_len * group, ...] to the shape of q.
     out, lse = (
-        jnp.moveaxis(x.reshape(p.batch, p.kv_heads, p.q_len, group, x.shape[-1]), 2, 1).reshape(*shape)
+        jnp.moveaxis(x.reshape(p.batch, p.kv_heads, p.q_len, p.group, x.shape[-1]), 2, 1).reshape(*shape)
         for x, shape in ((out, inputs.q.shape), (lse, inputs.q.shape[:3]))
     )
     return out, lse
 
 
-def _scales(problem: Problem, inputs: Inputs, block_kv: int) -> list[jax.Array]:
-    """The scales of keys and values with the layer first, `[layers, batch or num_pages, kv_heads, tokens]`, if any."""
-    scales = [scale for scale in (inputs.k_scale, inputs.v_scale) if scale is not None]
-    if not _gathers_scales(problem):
-        return [scale if inputs.layer is not None else scale[None] for scale in scales]
+def _layout(problem: Problem, config: Config) -> tuple[VisibleRange, Tiling]:
+    """Returns how a problem is cut by a config; raises ValueError where the two do not go together."""
+    p, chunk = problem, chunk_of(problem, config.block_kv)
+    multiple = p.page_size or chunk_multiple(p)
+    check(chunk > 0, "config.block_kv", config.block_kv, f"a multiple of {multiple} for this cache")
+    fits = config.operands == "floats" or p.kv_dtype in OPERANDS[config.operands]
+    check(fits, "config.operands", config.operands, f"'floats', or what multiplies {p.kv_dtype}")
+    divides = p.kv_heads % config.cores == 0 or p.batch % config.cores == 0
+    check(divides, "config.cores", config.cores, f"a divisor of {p.kv_heads} KV heads or of {p.batch} sequences")
+    heads, batch, block_batch = heads_of_core(p, config.cores), p.batch, config.block_batch
+    if heads == p.kv_heads:
+        batch //= config.cores
+    check(batch % block_batch == 0, "config.block_batch", block_batch, f"a divisor of the {batch} sequences of a core")
+    check(block_batch == 1 or not config.loop_heads, "config.block_batch", block_batch, "1 where loop_heads is set")
+    divides = heads % config.block_heads == 0
+    check(divides, "config.block_heads", config.block_heads, f"a divisor of the {heads} KV heads of a core")
+    block_q = min(config.block_q, p.q_len)
+    whole = block_q == p.q_len or block_q % BLOCK_Q_MULTIPLE == 0
+    check(whole, "config.block_q", block_q, f"at least q_len = {p.q_len}, or a multiple of {BLOCK_Q_MULTIPLE}")
+    q_blocks = pl.cdiv(p.q_len, block_q)
+    one = config.block_heads == 1 or q_blocks == 1
+    accepted = f"1 where q_len = {p.q_len} is more than block_q = {block_q}"
+    check(one, "config.block_heads", config.block_heads, accepted)
+    tiling = Tiling(
+        tokens_last=tokens_last(p),
+        scales_gathered=gathers_scales(p),
+        cores_divide_heads=heads < p.kv_heads,
+        core_batch=batch,
+        core_heads=heads,
+        block_batch=block_batch,
+        block_heads=config.block_heads,
+        loop_heads=config.loop_heads,
+        operands=config.operands,
+    )
+    return VisibleRange(p.max_len, p.q_len, block_q, q_blocks, config.block_kv, chunk, p.sliding_window), tiling
 
-    # As in the kernel: a page that does not exist is read as the nearest that does.
-    table = jnp.clip(inputs.page_table, 0, (problem.num_pages or 1) - 1)
+
+def _operands(problem: Problem, inputs: Inputs, visible: VisibleRange, tiling: Tiling) -> Operands:
+    """Returns the arrays in the shapes that the kernel takes; the cache is not copied."""
+    p, block_heads = problem, tiling.block_heads
+    # From the shape of q to [batch, kv_heads / block_heads, block_heads * q_len * group, head_dim].
+    q = jnp.moveaxis(inputs.q.reshape(p.batch, p.q_len, p.kv_heads, p.group, p.head_dim), 1, 2)
+    q = q.reshape(p.batch, p.kv_heads // block_heads, block_heads * p.q_len * p.group, p.head_dim)
+    k, v = (x if inputs.layer is not None else x[None] for x in (inputs.k, inputs.v))
+    if tiling.tokens_last:
+        k, v = jnp.swapaxes(k, 3, 4), jnp.swapaxes(v, 3, 4)
+    k_scale, v_scale = _scales(p, inputs, visible.block_kv)
+    sinks = None
+    if inputs.sinks is not None:
+        rows = block_heads * visible.block_q * p.group
+        sinks = inputs.sinks.astype(jnp.float32).reshape(p.kv_heads, 1, p.group)
+        sinks = jnp.broadcast_to(sinks, (p.kv_heads, visible.block_q, p.group)).reshape(-1, rows, 1)
+    return Operands(q, k, v, k_scale, v_scale, sinks)
+
+
+def _scales(problem: Problem, inputs: Inputs, block_kv: int) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    """Returns the scales of keys and values as `[layers, batch or num_pages, kv_heads, tokens]`, if there are any."""
+    p, layer = problem, inputs.layer
+    if inputs.k_scale is None or inputs.v_scale is None:
+        return None, None
+    if not gathers_scales(p):
+        k_scale, v_scale = (x if layer is not None else x[None] for x in (inputs.k_scale, inputs.v_scale))
+        return k_scale, v_scale
+    # A page that does not exist is read as the nearest that does, as in the kernel.
+    table = jnp.clip(inputs.page_table, 0, (p.num_pages or 1) - 1)
 
     def gather(scale: jax.Array) -> jax.Array:
-        one = scale if inputs.layer is None else jax.lax.dynamic_index_in_dim(scale, inputs.layer, 0, keepdims=False)
+        one = scale if layer is None else jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
         pages = jnp.moveaxis(one[table], 1, 2)  # [batch, kv_heads, pages, page_size]
-        tokens = pages.reshape(problem.batch, problem.kv_heads, problem.max_len)
-        return jnp.pad(tokens, ((0, 0), (0, 0), (0, -problem.max_len % block_kv)))[None]
+        tokens = pages.reshape(p.batch, p.kv_heads, p.max_len)
+        return jnp.pad(tokens, ((0, 0), (0, 0), (0, -p.max_len % block_kv)))[None]
 
-    return [gather(scale) for scale in scales]
+    return gather(inputs.k_scale), gather(inputs.v_scale)
+
+
+def _grid_spec(
+    problem: Problem, config: Config, operands: Operands, visible: VisibleRange, tiling: Tiling
+) -> pltpu.PrefetchScalarGridSpec:
+    """Returns the grid, the blocks of operands and results, and the scratch memory of the kernel."""
+    p, block_batch, head_blocks = problem, tiling.block_batch, tiling.head_blocks
+    rows, n = tiling.block_heads * visible.block_q * p.group, block_batch * head_blocks
+    width = tiling.block_heads * p.head_dim
+    cores_divide_batch = config.cores > 1 and not tiling.cores_divide_heads
+
+    def query_block(core: Any, batch_block: Any, q_block: Any, *_: Any) -> tuple[Any, ...]:
+        if cores_divide_batch:
+            return core * tiling.batch_blocks + batch_block, 0, q_block, 0
+        return batch_block, core, q_block, 0
+
+    queries, hbm = (
+        pl.BlockSpec((block_batch, head_blocks, rows, p.head_dim), query_block),
+        pl.BlockSpec(memory_space=pltpu.HBM),
+    )
+    scales = hbm if p.has_scales else None
+    sinks = pl.BlockSpec((head_blocks, rows, 1), lambda core, *_: (0 if cores_divide_batch else core, 0, 0))
+    last_axes = (p.head_dim, visible.block_kv) if tiling.tokens_last else (visible.block_kv, p.head_dim)
+    ring = pltpu.VMEM((config.buffers, block_batch, tiling.core_heads, *last_axes), operands.k.dtype)
+    scale_ring = pltpu.VMEM((config.buffers, block_batch, p.kv_heads, visible.block_kv), jnp.float32)
+    q_operand = pltpu.VMEM((n, rows, width), float_dtype(operands.q.dtype, p.kv_dtype))
+    if tiling.operands == "integers":
+        q_operand = pltpu.VMEM((n, QUERY_PIECES * rows, width), jnp.int8)
+    words = None
+    if tiling.operands == "words":
+        heads = tiling.block_heads if tiling.loop_heads else block_batch * tiling.core_heads
+        words = pltpu.VMEM((last_axes[1] // LANES, heads, last_axes[0] // 2, LANES), jnp.int32)
+    scratch = Scratch(
+        q=q_operand,
+        q_factor=pltpu.VMEM((n, rows, 1), jnp.float32),
+        m=pltpu.VMEM((n, rows, LANES), jnp.float32),
+        l=pltpu.VMEM((n, rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((n, rows, width), jnp.float32),
+        cursor=pltpu.SMEM((CURSOR,), jnp.int32),
+        semaphores=pltpu.SemaphoreType.DMA((4 if p.has_scales else 2, config.buffers)),
+        k_ring=ring,
+        v_ring=ring,
+        k_scale_ring=scale_ring if p.has_scales else None,
+        v_scale_ring=scale_ring if p.has_scales else None,
+        words=words,
+    )
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,  # the tuple of scalars
+        grid=(config.cores, tiling.batch_blocks, visible.q_blocks),
+        in_specs=[Operands(queries, hbm, hbm, scales, scales, sinks if p.has_sinks else None)],
+        out_specs=[queries, pl.BlockSpec((block_batch, head_blocks, rows, 1), query_block)],
+        scratch_shapes=[scratch],
+    )

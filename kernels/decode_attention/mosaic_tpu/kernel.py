@@ -1,293 +1,217 @@
-"""The body of the TPU kernel of decode_attention; what it computes and how work is cut stands in `call.py`."""
+"""The body of the TPU kernel of decode_attention; `call.py` says what it computes and how work is cut into the grid."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from palladion.kernels.decode_attention.mosaic_tpu.kv_block import BlockReader, CacheSource, HeadBlocks, KVBlock
 from palladion.kernels.decode_attention.mosaic_tpu.products import (
     FACTOR,
     QUERY_PIECES,
     WEIGHT_PIECES,
-    as_operand,
-    from_words,
     join,
     multiply,
     split,
 )
-from palladion.kernels.decode_attention.mosaic_tpu.stream import Part, Sight, Stream, divide
+from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
+from palladion.kernels.decode_attention.mosaic_tpu.ring import DmaRing
+from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
+from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Masks, Scalar, VisibleRange
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.tpu_layout import LANES
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """How the cache lies in memory.
-
-    Attributes:
-      tokens_last: whether keys and values are `[…, head_dim, tokens]` instead of `[…, tokens, head_dim]`.
-      gathered: whether the scales of a paged cache come without pages, `[1, batch, kv_heads, tokens]`.
-      shared: whether the KV heads are divided between the cores.
-      share: sequences of a core, which are divided between the cores where the heads are not.
-      members: sequences that are worked on together.
-      pack: KV heads that are multiplied at a time.
-      one_by_one: whether packs are worked on one after the other, or all at once.
-      operands: one of `tpu_products.OPERANDS`.
-    """
-
-    tokens_last: bool
-    gathered: bool
-    shared: bool
-    share: int
-    members: int
-    pack: int
-    one_by_one: bool
-    operands: str
-
-
 def kernel(
-    # In SMEM: layer [1], lengths [batch], and page_table [batch * pages_per_seq] where there is one. Then
-    # q [members, packs, rows, head_dim]; in HBM k and v [layers, batch or num_pages, kv_heads, tokens, head_dim] or the
-    # last two swapped, and their scales [layers, batch or num_pages, kv_heads, tokens] where there are any; sinks
-    # [packs, rows, 1] where there are any. out like q, lse [members, packs, rows, 1]. Scratch, where the first axis is
-    # members * packs: wide q [_, pieces * rows, width] and its factors [_, rows, 1]; m, l [_, rows, LANES];
-    # acc [_, rows, width]. The stream's cursor; semaphores [2 or 4, buffers]; rings [buffers, members, heads, …] of k,
-    # v and their scales; room for bfloat16 numbers that are made of words. A pack are the heads that are multiplied at
-    # a time: rows = pack * block_q * group, width = pack * head_dim.
-    *refs: Any,
+    scalars: Scalars,
+    operands: Operands,
+    out_ref: Any,  # like operands.q
+    lse_ref: Any,  # [block_batch, head_blocks, rows, 1]
+    scratch: Scratch,
+    *,
     problem: Problem,
-    sight: Sight,
-    view: View,
+    visible: VisibleRange,
+    tiling: Tiling,
 ) -> None:
-    """Attends from one block of queries of one sequence to all that it sees.
-
-    Args:
-      refs: what the comment above lists.
-      problem: what was asked.
-      sight: which tokens are seen.
-      view: how the cache lies in memory.
-    """
-    p, left = problem, iter(refs)
-    layer_ref, lengths_ref = next(left), next(left)
-    table_ref = None if p.page_size is None else next(left)
-    q_ref = next(left)
-    cache = [next(left) for _ in range(4 if p.has_scales else 2)]
-    sinks_ref = next(left) if p.has_sinks else None
-    out_ref, lse_ref, wide_ref, factor_ref, m_ref, l_ref, acc_ref, cursor, arrived, *rings = left
-    part, number, i = (pl.program_id(axis) for axis in range(3))
-    teams = view.share // view.members  # of this core
-    first_team = 0 if view.shared else part * teams
-    team = first_team + number
-    packs, rows = q_ref.shape[1:3]
-    heads = packs * view.pack
-    integers = view.operands == "integers"
-    factor = FACTOR.get(view.operands, 1.0)
-    room_ref = rings.pop() if view.operands == "words" else None
-    first_head = part * heads if view.shared else 0
-
-    def keys_or_values(number: int) -> Part:
-        def along(token: Any, tokens: int) -> tuple[Any, ...]:
-            those = pl.ds(token, tokens)
-            return (slice(None), those) if view.tokens_last else (those, slice(None))
-
-        def source(b: Any, token: Any, tokens: int) -> Any:
-            slab, start = slab_of(b, token)
-            return cache[number].at[layer_ref[0], slab, pl.ds(first_head, heads), *along(start, tokens)]
-
-        def place(buffer: Any, member: int, token: Any, tokens: int) -> Any:
-            return rings[number].at[buffer, member, :, *along(token, tokens)]
-
-        return Part(source, place, arrived.at[number])
-
-    def scales(number: int) -> Part:
-        # Heads are sublanes here, which cannot be divided: every core takes all of them.
-        def source(b: Any, token: Any, tokens: int) -> Any:
-            layer, (slab, start) = (0, (b, token)) if view.gathered else (layer_ref[0], slab_of(b, token))
-            return cache[number].at[layer, slab, :, pl.ds(start, tokens)]
-
-        def place(buffer: Any, member: int, token: Any, tokens: int) -> Any:
-            return rings[number].at[buffer, member, :, pl.ds(token, tokens)]
-
-        return Part(source, place, arrived.at[number], units=not view.gathered)
-
-    def slab_of(b: Any, token: Any) -> tuple[Any, Any]:
-        """Where a token is: its sequence and the token, or its page and the beginning of that."""
-        if table_ref is None:
-            return b, pl.multiple_of(token, sight.unit)
-        page = table_ref[b * (p.max_len // sight.unit) + divide(token, sight.unit)]
-        # A page that does not exist is read as the last or the first one, as the reference does.
-        return jnp.clip(page, 0, cache[0].shape[1] - 1), 0
-
-    parts = [keys_or_values(0), keys_or_values(1)]
-    if p.has_scales:
-        parts += [scales(2), scales(3)]
-    buffers = rings[0].shape[0]
-    contiguous = table_ref is None and sight.block_kv <= p.max_len
-    stream = Stream(
-        sight, view.members, first_team, first_team + teams, buffers, lengths_ref, cursor, tuple(parts), contiguous
+    """Computes attention of one query block of each sequence of a batch block over all that it sees."""
+    core, n, q_block = (pl.program_id(axis) for axis in range(3))
+    first_batch_block = 0 if tiling.cores_divide_heads else core * tiling.batch_blocks
+    batch_block = first_batch_block + n
+    first_head = core * tiling.core_heads if tiling.cores_divide_heads else 0
+    source = CacheSource(problem, tiling, visible.chunk, scalars, operands, first_head)
+    ring = DmaRing(
+        visible,
+        tiling.block_batch,
+        first=first_batch_block,
+        end=first_batch_block + tiling.batch_blocks,
+        slots=scratch.k_ring.shape[0],
+        lengths=scalars.lengths,
+        cursor=scratch.cursor,
+        arrays=source.ring_arrays(scratch),
+        contiguous=scalars.page_table is None and visible.block_kv <= problem.max_len,
     )
+    pl.when((n == 0) & (q_block == 0))(ring.start)
 
-    pl.when((number == 0) & (i == 0))(stream.begin)
+    rows = operands.q.shape[2]
+    rows_per_head = rows // tiling.block_heads
+    row_head = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) // rows_per_head
+    load_queries(operands.q, row_head, scratch, tiling)
+    reader = BlockReader(problem, tiling, scratch.words, first_head, row_head)
+    softmax = OnlineSoftmax(problem, tiling, scratch, reader)
+    softmax.start(operands.sinks)
+    lengths = (scalars.lengths[batch_block * tiling.block_batch + b] for b in range(tiling.block_batch))
+    queries = [visible.queries(length, q_block) for length in lengths]
+    blocks = ring.blocks(batch_block, q_block)
 
-    # Rows of a pack see the head that they are of: the rest of its width meets zeros.
-    of_head = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) // (rows // view.pack)
-    q = q_ref[...].reshape(view.members * packs, rows, p.head_dim)
-    wide = jnp.concatenate([jnp.where(of_head == n, q, jnp.zeros_like(q)) for n in range(view.pack)], axis=2)
-    if integers:
-        wide = wide.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(wide), axis=2, keepdims=True)
-        wide_ref[...], factor_ref[...] = split(wide, largest, QUERY_PIECES)
-    else:
-        wide_ref[...] = wide.astype(wide_ref.dtype)
-    # A sink is a logit without a value: it starts the sum.
-    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf)
-    if sinks_ref is not None:
-        for member in range(view.members):
-            m_ref[member * packs : (member + 1) * packs] = jnp.broadcast_to(sinks_ref[...], (packs, rows, LANES))
-    l_ref[...] = jnp.full(l_ref.shape, 1.0 if p.has_sinks else 0.0)
-    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-
-    token_axis, width_axis = (2, 1) if view.tokens_last else (1, 2)
-    queries = [sight.queries(lengths_ref[team * view.members + n], i) for n in range(view.members)]
-
-    def is_inner(start: Any, asked: tuple[Any, Any]) -> Any:
-        """Whether every query of a member sees all of a block, so that there is nothing to mask."""
-        first_query, last_query = asked
-        inner = start + sight.block_kv - 1 <= first_query
-        return inner if sight.window is None else inner & (start > last_query - sight.window)
-
-    def attend(those: Any, starts: list[Any], block: list[Any], masked: bool) -> None:
-        """Adds blocks of tokens, one of each member, to m, l and acc of those packs."""
-        s = multiply(wide_ref[those], operand(block[0], those), width_axis)  # [packs, pieces * rows, block_kv]
-        s = (join(s, factor_ref[those]) if integers else s) * (p.scale * factor)  # [packs, rows, block_kv]
-        if p.has_scales:
-            s = s * scale_of(block[2], those)
-        if p.logits_soft_cap is not None:
-            s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
-        if masked:
-            visible = of_members(lambda *member: is_visible(s.shape, *member), starts)
-            s = jnp.where(visible, s, -jnp.inf)
-        m = m_ref[those]  # [packs, rows, LANES], all lanes alike: as reductions leave it, and products take it
-        maximum = jnp.maximum(m, jnp.max(s, axis=2, keepdims=True))
-        # A row that has seen nothing yet: -inf - -inf is NaN.
-        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if masked else maximum
-        weights = jnp.exp(s - along(shift, s.shape[2]))
-        decay = jnp.exp(m - shift)
-        m_ref[those] = maximum
-        l_ref[those] = l_ref[those] * decay + jnp.sum(weights, axis=2, keepdims=True)
-        v = operand(block[1], those)
-        scale = scale_of(block[3], those) if p.has_scales else None
-        if masked:
-            # What no query sees may be anything, NaN included, and 0 * NaN is NaN.
-            scale = None if scale is None else jnp.where(visible, scale, 0.0)
-            if not integers:
-                v = jnp.where(of_members(lambda *member: is_seen(v.shape, *member), starts), v, jnp.zeros_like(v))
-        weights = weights if scale is None else weights * scale
-        if scale is not None and integers:
-            # Weights are 1 at most: what bounds them times their scales is known before they are.
-            bound = jnp.broadcast_to(jnp.max(scale, axis=2, keepdims=True), (*m.shape[:2], 1))
-            pieces, factors = split(weights, bound, WEIGHT_PIECES)
-            values = join(multiply(pieces, v, token_axis), factors)
-        else:
-            values = multiply(weights.astype(wide_ref.dtype), v, token_axis) * factor
-        acc_ref[those] = acc_ref[those] * along(decay, values.shape[2]) + values
-
-    def of_members(mask: Callable[..., jax.Array], starts: list[Any]) -> jax.Array:
-        """A mask for each member from the beginning of its block and its first and last query, one after the other."""
-        masks = [mask(start, *asked) for start, asked in zip(starts, queries, strict=True)]
-        return masks[0] if len(masks) == 1 else jnp.concatenate(masks)
-
-    def is_visible(shape: tuple[int, ...], start: Any, first_query: Any, last_query: Any) -> jax.Array:
-        """Which tokens each query of a member sees: `[packs, rows, block_kv]`."""
-        shape = (shape[0] // view.members, *shape[1:])
-        position = start + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
-        query = first_query
-        if sight.block_q > 1:
-            query += jax.lax.broadcasted_iota(jnp.int32, shape, 1) % (rows // view.pack) // p.group
-        visible = position <= jnp.minimum(query, last_query)
-        return visible if sight.window is None else visible & (position > query - sight.window)
-
-    def is_seen(shape: tuple[int, ...], start: Any, first_query: Any, last_query: Any) -> jax.Array:
-        """Which tokens any query of a member sees, as its values lie."""
-        shape = (shape[0] // view.members, *shape[1:])
-        token = start + jax.lax.broadcasted_iota(jnp.int32, shape, token_axis)
-        seen = token <= last_query
-        return seen if sight.window is None else seen & (token > first_query - sight.window)
-
-    def operand(ref: Any, those: Any) -> jax.Array:
-        """Keys or values of packs as they are multiplied."""
-        array = ref[:, heads_of(those)]
-        array = array.reshape(-1, *array.shape[2:])
-        if room_ref is not None:
-            return packed(from_words(array, room_ref))
-        return as_operand(packed(array), q_ref.dtype, view.operands)
-
-    def heads_of(those: Any, first: Any = 0) -> Any:
-        """Packs as heads of an array that begins with this one."""
-        if isinstance(those, slice):
-            return pl.ds(first, heads)
-        return pl.ds(first + those.start * view.pack, view.pack)
-
-    def packed(array: jax.Array) -> jax.Array:
-        """`[heads, tokens, head_dim]` to `[packs, tokens, width]`, or with the last two swapped: registers stay."""
-        if view.pack == 1:
-            return array
-        if view.tokens_last:
-            return array.reshape(-1, view.pack * array.shape[1], array.shape[2])
-        by_pack = array.reshape(-1, view.pack, *array.shape[1:])
-        return jnp.concatenate([by_pack[:, n] for n in range(view.pack)], axis=2)
-
-    def scale_of(ref: Any, those: Any) -> jax.Array:
-        """`[kv_heads, block_kv]` to `[packs, rows, block_kv]`."""
-        scales = ref[:, heads_of(those)]
-        for other in range(heads, p.kv_heads, heads):
-            scales = jnp.where(first_head == other, ref[:, heads_of(those, other)], scales)
-        by_pack = scales.reshape(-1, view.pack, scales.shape[2])
-        scale = by_pack[:, :1]
-        for n in range(1, view.pack):
-            scale = jnp.where(of_head == n, by_pack[:, n : n + 1], scale)
-        return scale
-
-    blocks = stream.blocks(team, i)
-
-    def step(number: Any, carry: int) -> int:
-        stream.fetch()
-        buffer = stream.take(team, i, number)
-        arrays = [ring.at[buffer] for ring in rings]
-        # A member that has no block left is at one that it sees nothing of.
-        starts = [(first + number) * sight.block_kv for first, _ in blocks]
-        inner = functools.reduce(jnp.logical_and, map(is_inner, starts, queries))
-
-        def attend_to(those: Any) -> None:
-            pl.when(inner)(lambda: attend(those, starts, arrays, masked=False))
-            pl.when(~inner)(lambda: attend(those, starts, arrays, masked=True))
-
-        def one(pack: Any, carry: int) -> int:
-            attend_to(pl.ds(pack, 1))
-            return carry
-
-        if view.one_by_one:
-            return jax.lax.fori_loop(0, packs, one, carry)
-        attend_to(slice(None))
+    def step(number: Scalar, carry: int) -> int:
+        ring.fetch()
+        block = KVBlock.in_slot(scratch, ring.take(batch_block, q_block, number))
+        # Past a sequence's last block the mask hides everything that the slot holds.
+        starts = [(first + number) * visible.block_kv for first, _ in blocks]
+        softmax.add(block, Masks(visible, queries, starts, rows_per_head, problem.group))
         return carry
 
-    jax.lax.fori_loop(0, stream.steps(team, i), step, 0)
-    total, acc = l_ref[..., :1], acc_ref[...]
-    out = acc[..., : p.head_dim]
-    for n in range(1, view.pack):
-        out = jnp.where(of_head == n, acc[..., n * p.head_dim : (n + 1) * p.head_dim], out)
-    out_ref[...] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype).reshape(out_ref.shape)
-    lse_ref[...] = (m_ref[..., :1] + jnp.log(total)).reshape(lse_ref.shape)
+    jax.lax.fori_loop(0, ring.steps(batch_block, q_block), step, 0)
+    softmax.finish(out_ref, lse_ref)
 
 
-def along(x: jax.Array, width: int) -> jax.Array:
-    """`[..., LANES]`, where all lanes are alike, as `[..., width]`."""
+def load_queries(q_ref: Any, row_head: jax.Array, scratch: Scratch, tiling: Tiling) -> None:
+    """Writes the queries to scratch memory as operands of the MXU.
+
+    Each row holds its own head's query, and zeros for the other heads of its head block.
+    """
+    q = q_ref[...].reshape(scratch.m.shape[0], *q_ref.shape[2:])
+    heads = range(tiling.block_heads)
+    wide = jnp.concatenate([jnp.where(row_head == head, q, jnp.zeros_like(q)) for head in heads], axis=2)
+    if tiling.operands == "integers":
+        wide = wide.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(wide), axis=2, keepdims=True)
+        scratch.q[...], scratch.q_factor[...] = split(wide, largest, QUERY_PIECES)
+    else:
+        scratch.q[...] = wide.astype(scratch.q.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineSoftmax:
+    """The softmax of a query block over the KV blocks so far: m, l and acc in scratch memory.
+
+    Attributes:
+      problem: the call.
+      tiling: the static layout.
+      scratch: queries and state.
+      reader: reads KV blocks.
+    """
+
+    problem: Problem
+    tiling: Tiling
+    scratch: Scratch
+    reader: BlockReader
+
+    @property
+    def _factor(self) -> float:
+        """Factor that turns operands into the numbers of the cache."""
+        return FACTOR.get(self.tiling.operands, 1.0)
+
+    @property
+    def _integers(self) -> bool:
+        """True where the MXU multiplies integers."""
+        return self.tiling.operands == "integers"
+
+    def start(self, sinks_ref: Any) -> None:
+        """Initializes m, l and acc; a sink is a logit without a value, so it starts the sum."""
+        m, head_blocks = self.scratch.m, self.tiling.head_blocks
+        m[...] = jnp.full(m.shape, -jnp.inf)
+        if sinks_ref is not None:
+            for n in range(self.tiling.block_batch):
+                sinks = jnp.broadcast_to(sinks_ref[...], (head_blocks, *m.shape[1:]))
+                m[n * head_blocks : (n + 1) * head_blocks] = sinks
+        self.scratch.l[...] = jnp.full(self.scratch.l.shape, 1.0 if self.problem.has_sinks else 0.0)
+        self.scratch.acc[...] = jnp.zeros(self.scratch.acc.shape, jnp.float32)
+
+    def add(self, block: KVBlock, masks: Masks) -> None:
+        """Adds a KV block of each sequence."""
+        all_visible = masks.all_visible()
+
+        def add_heads(head_blocks: HeadBlocks) -> None:
+            pl.when(all_visible)(lambda: self._add(head_blocks, block, None))
+            pl.when(~all_visible)(lambda: self._add(head_blocks, block, masks))
+
+        def one(head_block: Scalar, carry: int) -> int:
+            add_heads(pl.ds(head_block, 1))
+            return carry
+
+        if self.tiling.loop_heads:
+            jax.lax.fori_loop(0, self.tiling.head_blocks, one, 0)
+        else:
+            add_heads(slice(None))
+
+    def _add(self, head_blocks: HeadBlocks, block: KVBlock, masks: Masks | None) -> None:
+        """Updates m, l and acc of some head blocks; without masks all tokens are visible."""
+        scratch = self.scratch
+        s = self._logits(head_blocks, block)
+        mask = None if masks is None else masks.for_logits(s.shape)
+        if mask is not None:
+            s = jnp.where(mask, s, -jnp.inf)
+        m_prev = scratch.m[head_blocks]  # [n, rows, LANES], as reductions leave it and products take it
+        m_next = jnp.maximum(m_prev, jnp.max(s, axis=2, keepdims=True))
+        # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
+        shift = m_next if masks is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
+        p = jnp.exp(s - broadcast_lanes(shift, s.shape[2]))
+        alpha = jnp.exp(m_prev - shift)
+        scratch.m[head_blocks] = m_next
+        scratch.l[head_blocks] = scratch.l[head_blocks] * alpha + jnp.sum(p, axis=2, keepdims=True)
+        values = self._weighted_values(head_blocks, block, p, masks, mask)
+        scratch.acc[head_blocks] = scratch.acc[head_blocks] * broadcast_lanes(alpha, values.shape[2]) + values
+
+    def _logits(self, head_blocks: HeadBlocks, block: KVBlock) -> jax.Array:
+        """Returns the logits of a KV block, `[n, rows, block_kv]`, before they are masked."""
+        width_axis = 1 if self.tiling.tokens_last else 2
+        s = multiply(self.scratch.q[head_blocks], self.reader.operand(block.k, head_blocks), width_axis)
+        s = join(s, self.scratch.q_factor[head_blocks]) if self._integers else s
+        s = s * (self.problem.scale * self._factor)
+        if self.problem.has_scales:
+            s = s * self.reader.scale(block.k_scale, head_blocks)
+        cap = self.problem.logits_soft_cap
+        return s if cap is None else cap * jnp.tanh(s * (1 / cap))
+
+    def _weighted_values(
+        self, head_blocks: HeadBlocks, block: KVBlock, p: jax.Array, masks: Masks | None, mask: jax.Array | None
+    ) -> jax.Array:
+        """Returns the product of the weights p and the values of a KV block, `[n, rows, width]`."""
+        token_axis = 2 if self.tiling.tokens_last else 1
+        v = self.reader.operand(block.v, head_blocks)
+        scale = None
+        # Values and scales that no query sees may be NaN, and 0 * NaN is NaN.
+        if self.problem.has_scales:
+            scale = self.reader.scale(block.v_scale, head_blocks)
+            scale = scale if mask is None else jnp.where(mask, scale, 0.0)
+        if masks is not None and not self._integers:
+            v = jnp.where(masks.for_values(v.shape, token_axis), v, jnp.zeros_like(v))
+        p = p if scale is None else p * scale
+        if scale is None or not self._integers:
+            return multiply(p.astype(self.scratch.q.dtype), v, token_axis) * self._factor
+        # Weights are at most 1, so the largest scale bounds their products and need not wait for them.
+        bound = jnp.broadcast_to(jnp.max(scale, axis=2, keepdims=True), (*p.shape[:2], 1))
+        pieces, factor = split(p, bound, WEIGHT_PIECES)
+        return join(multiply(pieces, v, token_axis), factor)
+
+    def finish(self, out_ref: Any, lse_ref: Any) -> None:
+        """Writes out = acc / l and lse = m + log l; of each row the part that belongs to its own head."""
+        head_dim, row_head = self.problem.head_dim, self.reader.row_head
+        total, acc = self.scratch.l[..., :1], self.scratch.acc[...]
+        out = acc[..., :head_dim]
+        for head in range(1, self.tiling.block_heads):
+            out = jnp.where(row_head == head, acc[..., head * head_dim : (head + 1) * head_dim], out)
+        out_ref[...] = (out / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype).reshape(out_ref.shape)
+        lse_ref[...] = (self.scratch.m[..., :1] + jnp.log(total)).reshape(lse_ref.shape)
+
+
+def broadcast_lanes(x: jax.Array, width: int) -> jax.Array:
+    """Returns `[..., LANES]`, whose lanes are all equal, as `[..., width]`."""
     if width % LANES == 0:
         return jnp.concatenate([x] * (width // LANES), axis=-1)
     return x[..., :width] if width < LANES else x[..., :1]

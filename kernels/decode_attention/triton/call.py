@@ -1,22 +1,22 @@
-"""decode_attention on a GPU: attention of a few queries over a long cache, cut along the cache (split-K).
+"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in splits (split-K).
 
-A program takes one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
-major), and one of several equal shares of the blocks of tokens that these rows see. It keeps an online softmax over
-them (`online_softmax.py`); a second, small kernel weighs the shares' outputs, in float32, by their log-sum-exps. A
-single share is the output itself.
+A program has one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
+major), and one split, an equal share of the KV blocks that these rows see. It computes their online softmax
+(`online_softmax.py`). A second, small kernel merges the splits' outputs, in float32, by their log-sum-exps; a single
+split is the output itself.
 
-Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads and many multiprocessors:
-the splits are what fills them. Two axes leave the third that Triton has for `jax.vmap`. The loop runs over the blocks
-that are filled and, with a window, in sight: its bounds are read from `lengths` on the chip. Pages are looked up where
-their tokens are loaded, a trip ahead; nothing is gathered before.
+Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads, and a GPU has many
+multiprocessors, which splits keep busy. A third axis, Triton's last one, is left for `jax.vmap`. The loop runs over
+the KV blocks that are filled and, with a window, visible: its bounds are read from `lengths` on the device. Page
+numbers are read as tokens are loaded, one iteration ahead; nothing is gathered before the kernel.
 
-Resident in registers: q, m, l, acc. K and V blocks pass through shared memory, 16 bytes at a time and asynchronously,
-where the compiler keeps `num_stages` of them in flight. Rows are padded to a power of two of at least 16, which is what
-tensor cores multiply; a head is cut into powers of two (`parts_of`). The layer of a stacked cache is an offset, but
-where Pallas miscounts it (`offsets_wrap`): there the layer is copied first.
+Resident in registers: q, m, l, acc. Keys and values pass through shared memory in asynchronous copies of 16 bytes, of
+which the compiler keeps `num_stages` blocks in flight. Rows are padded to a power of two of at least 16, the least that
+tensor cores multiply; a head is cut into tiles (`tiles_of`). The layer of a stacked cache is an offset, except where
+Pallas computes a wrong one (`offsets_wrap`): there the layer is copied first.
 
-Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. Codes of a one-byte cache become
-operands in registers (`products.py`), at up to 2 instructions each; their scales meet logits and weights.
+Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. The codes of a one-byte cache are
+converted in registers (`products.py`), in up to 2 instructions each; scales are folded into logits and weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.decode_attention.triton.kernel import kernel, merge_kernel, parts_of
+from palladion.kernels.decode_attention.triton.kernel import Operands, kernel, merge_kernel, tiles_of
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.tuning import Space
@@ -41,48 +41,51 @@ MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
 
 MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
-"""Of the sums in registers: a program of eight warps spills nothing yet, on any GPU."""
+"""Most float32 sums of a program: with eight warps, no GPU spills them."""
 
 MAX_BLOCK_KV: Final = 128
+"""Most tokens of a KV block that the heuristic chooses."""
+
 MAX_HEAD_DIM: Final = 256
+"""Widest supported head."""
 
 KV_BLOCK_BYTES: Final = 16 * 2**10
-"""Keys of a block. With the values, and four programs on a multiprocessor, 128 KiB are in flight on each: three times
-what an H200 needs to be busy for the 1 µs that its memory takes to answer."""
+"""Bytes of a block's keys in 16-bit operands. With values, and four programs on each multiprocessor, 128 KiB are in
+flight there: three times what an H200 needs to cover its memory latency of 1 µs."""
 
 MAX_SPLITS: Final = 256
-"""Partial results that are merged at a time."""
+"""Most splits that the merge kernel takes."""
 
 RESIDENT: Final = 4
-"""Programs on a multiprocessor that registers (128 threads of up to 128) and shared memory allow."""
+"""Programs that are resident on a multiprocessor, given 128 threads with up to 128 registers each."""
 
 HIDDEN_FROM: Final = 2
-"""Programs on a multiprocessor from which on one computes while another one waits for memory."""
+"""Least programs on a multiprocessor for which one computes while another waits for memory."""
 
 START: Final = 1
-"""What a program takes for queries, first block and result, in blocks of its loop."""
+"""Cost of a program's queries, first block and result, in iterations of its loop."""
 
 MERGE: Final = 2
-"""What it takes to merge the splits, in the same unit."""
+"""Cost of merging the splits, in iterations."""
 
 FLOATS_FROM: Final = 100
-"""Compute capability from which on int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
+"""Least compute capability where int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
 
 MERGE_WIDTH: Final = 32
-"""Features that a program merges: of 256 splits they fit into registers."""
+"""Features that a program of the merge kernel has; with 256 splits they fit into registers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Block sizes.
+    """Block sizes of the Triton kernel.
 
     Attributes:
-      block_kv: cached tokens of a trip, a power of two of at least 16.
+      block_kv: cached tokens of a KV block, a power of two of at least 16.
       block_rows: query rows of a program, a power of two of at least 16.
       splits: shares that the cache is cut into.
       num_warps: warps of a program.
-      num_stages: blocks that are loaded ahead.
-      integers: whether 16-bit queries meet int8 keys between integers; else keys become floats.
+      num_stages: stages of the loop's software pipeline; one less are loaded ahead.
+      integers: whether 16-bit queries are multiplied with int8 keys as integers; otherwise keys become floats.
     """
 
     block_kv: int
@@ -103,44 +106,44 @@ class Config:
 
 
 def block_bytes(problem: Problem, block_kv: int) -> int:
-    """Shared memory that a block of keys and its values take on their way."""
-    width = sum(part.width for part in parts_of(problem.head_dim))
+    """Returns the bytes of shared memory that the keys and values of a block take."""
+    width = sum(tile.width for tile in tiles_of(problem.head_dim))
     return 2 * block_kv * width * jnp.dtype(problem.kv_dtype).itemsize
 
 
 def loaded_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that what is loaded ahead takes, at least: a block for each stage but the one at work."""
+    """Returns the bytes of shared memory that loads take at least: a block for each stage but one."""
     return (config.num_stages - 1) * block_bytes(problem, config.block_kv)
 
 
 def heuristic(problem: Problem) -> Config:
-    """Blocks that fit into registers and shared memory, and splits that keep every multiprocessor busy to the end."""
+    """Returns blocks that fit into registers and shared memory, and splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
     rows = p.q_len * p.group
-    width = sum(part.width for part in parts_of(p.head_dim))
+    width = sum(tile.width for tile in tiles_of(p.head_dim))
     if uses_tensor_cores(p):
         most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
-        # One-byte values also lie in shared memory as bfloat16.
+        # One-byte values also pass through shared memory as bfloat16.
         block_kv = KV_BLOCK_BYTES // (width * 2)
         num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
     else:
-        # Operands are held in registers, and large blocks would be spilled.
+        # Operands are kept in registers, where large blocks would spill.
         block_rows, block_kv, num_warps = MIN_BLOCK, KV_BLOCK_BYTES // 2 // (width * 4), 8
     block_kv = min(max(1 << (block_kv.bit_length() - 1), MIN_BLOCK), MAX_BLOCK_KV)
     programs = p.batch * p.kv_heads * pl.cdiv(rows, block_rows)
     splits = splits_of(p, programs, block_kv, gpu)
-    # Where few programs share a multiprocessor, each loads two blocks ahead; of a paged cache, one and the next page.
+    # Where few programs share a multiprocessor, each loads two blocks ahead. With pages, it loads the next page number.
     resident = pl.cdiv(programs * splits, gpu.multiprocessors)
     stage_bytes = block_bytes(p, block_kv)
-    operands = 2 * (block_kv * width + block_rows * (width + block_kv))  # of products, on their way to tensor cores
+    operands = 2 * (block_kv * width + block_rows * (width + block_kv))  # in shared memory, for tensor cores
     deep = (
         uses_tensor_cores(p)
         and resident * (2 * stage_bytes + 2 * KV_BLOCK_BYTES) <= gpu.shared_bytes
         and 2 * stage_bytes + operands <= gpu.program_shared_bytes
     )
     integers = gpu.compute_capability < FLOATS_FROM
-    # Pages are looked up a trip ahead; where codes of both keys and values become floats, no register is left for it.
+    # Page numbers are read an iteration ahead, unless the conversion of both keys and values leaves no registers.
     paged = p.page_size is not None
     ahead = (deep or paged) and (integers or not (paged and p.has_scales))
     return Config(
@@ -154,32 +157,32 @@ def heuristic(problem: Problem) -> Config:
 
 
 def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
-    """Shares of a cache: what lets the busiest multiprocessor finish first, if the caches are full.
+    """Returns the number of splits with which the busiest multiprocessor finishes first, given full caches.
 
-    A multiprocessor that has `programs` of one share each goes through their blocks at the rate of its memory, as long
-    as there are `HIDDEN_FROM` of them. More programs than run at a time would leave most of the chip idle in the end.
+    A multiprocessor goes through the KV blocks of its programs at the rate of its memory, if it has at least
+    `HIDDEN_FROM` programs. More programs than are resident at a time would leave most of the chip idle at the end.
 
     Args:
-      problem: what is computed.
-      programs: that there are without a split.
-      block_kv: tokens of a block.
-      gpu: which one.
+      problem: the call.
+      programs: programs without splits.
+      block_kv: tokens of a KV block.
+      gpu: the device.
     """
     p = problem
-    seen = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
-    blocks = pl.cdiv(seen, block_kv)
+    visible = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
+    blocks = pl.cdiv(visible, block_kv)
 
-    def busiest(splits: int) -> int:
+    def busiest_time(splits: int) -> int:
         resident = pl.cdiv(programs * splits, gpu.multiprocessors)
         time = max(resident, HIDDEN_FROM) * pl.cdiv(blocks, splits) + resident * START
         return time + (MERGE if splits > 1 else 0)
 
     most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
-    return min(range(1, most + 1), key=busiest)
+    return min(range(1, most + 1), key=busiest_time)
 
 
 def space(problem: Problem) -> Space:
-    """Blocks of tokens, splits of the cache, how much is loaded ahead, and how a program is run."""
+    """Returns what the tuner may try: KV block sizes, splits, warps and pipeline stages."""
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
     blocks = -(-problem.max_len // start.block_kv)
     return Space(
@@ -195,7 +198,7 @@ def space(problem: Problem) -> Space:
 
 
 def unsupported(problem: Problem) -> str | None:
-    """What of a problem this kernel does not cover, or None."""
+    """Returns why this kernel cannot run a problem, or None."""
     p, gpu = problem, target_gpu()
     if p.head_dim > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {p.head_dim}"
@@ -219,15 +222,13 @@ def decode_attention(
     """
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
-    p, splits = problem, config.splits
-    q = inputs.q
+    p, q, splits = problem, inputs.q, config.splits
     row_blocks = pl.cdiv(p.q_len * p.group, config.block_rows)
-    arrays = _operands(p, inputs)
     out, lse = pl.pallas_call(
-        fresh_kernel(kernel, names=(*arrays, "out", "lse"), problem=p, config=config, row_blocks=row_blocks),
+        fresh_kernel(kernel, problem=p, config=config, row_blocks=row_blocks),
         grid=(p.batch, p.kv_heads * row_blocks * splits),
         out_shape=[
-            # What is still to be merged stays in float32.
+            # Splits stay in float32 until they are merged.
             jax.ShapeDtypeStruct((splits, *q.shape), q.dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((splits, *q.shape[:3]), jnp.float32),
         ],
@@ -237,7 +238,7 @@ def decode_attention(
         ),
         interpret=interpret,
         name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{splits}",
-    )(*arrays.values())
+    )(_operands(p, inputs))
     if splits == 1:
         return out[0], lse[0]
     merged: tuple[jax.Array, jax.Array] = pl.pallas_call(
@@ -251,20 +252,23 @@ def decode_attention(
     return merged
 
 
-def _operands(problem: Problem, inputs: Inputs) -> dict[str, jax.Array]:
-    """The arrays that there are, by the names of `triton_kernel.Refs`; those of the cache with layers in front."""
-    cache = {name: getattr(inputs, name) for name in ("k", "v", "k_scale", "v_scale")}
-    cache = {name: array for name, array in cache.items() if array is not None}
-    layer = inputs.layer
-    if layer is not None and problem.has_scales and offsets_wrap(inputs.k.size):
-        cache = {name: jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=True) for name, array in cache.items()}
-        layer = jnp.int32(0)
-    elif layer is None:
-        cache = {name: array[None] for name, array in cache.items()}
-        layer = jnp.int32(0)
-    arrays = {"layer": layer[None], "lengths": inputs.lengths, "q": inputs.q, **cache}
-    if inputs.page_table is not None:
-        arrays["page_table"] = inputs.page_table
-    if inputs.sinks is not None:
-        arrays["sinks"] = inputs.sinks.astype(jnp.float32)
-    return arrays
+def _operands(problem: Problem, inputs: Inputs) -> Operands:
+    """Returns the arrays that the kernel takes; the cache and its scales have a leading `[num_layers]`."""
+    cache, layer = (inputs.k, inputs.v, inputs.k_scale, inputs.v_scale), inputs.layer
+    if layer is None:
+        cache = jax.tree.map(lambda x: x[None], cache)
+    elif problem.has_scales and offsets_wrap(inputs.k.size):
+        cache = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=True), cache)
+        layer = None
+    k, v, k_scale, v_scale = cache
+    return Operands(
+        layer=(jnp.int32(0) if layer is None else layer)[None],
+        lengths=inputs.lengths,
+        q=inputs.q,
+        k=k,
+        v=v,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        page_table=inputs.page_table,
+        sinks=None if inputs.sinks is None else inputs.sinks.astype(jnp.float32),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.decode_attention import online_softmax
-from palladion.kernels.decode_attention.online_softmax import divide
+from palladion.kernels.decode_attention.online_softmax import VisibleSpan, div_rem
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.triton import products as gpu_products
+from palladion.kernels.decode_attention.triton import products
 from palladion.reference import merge_partials
 
+if TYPE_CHECKING:
+    from palladion.kernels.decode_attention.triton.call import Config
+
 MIN_WIDTH: Final = 32
-"""Of a part of a head: of narrower ones, four warps would all multiply the same."""
+"""Least width of a tile of head_dim; with narrower ones, all four warps would multiply the same numbers."""
 
 
-class Refs(NamedTuple):
-    """Arrays in memory, as the kernel takes them.
+class Operands(NamedTuple):
+    """Arrays that the kernel reads, as arrays outside of it and as references inside.
 
     Attributes:
       layer: int32 `[1]`.
@@ -28,12 +32,10 @@ class Refs(NamedTuple):
       q: `[batch, q_len, q_heads, head_dim]`.
       k: `[num_layers, batch or num_pages, kv_heads, max_len or page_size, head_dim]`.
       v: like k.
-      page_table: int32 `[batch, pages_per_seq]` or None.
       k_scale: k without head_dim, float32, or None.
       v_scale: like k_scale.
-      sinks: float32 `[q_heads]` or None.
-      out: `[splits, batch, q_len, q_heads, head_dim]`.
-      lse: float32 `[splits, batch, q_len, q_heads]`.
+      page_table: int32 `[batch, pages_per_seq]`, or None.
+      sinks: float32 `[q_heads]`, or None.
     """
 
     layer: Any
@@ -41,144 +43,193 @@ class Refs(NamedTuple):
     q: Any
     k: Any
     v: Any
-    page_table: Any
     k_scale: Any
     v_scale: Any
+    page_table: Any
     sinks: Any
-    out: Any
-    lse: Any
 
 
-class Part(NamedTuple):
-    """Features of a head that are loaded together: a power of two of them, from the first on."""
+class Tile(NamedTuple):
+    """Features of a head that are loaded together: `width`, a power of two, from `first` on."""
 
     first: int
     width: int
 
+    @property
+    def features(self) -> jax.Array:
+        """Indices of the features, int32 `[width]`."""
+        return self.first + jnp.arange(self.width, dtype=jnp.int32)
 
-def parts_of(head_dim: int) -> tuple[Part, ...]:
-    """A head's features in powers of two, the largest first; the last part may reach past the end, and is masked.
 
-    Triton's arrays have sides of powers of two. A head of 192 is one of 128 and one of 64: nothing is loaded or
-    multiplied that is not there. Where no more than a quarter is missing, as of 112, one part costs less than three.
+def tiles_of(head_dim: int) -> tuple[Tile, ...]:
+    """Returns the tiles of a head, widest first; the last may reach past head_dim and is masked.
+
+    Triton's arrays have sides of powers of two. A head of 192 is one tile of 128 and one of 64, so that nothing
+    absent is loaded or multiplied. Where at most a quarter is missing, as with 112, one tile costs less than three.
     """
-    parts, first = [], 0
+    tiles, first = [], 0
     while first < head_dim:
         left = head_dim - first
         width = max(pl.next_power_of_2(left), MIN_WIDTH)
         if left <= width * 3 // 4 and width > MIN_WIDTH:
             width //= 2
-        parts.append(Part(first, width))
+        tiles.append(Tile(first, width))
         first += width
-    return tuple(parts)
+    return tuple(tiles)
 
 
-def kernel(*arrays: Any, names: tuple[str, ...], problem: Problem, config: Any, row_blocks: int) -> None:
-    """A program: one sequence, one KV head, a block of the query rows that share it, one share of what they see.
+class Rows(NamedTuple):
+    """The query rows of a program.
 
-    Args:
-      arrays: references to memory, inputs and outputs.
-      names: which of `Refs` they are.
-      problem: what is computed.
-      config: block sizes.
-      row_blocks: blocks of query rows.
+    Attributes:
+      query: index of each row's query, `[block_rows]`.
+      q_head: query head of each row, `[block_rows]`.
+      exists: whether each row is one, `[block_rows]`; the others fill the block.
+      position: position of each row's query in its sequence, `[block_rows]`.
+      span: the tokens and KV blocks that they see.
     """
-    refs = Refs(**dict.fromkeys(Refs._fields) | dict(zip(names, arrays, strict=True)))
-    p, block_rows, block_kv = problem, config.block_rows, config.block_kv
-    parts = parts_of(p.head_dim)
-    b, place = pl.program_id(0), pl.program_id(1)
-    place, split = divide(place, config.splits)
-    head, row_block = divide(place, row_blocks)
-    layer, length = refs.layer[0], jnp.clip(refs.lengths[b], 0, p.max_len)
 
-    rows = p.q_len * p.group
-    first_row = row_block * block_rows
-    row = first_row + jnp.arange(block_rows, dtype=jnp.int32)  # [block_rows]
-    query, member = divide(row, p.group)
-    q_head = head * p.group + member
-    real_row = row < rows
-    position = length - p.q_len + query  # [block_rows]
-    last_row = jnp.minimum(first_row + block_rows, rows) - 1
-    span = online_softmax.span_of(p, length, first_row, last_row, block_kv, split, config.splits)
+    query: jax.Array
+    q_head: jax.Array
+    exists: jax.Array
+    position: jax.Array
+    span: VisibleSpan
 
-    def feature(part: Part) -> jax.Array:
-        return part.first + jnp.arange(part.width, dtype=jnp.int32)
+    def tile_index(self, tile: Tile, head_dim: int) -> tuple[tuple[Any, ...], jax.Array]:
+        """Returns the index of the rows' features in q or out, and which of them exist."""
+        features = tile.features
+        index = (self.query[:, None], self.q_head[:, None], features[None, :])
+        return index, self.exists[:, None] & (features < head_dim)[None, :]
 
-    def of_rows(part: Part) -> tuple[tuple[Any, ...], jax.Array]:
-        """Where the rows' features stand in q and out, and which of them are there."""
-        features = feature(part)
-        index = (query[:, None], q_head[:, None], features[None, :])
-        return index, real_row[:, None] & (features < p.head_dim)[None, :]
+
+def rows_of_program(problem: Problem, config: Config, length: Any, head: Any, row_block: Any, split: Any) -> Rows:
+    """Returns the query rows of a program, and the split of the cache that they attend to."""
+    p, count = problem, problem.q_len * problem.group
+    first_row = row_block * config.block_rows
+    row = first_row + jnp.arange(config.block_rows, dtype=jnp.int32)
+    query, head_in_group = div_rem(row, p.group)
+    q_head = head * p.group + head_in_group
+    exists = row < count
+    position = length - p.q_len + query
+    last_row = jnp.minimum(first_row + config.block_rows, count) - 1
+    span = online_softmax.visible_span(p, length, first_row, last_row, config.block_kv, split, config.splits)
+    return Rows(query, q_head, exists, position, span)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVBlock:
+    """Location of the tokens of a KV block in the cache.
+
+    Attributes:
+      problem: the call.
+      layer: layer of the cache.
+      slab: sequence, or page: a scalar, or `[block_kv]` where a block has tokens of several pages.
+      head: KV head.
+      token: tokens within the slab, `[block_kv]`.
+    """
+
+    problem: Problem
+    layer: Any
+    slab: jax.Array
+    head: Any
+    token: jax.Array
+
+    def load(self, ref: Any, tile: Tile, dtype: Any) -> jax.Array:
+        """Loads a tile of keys or values as operands of a dtype, `[block_kv, width]`."""
+        # Codes are converted in the order in which they are loaded, 16 by each thread, and not in that of operands,
+        # where Triton would gather them byte by byte: its layouts do not pass a reduction, and a maximum along an
+        # axis of length 1 changes nothing else.
+        reduced = self.problem.has_scales and dtype != ref.dtype
+        down = (slice(None), None, None) if reduced else (slice(None), None)
+        features, head_dim = tile.features, self.problem.head_dim
+        across = (None, slice(None), None) if reduced else (None, slice(None))
+        slab = self.slab[down] if self.slab.ndim else self.slab
+        window = ref.at[self.layer, slab, self.head, self.token[down], features[across]]
+        mask = other = None
+        if tile.first + tile.width > head_dim:
+            mask, other = jnp.broadcast_to((features < head_dim)[across], window.shape), jnp.zeros((), ref.dtype)
+        numbers = products.to_operand(plgpu.load(window, mask=mask, other=other), dtype)
+        return jnp.max(numbers, axis=2) if reduced else numbers
+
+    def load_scale(self, ref: Any) -> jax.Array | None:
+        """Loads the scales of keys or values, `[block_kv]`, if there are any."""
+        return None if ref is None else plgpu.load(ref.at[self.layer, self.slab, self.head, self.token])
+
+
+def locate(
+    problem: Problem, operands: Operands, b: Any, layer: Any, head: Any, first: Any, token: jax.Array
+) -> KVBlock:
+    """Returns the location of `token`, `[block_kv]`, the tokens of a KV block of sequence b that begins at `first`."""
+    p, slab, within = problem, jnp.asarray(b), token
+    if p.page_size is None:
+        return KVBlock(p, layer, slab, head, within)
+    if p.page_size % token.shape[0] == 0:
+        page, _ = div_rem(first, p.page_size)
+        slab = operands.page_table[b, page]
+        within = token - page * p.page_size
+    else:
+        page, within = div_rem(token, p.page_size)
+        slab = plgpu.load(operands.page_table.at[b, page])  # [block_kv]
+    # A page that does not exist is read as the nearest that does.
+    return KVBlock(p, layer, jnp.clip(slab, 0, operands.k.shape[1] - 1), head, within)
+
+
+def kernel(
+    operands: Operands,
+    out_ref: Any,  # [splits, batch, q_len, q_heads, head_dim]
+    lse_ref: Any,  # float32 [splits, batch, q_len, q_heads]
+    *,
+    problem: Problem,
+    config: Config,
+    row_blocks: int,
+) -> None:
+    """Computes attention of a block of query rows, which share a sequence and KV head, over a split of the cache."""
+    p, tiles = problem, tiles_of(problem.head_dim)
+    b, program = pl.program_id(0), pl.program_id(1)
+    head_and_rows, split = div_rem(program, config.splits)
+    head, row_block = div_rem(head_and_rows, row_blocks)
+    layer, length = operands.layer[0], jnp.clip(operands.lengths[b], 0, p.max_len)
+    rows = rows_of_program(p, config, length, head, row_block, split)
 
     loaded = []
-    for part in parts:
-        index, mask = of_rows(part)
-        loaded.append(plgpu.load(refs.q.at[b, *index], mask=mask, other=0))  # [block_rows, width]
-    queries = gpu_products.queries_of(p, loaded, integers=config.integers)
+    for tile in tiles:
+        index, mask = rows.tile_index(tile, p.head_dim)
+        loaded.append(plgpu.load(operands.q.at[b, *index], mask=mask, other=0))  # [block_rows, width]
+    queries = products.prepare_queries(p, loaded, integers=config.integers)
 
     def attend(block: jax.Array, state: online_softmax.State) -> online_softmax.State:
-        first = block * block_kv
-        token = first + jnp.arange(block_kv, dtype=jnp.int32)  # [block_kv]
-        # What nobody sees may be anything, and 0 * NaN is NaN; so may the page table be past a sequence's end. Where a
-        # block reaches past what is seen, the outermost token is read again: it costs less than to mask what is read.
-        there = jnp.clip(token, span.oldest, span.newest)
-        slab, within = jnp.asarray(b), there  # [block_kv]
-        if p.page_size is not None:
-            if p.page_size % block_kv == 0:
-                page, _ = divide(first, p.page_size)
-                slab = refs.page_table[b, page]
-                within = there - page * p.page_size
-            else:
-                page, within = divide(there, p.page_size)
-                slab = plgpu.load(refs.page_table.at[b, page])  # [block_kv]
-            # A page that does not exist is read as the nearest that does.
-            slab = jnp.clip(slab, 0, refs.k.shape[1] - 1)
-
-        def load(ref: Any, part: Part, dtype: Any) -> jax.Array:
-            """A part of the block's keys or values as operands of a dtype, `[block_kv, width]`."""
-            # Codes that become other numbers do so in the order in which they are loaded, 16 of a thread, and not in
-            # that of operands, where Triton would gather them byte by byte: its layouts do not pass a reduction, and
-            # one along an axis of 1 is nothing else.
-            held = p.has_scales and dtype != ref.dtype
-            axes = (slice(None), None, None) if held else (slice(None), None)
-            features = feature(part)
-            across = (None, slice(None), None) if held else (None, slice(None))
-            place = ref.at[layer, slab[axes] if slab.ndim else slab, head, within[axes], features[across]]
-            mask = other = None
-            if part.first + part.width > p.head_dim:
-                mask, other = jnp.broadcast_to((features < p.head_dim)[across], place.shape), jnp.zeros((), ref.dtype)
-            numbers = gpu_products.operand(plgpu.load(place, mask=mask, other=other), dtype)
-            return jnp.max(numbers, axis=2) if held else numbers
-
-        def load_scale(ref: Any) -> jax.Array | None:
-            return None if ref is None else plgpu.load(ref.at[layer, slab, head, within])  # [block_kv]
-
-        keys = [load(refs.k, part, x[0].dtype) for x, part in zip(queries.operands, parts, strict=True)]
-        products = gpu_products.multiply_keys(queries, keys)  # [block_rows, block_kv]
-        logits = online_softmax.logits_of(
-            p, products, load_scale(refs.k_scale), online_softmax.visible(p, token, position)
+        first = block * config.block_kv
+        token = first + jnp.arange(config.block_kv, dtype=jnp.int32)
+        # Tokens that no row sees may be NaN, and 0 * NaN is NaN; page-table entries past a sequence's end may be
+        # anything. Instead of them the outermost visible token is read again, which costs less than masked loads.
+        visible_token = jnp.clip(token, rows.span.first_token, rows.span.last_token)
+        kv = locate(p, operands, b, layer, head, first, visible_token)
+        keys = [kv.load(operands.k, tile, x[0].dtype) for x, tile in zip(queries.operands, tiles, strict=True)]
+        qk = products.multiply_keys(queries, keys)  # [block_rows, block_kv]
+        k_scale = kv.load_scale(operands.k_scale)
+        s = online_softmax.masked_logits(p, qk, k_scale, online_softmax.visible_mask(p, token, rows.position))
+        weights, alpha, state = online_softmax.update(p, state, s)
+        weight_operands = products.prepare_weights(p, weights, kv.load_scale(operands.v_scale))
+        dtype = weight_operands[0].dtype
+        acc = tuple(
+            old * alpha[:, None] + products.multiply_values(weight_operands, kv.load(operands.v, tile, dtype))
+            for old, tile in zip(state.acc, tiles, strict=True)
         )
-        weights, decay, state = online_softmax.weigh(p, state, logits)
-        operands = gpu_products.weights_of(p, weights, load_scale(refs.v_scale))
-        values = tuple(
-            old * decay[:, None] + gpu_products.multiply_values(operands, load(refs.v, part, operands[0].dtype))
-            for old, part in zip(state.values, parts, strict=True)
-        )
-        return state._replace(values=values)
+        return state._replace(acc=acc)
 
     sinks = None
-    if refs.sinks is not None:
+    if operands.sinks is not None:
+        sinks = plgpu.load(operands.sinks.at[rows.q_head], mask=rows.exists, other=0.0)
         # A sink counts in one of the splits.
-        sinks = plgpu.load(refs.sinks.at[q_head], mask=real_row, other=0.0)
         sinks = jnp.where(split == 0, sinks, -jnp.inf)
-    state = online_softmax.start(p, block_rows, tuple(part.width for part in parts), sinks)
-    state = jax.lax.fori_loop(span.begin, span.end, attend, state)
+    state = online_softmax.initial_state(p, config.block_rows, tuple(tile.width for tile in tiles), sinks)
+    state = jax.lax.fori_loop(rows.span.begin, rows.span.end, attend, state)
 
     outs, lse = online_softmax.finish(p, state)
-    for part, out in zip(parts, outs, strict=True):
-        index, mask = of_rows(part)
-        plgpu.store(refs.out.at[split, b, *index], out.astype(refs.out.dtype), mask=mask)
-    plgpu.store(refs.lse.at[split, b, query, q_head], lse, mask=real_row)
+    for tile, out in zip(tiles, outs, strict=True):
+        index, mask = rows.tile_index(tile, p.head_dim)
+        plgpu.store(out_ref.at[split, b, *index], out.astype(out_ref.dtype), mask=mask)
+    plgpu.store(lse_ref.at[split, b, rows.query, rows.q_head], lse, mask=rows.exists)
 
 
 def merge_kernel(
@@ -191,18 +242,18 @@ def merge_kernel(
     splits: int,
     width: int,
 ) -> None:
-    """Merges the splits of one query of one head, `width` features in a program."""
+    """Merges the splits of one query of one head, `width` features in each program."""
     p = problem
-    place, q_head = divide(pl.program_id(0), p.q_heads)
-    place, query = divide(place, p.q_len)
-    index = (place, query, q_head)
+    query_of_batch, q_head = div_rem(pl.program_id(0), p.q_heads)
+    b, query = div_rem(query_of_batch, p.q_len)
+    index = (b, query, q_head)
     split = jnp.arange(pl.next_power_of_2(splits), dtype=jnp.int32)
     features = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
-    there, real = split < splits, features < p.head_dim
-    lses = plgpu.load(lses_ref.at[split, *index], mask=there, other=-jnp.inf)  # [splits]
-    mask = there[:, None] & real[None, :]
+    split_exists, feature_exists = split < splits, features < p.head_dim
+    lses = plgpu.load(lses_ref.at[split, *index], mask=split_exists, other=-jnp.inf)  # [splits]
+    mask = split_exists[:, None] & feature_exists[None, :]
     outs = plgpu.load(outs_ref.at[split[:, None], *index, features[None, :]], mask=mask, other=0.0)  # [splits, width]
     out, lse = merge_partials(outs, lses)
-    plgpu.store(out_ref.at[*index, features], out.astype(out_ref.dtype), mask=real)
-    # The programs of one query all find the same.
+    plgpu.store(out_ref.at[*index, features], out.astype(out_ref.dtype), mask=feature_exists)
+    # All programs of a query compute the same lse.
     plgpu.store(lse_ref.at[*index], lse)
