@@ -26,6 +26,7 @@ from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
 from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases
 from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.float_bits import decode_e8m0, decode_float16
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.mosaic_tpu import widening as tpu_weights
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
@@ -618,3 +619,41 @@ def test_problem_counts_what_must_move():
     assert problem.flops() == 2 * 2 * 64 * 128
     assert isinstance(problem, Problem)
     assert str(problem) == "2x64x128, x=bfloat16, w=int4-g32-minimums, scales=float16, out=bfloat16"
+
+
+def test_every_byte_of_e8m0_is_a_power_of_two():
+    """OCP Microscaling Formats 1.0, 5.4.1: 2^(byte - 127), and NaN for 255. Bits are compared: flushing hides zeros."""
+    found = np.asarray(jax.lax.bitcast_convert_type(decode_e8m0(jnp.arange(256)), jnp.uint32))
+    exact = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
+    assert exact[0] == 2.0**-127
+    np.testing.assert_array_equal(found, exact.view(np.uint32))
+
+
+def test_every_float16_is_decoded():
+    bits = np.arange(2**16, dtype=np.uint16)
+    found = np.asarray(decode_float16(jnp.asarray(bits.view(np.int16))))
+    np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", 1), ("triton", 16)])
+@pytest.mark.parametrize(("x", "first"), [(2.0**60, 0), (1.0, 100)])
+def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: int | None, x: float, first: int):
+    """One group of one channel for each byte; a weight of 1 shows its scale, times x so that nothing else underflows."""
+    scales = np.arange(256, dtype=np.uint8)
+    ones = np.zeros((16, 256), np.uint8)
+    ones[0] = 2  # e2m1 of 1, in the low nibble of row 0
+    factors = jax.lax.bitcast_convert_type(jnp.asarray(scales)[None], jnp.float8_e8m0fnu)
+    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4"))
+    config = None
+    if form is not None:
+        name = "vector" if form == 1 else "tensor_core"
+        config = triton.Config(name, form, 128, 32, 1, num_warps=1)
+    options = {"backend": backend, "config": config, "interpret": None if backend == "xla" else True}
+    row = jnp.zeros((1, 32)).at[0, 0].set(x)
+    result = np.asarray(jax.jit(functools.partial(quantized_matmul, **options))(row, w), np.float64)[0]
+    exact = np.append(x * 2.0 ** (np.arange(255) - 127.0), np.nan)
+    flushed = (scales == 0) & (result == 0)  # 2^-127 is subnormal
+    last = 127 + 127 - int(np.log2(x))  # beyond float32
+    tested = slice(first, min(last, 255) + 1)
+    np.testing.assert_array_equal(result[tested], np.where(flushed, 0, exact)[tested])
+    assert np.isnan(result[255])

@@ -18,17 +18,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from palladion.kernels.quantized_matmul.float_bits import decode_e8m0, decode_float16
 from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.mosaic_tpu.stream import Source, Stream
-from palladion.kernels.quantized_matmul.mosaic_tpu.widening import narrow_float
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.tpu_layout import SUBLANES
 
@@ -161,10 +160,6 @@ class _Part:
         return None if self.minimum_ref is None else _factor(self.minimum_ref, self.problem.scale_dtype)
 
 
-FLOAT16_EXPONENT: Final = 0x7C000000
-"""The exponent of a float16 in the upper half of a word; all ones mean infinity, or NaN where there is a mantissa."""
-
-
 def bits_dtype(dtype: str) -> str:
     """In what a kernel takes factors of a dtype: their bits where Mosaic does not know the dtype."""
     return {"float8_e8m0fnu": "uint8", "float16": "int16"}.get(dtype, dtype)
@@ -173,15 +168,10 @@ def bits_dtype(dtype: str) -> str:
 def _factor(ref: Any, dtype: str) -> jax.Array:
     """Scales, zeros or minimums, which are of that dtype, in float32: `[groups, out]`."""
     values: jax.Array = ref[0]
-    if dtype == "float8_e8m0fnu":  # an exponent; the last one is NaN, where float32 has infinity without a mantissa
-        exponents = values.astype(jnp.int32)
-        bits = jnp.where(exponents == 255, jnp.int32(0x7FC00000), exponents << 23)
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    if dtype == "float8_e8m0fnu":
+        return decode_e8m0(values.astype(jnp.int32))
     if dtype == "float16":
-        words = values.astype(jnp.int32) << 16
-        is_finite = (words & FLOAT16_EXPONENT) != FLOAT16_EXPONENT
-        infinity_or_nan = (words & np.int32(-(2**31))) | 0x7F800000 | ((words & 0x03FF0000) >> 3)
-        return jnp.where(is_finite, narrow_float(5, words), jax.lax.bitcast_convert_type(infinity_or_nan, jnp.float32))
+        return decode_float16(values)
     return (values.astype(jnp.int32) if dtype in ("int8", "uint8") else values).astype(jnp.float32)
 
 

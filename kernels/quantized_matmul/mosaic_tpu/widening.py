@@ -34,6 +34,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.devices import Chip
+from palladion.kernels.quantized_matmul.float_bits import decode_finite_float
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.reference.quantization import PACK_BLOCK, Scheme
 
@@ -162,18 +163,8 @@ def _nibble_by_nibble(codes: jax.Array) -> jax.Array:
     return jnp.concatenate([nibbles.astype(jnp.float32).astype(jnp.bfloat16) for nibbles in taken])
 
 
-def narrow_float(exponent_bits: int, words: jax.Array) -> jax.Array:
-    """A finite float of a sign, some exponent bits and less mantissa than float32, in the highest bits of a word."""
-    bias = 2 ** (exponent_bits - 1) - 1
-    magnitude = (words & 0x7FFFFFFF) >> (8 - exponent_bits)  # exponent and mantissa where float32 has them
-    normal = jax.lax.bitcast_convert_type(magnitude + ((127 - bias) << 23), jnp.float32)
-    # Without an exponent the mantissa has no implied one, and counts as under the exponent 1.
-    number = jnp.where(magnitude < 1 << 23, 2 * normal - 2.0 ** (1 - bias), normal)
-    return jnp.where(words < 0, -number, number)
-
-
 def _float8_byte(exponent_bits: int, words: jax.Array) -> jax.Array:
-    return narrow_float(exponent_bits, words & np.int32(-(2**24)))
+    return decode_finite_float(exponent_bits, words & np.int32(-(2**24)))
 
 
 def _as_they_are(codes: jax.Array) -> jax.Array:

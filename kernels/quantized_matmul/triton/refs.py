@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.quantized_matmul.float_bits import decode_e8m0
 from palladion.kernels.quantized_matmul.problem import Problem
 
 
@@ -75,10 +76,7 @@ def read_scales(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax
     """Scales in float32; e8m0 ones are there as their bits."""
     if ref.dtype != jnp.uint8:
         return read(ref, place, mask)
-    exponent = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32)
-    # 0 stands for 2^-127, which is a subnormal float32; 255 for NaN.
-    bits = jnp.where(exponent == 255, 0x7FC00000, jnp.maximum(exponent << 23, 0x00400000))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return decode_e8m0(plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32))
 
 
 def both(*masks: jax.Array | None) -> jax.Array | None:
