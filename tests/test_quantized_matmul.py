@@ -529,7 +529,7 @@ def test_backends_are_chosen_and_reported():
     assert choices[1].interpret
     deep = Case(name="deep", rows=8, in_features=2**18, out_features=256, scheme="int8", dtype="float32").shapes()
     with pytest.raises(Unsupported, match=r"mosaic_tpu: blocks must fit into 12 MiB.*backend='xla' covers it"):
-        jax.eval_shape(functools.partial(quantized_matmul, backend="pallas"), deep.x, deep.w)
+        jax.eval_shape(functools.partial(quantized_matmul, backend="mosaic_tpu", interpret=True), deep.x, deep.w)
 
 
 def broken(**changes: Any) -> dict[str, Any]:
