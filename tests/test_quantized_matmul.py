@@ -120,7 +120,7 @@ def test_the_reference_is_right(name: str):
 @pytest.mark.parametrize("mode", tpu_interpreter.MODES)
 @pytest.mark.parametrize("name", ["int4-minimums", "gated", "odd-out"])
 def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
-    """In more blocks than there are buffers, along `in` too, the last of them not full."""
+    """Takes more blocks than there are buffers, along `in` too, the last of them not full."""
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     chunk = case.in_features if name == "odd-out" else 64
     config = mosaic_tpu.Config(8, 128, chunk if name == "odd-out" else 128, chunk, "float8_e4m3b11fnuz")
@@ -307,7 +307,7 @@ DEQUANTIZERS = [
     [(*one, *((384, 128) if number % 2 else (192, 64))) for number, one in enumerate(DEQUANTIZERS)],
 )
 def test_every_dequantizer_gives_the_same(name: str, dequantizer: str, block_in: int, chunk: int):
-    """What is chosen for a generation is right on all of them, whole and in several steps along `in`."""
+    """Each dequantizer is right on every generation, in one step or several along `in`."""
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     config = mosaic_tpu.Config(8 if case.rows < 8 else 24, 128, block_in, chunk, dequantizer)
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
@@ -318,7 +318,7 @@ def test_every_dequantizer_gives_the_same(name: str, dequantizer: str, block_in:
 
 @pytest.mark.parametrize("format", ["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"])
 def test_dequantizers_are_exact(format: str):
-    """Every code, next to every other one in its word, is found where x is arranged to meet it."""
+    """Every code, next to every other one in its word, comes in the order that x is given."""
     scheme, weights = Scheme.parse(format), 128
     stored = np.stack([np.roll(np.arange(256), 3 * row * row) for row in range(weights // (2 if scheme.packed else 1))])
     values = stored.astype(np.uint8) if scheme.packed else stored.astype(np.uint8).view(np.dtype(CODE_DTYPE[format]))
