@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from static_pages import static_page
 
-import palladion.kernels
 from palladion.benchmarks.static import Examiner, WorkloadName, figures, workloads
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu.table import TABLE
@@ -58,13 +58,12 @@ def test_there_are_figures_of_every_case_and_chip():
 
 
 @pytest.mark.parametrize("operation", workloads.operations("tpu"))
-def test_the_readme_has_these_figures(operation: str):
-    readme = Path(palladion.kernels.__path__[0]) / operation / "README.md"
+def test_the_page_has_these_figures(operation: str):
     models = [case.name for case in workloads.select(None, operation)]
     shapes = [name for name in figures.names(RESULTS, operation) if name not in models]
     for cases in filter(None, (models, shapes)):
         table = figures.markdown(RESULTS, operation, cases)
-        assert table in readme.read_text(), table
+        assert table in static_page(operation), table
 
 
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")
