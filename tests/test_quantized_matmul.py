@@ -26,7 +26,7 @@ from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
 from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases
 from palladion.kernels.quantized_matmul.cases import Case
-from palladion.kernels.quantized_matmul.float_bits import decode_e8m0, decode_float16
+from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces, decode_e8m0, decode_float16
 from palladion.kernels.quantized_matmul.mosaic_tpu import block_sizes
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer, dequantizers
@@ -629,6 +629,15 @@ def test_every_byte_of_e8m0_is_a_power_of_two():
     exact = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
     assert exact[0] == 2.0**-127
     np.testing.assert_array_equal(found, exact.view(np.uint32))
+
+
+def test_three_bfloat16_pieces_are_a_float32():
+    x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.linspace(-20, 20, 1000)
+    pieces = [
+        np.asarray(piece.astype(jnp.bfloat16), np.float64) for piece in jax.jit(lambda x: [*bfloat16_pieces(x, 3)])(x)
+    ]
+    np.testing.assert_array_equal(sum(pieces), np.asarray(x, np.float64))
+    assert (np.abs(np.asarray(x, np.float64) - pieces[0] - pieces[1]) <= 2.0**-15 * np.abs(x)).all()
 
 
 def test_every_float16_is_decoded():

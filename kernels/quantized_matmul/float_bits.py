@@ -1,7 +1,8 @@
-"""Decodes narrow floats from their bits in plain jax.numpy, for dtypes that a kernel's compiler does not know."""
+"""Decodes and splits floats by their bits, in plain jax.numpy that every kernel's compiler takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import jax
@@ -25,6 +26,16 @@ FLOAT16_EXPONENT: Final = 0x7C000000
 
 FLOAT16_MANTISSA: Final = 0x03FF0000
 """The mantissa bits of a float16 in the upper half of a word."""
+
+
+def bfloat16_pieces(x: jax.Array, count: int) -> Iterator[jax.Array]:
+    """Yields float32 numbers that bfloat16 holds exactly and whose sum is a float32 x; three have all of its bits."""
+    for _ in range(count):
+        # The upper half of a float32 is a bfloat16. XLA may drop a conversion to bfloat16 and back.
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
+        piece = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        yield piece
+        x = x - piece
 
 
 def decode_e8m0(exponents: jax.Array) -> jax.Array:

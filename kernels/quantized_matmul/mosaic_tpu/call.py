@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.mosaic_tpu.block_sizes import (
     Config,
     check_config,
@@ -143,23 +144,12 @@ def _prepare_rows(plan: Plan, x: jax.Array) -> Rows:
     if plan.needs_sums:
         group_sums = wide.reshape(row_blocks, block_rows, plan.sum_blocks, plan.groups, -1).sum(axis=4)
         sums = group_sums.transpose(0, 2, 1, 3)
-    pieces = _split(wide, plan.pieces) if plan.pieces > 1 else [x]
+    pieces = list(bfloat16_pieces(wide, plan.pieces)) if plan.pieces > 1 else [x]
     operands = jnp.stack([piece.astype(plan.x_operand) for piece in pieces] * plan.groups_per_tile, axis=1)
     operands = plan.dequantizer.reorder(operands, plan.chunk).reshape(row_blocks, -1, plan.in_blocks, plan.block_in)
     operands = jnp.pad(operands, ((0, 0), (0, plan.stacked_rows - operands.shape[1]), (0, 0), (0, 0)))
     masks = jnp.asarray(plan.masks())[None] if plan.groups_per_chunk > 1 else None
     return Rows(operands.transpose(0, 2, 1, 3), masks, sums, scales)
-
-
-def _split(x: jax.Array, pieces: int) -> list[jax.Array]:
-    """Splits float32 into numbers of 8 significant bits, which bfloat16 has, whose sum it is."""
-    found = []
-    for _ in range(pieces):
-        # By its bits, because XLA may drop a conversion to bfloat16 and back.
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
-        found.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
-        x = x - found[-1]
-    return found
 
 
 def _prepare_weight(inputs: Inputs) -> Weight:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.codes import hide, magic, raw_bytes, widen, widen_to_int8
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
@@ -211,12 +212,10 @@ def multiply(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.dot(weights, x.T, preferred_element_type=jnp.int32)
     if x.dtype != jnp.float32:
         return jnp.dot(weights, x.T, preferred_element_type=jnp.float32)
-    found = []
-    for _ in range(PIECES):
-        # The upper half of a float32 is a bfloat16; a conversion and back may be taken for no change at all.
-        upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16), jnp.float32)
-        found.append(jnp.dot(weights, upper.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32))
-        x = x - upper
+    found = [
+        jnp.dot(weights, piece.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32)
+        for piece in bfloat16_pieces(x, PIECES)
+    ]
     return (found[2] + found[1]) + found[0]
 
 
