@@ -164,6 +164,25 @@ def test_scaled_weights_give_the_same(name: str, dequantizer: str, chunk: int):
     assert_right(call(**inputs._asdict()), reference, exact, f"{config}")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("out_features", "gated"), [(1440, False), (8192, True), (4096, False)])
+def test_blocks_become_smaller_until_they_fit(out_features: int, gated: bool, monkeypatch: pytest.MonkeyPatch):
+    """Channels in any number, gated or not: no block is tried twice, or the search would not end."""
+    monkeypatch.setattr(block_sizes, "target_chip", lambda: tpu_chips()["v4"])
+    case = Case(
+        name="large",
+        rows=700,
+        in_features=2944,
+        out_features=out_features,
+        scheme="int8",
+        dtype="float32",
+        gated=gated,
+        activation=jax.nn.silu if gated else None,
+    )
+    config = mosaic_tpu.heuristic(case.problem())
+    assert mosaic_tpu.fits(case.problem(), config), config
+
+
 STATIC = [
     ("llama-3-8b-gate-up-1-int8", "v4", 0.75),
     ("llama-3-8b-gate-up-1-int8", "v6e", 0.95),

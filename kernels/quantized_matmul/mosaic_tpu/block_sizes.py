@@ -106,8 +106,9 @@ def heuristic(problem: Problem) -> Config:
     most = min(max(LANES, block_bytes // channel_bytes // LANES * LANES), MAX_BLOCK_OUT)
     config = Config(block_rows, _block_out(p, most), block_in, chunk, dequantizer, scales_weights)
     while _vmem_bytes(make_plan(p, config)) > vmem_limit():
-        if config.block_out > 2 * LANES:
-            config = dataclasses.replace(config, block_out=_block_out(p, config.block_out - LANES))
+        smaller = _smaller_block_out(p, config.block_out)
+        if config.block_out > 2 * LANES and smaller is not None:
+            config = dataclasses.replace(config, block_out=smaller)
         elif config.block_rows > SUBLANES:
             config = dataclasses.replace(config, block_rows=round_up(config.block_rows // 2, SUBLANES))
         else:
@@ -222,6 +223,19 @@ def _block_out(problem: Problem, most: int) -> int:
         # The up projection's blocks begin where the gate's end.
         sizes = range(most * 4 // 3 // LANES * LANES, 0, -LANES)
         return next((size for size in sizes if channels % size == 0), LANES)
+    return _even_block_out(channels, most)
+
+
+def _smaller_block_out(problem: Problem, block_out: int) -> int | None:
+    """Returns the channels of the next smaller block, a multiple of 128, or None where there is none."""
+    channels, most = problem.result_features, block_out - LANES
+    if problem.gated:
+        return next((size for size in range(most, 0, -LANES) if channels % size == 0), None)
+    return _even_block_out(channels, most) if most > 0 else None
+
+
+def _even_block_out(channels: int, most: int) -> int:
+    """Returns the channels of a block, a multiple of 128 and no more than `most`, that spreads them evenly."""
     return round_up(pl.cdiv(channels, pl.cdiv(channels, most)), LANES)
 
 
