@@ -26,8 +26,10 @@ from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.devices import tpu_chips
 from palladion.kernels.quantized_matmul import IMPLEMENTATIONS, Inputs, Problem, cases
 from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces, decode_e8m0, decode_float16
+from palladion.kernels.quantized_matmul.mosaic_tpu import block_sizes
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
-from palladion.kernels.quantized_matmul.mosaic_tpu import widening as tpu_weights
+from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer, dequantizers
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
@@ -118,7 +120,7 @@ def test_the_reference_is_right(name: str):
 @pytest.mark.parametrize("mode", tpu_interpreter.MODES)
 @pytest.mark.parametrize("name", ["int4-minimums", "gated", "odd-out"])
 def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
-    """In more blocks than there are buffers, along `in` too, the last of them not full."""
+    """Takes more blocks than there are buffers, along `in` too, the last of them not full."""
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     chunk = case.in_features if name == "odd-out" else 64
     config = mosaic_tpu.Config(8, 128, chunk if name == "odd-out" else 128, chunk, "float8_e4m3b11fnuz")
@@ -132,9 +134,9 @@ def test_tpu_kernel_moves_its_memory_in_order(name: str, mode: str):
 @pytest.mark.parametrize("chip", tpu_chips())
 @pytest.mark.parametrize("name", ["int4-large-group", "mxfp4-many-rows", "float8", "odd-in"])
 def test_what_is_chosen_for_a_chip_is_right(name: str, chip: str, monkeypatch: pytest.MonkeyPatch):
-    """Widenings, and two cores that share an odd number of blocks."""
+    """Dequantizers, and two cores that share an odd number of blocks."""
     inputs, reference, exact = expected(name)
-    monkeypatch.setattr(mosaic_tpu, "target_chip", lambda: tpu_chips()[chip])
+    monkeypatch.setattr(block_sizes, "target_chip", lambda: tpu_chips()[chip])
     config = mosaic_tpu.heuristic(TESTS[name].problem())
     config = dataclasses.replace(config, block_out=256 if name == "odd-in" else 128 * (1 + (chip == "v5p")))
     case = dataclasses.replace(TESTS[name], name=f"{name} on {chip}")  # compiled anew
@@ -144,7 +146,7 @@ def test_what_is_chosen_for_a_chip_is_right(name: str, chip: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("name", "widening", "chunk"),
+    ("name", "dequantizer", "chunk"),
     [
         ("int4-large-group", "bfloat16", 128),
         ("int4-large-group", "float32", 384),
@@ -154,12 +156,31 @@ def test_what_is_chosen_for_a_chip_is_right(name: str, chip: str, monkeypatch: p
         ("int8-group", "float32", 32),
     ],
 )
-def test_scaled_weights_give_the_same(name: str, widening: str, chunk: int):
+def test_scaled_weights_give_the_same(name: str, dequantizer: str, chunk: int):
     case, (inputs, reference, exact) = TESTS[name], expected(name)
-    config = mosaic_tpu.Config(8, 256, 384, chunk, widening, scales_weights=True)
+    config = mosaic_tpu.Config(8, 256, 384, chunk, dequantizer, scales_weights=True)
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
     call = jax.jit(call, compiler_options=QUICKLY)
     assert_right(call(**inputs._asdict()), reference, exact, f"{config}")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("out_features", "gated"), [(1440, False), (2816, True), (4096, False)])
+def test_blocks_become_smaller_until_they_fit(out_features: int, gated: bool, monkeypatch: pytest.MonkeyPatch):
+    """Channels in any number, gated or not: no block is tried twice, or the search would not end."""
+    monkeypatch.setattr(block_sizes, "target_chip", lambda: tpu_chips()["v4"])
+    case = Case(
+        name="large",
+        rows=700,
+        in_features=2944,
+        out_features=out_features,
+        scheme="int8",
+        dtype="float32",
+        gated=gated,
+        activation=jax.nn.silu if gated else None,
+    )
+    config = mosaic_tpu.heuristic(case.problem())
+    assert mosaic_tpu.fits(case.problem(), config), config
 
 
 STATIC = [
@@ -192,8 +213,8 @@ def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: E
 @pytest.mark.parametrize(
     ("backend", "config"),
     [
-        ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, widening="float32")),
-        ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, widening="float32")),
+        ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, dequantizer="float32")),
+        ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, dequantizer="float32")),
         ("triton", triton.Config("tensor_core", block_rows=16, block_out=16, tile=32, splits=1)),
         ("triton", triton.Config("tensor_core", block_rows=32, block_out=128, tile=128, splits=3)),
         ("triton", triton.Config("vector", block_rows=3, block_out=128, tile=32, splits=3, num_warps=1)),
@@ -281,8 +302,8 @@ def test_a_gpu_keeps_integer_products_exact():
     np.testing.assert_array_equal(np.asarray(result), np.asarray(x, np.int64) @ np.asarray(ones.values, np.int64))
 
 
-WIDENINGS = [
-    (name, widening)
+DEQUANTIZERS = [
+    (name, dequantizer)
     for name in (
         "int8",
         "int8-zeros",
@@ -294,20 +315,20 @@ WIDENINGS = [
         "float8",
         "int4",
     )
-    for widening in tpu_weights.widenings(TESTS[name].problem().scheme)
+    for dequantizer in dequantizers(TESTS[name].problem().scheme)
     # Between integers only; and 16 in every code for results that do not show it.
-    if widening != "int8" and (widening != "words" or name not in ("int4-minimums", "int4-zeros", "gated"))
+    if dequantizer != "int8" and (dequantizer != "words" or name not in ("int4-minimums", "int4-zeros", "gated"))
 ] + [("int8-activations", "int8"), ("int8-activations", "bfloat16"), ("int4-int8-activations", "int8")]
 
 
 @pytest.mark.parametrize(
-    ("name", "widening", "block_in", "chunk"),
-    [(*one, *((384, 128) if number % 2 else (192, 64))) for number, one in enumerate(WIDENINGS)],
+    ("name", "dequantizer", "block_in", "chunk"),
+    [(*one, *((384, 128) if number % 2 else (192, 64))) for number, one in enumerate(DEQUANTIZERS)],
 )
-def test_every_widening_gives_the_same(name: str, widening: str, block_in: int, chunk: int):
-    """What is chosen for a generation is right on all of them, whole and in several steps along `in`."""
+def test_every_dequantizer_gives_the_same(name: str, dequantizer: str, block_in: int, chunk: int):
+    """Each dequantizer is right on every generation, in one step or several along `in`."""
     case, (inputs, reference, exact) = TESTS[name], expected(name)
-    config = mosaic_tpu.Config(8 if case.rows < 8 else 24, 128, block_in, chunk, widening)
+    config = mosaic_tpu.Config(8 if case.rows < 8 else 24, 128, block_in, chunk, dequantizer)
     call = functools.partial(quantized_matmul, backend="mosaic_tpu", config=config, interpret=True, **case.options)
     call = jax.jit(call, compiler_options=QUICKLY)
     result = call(**inputs._asdict())
@@ -315,8 +336,8 @@ def test_every_widening_gives_the_same(name: str, widening: str, block_in: int, 
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"])
-def test_widenings_are_exact(format: str):
-    """Every code, next to every other one in its word, is found where x is arranged to meet it."""
+def test_dequantizers_are_exact(format: str):
+    """Every code, next to every other one in its word, comes in the order that x is given."""
     scheme, weights = Scheme.parse(format), 128
     stored = np.stack([np.roll(np.arange(256), 3 * row * row) for row in range(weights // (2 if scheme.packed else 1))])
     values = stored.astype(np.uint8) if scheme.packed else stored.astype(np.uint8).view(np.dtype(CODE_DTYPE[format]))
@@ -324,25 +345,25 @@ def test_widenings_are_exact(format: str):
     values = values if scheme.packed else np.where(np.isfinite(numbers), values, np.zeros_like(values))
     w = QuantizedArray(jnp.asarray(values), jnp.ones((1, 256)), None, None, scheme)
     codes = np.asarray(decode_e2m1(unpack_codes(w)) if format == "mxfp4" else unpack_codes(w)).astype(np.float64)
-    for name, widening in tpu_weights.widenings(scheme).items():
+    for name, dequantizer in dequantizers(scheme).items():
 
-        def kernel(codes_ref: Any, out_ref: Any, *, widening: tpu_weights.Widening = widening) -> None:
-            out_ref[...] = widening.widen(codes_ref[...])
+        def kernel(codes_ref: Any, out_ref: Any, *, dequantizer: Dequantizer = dequantizer) -> None:
+            out_ref[...] = dequantizer.to_operands(codes_ref[...])
 
-        shape = jax.ShapeDtypeStruct((weights, 256), widening.operand)
+        shape = jax.ShapeDtypeStruct((weights, 256), dequantizer.operand)
         operands = np.asarray(pl.pallas_call(kernel, out_shape=shape, interpret=True)(w.values)).astype(np.float64)
-        found = widening.unit * (operands - widening.offset)
-        np.testing.assert_array_equal(found, widening.arrange(codes.T, weights).T, err_msg=name)
+        found = dequantizer.unit * (operands - dequantizer.offset)
+        np.testing.assert_array_equal(found, dequantizer.reorder(codes.T, weights).T, err_msg=name)
 
 
-@pytest.mark.parametrize("widening", ["float8_e4m3b11fnuz", "nibbles", "float32"])
-def test_outliers_in_x_do_not_drown_the_rest(widening: str):
+@pytest.mark.parametrize("dequantizer", ["float8_e4m3b11fnuz", "nibbles", "float32"])
+def test_outliers_in_x_do_not_drown_the_rest(dequantizer: str):
     inputs, _, _ = expected("int4-group")
     inputs = inputs._replace(x=inputs.x.at[:, 5].mul(1e4).at[1].add(100))
     case = TESTS["int4-group"]
-    config = mosaic_tpu.Config(8, 512, 384, 128, widening)
+    config = mosaic_tpu.Config(8, 512, 384, 128, dequantizer)
     result = quantized_matmul(**inputs._asdict(), backend="mosaic_tpu", config=config, interpret=True, **case.options)
-    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), widening)
+    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), dequantizer)
 
 
 def test_a_long_in_is_taken_in_steps():
@@ -525,8 +546,9 @@ def test_backends_are_chosen_and_reported():
     assert [choice.backend for choice in choices] == ["xla", "mosaic_tpu"]
     assert "runs on tpu, not on cpu" in choices[0].reasons["mosaic_tpu"]
     assert choices[1].interpret
-    with pytest.raises(Unsupported, match=r"mosaic_tpu: x must have rows, got none.*backend='xla' covers it"):
-        quantized_matmul(inputs.x[:0], inputs.w, backend="pallas")
+    deep = Case(name="deep", rows=8, in_features=2**18, out_features=256, scheme="int8", dtype="float32").shapes()
+    with pytest.raises(Unsupported, match=r"mosaic_tpu: blocks must fit into 12 MiB.*backend='xla' covers it"):
+        jax.eval_shape(functools.partial(quantized_matmul, backend="mosaic_tpu", interpret=True), deep.x, deep.w)
 
 
 def broken(**changes: Any) -> dict[str, Any]:
@@ -584,7 +606,7 @@ def test_gated_needs_an_even_number_of_channels():
 
 
 TENSOR_CORE: dict[str, Any] = {"form": "tensor_core", "block_rows": 16, "block_out": 64, "tile": 32, "splits": 1}
-SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chunk": 32, "widening": "words"}
+SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chunk": 32, "dequantizer": "words"}
 
 
 @pytest.mark.parametrize(
@@ -618,3 +640,50 @@ def test_problem_counts_what_must_move():
     assert problem.flops() == 2 * 2 * 64 * 128
     assert isinstance(problem, Problem)
     assert str(problem) == "2x64x128, x=bfloat16, w=int4-g32-minimums, scales=float16, out=bfloat16"
+
+
+def test_every_byte_of_e8m0_is_a_power_of_two():
+    """OCP Microscaling Formats 1.0, 5.4.1: 2^(byte - 127), and NaN for 255. Bits are compared: flushing hides zeros."""
+    found = np.asarray(jax.lax.bitcast_convert_type(decode_e8m0(jnp.arange(256)), jnp.uint32))
+    exact = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
+    assert exact[0] == 2.0**-127
+    np.testing.assert_array_equal(found, exact.view(np.uint32))
+
+
+def test_three_bfloat16_pieces_are_a_float32():
+    x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.linspace(-20, 20, 1000)
+    pieces = [
+        np.asarray(piece.astype(jnp.bfloat16), np.float64) for piece in jax.jit(lambda x: [*bfloat16_pieces(x, 3)])(x)
+    ]
+    np.testing.assert_array_equal(sum(pieces), np.asarray(x, np.float64))
+    assert (np.abs(np.asarray(x, np.float64) - pieces[0] - pieces[1]) <= 2.0**-15 * np.abs(x)).all()
+
+
+def test_every_float16_is_decoded():
+    bits = np.arange(2**16, dtype=np.uint16)
+    found = np.asarray(decode_float16(jnp.asarray(bits.view(np.int16))))
+    np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", 1), ("triton", 16)])
+@pytest.mark.parametrize(("x", "first"), [(2.0**60, 0), (1.0, 100)])
+def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: int | None, x: float, first: int):
+    """A channel of one group for each byte; a weight of 1 shows its scale times x, and no product underflows."""
+    scales = np.arange(256, dtype=np.uint8)
+    ones = np.zeros((16, 256), np.uint8)
+    ones[0] = 2  # e2m1 of 1, in the low nibble of row 0
+    factors = jax.lax.bitcast_convert_type(jnp.asarray(scales)[None], jnp.float8_e8m0fnu)
+    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4"))
+    config = None
+    if form is not None:
+        name = "vector" if form == 1 else "tensor_core"
+        config = triton.Config(name, form, 128, 32, 1, num_warps=1)
+    options = {"backend": backend, "config": config, "interpret": None if backend == "xla" else True}
+    row = jnp.zeros((1, 32)).at[0, 0].set(x)
+    result = np.asarray(jax.jit(functools.partial(quantized_matmul, **options))(row, w), np.float64)[0]
+    exact = np.append(x * 2.0 ** (np.arange(255) - 127.0), np.nan)
+    flushed = (scales == 0) & (result == 0)  # 2^-127 is subnormal
+    last = 127 + 127 - int(np.log2(x))  # beyond float32
+    tested = slice(first, min(last, 255) + 1)
+    np.testing.assert_array_equal(result[tested], np.where(flushed, 0, exact)[tested])
+    assert np.isnan(result[255])

@@ -1,4 +1,4 @@
-"""What the GPU kernel of quantized_matmul multiplies with: rows of x as bytes, and instructions of their own."""
+"""Tests how the GPU kernel of quantized_matmul multiplies: rows of x as bytes, and inline PTX."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_program_is_inline_assembly_on_a_gpu():
 
 
 def numbers_of(row: gpu_bytes.Row) -> np.ndarray:
-    """What the bytes of a row stand for, in float64 `[in, lanes]`."""
+    """Returns the numbers that the bytes of a row stand for, float64 `[in, lanes]`."""
     places = [
         np.stack([np.asarray(word).reshape(-1, 1).view(np.int8 if signed else np.uint8) for word in words])
         for words, signed in zip(row.words, gpu_bytes.SIGNED, strict=True)
@@ -237,7 +237,7 @@ def test_rows_that_are_bytes_lose_nothing(name: str):
     ],
 )
 def test_few_rows_take_the_form_that_is_quicker(scheme: str, rows: int, arch: int, forms: str):
-    """Of Llama 3 8B, normalized and added to a residual: a launch more costs as much as many instructions."""
+    """The layers of Llama 3 8B, with norm and residual: one more launch costs as much as many instructions."""
     layers: list[dict[str, Any]] = [
         {"in_features": 4096, "out_features": 6144, "norm": True},
         {"in_features": 4096, "out_features": 4096, "residual": True},

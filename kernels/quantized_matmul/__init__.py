@@ -1,4 +1,4 @@
-"""x @ w with a quantized w, the scales applied inside."""
+"""Multiplies activations by a quantized weight, with the scales applied inside the kernel."""
 
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS, quantized_matmul

@@ -1,4 +1,4 @@
-"""quantized_matmul: its signature and contract, and the table of what can run it."""
+"""Defines quantized_matmul: its signature and contract, and the table of its implementations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ IMPLEMENTATIONS: Final = (
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
-"""Every implementation takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
+"""The implementations: each takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
 
 
 def quantized_matmul(
@@ -77,12 +77,12 @@ def quantized_matmul(
     config: Any = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """x @ w for a quantized w, with bias, activation and gating fused, and what stands before and behind it in a model.
+    """Returns x @ w for a quantized w, with norm, bias, activation, gate and residual fused.
 
-    Weights are read in the few bits that they are stored in and scaled inside; products are accumulated in float32 (or
-    int32, exactly, between int8 activations and integer weights). Codes are multiplied before they are scaled: the sum
-    of |x| times the largest code (127; 448 for float8_e4m3fn, 57,344 for float8_e5m2) must stay below 3.4e38, which
-    activations below 1e27 always do.
+    Weights are read in their stored bits and scaled inside the kernel. Products are accumulated in float32, or exactly
+    in int32 between int8 activations and integer weights. Codes may be multiplied before they are scaled, so the sum of
+    |x| times the largest code (127; 448 for float8_e4m3fn, 57,344 for float8_e5m2) must stay below 3.4e38: activations
+    below 1e27 are safe.
 
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
@@ -92,26 +92,26 @@ def quantized_matmul(
       gated: the first out / 2 channels are gates and the others ups: returns activation(gate) * up, `[..., out / 2]`
         (SwiGLU with `jax.nn.silu`, GeGLU with `jax.nn.gelu`).
       norm: float `[in]`: x is normalized first, x / sqrt(mean(x ** 2) + norm_eps) * norm over its last axis (RMS norm).
-      norm_eps: what is added to the mean square.
+      norm_eps: number added to the mean square.
       residual: `[..., out]`, or `[..., out / 2]` where gated; float32, bfloat16 or float16; added to the result.
       quantize_x: "int8" (with int8 and int4 weights) or "float8_e4m3fn" (with float8 weights) quantizes x on the fly,
-        one scale per token; None multiplies x as it is.
-      layer: where w has a leading `[num_layers]`, which of its matrices to multiply with, an int32 scalar: a loop over
-        layers then copies none of them where the implementation can avoid it.
+        one scale per token; None multiplies x unchanged.
+      layer: index of the matrix where w has a leading `[num_layers]`, an int32 scalar: a loop over layers then copies
+        none of them where the implementation can avoid it.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
-      batch_invariant: gives a row the same bits whatever other rows there are, however many, and wherever it stands:
-        block sizes, splits and their order are the same for all. It costs what they fall short of those for this
-        number of rows; the reference goes through x row by row. A `config` must not follow the number of rows.
-      backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
-      config: block sizes for the kernel that is named by `backend`, one of its `Config`s; None chooses.
-      interpret: whether a kernel is interpreted; None does so where backend="pallas" meets a CPU.
+      batch_invariant: gives a row the same bits whatever the number, order and values of the other rows. Block sizes
+        and splits then do not depend on the number of rows, and may be slower than the best for this number; the
+        reference multiplies row by row. A `config` must not depend on the number of rows either.
+      backend: one of `palladion.BACKENDS`; None means the backend that `using_backend` set, or "auto".
+      config: block sizes of the kernel that `backend` names, a `Config` of its folder; None chooses.
+      interpret: whether a kernel is interpreted; None interprets where backend="pallas" runs on a CPU.
 
     Returns:
       `[..., out]`, or `[..., out / 2]` where gated, in `out_dtype`.
 
     Raises:
-      ValueError: shapes, dtypes or options do not go together; the message says which.
-      Unsupported: the chosen backend does not cover this call.
+      ValueError: shapes, dtypes or options do not agree; the message names the argument.
+      Unsupported: the chosen backend does not cover this call; the message says why.
 
     Source: LLM.int8() (arXiv 2208.07339) for int8 activations; GLU Variants Improve Transformer (arXiv 2002.05202);
       Root Mean Square Layer Normalization (arXiv 1910.07467).

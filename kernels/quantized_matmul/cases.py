@@ -1,4 +1,4 @@
-"""Named quantized_matmul workloads, shared by tests, compile checks, the tuner and benchmarks."""
+"""Names quantized_matmul workloads for tests, compile checks, the tuner and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from palladion.reference.quantizers import quantize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A workload.
+    """A workload: the shapes, dtypes and options of a call.
 
     Attributes:
       name: letters, digits, dashes.
@@ -26,16 +26,16 @@ class Case:
       in_features: columns of x.
       out_features: columns of w, gate and up together where gated.
       scheme: how w is quantized.
-      dtype: of x.
-      scale_dtype: of scales and minimums.
-      out_dtype: of the result; None means that of x.
-      bias: whether there is one.
-      activation: applied to the result, or None.
+      dtype: dtype of x.
+      scale_dtype: dtype of scales and minimums.
+      out_dtype: dtype of the result; None means that of x.
+      bias: whether a bias is added.
+      activation: function applied to the result, or None.
       gated: whether the first half of the channels gates the second.
       norm: whether x is normalized first.
-      residual: whether something is added to the result.
-      quantize_x: what x is quantized to, or None.
-      num_layers: matrices stacked in w, of which the last is taken; None for one.
+      residual: whether a residual is added to the result.
+      quantize_x: dtype that x is quantized to, or None.
+      num_layers: matrices stacked in w, of which the last is used; None for a single matrix.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `quantized_matmul` that are no arrays."""
+        """Keyword arguments of `quantized_matmul` that are not arrays."""
         return {name: getattr(self, name) for name in ("activation", "gated", "quantize_x", "out_dtype")}
 
     def shapes(self) -> Inputs:
-        """The arrays that `quantized_matmul` takes, without their values: enough to compile."""
+        """Returns the shapes and dtypes of the inputs: enough to compile."""
         return jax.eval_shape(lambda: _inputs(self, jax.random.key(0)))
 
     def problem(self) -> Problem:
-        """The `Problem` of a call with this case's inputs and options."""
-        found: list[Problem] = []
-        jax.eval_shape(lambda inputs: found.append(Problem.of(inputs, **self.options)), self.shapes())
-        return found[0]
+        """Returns the `Problem` of a call with this case's inputs and options."""
+        problems: list[Problem] = []
+        jax.eval_shape(lambda inputs: problems.append(Problem.of(inputs, **self.options)), self.shapes())
+        return problems[0]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Normal-distributed inputs; a weight's columns have unit norm, other layers are not finite."""
+    """Returns normal-distributed inputs: weight columns of unit norm, NaN in all layers but the last."""
     inputs = _inputs(case, jax.random.key(seed))
     if case.num_layers is None:
         return inputs
@@ -81,22 +81,22 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def _inputs(case: Case, key: jax.Array) -> Inputs:
-    of_x, of_w, of_bias, of_norm, of_residual = jax.random.split(key, 5)
+    x_key, w_key, bias_key, norm_key, residual_key = jax.random.split(key, 5)
     features = case.out_features // 2 if case.gated else case.out_features
     stacked = () if case.num_layers is None else (case.num_layers,)
-    weights = jax.random.normal(of_w, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
+    weights = jax.random.normal(w_key, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
     return Inputs(
-        x=jax.random.normal(of_x, (case.rows, case.in_features)).astype(case.dtype),
+        x=jax.random.normal(x_key, (case.rows, case.in_features)).astype(case.dtype),
         w=quantize(weights, case.scheme, scale_dtype=jnp.dtype(case.scale_dtype)),
-        bias=jax.random.normal(of_bias, (case.out_features,)) if case.bias else None,
+        bias=jax.random.normal(bias_key, (case.out_features,)) if case.bias else None,
         layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
-        norm=1 + 0.1 * jax.random.normal(of_norm, (case.in_features,)) if case.norm else None,
-        residual=jax.random.normal(of_residual, (case.rows, features)).astype(case.dtype) if case.residual else None,
+        norm=1 + 0.1 * jax.random.normal(norm_key, (case.in_features,)) if case.norm else None,
+        residual=jax.random.normal(residual_key, (case.rows, features)).astype(case.dtype) if case.residual else None,
     )
 
 
 def _llama_3_8b(rows: int, scheme: str) -> tuple[Case, ...]:
-    """The linear layers of Llama-3-8B."""
+    """Returns the linear layers of Llama-3-8B."""
     names_and_shapes = {"qkv": (4096, 6144), "output": (4096, 4096), "gate-up": (4096, 28672), "down": (14336, 4096)}
     return tuple(
         Case(
@@ -113,7 +113,7 @@ def _llama_3_8b(rows: int, scheme: str) -> tuple[Case, ...]:
 
 
 def _smollm2(rows: int) -> tuple[Case, ...]:
-    """The linear layers of SmolLM2-135M as its Q4_1 file has them, stacked as a loop over layers takes them."""
+    """Returns the linear layers of SmolLM2-135M as its Q4_1 file has them, stacked for a loop over layers."""
     layers: dict[str, Any] = {"dtype": "float32", "num_layers": 30, "scheme": "int4-g32-minimums", "rows": rows}
     return (
         Case(name=f"smollm2-qkv-{rows}", in_features=576, out_features=960, **layers),
@@ -147,7 +147,7 @@ MODELS: Final = (
     *_smollm2(16),
     *_smollm2(256),
 )
-"""What models ask for: compiled, tuned and measured."""
+"""The workloads of real models, which are compiled, tuned and measured."""
 
 _SMALL: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "int8": ("int8", {}),
@@ -197,7 +197,7 @@ TESTS: Final = (
     Case(name="odd-out", rows=2, in_features=160, out_features=333, scheme="int4-g32", dtype="float32"),
     Case(name="wide-out", rows=1, in_features=64, out_features=70_000, scheme="int8", dtype="float32"),
 )
-"""Small workloads with every option that a test compares with the oracle."""
+"""Small workloads that cover every option; tests compare them with the oracle."""
 
 
 LAYERS: Final = {
@@ -210,7 +210,7 @@ LAYERS: Final = {
     "llama-3-70b-gate-up": (8192, 57344),
     "llama-3-70b-down": (28672, 8192),
 }
-"""Linear layers: in, out."""
+"""The (in, out) of linear layers."""
 
 SCHEMES: Final = (
     ("int8", None),
@@ -226,11 +226,11 @@ SCHEMES: Final = (
     ("float8_e4m3fn", "float8_e4m3fn"),
     ("mxfp4", None),
 )
-"""How weights and activations are quantized."""
+"""Pairs of a weight scheme and a `quantize_x`."""
 
 
 def _shapes() -> Iterator[Case]:
-    """Rows from latency to capacity, for each layer in each scheme."""
+    """Yields each layer in each scheme with 1 to 256 rows."""
     for (layer, (in_features, out_features)), (scheme, quantize_x), rows in itertools.product(
         LAYERS.items(), SCHEMES, (1, 8, 16, 64, 256)
     ):
@@ -246,4 +246,4 @@ def _shapes() -> Iterator[Case]:
 
 
 SHAPES: Final = tuple(_shapes())
-"""A grid of shapes, to see where a kernel is near the bandwidth and where it is not."""
+"""A grid of shapes that shows where a kernel is near the bandwidth and where it is not."""

@@ -1,4 +1,4 @@
-"""What a quantized_matmul call asks for: shapes, dtypes and options, validated before anything is computed."""
+"""Describes a quantized_matmul call: shapes, dtypes and options, validated before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ ACTIVATION_FORMATS: Final = {
     "int8": ("int8", "int4"),
     "float8_e4m3fn": ("float8_e4m3fn", "float8_e5m2"),
 }
-"""To what activations can be quantized on the fly, and the weight formats that go with it."""
+"""The values of `quantize_x`, and the weight formats that each accepts."""
 
 INVARIANT_ROWS: Final = 64
-"""For which block sizes are chosen where they must suit any number of rows: blocks of so many are multiplied in about
-the time of one row while memory is what they wait for, and still share what they read where rows are many."""
+"""Number of rows that block sizes are chosen for where they must not depend on the rows: a block of 64 takes about as
+long as one row while memory is the bound, and still reads weights once for many rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem(LinearProblem):
-    """A quantized_matmul call without its arrays; what is not listed here is `LinearProblem`'s.
+    """A quantized_matmul call without its arrays; `LinearProblem` lists the attributes that both products share.
 
     Attributes:
       scheme: how w is quantized.
       scale_dtype: dtype of scales and minimums.
-      quantize_x: what x is quantized to, one scale per row, or None.
-      batch_invariant: whether the result of a row must not depend on how many others there are.
+      quantize_x: dtype that x is quantized to, one scale per row, or None.
+      batch_invariant: whether a row's result must not depend on the other rows.
     """
 
     scheme: Scheme
@@ -53,7 +53,7 @@ class Problem(LinearProblem):
         batch_invariant: bool = False,
         norm_eps: float = NORM_EPS,
     ) -> Problem:
-        """Describes a call; raises ValueError, naming the argument, where its arrays and options do not go together."""
+        """Returns the problem of a call, or raises ValueError that names an argument which does not agree."""
         w = inputs.w
         sizes = _check_weight(w, inputs.layer)
         shared = checked(inputs, *sizes, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps)
@@ -73,35 +73,35 @@ class Problem(LinearProblem):
 
     @property
     def group_size(self) -> int:
-        """Weights along `in` that share a scale; all of them in a per-channel scheme."""
+        """Number of weights along `in` that share a scale; all of them in a per-channel scheme."""
         return self.scheme.group_size or self.in_features
 
     @property
     def groups(self) -> int:
-        """Scales of one output channel."""
+        """Number of scales of an output channel."""
         return self.scheme.groups(self.in_features)
 
     @property
     def dot_dtype(self) -> str:
-        """In what weights are multiplied: that of x, unless scaled weights rounded to it would show in the result."""
+        """The dtype that weights are multiplied in: that of x, unless rounding scaled weights to it would show."""
         rounds = self.scheme.group_size is not None or self.scheme.offset == "minimums"
         return "float32" if rounds and self.out_dtype == "float32" else self.x_dtype
 
     @property
     def row_by_row(self) -> bool:
-        """See `LinearProblem`."""
+        """Whether rows are normalized one by one, so that a row's result does not depend on the others."""
         return self.batch_invariant
 
     def bytes_moved(self) -> int:
-        """Bytes that must move between memory and chip: all inputs, scales among them, and the result, once each."""
+        """Returns the bytes that must move between memory and chip: all inputs and the result, once each."""
         return self.scheme.nbytes(self.in_features, self.out_features, self.scale_dtype) + self.bytes_beside()
 
     def planned(self) -> Problem:
-        """The problem by which block sizes are chosen: where other rows must not matter, one of `INVARIANT_ROWS`."""
+        """Returns the problem that block sizes are chosen for: one of `INVARIANT_ROWS` where batch-invariant."""
         return dataclasses.replace(self, rows=INVARIANT_ROWS, batch_invariant=False) if self.batch_invariant else self
 
     def tuning_key(self) -> TuningKey:
-        """What block sizes depend on."""
+        """Returns the properties that block sizes depend on."""
         x = self.x_dtype if self.quantize_x is None else f"{self.x_dtype} as {self.quantize_x}"
         gated = " gated" if self.gated else ""
         return TuningKey(
@@ -118,7 +118,7 @@ class Problem(LinearProblem):
 
 
 def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
-    """Checks that a QuantizedArray is whole; returns in and out."""
+    """Checks that the arrays of a QuantizedArray agree with its scheme; returns in and out."""
     check(isinstance(w, QuantizedArray), "w", type(w).__name__, "a QuantizedArray; palladion.quantize makes one")
     if layer is None:
         check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")

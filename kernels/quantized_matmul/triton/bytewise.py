@@ -43,27 +43,27 @@ from palladion.kernels.gpu_rows import LOAD_BYTES
 from palladion.reference.quantization import Scheme
 
 QUAD: Final = 4
-"""Weights along `in` of a word."""
+"""Number of weights along `in` in a word."""
 
 SIGNED: Final = (False, False, True)
-"""Of the bytes of a number, the lowest first."""
+"""Whether each byte of a number is signed, the lowest byte first."""
 
 BASE: Final = 1.5 * 2.0**23
 """A float whose lowest bits count ones: an integer below 2^22 that is added to its bits is added to the number."""
 
 
 def _bits(number: float) -> int:
-    """Of a float32."""
+    """Returns the bits of a float32."""
     return int(struct.unpack("I", struct.pack("f", number))[0])
 
 
 BASE_BITS: Final = _bits(BASE)
 
 BIAS: Final = 127
-"""Of a float32's exponent."""
+"""The bias of a float32's exponent."""
 
 INFINITY_BITS: Final = 0x7F800000
-"""Those of NaN are larger."""
+"""The bits of infinity; those of NaN are larger."""
 
 UNITS: Final = 22
 """The largest number of a chunk is 2^22 units or more, and fewer than 2^23."""
@@ -224,11 +224,11 @@ def row(numbers: Sequence[jax.Array], native: bool) -> Row:
 
 
 class Bytes(NamedTuple):
-    """The products of a chunk; what `gpu_vector.Floats` does in floats.
+    """The products of a chunk in integers; `vector.Floats` computes them in floats.
 
     Attributes:
       scheme: of the codes.
-      hidden: what `gpu_codes.hide` returns.
+      hidden: the function that `codes.hide` returns.
       native: whether the kernel is compiled for an NVIDIA GPU, not interpreted.
     """
 
@@ -238,12 +238,12 @@ class Bytes(NamedTuple):
 
     @property
     def zero(self) -> int:
-        """What stands for 0 in the bytes of weights, where that is the same for all."""
+        """The byte that stands for a weight of 0, where that is the same for all weights."""
         return LEVEL_OF_ZERO if self.scheme.format == "mxfp4" else self.scheme.implied_zero
 
     @property
     def times(self) -> float:
-        """What products are to be multiplied by."""
+        """The factor that products still need."""
         return 0.5 if self.scheme.format == "mxfp4" else 1.0
 
     def row(self, numbers: Sequence[jax.Array]) -> Row:
@@ -254,11 +254,11 @@ class Bytes(NamedTuple):
         return row(numbers, self.native)
 
     def spread(self, of_x: jax.Array) -> jax.Array:
-        """What a row has for each thread, for each channel of it: `[lanes, channels]`."""
+        """Returns numbers of x, one for each thread, repeated for the thread's channels: `[lanes, channels]`."""
         return side_by_side([of_x] * LOAD_BYTES)
 
     def weights(self, words: Sequence[jax.Array]) -> list[list[list[jax.Array]]]:
-        """Rows of `gpu_codes.channel_words`, as many as a multiple of four, as words of four weights along `in`.
+        """Rows of `codes.channel_words`, as many as a multiple of four, as words of four weights along `in`.
 
         Returns:
           For the low nibbles, and then the high ones where there are two codes in a byte, or for both together: for

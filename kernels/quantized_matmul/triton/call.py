@@ -38,6 +38,7 @@ from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
+from palladion.kernels.quantized_matmul.triton.refs import Refs
 from palladion.kernels.tuning import Space
 from palladion.reference.quantization import quantize_rows
 
@@ -56,16 +57,16 @@ VECTOR_BLOCKS: Final = (128, 64, 32)
 """Channels of a program of the vector form: rows of a cache line, or of one sector of it, the least that is read."""
 
 VECTOR_REGISTERS: Final = 255
-"""Of a thread."""
+"""Maximum registers per thread."""
 
 MATRIX_INSTRUCTIONS: Final = {(False, False): 5, (True, False): 7, (False, True): 9, (True, True): 16}
-"""That the form for tensor cores takes for a byte of codes, about. By whether they are packed, and the GPU is newer."""
+"""Approximate instructions of the tensor-core form per byte of codes, by (codes are packed, GPU is newer)."""
 
 TCGEN05_FROM: Final = 100
 """Compute capability whose tensor cores take neither operand out of registers: weights go through shared memory."""
 
 LAUNCH_SECONDS: Final = 2.5e-6
-"""What it takes to add splits up: a launch, and the start and end of its programs."""
+"""Time to add splits up: a launch, and the start and end of its programs."""
 
 CORES: Final = 128
 """Threads of which a multiprocessor issues an instruction in a cycle."""
@@ -81,7 +82,7 @@ class Config:
     """The form of the kernel, and its block sizes.
 
     Attributes:
-      form: "vector" for up to `gpu_vector.MAX_ROWS` rows, or "tensor_core".
+      form: "vector" for up to `vector.MAX_ROWS` rows, or "tensor_core".
       block_rows: rows of x in a program: all of them in the vector form, otherwise a power of two of at least 16.
       block_out: output channels of a program, a power of two of at least 16.
       tile: weights along `in` of a trip, a power of two of at least 32; the vector form has tiles of its own.
@@ -234,7 +235,7 @@ def space(problem: Problem) -> Space:
 
 
 def unsupported(problem: Problem) -> str | None:
-    """What of a problem this kernel does not cover, or None."""
+    """Returns why this backend cannot run the problem, or None."""
     p = problem
     if p.scale_dtype not in ("float32", "bfloat16", "float16", "float8_e8m0fnu"):
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
@@ -261,13 +262,10 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     if p.quantize_x is not None:
         x, x_scale = quantize_rows(x, p.quantize_x)
         x = x if p.quantize_x == "int8" else x.astype(jnp.float16)  # which has every float8
-    arrays = [jnp.zeros(1, jnp.int32) if layer is None else layer[None], x]
-    for part in (w.values, w.scales, w.zeros, w.minimums):
-        if part is not None:
-            part = jax.lax.bitcast_convert_type(part, jnp.uint8) if part.dtype == jnp.float8_e8m0fnu else part
-            arrays.append(part if layer is not None else part[None])
-    if splits == 1:
-        arrays += [array for array in (x_scale, inputs.bias, inputs.norm, inputs.residual) if array is not None]
+    stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
+    layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
+    fused = (x_scale, inputs.bias, inputs.norm, inputs.residual) if splits == 1 else ()
+    refs = Refs(layer_index, x, *stack, *fused)
     out_blocks = pl.cdiv(p.result_features, config.block_out)
     options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
     options["num_warps"] = config.num_warps
@@ -291,7 +289,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),
         interpret=interpret,
         name=_name(p, config),
-    )(*arrays)
+    )(refs)
     if splits == 1:
         return out if p.has_residual else p.add(residual, out)
     products = [jnp.sum(out[:, part], axis=0) for part in range(p.parts)]
@@ -301,6 +299,12 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
         products = [product + bias for product, bias in zip(products, biases, strict=True)]
     return p.add(residual, p.finish(products))
+
+
+def _as_stack(array: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Returns an array of a weight as `[num_layers, rows, out]`, e8m0 scales as their bits."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.uint8) if array.dtype == jnp.float8_e8m0fnu else array
+    return bits[None] if layer is None else bits
 
 
 def fuses(problem: Problem, config: Config) -> bool:

@@ -92,7 +92,7 @@ PAIRS: Final[dict[tuple[str, str], Pairs]] = {
     ("mxfp4", "float16"): Pairs(_moved(0x00070007, 9, 12), times=2.0**14),
     ("mxfp4", "bfloat16"): Pairs(_moved(0x00070007, 6, 12), times=2.0**126),
 }
-"""By format of the codes and dtype of the floats."""
+"""The conversions, by format of the codes and dtype of the floats."""
 
 
 def magic(format: str, operand: str) -> int:

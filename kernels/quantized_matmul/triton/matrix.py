@@ -30,9 +30,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.codes import hide, magic, raw_bytes, widen, widen_to_int8
-from palladion.kernels.quantized_matmul.triton.refs import both, finish, named, read, read_scales
+from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
 
 SEGMENT: Final = 16
 """Weights that always share a group."""
@@ -62,7 +63,9 @@ def largest_span(problem: Problem, tile: int) -> int:
 
 
 def kernel(
-    *refs: Any,
+    ref: Refs,
+    out_ref: Any,
+    *,
     problem: Problem,
     block_rows: int,
     block_out: int,
@@ -72,9 +75,8 @@ def kernel(
     scales_weights: bool,
     out_blocks: int,
 ) -> None:
-    """See the head of the file; `refs` are those of `gpu_refs.Refs`."""
+    """Runs a program of the tensor-core form, as the head of the file describes."""
     p, scheme = problem, problem.scheme
-    ref = named(refs, p, splits)
     block, split = pl.program_id(0), pl.program_id(1)
     row_block, out_block = jax.lax.div(block, jnp.int32(out_blocks)), jax.lax.rem(block, jnp.int32(out_blocks))
     row = row_block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
@@ -100,7 +102,7 @@ def kernel(
     order = interleave(block_out, num_warps)
 
     def factor(of: Any, start: jax.Array, columns: jax.Array) -> jax.Array:
-        """What a group has for every channel, [block_out, 1]; `start` is one of its weights."""
+        """Returns a factor of the group of weight `start` for every channel, [block_out, 1]."""
         group = jax.lax.div(start, jnp.int32(p.group_size))
         mask = both(group < p.groups if ragged and grouped else None, real)
         load = read_scales if of is ref.scales else read
@@ -137,7 +139,7 @@ def kernel(
         return (weights.astype(jnp.float32) * scale).astype(weights.dtype)  # float16 may not have the scale
 
     def product(x: jax.Array, weights: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
-        """What a group of a span adds to the sums, float32 or int32."""
+        """Returns the product of a group of a span, float32 or int32."""
         found = multiply(weights, x)
         if integers:
             return found
@@ -177,10 +179,10 @@ def kernel(
         real_scale = None if real_row is None else real_row[:, 0]
         x_scale = read(ref.x_scale, (row,), real_scale)[:, None]
     mask = both(real_row, None if real is None else real[None, :])
-    for part, result in enumerate(finish(ref, p, products, channel, real, x_scale)):
+    for part, result in enumerate(finish(ref, p, products, channel, real, x_scale, splits)):
         place = (row[:, None], channel[None, :])
         plgpu.store(
-            ref.out.at[place if splits == 1 else (split, part, *place)], result.astype(ref.out.dtype), mask=mask
+            out_ref.at[place if splits == 1 else (split, part, *place)], result.astype(out_ref.dtype), mask=mask
         )
 
 
@@ -210,12 +212,10 @@ def multiply(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.dot(weights, x.T, preferred_element_type=jnp.int32)
     if x.dtype != jnp.float32:
         return jnp.dot(weights, x.T, preferred_element_type=jnp.float32)
-    found = []
-    for _ in range(PIECES):
-        # The upper half of a float32 is a bfloat16; a conversion and back may be taken for no change at all.
-        upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16), jnp.float32)
-        found.append(jnp.dot(weights, upper.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32))
-        x = x - upper
+    found = [
+        jnp.dot(weights, piece.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32)
+        for piece in bfloat16_pieces(x, PIECES)
+    ]
     return (found[2] + found[1]) + found[0]
 
 

@@ -1,4 +1,4 @@
-"""What quantized_matmul's forms on a GPU share: their arrays, how factors are read, what follows the product."""
+"""Names the arrays of quantized_matmul's forms on a GPU, reads factors, and finishes a product."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.quantized_matmul.float_bits import decode_e8m0
 from palladion.kernels.quantized_matmul.problem import Problem
 
 
 class Refs(NamedTuple):
-    """Arrays in device memory, as far as there are any.
+    """The inputs of a kernel in device memory; None where the call has no such array.
 
     Attributes:
       layer: `[1]`.
       x: `[rows, in]`; int8 or float16 where it was quantized.
       codes: `[num_layers, in or in / 2, out]`.
       scales: `[num_layers, groups, out]`; uint8 bits for mxfp4.
-      out: `[rows, result_features]`, or float32 sums `[splits, parts, rows, result_features]`.
       zeros: like scales.
       minimums: like scales.
-      x_scale: `[rows]` float32.
-      bias: `[out]`.
+      x_scale: `[rows]` float32; None where splits are added up outside.
+      bias: `[out]`; None where splits are added up outside.
       norm: `[in]`.
       residual: `[rows, result_features]`.
     """
@@ -33,34 +33,12 @@ class Refs(NamedTuple):
     x: Any
     codes: Any
     scales: Any
-    out: Any
     zeros: Any = None
     minimums: Any = None
     x_scale: Any = None
     bias: Any = None
     norm: Any = None
     residual: Any = None
-
-
-def named(refs: tuple[Any, ...], problem: Problem, splits: int) -> Refs:
-    """The refs of a kernel by name: inputs in the order of `Refs`, the output last."""
-    *inputs, out = refs
-    left = iter(inputs)
-    layer, x, codes, scales = (next(left) for _ in range(4))
-    p = problem
-    return Refs(
-        layer,
-        x,
-        codes,
-        scales,
-        out,
-        zeros=next(left) if p.scheme.offset == "zeros" else None,
-        minimums=next(left) if p.scheme.offset == "minimums" else None,
-        x_scale=next(left) if p.quantize_x is not None and splits == 1 else None,
-        bias=next(left) if p.has_bias and splits == 1 else None,
-        norm=next(left) if p.norm_eps is not None else None,
-        residual=next(left) if p.has_residual else None,
-    )
 
 
 def read(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
@@ -75,10 +53,7 @@ def read_scales(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax
     """Scales in float32; e8m0 ones are there as their bits."""
     if ref.dtype != jnp.uint8:
         return read(ref, place, mask)
-    exponent = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32)
-    # 0 stands for 2^-127, which is a subnormal float32; 255 for NaN.
-    bits = jnp.where(exponent == 255, 0x7FC00000, jnp.maximum(exponent << 23, 0x00400000))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return decode_e8m0(plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0).astype(jnp.int32))
 
 
 def both(*masks: jax.Array | None) -> jax.Array | None:
@@ -99,6 +74,7 @@ def finish(
     channel: jax.Array,
     real: jax.Array | None,
     x_scale: jax.Array | None,
+    splits: int,
 ) -> list[jax.Array]:
     """Scales that all of `in` shares, and where one program has the whole sum, what follows it but for a residual.
 
@@ -109,6 +85,7 @@ def finish(
       channel: `[channels]`.
       real: `[channels]`, which of them exist; None for all.
       x_scale: of the rows, to be multiplied by `[..., 1]`, or None.
+      splits: shares of `in`; where there are several, the rest is left to whoever adds them up.
 
     Returns:
       What is stored: the result alone, or all parts where there are several splits.
@@ -124,5 +101,4 @@ def finish(
         if refs.bias is not None:
             product = product + read(refs.bias, (columns,), real)
         found.append(product)
-    # A kernel whose output has an axis for splits leaves the rest to whoever adds them up.
-    return found if len(refs.out.shape) == 4 else [p.finish(found)]
+    return found if splits > 1 else [p.finish(found)]

@@ -41,11 +41,11 @@ from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import bytewise as gpu_bytes
 from palladion.kernels.quantized_matmul.triton.bytewise import Bytes
 from palladion.kernels.quantized_matmul.triton.codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
-from palladion.kernels.quantized_matmul.triton.refs import both, finish, named, read, read_scales
+from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
 from palladion.reference.quantization import PACK_BLOCK, Scheme
 
 MAX_ROWS: Final = 4
-"""Of x that a config may ask for; for how many there are registers, `most_rows` says."""
+"""Rows of x that a config may ask for; `most_rows` says for how many there are registers."""
 
 MORE_REGISTERS_FROM: Final = 100
 """Compute capability for which the compiler takes some registers more for the same."""
@@ -55,7 +55,7 @@ HALF: Final = PACK_BLOCK // 2
 
 
 class Sums(NamedTuple):
-    """What a part of the result, gate or up, is added up in. (In another order the compiler for sm_100 spills some.)
+    """The accumulators of a part, gate or up. (In another order the compiler for sm_100 spills some.)
 
     Attributes:
       squares: of x, `[lanes]` for each row, or `[lanes, threads]` where x is in bytes; nothing where it is not
@@ -116,7 +116,7 @@ def in_bytes(problem: Problem, num_warps: int) -> bool:
 
 
 class Cost(NamedTuple):
-    """What a way to multiply takes.
+    """The cost of a way to multiply.
 
     Attributes:
       once: instructions of a thread for a byte of codes, about, whatever the rows.
@@ -130,7 +130,7 @@ class Cost(NamedTuple):
     even: float
 
     def instructions(self, rows: int) -> float:
-        """Of a thread, for a byte of codes."""
+        """Returns the instructions of a thread for a byte of codes."""
         return self.once + self.of_row * rows
 
 
@@ -139,14 +139,14 @@ COSTS: Final = {
     "int4": Cost(once=0.6, of_row=4.4, even=1.25),
     "mxfp4": Cost(once=2.0, of_row=4.4, even=1.1),
 }
-"""In bytes."""
+"""Costs of multiplying bytes, by format of the codes."""
 
 WIDENED: Final = {False: Cost(once=4.0, of_row=1.0, even=1.1), True: Cost(once=6.0, of_row=2.0, even=1.1)}
-"""By whether codes are packed."""
+"""Costs of multiplying floats, by whether codes are packed."""
 
 
 def cost(problem: Problem) -> Cost:
-    """Of the way to multiply that a problem's dtypes take."""
+    """Returns the cost of the way to multiply that a problem's dtypes take."""
     return COSTS[problem.scheme.format] if integers(problem) else WIDENED[problem.scheme.packed]
 
 
@@ -156,12 +156,12 @@ def chunks(problem: Problem, num_warps: int) -> int:
 
 
 def trips(problem: Problem, block_out: int, num_warps: int) -> int:
-    """Of all splits together."""
+    """Returns the trips of the loop, of all splits together."""
     return pl.cdiv(chunks(problem, num_warps), gpu_rows.lanes(block_out, num_warps))
 
 
 class Factors(NamedTuple):
-    """What a group has for each channel, `[lanes, block_out]`, as far as there is any."""
+    """The factors of a group for each channel, `[lanes, block_out]`; None where the scheme has none."""
 
     scale: jax.Array | None
     zero: jax.Array | None
@@ -169,11 +169,11 @@ class Factors(NamedTuple):
 
 
 class Floats(NamedTuple):
-    """The products of a chunk, in float32; `gpu_bytes.Bytes` has them in integers.
+    """The products of a chunk, in float32; `bytewise.Bytes` computes them in integers.
 
     Attributes:
       scheme: of the codes.
-      hidden: what `gpu_codes.hide` returns.
+      hidden: the function that `codes.hide` returns.
       exact: whether nothing is left in widened codes that sums would show.
     """
 
@@ -183,12 +183,12 @@ class Floats(NamedTuple):
 
     @property
     def left_in(self) -> int:
-        """By what widened codes are too large; sums of x take it off."""
+        """The offset left in widened codes, which sums of x subtract."""
         return 0 if self.exact else magic(self.scheme.format, "float16") + self.scheme.implied_zero
 
     @property
     def times(self) -> float:
-        """What products are to be multiplied by."""
+        """The factor that products still need."""
         return PAIRS[self.scheme.format, "float16"].times
 
     def row(self, numbers: Sequence[jax.Array]) -> FloatRow:
@@ -196,7 +196,7 @@ class Floats(NamedTuple):
         return FloatRow(tuple(numbers), _add_up(numbers))
 
     def spread(self, of_x: jax.Array) -> jax.Array:
-        """What a row has for each lane, for each channel of it."""
+        """Returns numbers of x, one for each lane, so that they broadcast over channels."""
         return of_x[:, None]
 
     def weights(self, words: Sequence[jax.Array]) -> list[list[jax.Array]]:
@@ -224,12 +224,21 @@ class FloatRow(NamedTuple):
 
 
 def kernel(
-    *refs: Any, problem: Problem, block_out: int, splits: int, num_warps: int, nvidia: bool, bytewise: bool
+    ref: Refs,
+    out_ref: Any,
+    *,
+    problem: Problem,
+    block_out: int,
+    splits: int,
+    num_warps: int,
+    nvidia: bool,
+    bytewise: bool,
 ) -> None:
-    """See the head of the file; `refs` are those of `gpu_refs.Refs`.
+    """Runs a program of the vector form, as the head of the file describes.
 
     Args:
-      refs: arrays.
+      ref: the inputs.
+      out_ref: `[rows, result_features]`, or sums `[splits, parts, rows, result_features]`.
       problem: what is computed.
       block_out: channels of a program.
       splits: shares of `in`.
@@ -238,7 +247,6 @@ def kernel(
       bytewise: whether x is multiplied in bytes.
     """
     p, scheme = problem, problem.scheme
-    ref = named(refs, p, splits)
     per_byte = 2 if scheme.packed else 1
     rows, all_chunks = chunk_rows(p, num_warps), chunks(p, num_warps)
     at_a_time = gpu_rows.lanes(block_out, num_warps)
@@ -252,7 +260,7 @@ def kernel(
     apart = scheme.packed and p.group_size % PACK_BLOCK != 0  # the halves of a packing block lie in two groups
 
     def together_or_apart(halves: list[list[Any]]) -> list[list[Any]]:
-        """What lies in one group, of what belongs to low nibbles and to high ones."""
+        """Returns lists by group from lists by nibble, low and high."""
         return halves if apart else [[one for half in halves for one in half]]
 
     def each_thread(of_lanes: jax.Array) -> jax.Array:
@@ -333,12 +341,12 @@ def kernel(
             x_scale = gpu_rows.inverse_root(
                 jnp.sum(sums[0].squares[m]) / (threads if bytewise else 1), p.in_features, p.norm_eps
             )
-        results = finish(ref, p, products, channel, real, x_scale)
+        results = finish(ref, p, products, channel, real, x_scale, splits)
         for part, result in enumerate(results):
             if ref.residual is not None:
                 result = result + read(ref.residual, (m, channel), real)
             place = (m, channel) if splits == 1 else (pl.program_id(1), part, m, channel)
-            plgpu.store(ref.out.at[place], result.astype(ref.out.dtype), mask=real)
+            plgpu.store(out_ref.at[place], result.astype(out_ref.dtype), mask=real)
 
 
 def _add_up(terms: Sequence[jax.Array]) -> jax.Array:
