@@ -111,11 +111,6 @@ def using_backend(backend: str) -> contextlib.AbstractContextManager[None]:
     return _default_backend(_known(backend))
 
 
-def default_backend() -> str:
-    """Returns the backend that `backend=None` currently stands for."""
-    return _default_backend.value
-
-
 @contextlib.contextmanager
 def record_choices() -> Iterator[list[Choice]]:
     """Records the `Choice` of every operation traced inside a `with` block; a call that jit has cached is not traced.

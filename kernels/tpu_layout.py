@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import jax.numpy as jnp
 
-from palladion.kernels.integers import round_up as round_up
+from palladion.kernels.integers import round_up
 
 LANES: Final = 128
 SUBLANES: Final = 8

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.kernels.devices import cpu_compiler_options, gpu_compiler_options
-from palladion.kernels.tpu_layout import LANES, round_up
+from palladion.kernels.integers import round_up
+from palladion.kernels.tpu_layout import LANES
 from palladion.model.config import ModelConfig
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling, sample

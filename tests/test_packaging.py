@@ -72,15 +72,3 @@ def test_the_public_names():
     )
     for name in palladion.__all__:
         assert getattr(palladion, name).__doc__
-
-
-def test_arrows_run_one_way():
-    """Benchmarks import the model, the model imports kernels, kernels import references; never the other way."""
-    order = ("reference", "kernels", "model", "benchmarks")
-    for place, folder in enumerate(order):
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text()
-            for above in order[place + 1 :]:
-                assert f"palladion.{above}" not in text, f"{path.relative_to(ROOT)} uses {above}"
-    for path in (ROOT / "reference").rglob("*.py"):
-        assert "jax.experimental.pallas" not in path.read_text()

@@ -14,7 +14,7 @@ from palladion.benchmarks.measure.model_shapes import ModelShape
 from palladion.benchmarks.measure.profile import device_times
 from palladion.benchmarks.measure.samples import Samples
 from palladion.kernels.devices import measured_bandwidth
-from palladion.kernels.tpu_layout import round_up
+from palladion.kernels.integers import round_up
 from palladion.model.engine import STEPS_PER_DISPATCH, Engine, EngineOptions
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling

@@ -51,8 +51,9 @@ from palladion.kernels.decode_attention.mosaic_tpu.tiling import (
 )
 from palladion.kernels.decode_attention.mosaic_tpu.visible_range import VisibleRange
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.devices import Chip, target_chip, tpu_chips
-from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up
+from palladion.kernels.devices import Chip, target_chip, tpu_chips, vmem_budget
+from palladion.kernels.integers import round_up
+from palladion.kernels.tpu_layout import LANES, SUBLANES
 from palladion.kernels.tuning import Space
 
 MIN_STEP_BYTES: Final = 2 * 2**20
@@ -129,7 +130,7 @@ def _chip() -> Chip:
 
 def _vmem_bytes() -> int:
     """Returns the VMEM that all blocks may take on the chip that is being traced for."""
-    return min(_chip().vmem_bytes * 3 // 4, MAX_VMEM_BYTES)
+    return min(vmem_budget(target_chip()), MAX_VMEM_BYTES)
 
 
 def heuristic(problem: Problem) -> Config:

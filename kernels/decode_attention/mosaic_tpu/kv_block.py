@@ -13,8 +13,9 @@ from palladion.kernels.decode_attention.mosaic_tpu.products import as_operand, f
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
 from palladion.kernels.decode_attention.mosaic_tpu.ring import RingArray
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
-from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Scalar, divide
+from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Scalar
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.integers import divide
 
 HeadBlocks = Any
 """Which head blocks are processed: `slice(None)`, all of them, or `pl.ds(n, 1)`."""

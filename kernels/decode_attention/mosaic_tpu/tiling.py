@@ -9,7 +9,8 @@ from typing import Final
 import jax.numpy as jnp
 
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
+from palladion.kernels.integers import round_up
+from palladion.kernels.tpu_layout import LANES, SUBLANES, tile_rows
 
 CHUNK_BYTES: Final = 2**20
 """Most bytes of keys and values that one chunk of a dense cache has; a sequence's last chunk is transferred whole."""

@@ -10,15 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from palladion.kernels.integers import divide
+
 Scalar = Any
 """An int, or an int32 scalar that is traced."""
-
-
-def divide(n: Scalar, divisor: int) -> Scalar:
-    """Returns n // divisor of a scalar in few instructions; at most 0 where n is negative."""
-    if isinstance(n, int):
-        return n // divisor
-    return n >> divisor.bit_length() - 1 if divisor & (divisor - 1) == 0 else jax.lax.div(n, jnp.int32(divisor))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check
-from palladion.kernels.devices import Chip, target_chip
+from palladion.kernels.devices import Chip, target_chip, vmem_budget
+from palladion.kernels.integers import round_up
 from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import (
     NEWER,
     best_dequantizer,
@@ -19,7 +20,7 @@ from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import (
 from palladion.kernels.quantized_matmul.mosaic_tpu.kernel import bits_dtype
 from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.tpu_layout import LANES, SUBLANES, round_up, tile_rows
+from palladion.kernels.tpu_layout import LANES, SUBLANES, tile_rows
 from palladion.kernels.tuning import Space
 from palladion.reference.quantization import PACK_BLOCK
 
@@ -51,9 +52,6 @@ BUFFERS: Final = 3
 
 MIN_ROWS_TO_SCALE_WEIGHTS: Final = 128
 """Rows of x, copies for the groups of a chunk included, from which on scaling weights is faster than products."""
-
-MIN_VMEM: Final = 16 * 2**20
-"""VMEM of a core of the smallest TPU, the limit of an interpreted kernel."""
 
 CHUNK: Final = 512
 """Weights along `in` that are multiplied at a time where groups do not limit them."""
@@ -163,9 +161,8 @@ def make_plan(problem: Problem, config: Config) -> Plan:
 
 
 def vmem_limit() -> int:
-    """Returns the VMEM that the blocks of a grid step may take: three quarters of a core's."""
-    chip = target_chip()
-    return (MIN_VMEM if chip is None else chip.vmem_bytes) * 3 // 4
+    """Returns the VMEM that the blocks of a grid step may take on the chip that is being traced for."""
+    return vmem_budget(target_chip())
 
 
 def fits(problem: Problem, config: Config) -> bool:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from palladion.kernels.integers import round_up
 from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer, dequantizers, fits_bfloat16
 from palladion.kernels.quantized_matmul.mosaic_tpu.ring import WeightBlocks
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.tpu_layout import SUBLANES, round_up, tile_rows
+from palladion.kernels.tpu_layout import SUBLANES, tile_rows
 
 
 @dataclasses.dataclass(frozen=True)
