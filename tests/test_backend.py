@@ -83,7 +83,7 @@ def test_auto_falls_back_and_keeps_the_reasons():
     with on("tpu"), record_choices() as choices:
         jax.eval_shape(decode_attention, *arguments(jnp.float16))
     assert choices[0].backend == "xla"
-    assert choices[0].reasons["mosaic_tpu"] == "float16 is not for TPUs: float32 and bfloat16 are"
+    assert choices[0].reasons["mosaic_tpu"] == "float16 is not supported on TPUs, use bfloat16 or float32"
 
 
 @pytest.mark.parametrize("backend", ["mosaic_tpu", "triton"])
