@@ -24,10 +24,10 @@ BENCHMARKS = {
 BACKENDS = {"mosaic_tpu", "triton", "mosaic_gpu"}
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 80
-LONGER = {
-    f"kernels/quantized_matmul/triton/{name}:kernel": "taking it apart may change how the compiler assigns registers, and spills hang on that"
-    for name in ("matrix.py", "vector.py")
-}
+LONGER = dict.fromkeys(
+    [f"kernels/quantized_matmul/triton/{name}.py:kernel" for name in ("matrix", "vector")],
+    "taking it apart may change how the compiler assigns registers, and spills hang on that",
+)
 """Files, and functions as `file:name`, that may be longer, with the reason."""
 
 PREPOSITIONS = re.compile(r"(Of|By|To|That|In|For|With|What)\b")
