@@ -9,66 +9,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import jax
 
 from palladion.kernels.compat import hide_constants
-from palladion.kernels.tuning import Space, TuningKey, resolve
+from palladion.kernels.implementation import Implementation, Problem, Unsupported
+from palladion.kernels.tuning import resolve
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
 """Values of `backend=`: the best for the platform, the reference, the platform's kernel, or a kernel by name."""
-
-
-class Unsupported(NotImplementedError):  # noqa: N818  # not an error of the caller: another backend covers the call
-    """Raised for a correct call that the chosen backend does not support; the message says why and what does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One row of an operation's table.
-
-    Attributes:
-      name: name of the backend.
-      platform: platform that it runs on, "tpu" or "gpu"; None for all.
-      unsupported: returns why this backend cannot run a problem, or None; messages put it after "mosaic_tpu: ".
-      run: runs the operation, given the problem, the arrays, `config` and `interpret`.
-      config_class: class of the block sizes; None where there is nothing to choose.
-      heuristic: returns block sizes for a problem.
-      space: returns the block sizes that the tuner may try for a problem.
-    """
-
-    name: str
-    platform: str | None
-    unsupported: Callable[[Any], str | None]
-    run: Callable[..., Any]
-    config_class: type | None = None
-    heuristic: Callable[[Any], Any] | None = None
-    space: Callable[[Any], Space] | None = None
-
-
-def find_implementation(table: Sequence[Implementation], name: str) -> Implementation:
-    """Returns the row of an operation's table with this backend name.
-
-    Raises:
-      KeyError: the table has no such row.
-    """
-    return {row.name: row for row in table}[name]
-
-
-class Problem(Protocol):
-    """Shapes and options of a call, validated, without its arrays."""
-
-    def planned(self) -> Any:
-        """Returns the problem that block sizes are chosen for: this one, or one that is the same for every batch."""
-
-    def tuning_key(self) -> TuningKey:
-        """Returns what block sizes depend on."""
-
-    def __str__(self) -> str:
-        """Formats shapes and options on one line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.implementation import Implementation
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 from palladion.reference.rms_norm import rms_norm
 

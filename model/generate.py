@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import jax
 from absl import app, flags, logging
 
-from palladion.kernels.backend import BACKENDS, Unsupported
+from palladion.kernels.backend import BACKENDS
+from palladion.kernels.implementation import Unsupported
 from palladion.model.checkpoint import CheckpointError
 from palladion.model.exit_status import INTERRUPTED, USER_ERROR
 from palladion.model.generator import Generation, Generator, check_seed

@@ -12,7 +12,7 @@ from compiling import QUICKLY, options_for
 
 from palladion import KVCache, append_kv, quantize_kv
 from palladion.kernels.append_kv import IMPLEMENTATIONS
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 
 ARRAYS = ("k", "v", "k_scale", "v_scale")
 KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from palladion.kernels.backend import Implementation
-from palladion.kernels.tuning import Space, TuningKey
+from palladion.kernels.implementation import Implementation
+from palladion.kernels.search_space import Space, TuningKey
 
 
 @dataclasses.dataclass(frozen=True)

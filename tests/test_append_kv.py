@@ -14,7 +14,7 @@ import pytest
 from append_kv_results import ARRAYS, assert_same, compiled, eager, every_row, expected
 
 from palladion import KVCache, append_kv, quantize_kv
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 
 HEADS, DIM = 2, 16
 

@@ -22,7 +22,7 @@ from palladion.kernels.append_kv import Inputs, cases
 from palladion.kernels.append_kv.cases import Case
 from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.append_kv.triton import call as triton
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 
 TESTS = {case.name: case for case in cases.TESTS}
 

@@ -22,7 +22,7 @@ from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.kernels.append_qkv import IMPLEMENTATIONS, Inputs, cases
 from palladion.kernels.append_qkv.cases import Case
 from palladion.kernels.append_qkv.triton import Config
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 from palladion.reference import compare, oracle, rotate
 
 TESTS = {case.name: case for case in cases.TESTS}

@@ -19,12 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from palladion import KVCache, Unsupported, append_kv, decode_attention, merge_partials
-from palladion.kernels.backend import Implementation
 from palladion.kernels.decode_attention import IMPLEMENTATIONS, Inputs, Problem, cases
 from palladion.kernels.decode_attention.cases import Case
 from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.mosaic_tpu import products as tpu_products
 from palladion.kernels.decode_attention.triton import call as triton
+from palladion.kernels.implementation import Implementation
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 

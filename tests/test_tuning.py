@@ -14,11 +14,12 @@ from block_sizes import ROW, Config, Problem
 from palladion import decode_attention, record_choices
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.kernels import tuning
-from palladion.kernels.backend import Implementation
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.devices import target_device_kind
-from palladion.kernels.tuning import Entry, Space
+from palladion.kernels.implementation import Implementation
+from palladion.kernels.search_space import Space
+from palladion.kernels.tuning import Entry
 
 
 def entry(length: int, size: int, *, kind: str = "bfloat16", batch: int = 1, **changes: Any) -> Entry:

@@ -13,12 +13,13 @@ import pytest
 from palladion.kernels import tuning
 from palladion.kernels.append_kv import problem as append_kv
 from palladion.kernels.append_qkv import problem as append_qkv
-from palladion.kernels.backend import Implementation
 from palladion.kernels.decode_attention import problem as decode_attention
 from palladion.kernels.devices import target_device_kind
+from palladion.kernels.implementation import Implementation
 from palladion.kernels.matmul import problem as matmul
 from palladion.kernels.quantized_matmul import problem as quantized_matmul
-from palladion.kernels.tuning import Entry, Space
+from palladion.kernels.search_space import Space
+from palladion.kernels.tuning import Entry
 from palladion.reference import Scheme
 
 

@@ -32,8 +32,9 @@ from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation,
 from palladion.benchmarks.measure.records import Limits, Measurement
 from palladion.benchmarks.plotting import require_matplotlib
 from palladion.benchmarks.static.processes import exit_reason
-from palladion.kernels.backend import BACKENDS, Implementation
+from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
+from palladion.kernels.implementation import Implementation
 
 HELP: Final = "times an operation: kernels, the reference and peers, beside the memory's bandwidth"
 

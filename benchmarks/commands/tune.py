@@ -34,9 +34,9 @@ from palladion.benchmarks.measure.search import CostModel, Trial, search, winner
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.text import duration
 from palladion.kernels import tuning
-from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check
 from palladion.kernels.devices import target_device_kind, tpu_chips
+from palladion.kernels.implementation import Implementation
 from palladion.reference.platforms import target_platform
 
 HELP: Final = "searches block sizes for shapes and a device, and writes them where calls find them"

@@ -12,7 +12,8 @@ from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.peers import Peer
 from palladion.benchmarks.measure.records import Measurement
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, Runner, measure, memory_probe, probe_bytes
-from palladion.kernels.backend import Implementation, Problem, Unsupported, record_choices
+from palladion.kernels.backend import record_choices
+from palladion.kernels.implementation import Implementation, Problem, Unsupported
 from palladion.reference.platforms import target_platform
 
 REASON_LENGTH: Final = 300

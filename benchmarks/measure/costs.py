@@ -20,9 +20,9 @@ from palladion.benchmarks.measure.search import RejectedError
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.workloads import with_scalars
-from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
+from palladion.kernels.implementation import Implementation
 
 TRIAL_ROUNDS: Final = 5
 """Samples of a config."""

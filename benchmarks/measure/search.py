@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from palladion.benchmarks.measure.bench import DeviceLostError
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 
 LEAST_GAIN: Final = 1.03
 """Speedup over the heuristic from which on block sizes are worth an entry."""

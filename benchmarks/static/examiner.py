@@ -25,7 +25,7 @@ from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.static.tpu.report import KernelReport
 from palladion.benchmarks.static.tpu.roofline import examine
 from palladion.benchmarks.static.tpu.simulator import Simulation, SimulatorFailed, simulate
-from palladion.kernels.backend import Unsupported
+from palladion.kernels.implementation import Unsupported
 
 MOST_SECONDS: Final = 600.0
 """Default time limit for a workload."""

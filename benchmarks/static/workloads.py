@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 import palladion.kernels
-from palladion.kernels.backend import Implementation, Unsupported
 from palladion.kernels.checks import check
+from palladion.kernels.implementation import Implementation, Unsupported
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ import jax
 from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.append_kv.triton import call as triton
-from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check
+from palladion.kernels.implementation import Implementation
 from palladion.reference import append_kv as reference
 from palladion.reference.caches import KVCache
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache, bytes_per_token
 
 

@@ -9,8 +9,9 @@ import jax
 from palladion.kernels.append_qkv.problem import Inputs, Problem
 from palladion.kernels.append_qkv.triton import call as triton
 from palladion.kernels.append_qkv.xla_rotation import RotationInXla
-from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check
+from palladion.kernels.implementation import Implementation
 from palladion.reference import KVCache
 from palladion.reference.append_qkv import append_qkv as reference
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from palladion.kernels.append_kv import problem as append
 from palladion.kernels.checks import check, check_shape
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.append_qkv import split_qkv
 from palladion.reference.caches import KVCache
 

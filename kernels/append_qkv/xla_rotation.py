@@ -8,8 +8,8 @@ import jax
 
 from palladion.kernels import append_kv
 from palladion.kernels.append_qkv.problem import Inputs, Problem, rotate_in_xla
-from palladion.kernels.backend import Implementation, find_implementation
-from palladion.kernels.tuning import Space
+from palladion.kernels.implementation import Implementation, find_implementation
+from palladion.kernels.search_space import Space
 from palladion.reference.caches import KVCache
 
 

@@ -10,11 +10,12 @@ from typing import Any, Final, Literal, overload
 
 import jax
 
-from palladion.kernels.backend import Implementation, dispatch
+from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton import call as triton
+from palladion.kernels.implementation import Implementation
 from palladion.reference import decode_attention as reference
 
 

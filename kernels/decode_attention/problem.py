@@ -18,7 +18,7 @@ from palladion.kernels.checks import (
     dtype_name,
     is_integer,
 )
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
 
 

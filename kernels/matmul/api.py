@@ -14,12 +14,12 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.backend import Implementation
 from palladion.kernels.checks import as_array, check
+from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton import call as triton
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 from palladion.reference import matmul as reference
 from palladion.reference.quantized_matmul import NORM_EPS
 

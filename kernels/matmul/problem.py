@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem, checked
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 
 

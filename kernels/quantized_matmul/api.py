@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem

@@ -10,7 +10,7 @@ import jax
 
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem, checked
-from palladion.kernels.tuning import TuningKey
+from palladion.kernels.search_space import TuningKey
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 from palladion.reference.quantized_matmul import NORM_EPS
 

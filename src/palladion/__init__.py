@@ -17,8 +17,9 @@ The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 
 from palladion.kernels.append_kv import append_kv
 from palladion.kernels.append_qkv import append_qkv
-from palladion.kernels.backend import BACKENDS, Choice, Unsupported, record_choices, using_backend
+from palladion.kernels.backend import BACKENDS, Choice, record_choices, using_backend
 from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.implementation import Unsupported
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv

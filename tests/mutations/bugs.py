@@ -330,7 +330,7 @@ MUTATIONS: Final = (
     # --- Tuning ---
     Mutation(
         "tuning-any-kind",
-        "kernels/tuning.py",
+        "kernels/search_space.py",
         "if self.kind != other.kind or self.sizes.keys() != other.sizes.keys():",
         "if self.sizes.keys() != other.sizes.keys():",
         ("tests/test_tuning_keys.py",),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-from palladion.kernels.backend import Implementation
+from palladion.kernels.implementation import Implementation
 from palladion.reference.compare import FACTOR, ULPS, Comparison
 
 PEER_TOLERANCE: Final = 2.0

@@ -52,8 +52,8 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.devices import vmem_budget
 from palladion.kernels.integers import divisors
+from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes
-from palladion.kernels.tuning import Space
 from palladion.reference.caches import KVCache, quantize_kv
 
 MAX_BLOCK: Final = 64

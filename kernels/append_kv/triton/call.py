@@ -33,7 +33,7 @@ from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.append_kv.triton.kernel import CacheArrays, Control, kernel
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 from palladion.reference.caches import KVCache, quantize_kv
 
 BLOCK_BYTES: Final = 8 * 2**10

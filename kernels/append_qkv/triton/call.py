@@ -32,7 +32,7 @@ from palladion.kernels.append_qkv.triton.kernel import CacheArrays, KernelInputs
 from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 from palladion.reference.caches import KVCache
 
 BLOCK_BYTES: Final = 4 * 2**10

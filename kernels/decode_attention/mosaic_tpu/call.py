@@ -53,8 +53,8 @@ from palladion.kernels.decode_attention.mosaic_tpu.visible_range import VisibleR
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.devices import Chip, target_chip, tpu_chips, vmem_budget
 from palladion.kernels.integers import round_up
+from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES
-from palladion.kernels.tuning import Space
 
 MIN_STEP_BYTES: Final = 2 * 2**20
 """Fewest bytes of keys and values that a device processes in a step: with fewer, a step's fixed cost counts."""

@@ -21,7 +21,6 @@ converted in registers (`products.py`), in up to 2 instructions each; scales are
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Final
 
 import jax
@@ -32,13 +31,12 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.decode_attention.problem import Inputs, Problem
+from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK
+from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, kernel, merge_kernel, tiles_of
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
-from palladion.kernels.tuning import Space
-
-MIN_BLOCK: Final = 16
-"""The smallest side of a matrix that tensor cores multiply."""
+from palladion.kernels.search_space import Space
 
 MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
 """Most float32 sums of a program: with eight warps, no GPU spills them."""
@@ -52,9 +50,6 @@ MAX_HEAD_DIM: Final = 256
 KV_BLOCK_BYTES: Final = 16 * 2**10
 """Bytes of a block's keys in 16-bit operands. With values, and four programs on each multiprocessor, 128 KiB are in
 flight there: three times what an H200 needs to cover its memory latency of 1 µs."""
-
-MAX_SPLITS: Final = 256
-"""Most splits that the merge kernel takes."""
 
 RESIDENT: Final = 4
 """Programs that are resident on a multiprocessor, given 128 threads with up to 128 registers each."""
@@ -73,36 +68,6 @@ FLOATS_FROM: Final = 100
 
 MERGE_WIDTH: Final = 32
 """Features that a program of the merge kernel has; with 256 splits they fit into registers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Block sizes of the Triton kernel.
-
-    Attributes:
-      block_kv: cached tokens of a KV block, a power of two of at least 16.
-      block_rows: query rows of a program, a power of two of at least 16.
-      splits: shares that the cache is cut into.
-      num_warps: warps of a program.
-      num_stages: stages of the loop's software pipeline; one less are loaded ahead.
-      integers: whether 16-bit queries are multiplied with int8 keys as integers; otherwise keys become floats.
-    """
-
-    block_kv: int
-    block_rows: int
-    splits: int
-    num_warps: int = 4
-    num_stages: int = 2
-    integers: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("block_kv", "block_rows"):
-            value = getattr(self, name)
-            power = value >= MIN_BLOCK and value & (value - 1) == 0
-            check(power, f"config.{name}", value, f"a power of two of at least {MIN_BLOCK}")
-        check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
-        check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
-        check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
 
 
 def block_bytes(problem: Problem, block_kv: int) -> int:

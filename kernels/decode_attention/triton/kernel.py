@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from palladion.kernels.decode_attention import online_softmax
 from palladion.kernels.decode_attention.online_softmax import VisibleSpan, div_rem
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.triton import products
+from palladion.kernels.decode_attention.triton.config import Config
 from palladion.reference import merge_partials
-
-if TYPE_CHECKING:
-    from palladion.kernels.decode_attention.triton.call import Config
 
 MIN_WIDTH: Final = 32
 """Least width of a tile of head_dim; with narrower ones, all four warps would multiply the same numbers."""

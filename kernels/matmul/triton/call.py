@@ -17,7 +17,7 @@ from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton.kernel import Refs, kernel, tiling_for
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 
 MAX_ROWS: Final = 4
 """Most rows of x that the kernel takes: with more, tensor cores are faster."""

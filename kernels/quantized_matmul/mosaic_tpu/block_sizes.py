@@ -20,8 +20,8 @@ from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import (
 from palladion.kernels.quantized_matmul.mosaic_tpu.kernel import bits_dtype
 from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES, tile_rows
-from palladion.kernels.tuning import Space
 from palladion.reference.quantization import PACK_BLOCK
 
 CODE_ROWS: Final = 32

@@ -39,7 +39,7 @@ from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.kernels.quantized_matmul.triton.refs import Refs
-from palladion.kernels.tuning import Space
+from palladion.kernels.search_space import Space
 from palladion.reference.quantization import quantize_rows
 
 MIN_BLOCK: Final = 16

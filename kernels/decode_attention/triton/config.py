@@ -1,0 +1,44 @@
+"""Block sizes of the Triton kernel of decode_attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from palladion.kernels.checks import check
+
+MIN_BLOCK: Final = 16
+"""The smallest side of a matrix that tensor cores multiply."""
+
+MAX_SPLITS: Final = 256
+"""Most splits that the merge kernel takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the Triton kernel.
+
+    Attributes:
+      block_kv: cached tokens of a KV block, a power of two of at least 16.
+      block_rows: query rows of a program, a power of two of at least 16.
+      splits: shares that the cache is cut into.
+      num_warps: warps of a program.
+      num_stages: stages of the loop's software pipeline; one less are loaded ahead.
+      integers: whether 16-bit queries are multiplied with int8 keys as integers; otherwise keys become floats.
+    """
+
+    block_kv: int
+    block_rows: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 2
+    integers: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_kv", "block_rows"):
+            value = getattr(self, name)
+            power = value >= MIN_BLOCK and value & (value - 1) == 0
+            check(power, f"config.{name}", value, f"a power of two of at least {MIN_BLOCK}")
+        check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
+        check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
+        check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
