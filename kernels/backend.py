@@ -17,6 +17,7 @@ import jax
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.implementation import Implementation, Problem, Unsupported
 from palladion.kernels.tuning import resolve
+from palladion.kernels.types import Interpret
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -89,7 +90,7 @@ def dispatch(
     *,
     backend: str | None,
     config: Any,
-    interpret: Any,
+    interpret: Interpret,
 ) -> Any:
     """Chooses the implementation of a call and its block sizes, and runs it; arguments and errors as for `choose`.
 
@@ -108,7 +109,7 @@ def choose(
     table: Sequence[Implementation],
     problem: Problem,
     backend: str | None,
-    interpret: Any,
+    interpret: Interpret,
     config: Any = None,
 ) -> tuple[Implementation, Choice, Any]:
     """Chooses the implementation of a call, and its block sizes.

@@ -17,6 +17,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 NAME: Final = re.compile(r"(?<![.\w])[a-z]\w*(?![.\w])")
 """Name of a register; numbers begin with a digit, and instruction names contain a dot."""
@@ -126,7 +127,7 @@ def _shr_u32(word: jax.Array, bits: Any) -> jax.Array:
     return jax.lax.shift_right_logical(word, jnp.int32(bits))
 
 
-def _bytes(word: Any, dtype: Any) -> jax.Array:
+def _bytes(word: Any, dtype: DTypeLike) -> jax.Array:
     """Returns the bytes of words, `[..., 4]`, the lowest first."""
     return jax.lax.bitcast_convert_type(jnp.int32(word), dtype)
 

@@ -15,13 +15,14 @@ other threads of the program read other chunks at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.devices import target_gpu
+from palladion.kernels.types import Interpret
 
 CHUNK_ROWS: Final = 16
 """Loads that a thread has in flight, with up to eight warps: 64 KiB per multiprocessor."""
@@ -95,7 +96,7 @@ def warps_for(trips: Callable[[int], int], programs: int, registers: int) -> int
     return num_warps
 
 
-def for_nvidia(interpret: Any) -> bool:
+def for_nvidia(interpret: Interpret) -> bool:
     """Returns whether a kernel is compiled for an NVIDIA GPU, so that it may contain PTX."""
     return not interpret and target_gpu() is not None
 

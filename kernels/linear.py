@@ -17,6 +17,7 @@ from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.types import Interpret
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 from palladion.reference.rms_norm import rms_norm
 
@@ -78,7 +79,7 @@ def multiply(
     *,
     backend: str | None,
     config: Any,
-    interpret: Any,
+    interpret: Interpret,
 ) -> jax.Array:
     """Runs the implementation that `dispatch` chooses and restores the leading dimensions of x.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from palladion.kernels.integers import round_up
 
@@ -14,7 +15,7 @@ SUBLANES: Final = 8
 """Sublanes and lanes of a tile: an array's last two dimensions are stored in tiles of 8 x 128 32-bit words."""
 
 
-def tile_rows(dtype: Any) -> int:
+def tile_rows(dtype: DTypeLike) -> int:
     """Returns the rows of a tile in VMEM: narrower numbers share a word with numbers of the rows below."""
     return SUBLANES * (4 // jnp.dtype(dtype).itemsize)
 
@@ -29,7 +30,7 @@ def tokens_last(tokens: int, head_dim: int) -> bool:
     return swapped < round_up(tokens, SUBLANES) * round_up(head_dim, LANES)
 
 
-def minor_axes(shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
+def minor_axes(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, int]:
     """Returns the axes of an array that XLA lays along the sublanes and along the lanes by default.
 
     XLA takes the two axes that need the least padding: in a bfloat16 cache with pages of 16 tokens and heads of 64

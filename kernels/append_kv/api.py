@@ -12,11 +12,12 @@ from palladion.kernels.append_kv.triton import call as triton
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.types import Interpret
 from palladion.reference import append_kv as reference
 from palladion.reference.caches import KVCache
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> KVCache:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> KVCache:
     del problem, config, interpret
     return reference(**inputs._asdict())
 
@@ -55,7 +56,7 @@ def append_kv(
     layer: jax.Array | int | None = None,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> KVCache:
     """Writes the newest tokens of each sequence into its cache, and quantizes them if the cache is quantized.
 

@@ -12,11 +12,12 @@ from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.types import Interpret
 from palladion.reference import KVCache
 from palladion.reference.append_qkv import append_qkv as reference
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, KVCache]:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> tuple[jax.Array, KVCache]:
     del problem, config, interpret
     return reference(**inputs._asdict())
 
@@ -49,7 +50,7 @@ def append_qkv(
     layer: jax.Array | int | None = None,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
     """Rotates the queries and keys of the newest tokens, and writes keys and values into each sequence's cache.
 

@@ -10,6 +10,7 @@ from palladion.kernels import append_kv
 from palladion.kernels.append_qkv.problem import Inputs, Problem, rotate_in_xla
 from palladion.kernels.implementation import Implementation, find_implementation
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 from palladion.reference.caches import KVCache
 
 
@@ -43,7 +44,7 @@ class RotationInXla:
         assert self.append_kv.space is not None
         return self.append_kv.space(problem.append)
 
-    def run(self, problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, KVCache]:
+    def run(self, problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> tuple[jax.Array, KVCache]:
         """Rotates and writes; see `palladion.append_qkv` for the contract."""
         q, rotated = rotate_in_xla(inputs)
         return q, self.append_kv.run(problem.append, rotated, config=config, interpret=interpret)

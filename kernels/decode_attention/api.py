@@ -16,10 +16,11 @@ from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.types import Interpret
 from palladion.reference import decode_attention as reference
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> tuple[jax.Array, jax.Array]:
     """Runs the reference as an implementation, which has no block sizes and is never interpreted."""
     del config, interpret
     return reference(
@@ -95,7 +96,7 @@ def decode_attention(
     return_lse: Literal[False] = False,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> jax.Array: ...
 @overload
 def decode_attention(
@@ -116,7 +117,7 @@ def decode_attention(
     return_lse: Literal[True],
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 def decode_attention(
     q: jax.Array,
@@ -136,7 +137,7 @@ def decode_attention(
     return_lse: bool = False,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes attention of the newest tokens of each sequence over its KV cache, causal among the new ones.
 

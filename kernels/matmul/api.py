@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+from jax.typing import DTypeLike
 
 from palladion.kernels.checks import as_array, check
 from palladion.kernels.implementation import Implementation
@@ -20,6 +21,7 @@ from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton import call as triton
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 from palladion.reference import matmul as reference
 from palladion.reference.quantized_matmul import NORM_EPS
 
@@ -29,7 +31,7 @@ class XlaProduct:
     """The config of a call that runs XLA's own product: it has no block sizes to choose."""
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> jax.Array:
     del config, interpret
     return reference(
         inputs.x,
@@ -45,13 +47,13 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any)
     )
 
 
-def _mosaic_tpu(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+def _mosaic_tpu(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> jax.Array:
     """Runs XLA's product: on a TPU it fuses what stands around it, and no kernel is faster."""
     check(config is None or isinstance(config, XlaProduct), "config", config, "None: XLA's product has no block sizes")
     return _reference(problem, inputs, config=config, interpret=interpret)
 
 
-def _triton(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+def _triton(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> jax.Array:
     """Runs the kernel for the few rows that it covers, XLA's product for more: tensor cores then take less time."""
     if triton.unsupported(problem) is None:
         return triton.matmul(problem, inputs, config=config, interpret=interpret)
@@ -87,10 +89,10 @@ def matmul(
     norm_eps: float = NORM_EPS,
     residual: jax.Array | None = None,
     layer: jax.Array | int | None = None,
-    out_dtype: Any = None,
+    out_dtype: DTypeLike | None = None,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """Multiplies x by a dense weight, with everything that `quantized_matmul` fuses.
 

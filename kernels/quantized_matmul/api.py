@@ -6,18 +6,20 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+from jax.typing import DTypeLike
 
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import call as triton
+from palladion.kernels.types import Interpret
 from palladion.reference import quantized_matmul as reference
 from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul import NORM_EPS
 
 
-def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Any) -> jax.Array:
+def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Interpret) -> jax.Array:
     del config, interpret
     return reference(
         inputs.x,
@@ -71,11 +73,11 @@ def quantized_matmul(
     residual: jax.Array | None = None,
     quantize_x: str | None = None,
     layer: jax.Array | int | None = None,
-    out_dtype: Any = None,
+    out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
     config: Any = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """Returns x @ w for a quantized w, with norm, bias, activation, gate and residual fused.
 

@@ -54,6 +54,7 @@ from palladion.kernels.devices import vmem_budget
 from palladion.kernels.integers import divisors
 from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes
+from palladion.kernels.types import Interpret
 from palladion.reference.caches import KVCache, quantize_kv
 
 MAX_BLOCK: Final = 64
@@ -159,7 +160,7 @@ def _vmem_bytes(problem: Problem, config: Config) -> int:
     return _layouts(problem, config).vmem_bytes(config.sequences)
 
 
-def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> KVCache:
+def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> KVCache:
     """Runs the kernel; see `palladion.append_kv` for the contract."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_tpu.Config or None")
     config = config or heuristic(problem)
@@ -184,7 +185,7 @@ def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interp
 
 
 def _write_blocks(
-    problem: Problem, inputs: Inputs, *, new: CacheArrays, layouts: BlockLayouts, config: Config, interpret: Any
+    problem: Problem, inputs: Inputs, *, new: CacheArrays, layouts: BlockLayouts, config: Config, interpret: Interpret
 ) -> CacheArrays:
     """Runs the kernel and returns the arrays of the cache that it writes; None for scales that it does not."""
     p, cache, layer = problem, inputs.cache, inputs.layer

@@ -17,6 +17,7 @@ from palladion.kernels.append_kv.mosaic_tpu.layout import BlockLayout, BlockLayo
 from palladion.kernels.append_kv.mosaic_tpu.merge import merge, shifted_tokens
 from palladion.kernels.append_kv.problem import Problem
 from palladion.kernels.integers import divide
+from palladion.kernels.types import Ref
 
 
 class Scalars(NamedTuple):
@@ -29,10 +30,10 @@ class Scalars(NamedTuple):
       page_table: int32 `[batch * pages_per_seq]`; None for a dense cache.
     """
 
-    layer: Any
-    lengths: Any
-    new_tokens: Any
-    page_table: Any
+    layer: Ref
+    lengths: Ref
+    new_tokens: Ref
+    page_table: Ref
 
 
 class KeysAndValues(NamedTuple):
@@ -43,8 +44,8 @@ class KeysAndValues(NamedTuple):
       values: the values' array.
     """
 
-    keys: Any
-    values: Any
+    keys: Ref
+    values: Ref
 
 
 class CacheArrays(NamedTuple):
@@ -60,7 +61,7 @@ class CacheArrays(NamedTuple):
     """
 
     kv: KeysAndValues
-    scales: Any
+    scales: Ref
 
 
 class Scratch(NamedTuple):
@@ -76,9 +77,9 @@ class Scratch(NamedTuple):
 
     new: CacheArrays
     blocks: CacheArrays
-    block_read: Any
-    new_read: Any
-    block_written: Any
+    block_read: Ref
+    new_read: Ref
+    block_written: Ref
 
 
 class ArrayRefs(NamedTuple):

@@ -12,10 +12,12 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from palladion.kernels.append_kv.problem import Problem
 from palladion.kernels.integers import round_up
 from palladion.kernels.tpu_layout import LANES, SUBLANES, minor_axes, tile_rows
+from palladion.kernels.types import Scalar
 
 MAX_WHOLE_SLAB: Final = 512
 """Most tokens of a slab that is moved as one block because its tokens do not fill whole tiles of lanes."""
@@ -80,7 +82,7 @@ class BlockLayout:
             return jax.ShapeDtypeStruct((tokens, self.heads, self.shape(self.block_tokens)[-1]), jnp.int32)
         return jax.ShapeDtypeStruct(self.shape(tokens), jnp.dtype(self.dtype))
 
-    def token_index(self, start: Any, tokens: int) -> tuple[Any, ...]:
+    def token_index(self, start: Scalar, tokens: int) -> tuple[Any, ...]:
         """Returns the index of that many tokens on all axes after the heads."""
         index: list[Any] = [slice(None)] * (len(self.token_shape) - 1)
         index[self.token_axis - 1] = pl.ds(start, tokens)
@@ -109,7 +111,7 @@ class BlockLayouts(NamedTuple):
         return sum(layout.vmem_bytes(sequences) for layout in self if layout is not None)
 
 
-def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+def _padded_bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     *rows, width = shape
     return round_up(math.prod(rows), SUBLANES) * round_up(width, LANES) * jnp.dtype(dtype).itemsize
 

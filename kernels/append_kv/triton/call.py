@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from palladion.kernels.append_kv.triton.kernel import CacheArrays, Control, kern
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 from palladion.reference.caches import KVCache, quantize_kv
 
 BLOCK_BYTES: Final = 8 * 2**10
@@ -85,7 +86,7 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> KVCache:
+def append_kv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> KVCache:
     """Runs the kernel; see `palladion.append_kv` for the contract."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)

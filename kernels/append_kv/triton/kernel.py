@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.append_kv.destinations import bounded_length, destinations, written_positions
 from palladion.kernels.append_kv.problem import Problem
 from palladion.kernels.integers import divide_with_remainder
+from palladion.kernels.types import Ref
 
 
 class Control(NamedTuple):
@@ -24,10 +25,10 @@ class Control(NamedTuple):
       page_table: int32 `[batch, pages_per_seq]`; None for a dense cache.
     """
 
-    layer: Any
-    lengths: Any
-    new_tokens: Any
-    page_table: Any
+    layer: Ref
+    lengths: Ref
+    new_tokens: Ref
+    page_table: Ref
 
 
 class CacheArrays(NamedTuple):
@@ -40,10 +41,10 @@ class CacheArrays(NamedTuple):
       v_scale: scales of the values, like k_scale.
     """
 
-    k: Any
-    v: Any
-    k_scale: Any
-    v_scale: Any
+    k: Ref
+    v: Ref
+    k_scale: Ref
+    v_scale: Ref
 
 
 def kernel(

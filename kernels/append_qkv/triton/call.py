@@ -20,7 +20,7 @@ Bound by launch latency: one launch replaces three that would wait for each othe
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 from palladion.reference.caches import KVCache
 
 BLOCK_BYTES: Final = 4 * 2**10
@@ -80,7 +81,9 @@ def unsupported(problem: Problem) -> str | None:
     return IN_XLA.unsupported(problem)
 
 
-def append_qkv(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> tuple[jax.Array, KVCache]:
+def append_qkv(
+    problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret
+) -> tuple[jax.Array, KVCache]:
     """Runs the kernel; see `palladion.append_qkv` for the contract."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from palladion.kernels.append_kv.destinations import bounded_length, destinations, written_positions
 from palladion.kernels.append_qkv.problem import Problem
 from palladion.kernels.integers import divide_with_remainder
+from palladion.kernels.types import Ref
 
 
 class KernelInputs(NamedTuple):
@@ -27,13 +28,13 @@ class KernelInputs(NamedTuple):
       sine: like cosine.
     """
 
-    layer: Any
-    lengths: Any
-    new_tokens: Any
-    page_table: Any
-    qkv: Any
-    cosine: Any
-    sine: Any
+    layer: Ref
+    lengths: Ref
+    new_tokens: Ref
+    page_table: Ref
+    qkv: Ref
+    cosine: Ref
+    sine: Ref
 
 
 class CacheArrays(NamedTuple):
@@ -44,8 +45,8 @@ class CacheArrays(NamedTuple):
       v: like k.
     """
 
-    k: Any
-    v: Any
+    k: Ref
+    v: Ref
 
 
 def kernel(

@@ -55,6 +55,7 @@ from palladion.kernels.devices import Chip, target_chip, tpu_chips, vmem_budget
 from palladion.kernels.integers import round_up
 from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES
+from palladion.kernels.types import Interpret, Scalar
 
 MIN_STEP_BYTES: Final = 2 * 2**20
 """Fewest bytes of keys and values that a device processes in a step: with fewer, a step's fixed cost counts."""
@@ -228,7 +229,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def decode_attention(
-    problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any
+    problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel; see `palladion.decode_attention` for the contract.
 
@@ -355,7 +356,7 @@ def _grid_spec(
     width = tiling.block_heads * p.head_dim
     cores_divide_batch = config.cores > 1 and not tiling.cores_divide_heads
 
-    def query_block(core: Any, batch_block: Any, q_block: Any, *_: Any) -> tuple[Any, ...]:
+    def query_block(core: Scalar, batch_block: Scalar, q_block: Scalar, *_: Any) -> tuple[Any, ...]:
         if cores_divide_batch:
             return core * tiling.batch_blocks + batch_block, 0, q_block, 0
         return batch_block, core, q_block, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,17 @@ from palladion.kernels.decode_attention.mosaic_tpu.products import (
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
 from palladion.kernels.decode_attention.mosaic_tpu.ring import DmaRing
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
-from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Masks, Scalar, VisibleRange
+from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Masks, VisibleRange
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.tpu_layout import LANES
+from palladion.kernels.types import Ref, Scalar
 
 
 def kernel(
     scalars: Scalars,
     operands: Operands,
-    out_ref: Any,  # like operands.q
-    lse_ref: Any,  # [block_batch, head_blocks, rows, 1]
+    out_ref: Ref,  # like operands.q
+    lse_ref: Ref,  # [block_batch, head_blocks, rows, 1]
     scratch: Scratch,
     *,
     problem: Problem,
@@ -79,7 +79,7 @@ def kernel(
     softmax.finish(out_ref, lse_ref)
 
 
-def load_queries(q_ref: Any, row_head: jax.Array, scratch: Scratch, tiling: Tiling) -> None:
+def load_queries(q_ref: Ref, row_head: jax.Array, scratch: Scratch, tiling: Tiling) -> None:
     """Writes the queries to scratch memory as operands of the MXU.
 
     Each row holds its own head's query, and zeros for the other heads of its head block.
@@ -121,7 +121,7 @@ class OnlineSoftmax:
         """True where the MXU multiplies integers."""
         return self.tiling.operands == "integers"
 
-    def start(self, sinks_ref: Any) -> None:
+    def start(self, sinks_ref: Ref) -> None:
         """Initializes m, l and acc; a sink is a logit without a value, so it starts the sum."""
         m, head_blocks = self.scratch.m, self.tiling.head_blocks
         m[...] = jnp.full(m.shape, -jnp.inf)
@@ -199,7 +199,7 @@ class OnlineSoftmax:
         pieces, factor = split(p, bound, WEIGHT_PIECES)
         return join(multiply(pieces, v, token_axis), factor)
 
-    def finish(self, out_ref: Any, lse_ref: Any) -> None:
+    def finish(self, out_ref: Ref, lse_ref: Ref) -> None:
         """Writes out = acc / l and lse = m + log l; of each row the part that belongs to its own head."""
         head_dim, row_head = self.problem.head_dim, self.reader.row_head
         total, acc = self.scratch.l[..., :1], self.scratch.acc[...]

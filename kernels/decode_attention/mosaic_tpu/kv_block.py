@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from palladion.kernels.decode_attention.mosaic_tpu.products import as_operand, f
 from palladion.kernels.decode_attention.mosaic_tpu.refs import Operands, Scalars, Scratch
 from palladion.kernels.decode_attention.mosaic_tpu.ring import RingArray
 from palladion.kernels.decode_attention.mosaic_tpu.tiling import Tiling
-from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Scalar
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.integers import divide
+from palladion.kernels.types import Ref, Scalar
 
 HeadBlocks = Any
 """Which head blocks are processed: `slice(None)`, all of them, or `pl.ds(n, 1)`."""
@@ -55,7 +55,7 @@ class CacheSource:
             ]
         return tuple(arrays)
 
-    def _keys_or_values(self, cache: Any, ring: Any, semaphores: Any) -> RingArray:
+    def _keys_or_values(self, cache: Any, ring: Ref, semaphores: Ref) -> RingArray:
         heads = pl.ds(self.first_head, self.tiling.core_heads)
 
         def last_axes(token: Scalar, tokens: int) -> tuple[Any, Any]:
@@ -71,7 +71,7 @@ class CacheSource:
 
         return RingArray(source, destination, semaphores)
 
-    def _scales(self, scales: Any, ring: Any, semaphores: Any) -> RingArray:
+    def _scales(self, scales: Any, ring: Ref, semaphores: Ref) -> RingArray:
         # Heads lie along the sublanes, which a transfer cannot divide: every core takes all of them.
         gathered = self.tiling.scales_gathered
 
@@ -87,7 +87,7 @@ class CacheSource:
     def _locate(self, b: Scalar, token: Scalar) -> tuple[Scalar, Scalar]:
         """Returns where a chunk begins in the cache: a sequence and a token, or a page and its first token."""
         if self.scalars.page_table is None:
-            return b, pl.multiple_of(token, self.chunk)
+            return b, pl.multiple_of(cast(jax.Array, token), self.chunk)
         page = self.scalars.page_table[b * (self.problem.max_len // self.chunk) + divide(token, self.chunk)]
         # A page that does not exist is read as the last or the first one, as in the reference.
         return jnp.clip(page, 0, self.operands.k.shape[1] - 1), 0
@@ -103,10 +103,10 @@ class KVBlock(NamedTuple):
       v_scale: like k_scale.
     """
 
-    k: Any
-    v: Any
-    k_scale: Any
-    v_scale: Any
+    k: Ref
+    v: Ref
+    k_scale: Ref
+    v_scale: Ref
 
     @classmethod
     def in_slot(cls, scratch: Scratch, slot: Scalar) -> KVBlock:
@@ -133,7 +133,7 @@ class BlockReader:
     first_head: Scalar
     row_head: jax.Array
 
-    def operand(self, ref: Any, head_blocks: HeadBlocks) -> jax.Array:
+    def operand(self, ref: Ref, head_blocks: HeadBlocks) -> jax.Array:
         """Returns keys or values as operands, `[n, block_kv, width]` or with the last two axes swapped."""
         array = ref[:, self._heads(head_blocks)]
         array = array.reshape(-1, *array.shape[2:])
@@ -141,7 +141,7 @@ class BlockReader:
             return self._join_heads(from_words(array, self.words))
         return as_operand(self._join_heads(array), jnp.dtype(self.problem.q_dtype), self.tiling.operands)
 
-    def scale(self, ref: Any, head_blocks: HeadBlocks) -> jax.Array:
+    def scale(self, ref: Ref, head_blocks: HeadBlocks) -> jax.Array:
         """Returns the scales of each row's head, `[n, rows or 1, block_kv]`."""
         scales = ref[:, self._heads(head_blocks)]
         # A core takes the scales of all heads: the ones of its own begin at `first_head`, a multiple of its heads.

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from palladion.kernels.devices import Chip
 from palladion.kernels.tpu_layout import LANES
+from palladion.kernels.types import Ref
 
 REBIASED: Final = "float8_e4m3b11fnuz"
 """The format that stands in for float8_e4m3fn on chips without it."""
@@ -58,7 +60,7 @@ def multiply(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=accumulator)
 
 
-def float_dtype(q_dtype: Any, kv_dtype: Any) -> Any:
+def float_dtype(q_dtype: DTypeLike, kv_dtype: Any) -> Any:
     """Returns the dtype of "floats": that of the queries, or float32 where the cache has another float dtype."""
     narrower = jnp.dtype(kv_dtype).itemsize == 1 or q_dtype == kv_dtype
     return q_dtype if narrower else jnp.float32
@@ -78,7 +80,7 @@ def operands_for(q_dtype: str, kv_dtype: str, rows: int, chip: Chip) -> str:
     return "stored" if kv_dtype in native else "floats"
 
 
-def as_operand(x: jax.Array, q_dtype: Any, operands: str) -> jax.Array:
+def as_operand(x: jax.Array, q_dtype: DTypeLike, operands: str) -> jax.Array:
     """Returns keys or values as operands, which are the numbers of the cache divided by `FACTOR`."""
     if operands == "floats":
         return x.astype(float_dtype(q_dtype, x.dtype))
@@ -91,7 +93,7 @@ def as_operand(x: jax.Array, q_dtype: Any, operands: str) -> jax.Array:
     return pltpu.bitcast(words & sign, jnp.dtype(REBIASED))
 
 
-def from_words(x: jax.Array, scratch: Any) -> jax.Array:
+def from_words(x: jax.Array, scratch: Ref) -> jax.Array:
     """Converts int8 numbers `[heads, n, m]` to bfloat16, 2**24 times too large.
 
     The upper half of a float32 with eight significant bits is the same number in bfloat16, and two halves make a word.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from palladion.kernels.types import Ref
+
 
 class Scalars(NamedTuple):
     """Prefetched scalars, in SMEM.
@@ -18,9 +20,9 @@ class Scalars(NamedTuple):
       page_table: int32 `[batch * pages_per_seq]`, or None.
     """
 
-    layer: Any
-    lengths: Any
-    page_table: Any
+    layer: Ref
+    lengths: Ref
+    page_table: Ref
 
 
 class Operands(NamedTuple):
@@ -35,12 +37,12 @@ class Operands(NamedTuple):
       sinks: float32 `[head_blocks, rows, 1]`, or None.
     """
 
-    q: Any
-    k: Any
-    v: Any
-    k_scale: Any
-    v_scale: Any
-    sinks: Any
+    q: Ref
+    k: Ref
+    v: Ref
+    k_scale: Ref
+    v_scale: Ref
+    sinks: Ref
 
 
 class Scratch(NamedTuple):
@@ -61,15 +63,15 @@ class Scratch(NamedTuple):
       words: int32, where `from_words` puts bfloat16 numbers together, or None.
     """
 
-    q: Any
-    q_factor: Any
-    m: Any
+    q: Ref
+    q_factor: Ref
+    m: Ref
     l: Any  # noqa: E741, the usual name
-    acc: Any
-    cursor: Any
-    semaphores: Any
-    k_ring: Any
-    v_ring: Any
-    k_scale_ring: Any
-    v_scale_ring: Any
-    words: Any
+    acc: Ref
+    cursor: Ref
+    semaphores: Ref
+    k_ring: Ref
+    v_ring: Ref
+    k_scale_ring: Ref
+    v_scale_ring: Ref
+    words: Ref

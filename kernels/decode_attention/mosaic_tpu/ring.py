@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from palladion.kernels.decode_attention.mosaic_tpu.visible_range import Scalar, VisibleRange
+from palladion.kernels.decode_attention.mosaic_tpu.visible_range import VisibleRange
+from palladion.kernels.types import Ref, Scalar
 
 CURSOR: Final = 5
 """Scalars that hold the state of a ring; see `DmaRing.cursor`."""
@@ -41,7 +42,7 @@ class RingArray:
 
     source: Callable[[Scalar, Scalar, int], Any]
     destination: Callable[[Scalar, int, Scalar, int], Any]
-    semaphores: Any
+    semaphores: Ref
     chunked: bool = True
 
 
@@ -69,7 +70,7 @@ class DmaRing:
     end: Scalar
     slots: int
     lengths: Any
-    cursor: Any
+    cursor: Ref
     arrays: tuple[RingArray, ...]
     contiguous: bool
 
@@ -170,7 +171,7 @@ class DmaRing:
             for array in chunked:
                 act(array, 0, block_kv)
 
-        def one_chunk(n: Scalar, carry: int) -> int:
+        def one_chunk(n: jax.Array, carry: int) -> int:
             for array in chunked:
                 act(array, pl.multiple_of(n * chunk, chunk), chunk)
             return carry

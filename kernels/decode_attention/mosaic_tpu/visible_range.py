@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from palladion.kernels.integers import divide
-
-Scalar = Any
-"""An int, or an int32 scalar that is traced."""
+from palladion.kernels.types import Scalar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ converted in registers (`products.py`), in up to 2 instructions each; scales are
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from palladion.kernels.decode_attention.triton.kernel import Operands, kernel, m
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 
 MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
 """Most float32 sums of a program: with eight warps, no GPU spills them."""
@@ -178,7 +179,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def decode_attention(
-    problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any
+    problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel; see `palladion.decode_attention` for the contract.
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from palladion.kernels.decode_attention import online_softmax
 from palladion.kernels.decode_attention.online_softmax import VisibleSpan, div_rem
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.triton import products
 from palladion.kernels.decode_attention.triton.config import Config
+from palladion.kernels.types import Ref, Scalar
 from palladion.reference import merge_partials
 
 MIN_WIDTH: Final = 32
@@ -36,15 +38,15 @@ class Operands(NamedTuple):
       sinks: float32 `[q_heads]`, or None.
     """
 
-    layer: Any
-    lengths: Any
-    q: Any
-    k: Any
-    v: Any
-    k_scale: Any
-    v_scale: Any
-    page_table: Any
-    sinks: Any
+    layer: Ref
+    lengths: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    k_scale: Ref
+    v_scale: Ref
+    page_table: Ref
+    sinks: Ref
 
 
 class Tile(NamedTuple):
@@ -100,7 +102,9 @@ class Rows(NamedTuple):
         return index, self.exists[:, None] & (features < head_dim)[None, :]
 
 
-def rows_of_program(problem: Problem, config: Config, length: Any, head: Any, row_block: Any, split: Any) -> Rows:
+def rows_of_program(
+    problem: Problem, config: Config, length: Scalar, head: Scalar, row_block: Scalar, split: Scalar
+) -> Rows:
     """Returns the query rows of a program, and the split of the cache that they attend to."""
     p, count = problem, problem.q_len * problem.group
     first_row = row_block * config.block_rows
@@ -129,10 +133,10 @@ class KVBlock:
     problem: Problem
     layer: Any
     slab: jax.Array
-    head: Any
+    head: Scalar
     token: jax.Array
 
-    def load(self, ref: Any, tile: Tile, dtype: Any) -> jax.Array:
+    def load(self, ref: Ref, tile: Tile, dtype: DTypeLike) -> jax.Array:
         """Loads a tile of keys or values as operands of a dtype, `[block_kv, width]`."""
         # Codes are converted in the order in which they are loaded, 16 by each thread, and not in that of operands,
         # where Triton would gather them byte by byte: its layouts do not pass a reduction, and a maximum along an
@@ -149,13 +153,13 @@ class KVBlock:
         numbers = products.to_operand(plgpu.load(window, mask=mask, other=other), dtype)
         return jnp.max(numbers, axis=2) if reduced else numbers
 
-    def load_scale(self, ref: Any) -> jax.Array | None:
+    def load_scale(self, ref: Ref) -> jax.Array | None:
         """Loads the scales of keys or values, `[block_kv]`, if there are any."""
         return None if ref is None else plgpu.load(ref.at[self.layer, self.slab, self.head, self.token])
 
 
 def locate(
-    problem: Problem, operands: Operands, b: Any, layer: Any, head: Any, first: Any, token: jax.Array
+    problem: Problem, operands: Operands, b: Scalar, layer: Any, head: Scalar, first: Scalar, token: jax.Array
 ) -> KVBlock:
     """Returns the location of `token`, `[block_kv]`, the tokens of a KV block of sequence b that begins at `first`."""
     p, slab, within = problem, jnp.asarray(b), token
@@ -174,8 +178,8 @@ def locate(
 
 def kernel(
     operands: Operands,
-    out_ref: Any,  # [splits, batch, q_len, q_heads, head_dim]
-    lse_ref: Any,  # float32 [splits, batch, q_len, q_heads]
+    out_ref: Ref,  # [splits, batch, q_len, q_heads, head_dim]
+    lse_ref: Ref,  # float32 [splits, batch, q_len, q_heads]
     *,
     problem: Problem,
     config: Config,
@@ -231,10 +235,10 @@ def kernel(
 
 
 def merge_kernel(
-    outs_ref: Any,  # [splits, batch, q_len, q_heads, head_dim], float32
-    lses_ref: Any,  # [splits, batch, q_len, q_heads]
-    out_ref: Any,  # [batch, q_len, q_heads, head_dim]
-    lse_ref: Any,  # [batch, q_len, q_heads]
+    outs_ref: Ref,  # [splits, batch, q_len, q_heads, head_dim], float32
+    lses_ref: Ref,  # [splits, batch, q_len, q_heads]
+    out_ref: Ref,  # [batch, q_len, q_heads, head_dim]
+    lse_ref: Ref,  # [batch, q_len, q_heads]
     *,
     problem: Problem,
     splits: int,

@@ -14,10 +14,11 @@ float32, and mixed dtypes, are multiplied in float32 without tensor cores. Every
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from palladion.kernels.decode_attention.problem import Problem
 
@@ -123,7 +124,7 @@ def multiply_values(weights: tuple[jax.Array, ...], values: jax.Array) -> jax.Ar
     return sums
 
 
-def to_operand(codes: jax.Array, dtype: Any) -> jax.Array:
+def to_operand(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Converts what the cache stores to an operand of a dtype, exactly."""
     if codes.dtype not in (jnp.int8, jnp.dtype(dtype)) and dtype == jnp.bfloat16:
         # Hardware converts float8 to float16 and on to float32, but not to bfloat16.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton.kernel import Refs, kernel, tiling_for
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 
 MAX_ROWS: Final = 4
 """Most rows of x that the kernel takes: with more, tensor cores are faster."""
@@ -72,7 +73,7 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> jax.Array:
+def matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> jax.Array:
     """Runs the kernel and returns `[rows, result_features]`; `palladion.matmul` has the contract."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)

@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
 from palladion.kernels.matmul.problem import Problem
+from palladion.kernels.types import Ref
 
 Sums = tuple[tuple[jax.Array, ...], ...]
 """Running sums of a program: for each row its products, one each for gate and up; then the rows' sums of squares."""
@@ -43,12 +44,12 @@ class Refs(NamedTuple):
       residual: `[rows, result_features]` or None.
     """
 
-    layer: Any
-    x: Any
-    w: Any
-    bias: Any
-    norm: Any
-    residual: Any
+    layer: Ref
+    x: Ref
+    w: Ref
+    bias: Ref
+    norm: Ref
+    residual: Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def tiling_for(problem: Problem, block_out: int, num_warps: int) -> Tiling:
     return Tiling(block_out, chunk_rows, problem.in_features // chunk_rows, lanes)
 
 
-def _read(ref: Any, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+def _read(ref: Ref, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     """Loads entries of an array as float32, 0 where masked."""
     return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0).astype(jnp.float32)
 

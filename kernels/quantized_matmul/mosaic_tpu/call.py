@@ -47,12 +47,13 @@ from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.mosaic_tpu.refs import Rows, Scratch, Weight, present
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.tpu_layout import LANES, minor_axes
+from palladion.kernels.types import Interpret
 from palladion.reference.quantization import quantize_rows
 
 __all__ = ["Config", "check_config", "fits", "heuristic", "quantized_matmul", "space", "unsupported"]
 
 
-def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> jax.Array:
+def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> jax.Array:
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_tpu.Config or None")
     if problem.norm_eps is not None or problem.has_residual:
@@ -79,7 +80,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     return out[: p.rows].astype(p.out_dtype)
 
 
-def _run(plan: Plan, inputs: Inputs, first_channel: int, interpret: Any) -> jax.Array:
+def _run(plan: Plan, inputs: Inputs, first_channel: int, interpret: Interpret) -> jax.Array:
     """Computes the channels of the plan's problem, from `first_channel` on: `[rows of all row blocks, channels]`."""
     p, blocks = plan.problem, plan.weight_blocks(first_channel)
     x = jnp.pad(inputs.x, ((0, blocks.row_blocks * plan.block_rows - p.rows), (0, 0)))

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from palladion.kernels.devices import Chip
 from palladion.kernels.quantized_matmul.float_bits import decode_finite_float
@@ -108,7 +109,7 @@ def fits_bfloat16(problem: Problem) -> bool:
 
 
 def _nibbles(
-    dtype: Any, low: Callable[[jax.Array], jax.Array], high: Callable[[jax.Array], jax.Array], codes: jax.Array
+    dtype: DTypeLike, low: Callable[[jax.Array], jax.Array], high: Callable[[jax.Array], jax.Array], codes: jax.Array
 ) -> jax.Array:
     """Returns the low nibbles, then the high ones, as bytes of `dtype`; `low` and `high` convert words of four."""
     words = pltpu.bitcast(codes, jnp.int32)
@@ -177,7 +178,7 @@ _NIBBLE_BY_NIBBLE: Final[dict[str, Any]] = {"shape": (-1, 2, _HALF // 4, 4), "ax
 _PAIR_BY_PAIR: Final[dict[str, Any]] = {"shape": (-1, 2, _HALF // 2, 2), "axes": (3, 1, 0, 2)}
 
 
-def _int4_as(dtype: Any, unit: float) -> Dequantizer:
+def _int4_as(dtype: DTypeLike, unit: float) -> Dequantizer:
     to_operands = functools.partial(
         _nibbles, dtype, lambda words: words & 0x0F0F0F0F, lambda words: (words >> 4) & 0x0F0F0F0F
     )

@@ -24,19 +24,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from palladion.kernels.quantized_matmul.float_bits import decode_e8m0, decode_float16
 from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.mosaic_tpu.refs import Rows, Scratch, Weight, present
 from palladion.kernels.quantized_matmul.mosaic_tpu.ring import WeightRing
 from palladion.kernels.tpu_layout import SUBLANES
+from palladion.kernels.types import Ref
 
 
 def kernel(
-    layer_ref: Any,  # [1] in SMEM
+    layer_ref: Ref,  # [1] in SMEM
     rows_in_hbm: Rows,
     weight_in_hbm: Weight,
-    out_ref: Any,  # [block_rows, block_out]
+    out_ref: Ref,  # [block_rows, block_out]
     scratch: Scratch,
     *,
     plan: Plan,
@@ -94,10 +96,10 @@ class _RowBlock:
     """
 
     plan: Plan
-    x_ref: Any
-    masks_ref: Any
-    sums_ref: Any
-    scales_ref: Any
+    x_ref: Ref
+    masks_ref: Ref
+    sums_ref: Ref
+    scales_ref: Ref
 
     @classmethod
     def of_step(cls, plan: Plan, rows: Rows, k: Any) -> _RowBlock:
@@ -243,7 +245,7 @@ def bits_dtype(dtype: str) -> str:
     return {"float8_e8m0fnu": "uint8", "float16": "int16"}.get(dtype, dtype)
 
 
-def _read_factors(ref: Any, dtype: str) -> jax.Array:
+def _read_factors(ref: Ref, dtype: str) -> jax.Array:
     """Returns scales, zeros or minimums, which stand for numbers of `dtype`, in float32: `[groups, lanes]`."""
     values: jax.Array = ref[0]
     if dtype == "float8_e8m0fnu":
@@ -253,7 +255,7 @@ def _read_factors(ref: Any, dtype: str) -> jax.Array:
     return (values.astype(jnp.int32) if dtype in ("int8", "uint8") else values).astype(jnp.float32)
 
 
-def _dot(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     # A TPU multiplies float32 in bfloat16 unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((1,), (0,)), ((), ()))
@@ -272,7 +274,7 @@ def _multiply_by_row(x: jax.Array, row: jax.Array) -> jax.Array:
     return (x.reshape(-1, SUBLANES, x.shape[1]) * tile[None]).reshape(x.shape)
 
 
-def _repeat_rows(rows: jax.Array, times: int, dtype: Any) -> jax.Array:
+def _repeat_rows(rows: jax.Array, times: int, dtype: DTypeLike) -> jax.Array:
     """Returns float32 rows `[n, lanes]` in another dtype, each repeated: `[n * times, lanes]`."""
     count, width = rows.shape
     if dtype != jnp.bfloat16 or times % 2:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from jax.experimental import pallas as pl
 
+from palladion.kernels.types import Ref, Scalar
+
 
 class Rows(NamedTuple):
     """The rows of x, prepared for the kernel; None where the call needs no such array.
@@ -19,7 +21,7 @@ class Rows(NamedTuple):
       scales: `[row_blocks, 1, block_rows, 1]` float32, of rows that were quantized.
     """
 
-    x: Any
+    x: Ref
     masks: Any = None
     sums: Any = None
     scales: Any = None
@@ -38,13 +40,13 @@ class Weight(NamedTuple):
       bias: `[1, 1, out]` float32.
     """
 
-    codes: Any
-    scales: Any
+    codes: Ref
+    scales: Ref
     zeros: Any = None
     minimums: Any = None
     bias: Any = None
 
-    def at_slot(self, slot: Any) -> Weight:
+    def at_slot(self, slot: Scalar) -> Weight:
         """Returns views of the block in a slot of the ring, `[1, rows, block_out]` each."""
         return Weight(*(None if ref is None else ref.at[pl.ds(slot, 1)] for ref in self))
 
@@ -66,8 +68,8 @@ class Scratch(NamedTuple):
 
     rows: Rows
     weights: tuple[Weight, ...]
-    rows_arrived: Any
-    weights_arrived: Any
+    rows_arrived: Ref
+    weights_arrived: Ref
     accumulators: tuple[Any, ...]
 
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from palladion.kernels.quantized_matmul.mosaic_tpu.refs import Weight, present
 from palladion.kernels.tpu_layout import LANES
+from palladion.kernels.types import Ref, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,15 @@ class WeightBlocks:
         """Channels of the last block."""
         return self.channels - (self.out_blocks - 1) * self.block_out
 
-    def out_block(self, core: Any, j: Any) -> Any:
+    def out_block(self, core: Scalar, j: Scalar) -> Any:
         """Returns which of all blocks of channels is a core's block j."""
         return j if self.cores == 1 else jnp.minimum(core * self.out_blocks_per_core + j, self.out_blocks - 1)
 
-    def step(self, i: Any, j: Any, k: Any) -> Any:
+    def step(self, i: Scalar, j: Scalar, k: Any) -> Any:
         """Returns a core's step from the indices of its row block, its out block and its in block."""
         return (i * self.out_blocks_per_core + j) * self.in_blocks + k
 
-    def block_at(self, core: Any, step: Any) -> tuple[Any, Any]:
+    def block_at(self, core: Scalar, step: Scalar) -> tuple[Any, Any]:
         """Returns the block of channels, and the block along `in`, that a core works on in a step."""
         several = self.in_blocks > 1
         k = jax.lax.rem(step, self.in_blocks) if several else 0
@@ -95,23 +96,23 @@ class WeightRing:
     """
 
     blocks: WeightBlocks
-    core: Any
+    core: Scalar
     layer: Any
     source: Weight
     slots: tuple[Weight, ...]
-    arrived: Any
+    arrived: Ref
 
     def prefetch(self) -> None:
         """Starts the copies of the first steps: into all slots but one."""
 
-        def start(step: Any, carry: int) -> int:
+        def start(step: Scalar, carry: int) -> int:
             self._for_each_copy(step, lambda copy: copy.start())
             return carry
 
         # A loop, because the compiler keeps its copies behind those that were started before it.
         jax.lax.fori_loop(0, min(self._ahead, self.blocks.steps), start, 0)
 
-    def wait(self, step: Any) -> Any:
+    def wait(self, step: Scalar) -> Any:
         """Waits for the block of a step and returns its slot; starts to refill the slot of the step before."""
 
         @pl.when(step + self._ahead < self.blocks.steps)
@@ -125,10 +126,10 @@ class WeightRing:
     def _ahead(self) -> int:
         return self.arrived.shape[1] - 1
 
-    def _slot(self, step: Any) -> Any:
+    def _slot(self, step: Scalar) -> Any:
         return jax.lax.rem(step, self.arrived.shape[1])
 
-    def _for_each_copy(self, step: Any, act: Callable[[Any], None]) -> None:
+    def _for_each_copy(self, step: Scalar, act: Callable[[Any], None]) -> None:
         """Calls `act` with each DMA of the block of a step."""
         blocks = self.blocks
         j, k = blocks.block_at(self.core, step)
@@ -144,7 +145,7 @@ class WeightRing:
             pl.when(is_last)(lambda: copy_width(blocks.last_width))
             pl.when(jnp.logical_not(is_last))(lambda: copy_width(blocks.block_out))
 
-    def _copies(self, slot: Any, j: Any, k: Any, width: int) -> Iterator[Any]:
+    def _copies(self, slot: Scalar, j: jax.Array, k: jax.Array, width: int) -> Iterator[Any]:
         """Yields the DMA of each array of each part: `width` channels of out block j, in block k."""
         blocks = self.blocks
         semaphore = 0

@@ -40,6 +40,7 @@ from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.kernels.quantized_matmul.triton.refs import Refs
 from palladion.kernels.search_space import Space
+from palladion.kernels.types import Interpret
 from palladion.reference.quantization import quantize_rows
 
 MIN_BLOCK: Final = 16
@@ -245,7 +246,7 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Any) -> jax.Array:
+def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> jax.Array:
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)

@@ -34,6 +34,7 @@ from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.codes import hide, magic, raw_bytes, widen, widen_to_int8
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
+from palladion.kernels.types import Ref
 
 SEGMENT: Final = 16
 """Weights that always share a group."""
@@ -64,7 +65,7 @@ def largest_span(problem: Problem, tile: int) -> int:
 
 def kernel(
     ref: Refs,
-    out_ref: Any,
+    out_ref: Ref,
     *,
     problem: Problem,
     block_rows: int,

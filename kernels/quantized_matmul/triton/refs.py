@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.quantized_matmul.float_bits import decode_e8m0
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.kernels.types import Ref
 
 
 class Refs(NamedTuple):
@@ -29,10 +30,10 @@ class Refs(NamedTuple):
       residual: `[rows, result_features]`.
     """
 
-    layer: Any
-    x: Any
-    codes: Any
-    scales: Any
+    layer: Ref
+    x: Ref
+    codes: Ref
+    scales: Ref
     zeros: Any = None
     minimums: Any = None
     x_scale: Any = None
@@ -41,7 +42,7 @@ class Refs(NamedTuple):
     residual: Any = None
 
 
-def read(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+def read(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     """Numbers of any dtype in float32; zeros where masked."""
     values = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
     if jnp.issubdtype(values.dtype, jnp.integer):
@@ -49,7 +50,7 @@ def read(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     return values.astype(jnp.float32)
 
 
-def read_scales(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+def read_scales(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     """Scales in float32; e8m0 ones are there as their bits."""
     if ref.dtype != jnp.uint8:
         return read(ref, place, mask)

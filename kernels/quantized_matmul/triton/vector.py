@@ -42,6 +42,7 @@ from palladion.kernels.quantized_matmul.triton import bytewise as gpu_bytes
 from palladion.kernels.quantized_matmul.triton.bytewise import Bytes
 from palladion.kernels.quantized_matmul.triton.codes import PAIRS, channel_words, hide, magic, raw_bytes, wide_channels
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
+from palladion.kernels.types import Ref
 from palladion.reference.quantization import PACK_BLOCK, Scheme
 
 MAX_ROWS: Final = 4
@@ -225,7 +226,7 @@ class FloatRow(NamedTuple):
 
 def kernel(
     ref: Refs,
-    out_ref: Any,
+    out_ref: Ref,
     *,
     problem: Problem,
     block_out: int,
@@ -353,6 +354,6 @@ def _add_up(terms: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, terms)
 
 
-def _codes(ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+def _codes(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     codes = raw_bytes(plgpu.load(ref.at[place], mask=mask))
     return codes if mask is None else jnp.where(mask, codes, jnp.uint8(0))
