@@ -35,5 +35,5 @@ def divide_with_remainder(n: Any, divisor: int) -> tuple[Any, Any]:
     if isinstance(n, int):
         return divmod(n, divisor)
     if divisor & (divisor - 1) == 0:
-        return divide(n, divisor), n & (divisor - 1)
-    return divide(n, divisor), jax.lax.rem(n, jnp.full_like(n, divisor))
+        return jax.lax.shift_right_logical(n, jnp.full_like(n, divisor.bit_length() - 1)), n & (divisor - 1)
+    return jax.lax.div(n, jnp.full_like(n, divisor)), jax.lax.rem(n, jnp.full_like(n, divisor))

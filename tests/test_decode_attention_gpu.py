@@ -19,7 +19,7 @@ from palladion import Unsupported, decode_attention
 from palladion.kernels.compat import offsets_wrap
 from palladion.kernels.decode_attention import Inputs, cases
 from palladion.kernels.decode_attention.cases import Case
-from palladion.kernels.decode_attention.online_softmax import div_rem, visible_span
+from palladion.kernels.decode_attention.online_softmax import visible_span
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.decode_attention.triton import products as gpu_products
 from palladion.kernels.decode_attention.triton.kernel import tiles_of
@@ -255,11 +255,3 @@ def test_one_byte_caches_that_pallas_miscounts():
     operands = jax.eval_shape(lambda inputs: triton._operands(stacked.problem(), inputs), stacked.shapes())
     assert operands.k.shape == (1, 1, 8, 2**20, 128)
     assert operands.k_scale.shape == (1, 1, 8, 2**20)
-
-
-def test_division_of_what_is_not_negative():
-    numbers = jnp.arange(200, dtype=jnp.int32)
-    for divisor in (1, 3, 16, 40):
-        quotient, remainder = div_rem(numbers, divisor)
-        np.testing.assert_array_equal(quotient, np.arange(200) // divisor)
-        np.testing.assert_array_equal(remainder, np.arange(200) % divisor)

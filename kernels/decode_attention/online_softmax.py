@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.integers import divide_with_remainder
 
 LOG2_E: Final = math.log2(math.e)
 
@@ -33,15 +34,6 @@ def _inverse_ln_base(problem: Problem) -> float:
 def _power(problem: Problem, x: jax.Array) -> jax.Array:
     """Returns b^x."""
     return jnp.exp(x) if problem.q_dtype == "float32" else jnp.exp2(x)
-
-
-def div_rem(a: Any, b: int) -> tuple[Any, Any]:
-    """Returns quotient and remainder of non-negative numbers, by shift and mask where b is a power of two."""
-    if isinstance(a, int):
-        return divmod(a, b)
-    if b & (b - 1) == 0:
-        return jax.lax.shift_right_logical(a, jnp.full_like(a, b.bit_length() - 1)), a & (b - 1)
-    return jax.lax.div(a, jnp.full_like(a, b)), jax.lax.rem(a, jnp.full_like(a, b))
 
 
 class VisibleSpan(NamedTuple):
@@ -68,15 +60,15 @@ def visible_span(
     Splits are equal shares, in whole KV blocks, of what these rows see: a short sequence takes a short time.
     """
     p = problem
-    first_query = length - p.q_len + div_rem(first_row, p.group)[0]
-    last_query = length - p.q_len + div_rem(last_row, p.group)[0]
+    first_query = length - p.q_len + divide_with_remainder(first_row, p.group)[0]
+    last_query = length - p.q_len + divide_with_remainder(last_row, p.group)[0]
     last_token = jnp.minimum(last_query, p.max_len - 1)
     first_token = jnp.int32(0)
     if p.sliding_window is not None:
         first_token = jnp.maximum(first_query - p.sliding_window + 1, 0)
-    first_block = div_rem(first_token, block_kv)[0]
-    blocks = div_rem(jnp.maximum(last_token + block_kv, 0), block_kv)[0] - first_block
-    share = div_rem(jnp.maximum(blocks, 0) + (splits - 1), splits)[0]
+    first_block = divide_with_remainder(first_token, block_kv)[0]
+    blocks = divide_with_remainder(jnp.maximum(last_token + block_kv, 0), block_kv)[0] - first_block
+    share = divide_with_remainder(jnp.maximum(blocks, 0) + (splits - 1), splits)[0]
     begin = first_block + split * share
     return VisibleSpan(first_token, last_token, begin, jnp.minimum(begin + share, first_block + blocks))
 

@@ -12,10 +12,11 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from palladion.kernels.decode_attention import online_softmax
-from palladion.kernels.decode_attention.online_softmax import VisibleSpan, div_rem
+from palladion.kernels.decode_attention.online_softmax import VisibleSpan
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.triton import products
 from palladion.kernels.decode_attention.triton.config import Config
+from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 from palladion.reference import merge_partials
 
@@ -109,7 +110,7 @@ def rows_of_program(
     p, count = problem, problem.q_len * problem.group
     first_row = row_block * config.block_rows
     row = first_row + jnp.arange(config.block_rows, dtype=jnp.int32)
-    query, head_in_group = div_rem(row, p.group)
+    query, head_in_group = divide_with_remainder(row, p.group)
     q_head = head * p.group + head_in_group
     exists = row < count
     position = length - p.q_len + query
@@ -166,11 +167,11 @@ def locate(
     if p.page_size is None:
         return KVBlock(p, layer, slab, head, within)
     if p.page_size % token.shape[0] == 0:
-        page, _ = div_rem(first, p.page_size)
+        page, _ = divide_with_remainder(first, p.page_size)
         slab = operands.page_table[b, page]
         within = token - page * p.page_size
     else:
-        page, within = div_rem(token, p.page_size)
+        page, within = divide_with_remainder(token, p.page_size)
         slab = plgpu.load(operands.page_table.at[b, page])  # [block_kv]
     # A page that does not exist is read as the nearest that does.
     return KVBlock(p, layer, jnp.clip(slab, 0, operands.k.shape[1] - 1), head, within)
@@ -188,8 +189,8 @@ def kernel(
     """Computes attention of a block of query rows, which share a sequence and KV head, over a split of the cache."""
     p, tiles = problem, tiles_of(problem.head_dim)
     b, program = pl.program_id(0), pl.program_id(1)
-    head_and_rows, split = div_rem(program, config.splits)
-    head, row_block = div_rem(head_and_rows, row_blocks)
+    head_and_rows, split = divide_with_remainder(program, config.splits)
+    head, row_block = divide_with_remainder(head_and_rows, row_blocks)
     layer, length = operands.layer[0], jnp.clip(operands.lengths[b], 0, p.max_len)
     rows = rows_of_program(p, config, length, head, row_block, split)
 
@@ -246,8 +247,8 @@ def merge_kernel(
 ) -> None:
     """Merges the splits of one query of one head, `width` features in each program."""
     p = problem
-    query_of_batch, q_head = div_rem(pl.program_id(0), p.q_heads)
-    b, query = div_rem(query_of_batch, p.q_len)
+    query_of_batch, q_head = divide_with_remainder(pl.program_id(0), p.q_heads)
+    b, query = divide_with_remainder(query_of_batch, p.q_len)
     index = (b, query, q_head)
     split = jnp.arange(pl.next_power_of_2(splits), dtype=jnp.int32)
     features = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
