@@ -228,24 +228,30 @@ def _rope_scaling(rope: JsonFile, max_positions: int) -> tuple[RopeScaling | Non
 
 def _list_tensors(path: Path) -> dict[str, Location]:
     """Returns the location of every tensor, by its name in a whole model."""
+    locations: dict[str, Location] = {}
+    for stored in (tensor for file in _weight_files(path) for tensor in _list_tensors_of(file)):
+        other = locations.setdefault(_full_name(stored.name), stored)
+        if other.name != stored.name:
+            raise CheckpointError(
+                f"{stored.file}: has tensor {shorten(stored.name)} as {shorten(other.name)} too; take the original file"
+            )
+    return locations
+
+
+def _list_tensors_of(file: Path) -> list[Location]:
+    """Returns the location of every tensor of a safetensors file."""
     with models_extra("reading a Hugging Face checkpoint"):
         import safetensors
 
-    locations: dict[str, Location] = {}
-    for file in _weight_files(path):
-        try:
-            with safetensors.safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # not a mapping: it has no iterator
-                    entry = tensors.get_slice(name)
-                    stored = Location(file, name, tuple(entry.get_shape()), entry.get_dtype())
-                    other = locations.setdefault(_full_name(name), stored)
-                    if other.name != name:
-                        raise CheckpointError(
-                            f"{file}: has tensor {shorten(name)} as {shorten(other.name)} too; take the original file"
-                        )
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{file}: truncated or damaged ({error}); download it again") from error
-    return locations
+    def locate(tensors: Any, name: str) -> Location:
+        entry = tensors.get_slice(name)
+        return Location(file, name, tuple(entry.get_shape()), entry.get_dtype())
+
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            return [locate(tensors, name) for name in tensors.keys()]  # noqa: SIM118  # not a mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged ({error}); download it again") from error
 
 
 def _full_name(name: str) -> str:

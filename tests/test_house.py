@@ -24,6 +24,7 @@ BENCHMARKS = {
 BACKENDS = {"mosaic_tpu", "triton", "mosaic_gpu"}
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 80
+MOST_NESTED = 4
 LONGER = dict.fromkeys(
     [f"kernels/quantized_matmul/triton/{name}.py:kernel" for name in ("matrix", "vector")],
     "taking it apart may change how the compiler assigns registers, and spills hang on that",
@@ -117,6 +118,28 @@ def test_files_and_functions_are_short(path: Path):
             documentation = ast.get_docstring(node, clean=False)
             lines -= documentation.count("\n") + 1 if documentation else 0
             assert lines <= MOST_LINES_OF_A_FUNCTION or f"{name}:{node.name}" in LONGER, f"{node.name}: {lines} lines"
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Returns how deep blocks are nested below a node; a branch of `elif` is as deep as its `if`."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        is_block = isinstance(child, ast.For | ast.While | ast.If | ast.With | ast.Try) and not is_elif
+        is_function = isinstance(child, ast.FunctionDef | ast.Lambda)
+        deepest = max(deepest, nesting(child, 0 if is_function else depth + is_block))
+    return deepest
+
+
+def test_nesting_is_counted():
+    two = "for a in b:\n  if a:\n    pass\n  elif b:\n    pass\n"
+    assert nesting(ast.parse(two)) == 2
+    assert nesting(ast.parse(f"with c:\n  def f():\n    {two.replace(chr(10), chr(10) + '    ')}")) == 2
+
+
+@of_file
+def test_blocks_are_not_deeply_nested(path: Path):
+    assert nesting(ast.parse(path.read_text())) <= MOST_NESTED
 
 
 @of_file

@@ -41,16 +41,20 @@ def natural_loops(successors: Sequence[Sequence[int]]) -> tuple[Loop, ...]:
     for number in order:
         for following in successors[number]:
             if _dominates(following, number, dominator):
-                body = bodies.setdefault(following, {following})
-                pending = [number]
-                while pending:
-                    one = pending.pop()
-                    if one not in body:
-                        body.add(one)
-                        pending += before[one]
+                _extend(bodies.setdefault(following, {following}), number, before)
     loops = [Loop(first, frozenset(body)) for first, body in bodies.items()]
     loops.sort(key=lambda loop: (loop.first, -len(loop.body)))
     return with_depths(loops)
+
+
+def _extend(body: set[int], last: int, before: dict[int, list[int]]) -> None:
+    """Adds to a loop's body an instruction that branches back, and all that leads to it within the loop."""
+    pending = [last]
+    while pending:
+        number = pending.pop()
+        if number not in body:
+            body.add(number)
+            pending += before[number]
 
 
 def with_depths(loops: Sequence[Loop]) -> tuple[Loop, ...]:
@@ -86,15 +90,21 @@ def _dominators(order: Sequence[int], before: dict[int, list[int]]) -> dict[int,
             known = [one for one in before[number] if one in dominator]
             common = known[0]
             for other in known[1:]:
-                while common != other:
-                    if place[common] > place[other]:
-                        common = dominator[common]
-                    else:
-                        other = dominator[other]
+                common = _common_dominator(common, other, place, dominator)
             if dominator.get(number) != common:
                 dominator[number] = common
                 changed = True
     return dominator
+
+
+def _common_dominator(one: int, other: int, place: dict[int, int], dominator: dict[int, int]) -> int:
+    """Returns the nearest instruction that dominates both; `place` is the position in reverse postorder."""
+    while one != other:
+        if place[one] > place[other]:
+            one = dominator[one]
+        else:
+            other = dominator[other]
+    return one
 
 
 def _dominates(one: int, other: int, dominator: dict[int, int]) -> bool:

@@ -156,16 +156,16 @@ def hold_contests(
     earlier = {(one.contest, one.chip, one.contender, one.setting): one for one in known}
     for contest in contests:
         contenders = [contender for contender in contest.contenders if takes_part(contender)]
+        settings = [(contender, one) for contender in contenders for one in contender.settings(contest.case)]
         for chip in chips:
             results: list[Estimate] = []
-            for contender in contenders:
-                for setting in contender.settings(contest.case):
-                    found = earlier.get((contest.name, chip, contender.name, setting))
-                    if found is None:
-                        examination = examiner.examine(workload_name(contest, contender, setting), chip)
-                        found = estimate_of(examination, contest, contender, setting)
-                    results.append(found)
-                    yield contest, chip, results
+            for contender, setting in settings:
+                found = earlier.get((contest.name, chip, contender.name, setting))
+                if found is None:
+                    examination = examiner.examine(workload_name(contest, contender, setting), chip)
+                    found = estimate_of(examination, contest, contender, setting)
+                results.append(found)
+                yield contest, chip, results
 
 
 def best_of_each(results: Sequence[Estimate]) -> list[Estimate]:
