@@ -31,9 +31,10 @@ def check_number(argument: str, value: Any, right: Callable[[Any], bool], accept
     check(value is None or (is_number and bool(right(value))), argument, repr(value), accepted)
 
 
-def check_power_of_two(argument: str, value: int) -> None:
-    """Raises ValueError unless a number is a power of two."""
-    check(value >= 1 and value & (value - 1) == 0, argument, value, "a power of two")
+def check_power_of_two(argument: str, value: int, least: int = 1) -> None:
+    """Raises ValueError unless a number is a power of two of at least `least`."""
+    accepted = "a power of two" if least == 1 else f"a power of two of at least {least}"
+    check(value >= least and value & (value - 1) == 0, argument, value, accepted)
 
 
 def check_num_warps(argument: str, value: int) -> None:

@@ -25,11 +25,6 @@ class RotationInXla:
         """
         self.append_kv = find_implementation(append_kv.IMPLEMENTATIONS, backend)
 
-    @property
-    def config(self) -> Any:
-        """Class of the kernel's block sizes."""
-        return self.append_kv.config_class
-
     def unsupported(self, problem: Problem) -> str | None:
         """Returns why the kernel cannot write the new tokens, or None."""
         return self.append_kv.unsupported(problem.append)

@@ -1,5 +1,5 @@
 """The GPU kernel of append_kv, in Triton."""
 
-from palladion.kernels.append_kv.triton.call import Config
+from palladion.kernels.append_kv.row_blocks import Config
 
 __all__ = ["Config"]

@@ -30,8 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.append_kv.problem import Inputs, Problem
+from palladion.kernels.append_kv.row_blocks import Config as Config
 from palladion.kernels.append_kv.triton.kernel import CacheArrays, Control, kernel
-from palladion.kernels.checks import check, check_num_warps, check_power_of_two
+from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -39,23 +40,6 @@ from palladion.reference.caches import KVCache, quantize_kv
 
 BLOCK_BYTES: Final = 8 * 2**10
 """Bytes of keys in a block: four loads of 16 bytes for each of 128 threads. Values take as many again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Block sizes.
-
-    Attributes:
-      block_rows: rows (heads of tokens) per program, a power of two.
-      num_warps: warps per program.
-    """
-
-    block_rows: int
-    num_warps: int = 4
-
-    def __post_init__(self) -> None:
-        check_power_of_two("config.block_rows", self.block_rows)
-        check_num_warps("config.num_warps", self.num_warps)
 
 
 def heuristic(problem: Problem) -> Config:

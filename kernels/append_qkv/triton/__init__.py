@@ -1,5 +1,5 @@
 """The GPU kernel of append_qkv, in Triton."""
 
-from palladion.kernels.append_qkv.triton.call import Config
+from palladion.kernels.append_kv.row_blocks import Config
 
 __all__ = ["Config"]

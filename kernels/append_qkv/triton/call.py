@@ -20,17 +20,18 @@ Bound by launch latency: one launch replaces three that would wait for each othe
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import Final, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.append_kv.row_blocks import Config as Config
 from palladion.kernels.append_qkv.problem import Inputs, Problem
 from palladion.kernels.append_qkv.triton.kernel import CacheArrays, KernelInputs, kernel
 from palladion.kernels.append_qkv.xla_rotation import RotationInXla
-from palladion.kernels.checks import check, check_num_warps, check_power_of_two
+from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -43,28 +44,11 @@ IN_XLA: Final = RotationInXla("triton")
 """Runs calls with a quantized cache."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Block sizes.
-
-    Attributes:
-      block_rows: rows (heads of tokens) per program, a power of two.
-      num_warps: warps per program.
-    """
-
-    block_rows: int
-    num_warps: int = 4
-
-    def __post_init__(self) -> None:
-        check_power_of_two("config.block_rows", self.block_rows)
-        check_num_warps("config.num_warps", self.num_warps)
-
-
 def heuristic(problem: Problem) -> Config:
     """Returns block sizes of a few heads per program, so that even one token has several programs."""
     p = problem.append
     if problem.quantized:
-        return Config(**dataclasses.asdict(IN_XLA.heuristic(problem)))
+        return cast(Config, IN_XLA.heuristic(problem))
     row_bytes = pl.next_power_of_2(p.head_dim) * 4
     rows = min(pl.next_power_of_2(p.q_len * problem.heads), pl.next_power_of_2(max(BLOCK_BYTES // row_bytes, 1)))
     return Config(rows, num_warps=min(max(pl.next_power_of_2(rows * row_bytes // (32 * 32)), 1), 4))
@@ -88,7 +72,7 @@ def append_qkv(
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     if problem.quantized:
-        return IN_XLA.run(problem, inputs, config=IN_XLA.config(**dataclasses.asdict(config)), interpret=interpret)
+        return IN_XLA.run(problem, inputs, config=config, interpret=interpret)
     p, cache = problem.append, inputs.cache
     read = KernelInputs(
         layer=jnp.zeros(1, jnp.int32) if inputs.layer is None else inputs.layer[None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from palladion.kernels.checks import check
+from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 
 MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
@@ -36,9 +36,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("block_kv", "block_rows"):
-            value = getattr(self, name)
-            power = value >= MIN_BLOCK and value & (value - 1) == 0
-            check(power, f"config.{name}", value, f"a power of two of at least {MIN_BLOCK}")
+            check_power_of_two(f"config.{name}", getattr(self, name), MIN_BLOCK)
         check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
         check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
-        check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
+        check_num_warps("config.num_warps", self.num_warps)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
-from palladion.kernels.checks import check
+from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.linear import Inputs
@@ -46,9 +46,8 @@ class Config:
     num_warps: int = 4
 
     def __post_init__(self) -> None:
-        size = self.block_out
-        check(size >= 16 and size & (size - 1) == 0, "config.block_out", size, "a power of two of at least 16")
-        check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
+        check_power_of_two("config.block_out", self.block_out, 16)
+        check_num_warps("config.num_warps", self.num_warps)
 
 
 def heuristic(problem: Problem) -> Config:

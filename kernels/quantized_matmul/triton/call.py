@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
-from palladion.kernels.checks import check
+from palladion.kernels.checks import check, check_num_warps
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.linear import Inputs
@@ -110,7 +110,7 @@ class Config:
             check(power, f"config.{name}", value, f"a power of two of at least {least[name]}")
         for name in ("splits", "num_stages"):
             check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
-        check(self.num_warps in (1, 2, 4, 8, 16), "config.num_warps", self.num_warps, "1, 2, 4, 8 or 16")
+        check_num_warps("config.num_warps", self.num_warps)
 
 
 def heuristic(problem: Problem) -> Config:
