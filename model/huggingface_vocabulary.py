@@ -27,17 +27,6 @@ from palladion.model.vocabulary import (
     tokenizer_errors,
 )
 
-FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-"""Files that are read."""
-
 NAMED_TOKENS: Final = (*SPECIAL_NAMES, "sep_token", "cls_token", "mask_token")
 """Keys of tokenizer_config.json that name special tokens."""
 
@@ -57,8 +46,6 @@ def read_folder_vocabulary(path: Path) -> Vocabulary:
     with models_extra("reading a tokenizer"):
         import tokenizers
 
-    for name in FILES:
-        check_regular(path / name)
     file = path / "tokenizer.json"
     if not file.exists() and (path / "tokenizer.model").exists():
         raise CheckpointError(
@@ -260,6 +247,7 @@ def _chat_template(path: Path, settings: JsonFile) -> str | None:
     """Returns the chat template: that of its own file, else the (default) one in tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
+        check_regular(file)
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
