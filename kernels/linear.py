@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,70 @@ class LinearProblem(abc.ABC):
     norm_eps: float | None = None
     has_residual: bool = False
 
+    @classmethod
+    def of_call(
+        cls,
+        inputs: Inputs,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None,
+        gated: bool,
+        out_dtype: Any,
+        norm_eps: float,
+        **own: Any,
+    ) -> Self:
+        """Returns the problem of a call.
+
+        Args:
+          inputs: arrays of the call; the weight has been validated.
+          in_features: input features of the weight.
+          out_features: output features of the weight.
+          activation: the caller's argument.
+          gated: the caller's argument.
+          out_dtype: the caller's argument.
+          norm_eps: the caller's argument.
+          own: attributes of the subclass, validated.
+
+        Raises:
+          ValueError: arrays and options do not fit together; the message names the argument.
+        """
+        x, w, bias, layer, norm, residual = inputs
+        check(in_features >= 1, "w", f"in = {in_features}", "at least 1")
+        check(dtype_name(x) in FLOAT_CACHE_DTYPES, "x", x.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+        check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
+        if bias is not None:
+            check_shape("bias", bias, (out_features,), "[out]")
+            check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
+        if norm is not None:
+            check_shape("norm", norm, (in_features,), "[in]")
+            check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
+            check_number("norm_eps", norm_eps, lambda eps: 0 <= eps < np.inf, "a finite number, 0 or more")
+        check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
+        check(
+            not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups"
+        )
+        result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+        check(result.name in FLOAT_CACHE_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_CACHE_DTYPES)}")
+        if residual is not None:
+            features = out_features // 2 if gated else out_features
+            check_shape("residual", residual, (x.shape[0], features), "that of the result")
+            check(dtype_name(residual) in FLOAT_CACHE_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_CACHE_DTYPES))
+        return cls(
+            rows=x.shape[0],
+            in_features=in_features,
+            out_features=out_features,
+            num_layers=None if layer is None else w.shape[0],
+            x_dtype=dtype_name(x),
+            out_dtype=result.name,
+            has_bias=bias is not None,
+            activation=activation,
+            gated=gated,
+            norm_eps=None if norm is None else norm_eps,
+            has_residual=residual is not None,
+            **own,
+        )
+
     @property
     def result_features(self) -> int:
         """Columns of the result."""
@@ -187,77 +251,3 @@ class LinearProblem(abc.ABC):
         ]
         shape = f"{self.rows}x{self.in_features}x{self.out_features}"
         return ", ".join([shape, f"x={self.x_dtype}", weight, f"out={self.out_dtype}", *filter(None, fused)])
-
-
-class LinearFields(TypedDict):
-    """Attributes of a `LinearProblem`, for the constructors of its subclasses."""
-
-    rows: int
-    in_features: int
-    out_features: int
-    num_layers: int | None
-    x_dtype: str
-    out_dtype: str
-    has_bias: bool
-    activation: Callable[[jax.Array], jax.Array] | None
-    gated: bool
-    norm_eps: float | None
-    has_residual: bool
-
-
-def checked(
-    inputs: Inputs,
-    in_features: int,
-    out_features: int,
-    *,
-    activation: Callable[[jax.Array], jax.Array] | None,
-    gated: bool,
-    out_dtype: Any,
-    norm_eps: float,
-) -> LinearFields:
-    """Returns the attributes of a `LinearProblem`.
-
-    Args:
-      inputs: arrays of the call; the weight has been validated.
-      in_features: input features of the weight.
-      out_features: output features of the weight.
-      activation: the caller's argument.
-      gated: the caller's argument.
-      out_dtype: the caller's argument.
-      norm_eps: the caller's argument.
-
-    Raises:
-      ValueError: arrays and options do not fit together; the message names the argument.
-    """
-    x, w, bias, layer, norm, residual = inputs
-    check(in_features >= 1, "w", f"in = {in_features}", "at least 1")
-    check(dtype_name(x) in FLOAT_CACHE_DTYPES, "x", x.dtype, ", ".join(FLOAT_CACHE_DTYPES))
-    check(x.shape[-1] == in_features, "x", f"shape {x.shape}", f"[..., in] with in = {in_features}, that of w")
-    if bias is not None:
-        check_shape("bias", bias, (out_features,), "[out]")
-        check(jnp.issubdtype(bias.dtype, jnp.floating), "bias", bias.dtype, "a float dtype")
-    if norm is not None:
-        check_shape("norm", norm, (in_features,), "[in]")
-        check(jnp.issubdtype(norm.dtype, jnp.floating), "norm", norm.dtype, "a float dtype")
-        check_number("norm_eps", norm_eps, lambda eps: 0 <= eps < np.inf, "a finite number, 0 or more")
-    check(activation is None or callable(activation), "activation", activation, "a function of an array, or None")
-    check(not gated or out_features % 2 == 0, "gated", f"{out_features} channels", "an even number: gates, then ups")
-    result = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    check(result.name in FLOAT_CACHE_DTYPES, "out_dtype", result.name, f"None, {', '.join(FLOAT_CACHE_DTYPES)}")
-    if residual is not None:
-        features = out_features // 2 if gated else out_features
-        check_shape("residual", residual, (x.shape[0], features), "that of the result")
-        check(dtype_name(residual) in FLOAT_CACHE_DTYPES, "residual", residual.dtype, ", ".join(FLOAT_CACHE_DTYPES))
-    return LinearFields(
-        rows=x.shape[0],
-        in_features=in_features,
-        out_features=out_features,
-        num_layers=None if layer is None else w.shape[0],
-        x_dtype=dtype_name(x),
-        out_dtype=result.name,
-        has_bias=bias is not None,
-        activation=activation,
-        gated=gated,
-        norm_eps=None if norm is None else norm_eps,
-        has_residual=residual is not None,
-    )

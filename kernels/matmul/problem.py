@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.checks import check, check_layer, dtype_name
-from palladion.kernels.linear import Inputs, LinearProblem, checked
+from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 
@@ -48,10 +48,15 @@ class Problem(LinearProblem):
             check_layer(layer, w.shape[0])
         accepted = ", ".join(FLOAT_CACHE_DTYPES)
         check(dtype_name(w) in FLOAT_CACHE_DTYPES, "w", w.dtype, f"{accepted}; quantized_matmul takes narrower ones")
-        shared = checked(
-            inputs, *w.shape[-2:], activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps
+        return cls.of_call(
+            inputs,
+            *w.shape[-2:],
+            activation=activation,
+            gated=gated,
+            out_dtype=out_dtype,
+            norm_eps=norm_eps,
+            w_dtype=dtype_name(w),
         )
-        return cls(**shared, w_dtype=dtype_name(w))
 
     def bytes_moved(self) -> int:
         """Returns the bytes that must move between memory and chip: all inputs and the result, once each."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 import jax
 
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
-from palladion.kernels.linear import Inputs, LinearProblem, checked
+from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
 from palladion.reference.quantized_matmul import NORM_EPS
@@ -56,20 +56,25 @@ class Problem(LinearProblem):
         """Returns the problem of a call, or raises ValueError that names an argument which does not agree."""
         w = inputs.w
         sizes = _check_weight(w, inputs.layer)
-        shared = checked(inputs, *sizes, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps)
+        problem = cls.of_call(
+            inputs,
+            *sizes,
+            activation=activation,
+            gated=gated,
+            out_dtype=out_dtype,
+            norm_eps=norm_eps,
+            scheme=w.scheme,
+            scale_dtype=dtype_name(w.scales),
+            quantize_x=quantize_x,
+            batch_invariant=batch_invariant,
+        )
         if quantize_x is not None:
             check(quantize_x in ACTIVATION_FORMATS, "quantize_x", quantize_x, f"None, {', '.join(ACTIVATION_FORMATS)}")
             formats = ACTIVATION_FORMATS[quantize_x]
             check(
                 w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats)
             )
-        return cls(
-            **shared,
-            scheme=w.scheme,
-            scale_dtype=dtype_name(w.scales),
-            quantize_x=quantize_x,
-            batch_invariant=batch_invariant,
-        )
+        return problem
 
     @property
     def group_size(self) -> int:
