@@ -34,7 +34,6 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
-from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, order_of_platform, unpack_codes
@@ -220,52 +219,35 @@ def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: E
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, dequantizer="float32")),
         ("triton", triton.Config("tensor_core", block_rows=16, block_out=16, tile=32, splits=1)),
         ("triton", triton.Config("tensor_core", block_rows=32, block_out=128, tile=128, splits=3)),
-        ("triton", triton.Config("vector", block_rows=3, block_out=128, tile=32, splits=3, num_warps=1)),
     ],
 )
 @pytest.mark.parametrize("name", ["int4-group", "int8-minimums", "gated"])
 def test_every_config_gives_the_same(backend: str, config: Any, name: str):
-    if isinstance(config, triton.Config) and config.form == "vector" and TESTS[name].rows > gpu_vector.MAX_ROWS:
-        pytest.skip("the vector form is for few rows")
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     call = functools.partial(quantized_matmul, **case.options, backend=backend, config=config, interpret=True)
+    inputs = inputs._replace(w=inputs.w.with_order(ORDER_OF[backend]))
     result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
     assert_right(result, reference, exact, f"{config}")
 
 
-@pytest.mark.parametrize(
-    ("rows", "form"),
-    [(1, "vector"), (4, "vector")] + [(rows, "tensor_core") for rows in (1, 2, 15, 16, 17, 64, 65, 300)],
-)
-def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
-    """Around the blocks of each form; channels and `in` divide no block, and shares of `in` are not equal."""
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 65, 300])
+def test_any_number_of_rows_on_a_gpu(rows: int):
+    """Around the blocks; channels and `in` divide no block, and shares of `in` are not equal."""
     scheme = "int8" if rows % 2 else "int4-g32"
     case = Case(name="rows", rows=rows, in_features=160, out_features=88, scheme=scheme)
-    if form == "vector":
-        config = triton.Config("vector", block_rows=rows, block_out=64, tile=32, splits=2, num_warps=1)
-    else:
-        block_rows = min(max(16, pl.next_power_of_2(rows)), 64)
-        config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
+    block_rows = min(max(16, pl.next_power_of_2(rows)), 64)
+    config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
     inputs = cases.make_inputs(case)
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True)
-    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
+    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w.with_order("out_in"))
     assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{rows} {config}")
-
-
-@pytest.mark.parametrize("name", ["int4-zeros", "mxfp4", "float8-e5m2", "float16"])
-def test_the_vector_form_reads_every_format(name: str):
-    case = dataclasses.replace(TESTS[name], rows=1)
-    inputs = cases.make_inputs(case)
-    config = triton.Config("vector", case.rows, 256, 32, 1, num_warps=1)
-    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
-    result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
-    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{config}")
 
 
 @pytest.mark.parametrize("name", ["int4-large-group", "int4-zeros", "small-group", "float16"])
 def test_a_gpu_scales_weights_where_that_shows_nothing(name: str):
     case, (inputs, reference, exact) = TESTS[name], expected(name)
-    config = triton.Config("tensor_core", 16, 128, 64, 1, scales_weights=True)
+    config = triton.Config("tensor_core", block_out=128, tile=64, scales_weights=True)
+    inputs = inputs._replace(w=inputs.w.with_order("out_in"))
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
     if name in ("int4-zeros", "float16"):  # a result in float32 would show it, minimums are no scale
         with pytest.raises(ValueError, match=r"config\.scales_weights: got True; accepted: False"):
@@ -301,7 +283,7 @@ def test_a_gpu_keeps_integer_products_exact():
     ones = dataclasses.replace(inputs.w, scales=jnp.ones_like(inputs.w.scales))
     x = jnp.round(inputs.x.astype(jnp.float32) * 20).at[:, 0].set(127)  # its own codes
     call = functools.partial(quantized_matmul, quantize_x="int8", backend="triton", interpret=True)
-    result = call(x, ones, config=triton.Config("tensor_core", 16, 128, 128, 1))
+    result = call(x, ones.with_order("out_in"), config=triton.Config("tensor_core", block_out=128))
     np.testing.assert_array_equal(np.asarray(result), np.asarray(x, np.int64) @ np.asarray(ones.values, np.int64))
 
 
@@ -563,6 +545,7 @@ def replaced(**changes: Any) -> QuantizedArray:
     return dataclasses.replace(cases.make_inputs(TESTS["int4-group"]).w, **changes)
 
 
+OUT_IN = quantize(jnp.ones((384, 512)), "int4-g32", order="out_in")
 SCALING = mosaic_tpu.Config(8, 128, 384, 128, "words", scales_weights=True)
 
 
@@ -594,7 +577,10 @@ SCALING = mosaic_tpu.Config(8, 128, 384, 128, "words", scales_weights=True)
             {"backend": "mosaic_tpu", "interpret": True, "config": SCALING},
             "config.scales_weights: got True; accepted: False for int4-g32 by words to float32",
         ),
-        ({"backend": "triton", "interpret": True, "config": 7}, "config: got 7; accepted: triton.Config or None"),
+        (
+            {"w": OUT_IN, "backend": "triton", "interpret": True, "config": 7},
+            "config: got 7; accepted: triton.Config or None",
+        ),
     ],
 )
 def test_wrong_calls(arguments: dict[str, Any], message: str):
@@ -624,7 +610,7 @@ SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chu
         (
             triton.Config,
             TENSOR_CORE | {"form": "matrix"},
-            "config.form: got matrix; accepted: 'vector' or 'tensor_core'",
+            "config.form: got matrix; accepted: 'few_rows' or 'tensor_core'",
         ),
     ],
 )
@@ -668,19 +654,18 @@ def test_every_float16_is_decoded():
     np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))
 
 
-@pytest.mark.parametrize(("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", 1), ("triton", 16)])
+@pytest.mark.parametrize(
+    ("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", "few_rows"), ("triton", "tensor_core")]
+)
 @pytest.mark.parametrize(("x", "first"), [(2.0**60, 0), (1.0, 100)])
-def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: int | None, x: float, first: int):
+def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: Any, x: float, first: int):
     """A channel of one group for each byte; a weight of 1 shows its scale times x, and no product underflows."""
     scales = np.arange(256, dtype=np.uint8)
     ones = np.zeros((16, 256), np.uint8)
     ones[0] = 2  # e2m1 of 1, in the low nibble of row 0
     factors = jax.lax.bitcast_convert_type(jnp.asarray(scales)[None], jnp.float8_e8m0fnu)
-    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4"))
-    config = None
-    if form is not None:
-        name = "vector" if form == 1 else "tensor_core"
-        config = triton.Config(name, form, 128, 32, 1, num_warps=1)
+    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4")).with_order(ORDER_OF[backend])
+    config = None if form is None else triton.Config(form, block_out=16, tile=32, num_warps=1)
     options = {"backend": backend, "config": config, "interpret": None if backend == "xla" else True}
     row = jnp.zeros((1, 32)).at[0, 0].set(x)
     result = np.asarray(jax.jit(functools.partial(quantized_matmul, **options))(row, w), np.float64)[0]

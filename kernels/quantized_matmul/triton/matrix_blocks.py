@@ -34,17 +34,16 @@ def heuristic(problem: Problem, gpu: Gpu) -> Config:
         narrow = p.x_dtype == "float32" and p.quantize_x is None
         block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS // 2 if narrow else SKINNY_ROWS)
         block_out = 64 if narrow or (p.gated and block_rows > 32) else 128
-        config = Config("tensor_core", block_rows, block_out, 64 if narrow else 128, splits=1)
+        config = Config("tensor_core", block_out, block_rows=block_rows, tile=64 if narrow else 128)
     else:
         block_rows = 128 if p.rows > 128 or not p.gated else 64
         scales_weights = gpu_matrix.can_scale_weights(p, TILED_TILE)
         config = Config(
             "tensor_core",
-            block_rows,
             128 // p.parts,
-            TILED_TILE,
-            1,
             num_warps=8 // p.parts,
+            block_rows=block_rows,
+            tile=TILED_TILE,
             scales_weights=scales_weights,
         )
     config = dataclasses.replace(config, num_stages=_stages(p, config, gpu))
