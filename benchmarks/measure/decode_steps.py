@@ -10,8 +10,8 @@ from typing import Any, Final
 import jax
 import numpy as np
 
+from palladion.benchmarks.measure import device_time
 from palladion.benchmarks.measure.model_shapes import ModelShape
-from palladion.benchmarks.measure.profile import device_times
 from palladion.benchmarks.measure.samples import Samples
 from palladion.kernels.devices import measured_bandwidth
 from palladion.kernels.integers import round_up
@@ -137,10 +137,11 @@ def measure_batch(
     bandwidth = measured_bandwidth()
     kernels: tuple[tuple[str, int, float], ...] = ()
     if profile_folder is not None:
-        times = device_times(
+        events = device_time.trace(
             lambda: jax.block_until_ready(engine.decode(state, STEPS_PER_DISPATCH, keys, sampling)), profile_folder
         )
-        kernels = tuple((one.name, one.calls, one.seconds) for one in times[:MOST_KERNELS])
+        times = device_time.total_by_kernel(events)
+        kernels = tuple((one.name, int(one.calls), one.seconds) for one in times[:MOST_KERNELS])
     caches = engine.cache_like if isinstance(engine.cache_like, tuple) else (engine.cache_like,)
     token_bytes = sum(cache.bytes_per_token for cache in caches)
     return BatchPoint(

@@ -57,8 +57,11 @@ class Runner(Protocol):
     name: str
     result: Any
 
+    def run(self, calls: int) -> int:
+        """Runs at least `calls` calls, on different copies of the inputs in turn, and waits; returns how many."""
+
     def seconds(self, calls: int) -> float:
-        """Runs at least `calls` calls, on different copies of the inputs in turn; returns the seconds of one call."""
+        """Runs at least `calls` calls, likewise; returns the seconds of one call."""
 
 
 def measure(
@@ -269,18 +272,23 @@ class JaxRunner:
         self._donated[group] = results
         return results
 
-    def seconds(self, calls: int) -> float:
-        """Implements `Runner.seconds`."""
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
         width = self._calls.layout.width
         programs = -(-calls // width)
         one_by_one = target_platform() == "cpu"
-        start = time.perf_counter()
         for _ in range(programs):
             results = self._run_program()
             if one_by_one:
                 jax.block_until_ready(results)  # a CPU would run several at a time
         jax.block_until_ready(results)
-        return (time.perf_counter() - start) / (programs * width)
+        return programs * width
+
+    def seconds(self, calls: int) -> float:
+        """Implements `Runner.seconds`."""
+        start = time.perf_counter()
+        ran = self.run(calls)
+        return (time.perf_counter() - start) / ran
 
 
 class CallRunner:
@@ -310,12 +318,17 @@ class CallRunner:
         for argument in itertools.islice(self._arguments, calls):
             self._function(argument)
 
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
+        self.call(calls)
+        self._synchronize()
+        return calls
+
     def seconds(self, calls: int) -> float:
         """Implements `Runner.seconds`."""
         self._synchronize()
         start = time.perf_counter()
-        self.call(calls)
-        self._synchronize()
+        self.run(calls)
         return (time.perf_counter() - start) / calls
 
 

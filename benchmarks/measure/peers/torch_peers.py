@@ -80,24 +80,36 @@ class TorchRunner:
             return None
         return graph
 
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
+        with self._torch.inference_mode():
+            calls = self._launch(calls)
+            if target_platform() == "gpu":
+                self._torch.cuda.synchronize()
+        return calls
+
     def seconds(self, calls: int) -> float:
         """Implements `Runner.seconds`."""
-        with self._torch.inference_mode():
-            return self._on_gpu(calls) if target_platform() == "gpu" else self._eager.seconds(calls)
-
-    def _on_gpu(self, calls: int) -> float:
+        if target_platform() != "gpu":
+            with self._torch.inference_mode():
+                return self._eager.seconds(calls)
         events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
-        if self._graph is not None:
-            rounds = -(-calls // len(self._copies))
-            for _ in range(rounds):
-                self._graph.replay()
-            calls = rounds * len(self._copies)
-        else:
-            self._eager.call(calls)
+        with self._torch.inference_mode():
+            calls = self._launch(calls)
         events[1].record()
         self._torch.cuda.synchronize()
         return float(events[0].elapsed_time(events[1])) / 1e3 / calls
+
+    def _launch(self, calls: int) -> int:
+        """Launches at least `calls` calls without waiting for them; returns how many."""
+        if self._graph is None:
+            self._eager.call(calls)
+            return calls
+        rounds = -(-calls // len(self._copies))
+        for _ in range(rounds):
+            self._graph.replay()
+        return rounds * len(self._copies)
 
 
 def needs_torch(*, gpu: bool = False) -> Callable[[], str | None]:
