@@ -183,7 +183,7 @@ class QuantizedArray:
     @property
     def out_features(self) -> int:
         """Number of output channels."""
-        return self.values.shape[-3 - in_axis(self.order)]
+        return self.values.shape[out_axis(self.order)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -227,8 +227,13 @@ class QuantizedArray:
 
 
 def in_axis(order: Order) -> int:
-    """Returns the axis of a stored weight, counted from the end, along which `in` runs; `out` is at -3 - in_axis."""
+    """Returns the axis of a stored weight along which `in` and groups run, counted from the end."""
     return -2 if order == "in_out" else -1
+
+
+def out_axis(order: Order) -> int:
+    """Returns the axis of a stored weight along which `out` runs, counted from the end."""
+    return -1 if order == "in_out" else -2
 
 
 def order_of_platform(platform: str) -> Order:

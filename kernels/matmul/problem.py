@@ -13,7 +13,7 @@ from palladion.kernels.checks import check, check_layer, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
-from palladion.reference.quantization import ORDERS, Order, in_axis
+from palladion.reference.quantization import ORDERS, Order, in_axis, out_axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Problem(LinearProblem):
         return cls.of_call(
             inputs,
             w.shape[in_axis(order)],
-            w.shape[-3 - in_axis(order)],
+            w.shape[out_axis(order)],
             activation=activation,
             gated=gated,
             out_dtype=out_dtype,
