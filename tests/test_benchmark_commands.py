@@ -230,7 +230,8 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
 
 
-def test_a_step_is_kernels_and_time_without_one(tmp_path: Path):
+def test_a_step_is_kernels_and_time_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "gpu")
     point = BatchPoint(1, (110e-6, 120e-6, 130e-6), 10**6, (1e-3,), 10**6, 4, 1e12, 0.0, steps=8)
     assert decode_steps.with_trace(point, [], 2) == point
     # Two steps of two kernels, 2 µs between the kernels and 50 µs between the steps.
@@ -259,6 +260,10 @@ def test_a_step_is_kernels_and_time_without_one(tmp_path: Path):
     page = tmp_path / "page.md"
     assert main(["report", str(tmp_path / "model.json"), f"--out={page}", "--without-pictures"]) == 0
     assert "| product | 70 µs | 58.3% | 1 |" in page.read_text()
+    old = {name: value for name, value in record["points"][0].items() if name != "steps"}
+    assert BatchPoint.from_record(old).kernels == ()  # those of a dispatch
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    assert decode_steps.with_trace(BatchPoint.from_record(old), events, 2).kernels
 
 
 def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(
