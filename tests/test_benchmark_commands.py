@@ -25,6 +25,7 @@ from palladion.benchmarks.measure.device_time import Event
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.records import Measurement
+from palladion.model.engine import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 
@@ -228,6 +229,17 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert main(["report", str(record), str(rows), f"--out={pages}"]) == 0
         pictures = {path.name for path in tmp_path.glob("*.png")}
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
+
+
+def test_on_an_accelerator_all_batch_sizes_are_compiled_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    parameters = random_parameters(TINY, "float32", dtype="float32")
+    given = EngineOptions(max_len=64, dtype="float32", kv_dtype="float32", steps_per_dispatch=2)
+    made = decode_steps.engines(parameters, TINY, given, (1, 2), prompt=20)
+    assert [engine.batch for engine in made] == [1, 2]
+    assert all(set(engine.programs) == {("prefill", 16), "decode"} for engine in made)
+    point = decode_steps.measure_batch(made[1], TINY, parameters, 20, steps=3, runs=1)
+    assert (point.batch, point.steps, point.idle_seconds) == (2, 4, None)
 
 
 def test_a_step_is_kernels_and_time_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
