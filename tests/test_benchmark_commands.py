@@ -233,12 +233,13 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
 
 def test_on_an_accelerator_all_batch_sizes_are_compiled_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
-    parameters = random_parameters(TINY, "float32", dtype="float32")
+    shape = dataclasses.replace(TINY, num_layers=1)
+    parameters = random_parameters(shape, "float32", dtype="float32")
     given = EngineOptions(max_len=64, dtype="float32", kv_dtype="float32", steps_per_dispatch=2)
-    made = decode_steps.engines(parameters, TINY, given, (1, 2), prompt=20)
+    made = decode_steps.engines(parameters, shape, given, (1, 2), prompt=20)
     assert [engine.batch for engine in made] == [1, 2]
     assert all(set(engine.programs) == {("prefill", 16), "decode"} for engine in made)
-    point = decode_steps.measure_batch(made[1], TINY, parameters, 20, steps=3, runs=1)
+    point = decode_steps.measure_batch(made[1], shape, parameters, 20, steps=3, runs=1)
     assert (point.batch, point.steps, point.idle_seconds) == (2, 4, None)
 
 
