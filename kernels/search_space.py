@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,18 +53,53 @@ class Space:
         fields = [field.name for field in dataclasses.fields(config)]
         return all(getattr(config, name) in self.values(name) for name in fields) and self.fits(config)
 
-    def neighbours(self, config: Any) -> Iterator[Any]:
-        """Yields configs that differ by one step along one axis, then by two steps, which skip a bad value."""
-        for steps in (1, 2):
-            for name in self.axes:
-                values = self.values(name)
-                index = values.index(getattr(config, name))
-                for other in (index + steps, index - steps):
-                    if not 0 <= other < len(values):
-                        continue
-                    try:
-                        changed = dataclasses.replace(config, **{name: values[other]})
-                    except ValueError:
-                        continue  # the config rejects this combination
-                    if self.fits(changed):
-                        yield changed
+    def spread(self) -> Iterator[Any]:
+        """Yields every config that fits; any number of the first ones is spread evenly over the space.
+
+        Each axis takes its values in the order of a low-discrepancy sequence (M. Roberts' R sequence): equally often,
+        and in ever new combinations. What the sequence leaves out follows.
+        """
+        values = [self.values(name) for name in self.axes]
+        total = math.prod(map(len, values))
+        root = 1.5
+        for _ in range(50):  # the root of x ** (axes + 1) = x + 1
+            root = (1 + root) ** (1 / (len(values) + 1))
+        places = (
+            tuple(each[int((0.5 + n / root ** (axis + 1)) % 1 * len(each))] for axis, each in enumerate(values))
+            for n in range(total)
+        )
+        for chosen in dict.fromkeys(itertools.chain(places, itertools.product(*values))):
+            yield from self._changed(self.start, dict(zip(self.axes, chosen, strict=True)))
+
+    def neighbours(self, config: Any) -> Iterator[Iterator[Any]]:
+        """Yields rings of configs around one, the closest first.
+
+        The first ring is a step along one axis. The second is a step along each of two axes: where two fields only
+        make up for each other, no single step is better. The third is two steps along one axis, which skip a bad value.
+        """
+        axes = list(self.axes)
+        yield self._moved(config, [{axis: step} for axis in axes for step in (1, -1)])
+        pairs = itertools.product(itertools.combinations(axes, 2), itertools.product((1, -1), repeat=2))
+        yield self._moved(config, [dict(zip(two, steps, strict=True)) for two, steps in pairs])
+        yield self._moved(config, [{axis: step} for axis in axes for step in (2, -2)])
+
+    def _moved(self, config: Any, moves: Sequence[Mapping[str, int]]) -> Iterator[Any]:
+        """Yields the configs that fit, for each move the one that it leads to."""
+        for move in moves:
+            changes: dict[str, Any] = {}
+            for axis, step in move.items():
+                values = self.values(axis)
+                place = values.index(getattr(config, axis)) + step
+                if 0 <= place < len(values):
+                    changes[axis] = values[place]
+            if len(changes) == len(move):
+                yield from self._changed(config, changes)
+
+    def _changed(self, config: Any, changes: Mapping[str, Any]) -> Iterator[Any]:
+        """Yields the config with other values in some fields, unless it rejects them or does not fit."""
+        try:
+            changed = dataclasses.replace(config, **changes)
+        except ValueError:
+            return
+        if self.fits(changed):
+            yield changed

@@ -213,10 +213,12 @@ def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         sizes=dict(key.sizes),
         config={"block": 2},
         seconds=1e-6,
-        heuristic_seconds=2e-6,
         origin="measured",
+        clock="device",
+        device="NVIDIA H200",
+        date="2026-11-27",
     )
-    tuning.save(path, target_device_kind(), [found])
+    tuning.save(path, [found])
     assert source(fields.problem) == "tuned"
     return fields
 

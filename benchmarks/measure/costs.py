@@ -1,96 +1,104 @@
-"""Cost models of block sizes: times on this machine's accelerator, and estimates for a TPU that is not here."""
+"""Cost models of contenders: times on this machine's accelerator, and estimates for a TPU that is not here."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.measure.bench import compile_calls, one_line, warm_runner
+from palladion.benchmarks.measure.bench import compile_calls, config_text, one_line, warm_runner
+from palladion.benchmarks.measure.device_time import kernel_seconds
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, operation
 from palladion.benchmarks.measure.parallel import cores, side_by_side
-from palladion.benchmarks.measure.samples import Samples, ratio
-from palladion.benchmarks.measure.search import RejectedError
+from palladion.benchmarks.measure.samples import Samples
+from palladion.benchmarks.measure.search import Contender, RejectedError
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.workloads import with_scalars
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
-from palladion.kernels.implementation import Implementation
 
-TRIAL_ROUNDS: Final = 5
-"""Samples of a config."""
+ROUNDS: Final = {"device": 3, "wall": 5}
+"""Samples of a contender, by clock."""
 
-DUEL_ROUNDS: Final = 15
-"""Samples of each config where two are compared."""
+COMPARISON_ROUNDS: Final = {"device": 7, "wall": 15}
+"""Samples of each contender where they are compared, by clock."""
 
 SAMPLE_SECONDS: Final = 0.01
-"""Minimum length of a sample; short, because many configs are tried."""
-
-AGREEMENT: Final = 0.8
-"""Share of the rounds in which a config must be faster for its speedup to count."""
+"""Minimum length of a sample by wall clock; short, because many configs are tried."""
 
 
 class MeasuredCost:
-    """Times configs on JAX's default device, and rejects those with a wrong result.
+    """Times contenders on JAX's default device, and rejects those with a wrong result.
+
+    The time is that of the device for a call's kernels where the profiler shows it, on a GPU; otherwise wall clock.
 
     Args:
       chosen: the operation.
       case: the workload.
-      implementation: the kernel whose configs are timed.
-      interpret: interprets the kernel; only for tests, because it says nothing of its speed.
+      interpret: interprets kernels; only for tests, because it says nothing of their speed.
     """
 
-    origin = "measured"
-
-    def __init__(
-        self, chosen: Operation, case: Case, implementation: Implementation, interpret: bool | None = None
-    ) -> None:
-        self._operation, self._case = chosen, case
-        self._call: CallOptions = {"backend": implementation.name, "interpret": interpret}
+    def __init__(self, chosen: Operation, case: Case, interpret: bool | None = None) -> None:
+        self.origin = "interpreted" if interpret else "measured"
+        self._operation, self._case, self._interpret = chosen, case, interpret
         self._inputs = chosen.inputs(case)
-        self._next: list[Any] = []
-        self._calls: dict[Any, CompiledCalls | Exception] = {}
-        reference = compile_calls(chosen, case, backend="xla", timed=False)
-        self._reference = warm_runner(chosen, "xla", reference, self._inputs).result
+        self._next: list[Contender] = []
+        self._calls: dict[Contender, CompiledCalls | Exception] = {}
+        reference = warm_runner(chosen, "xla", compile_calls(chosen, case, backend="xla", timed=False), self._inputs)
+        self._reference = reference.result
+        self.clock = "device" if kernel_seconds([reference], 1) else "wall"
 
-    def prepare(self, configs: Sequence[Any]) -> None:
+    def prepare(self, contenders: Sequence[Contender]) -> None:
         """Implements `CostModel.prepare`: as many as there are cores are compiled with the next one asked for."""
-        self._next = list(configs)
+        self._next = list(contenders)
 
-    def seconds(self, config: Any) -> float:
+    def seconds(self, contender: Contender) -> float:
         """Returns the median of a few samples."""
-        return self._measure([self._runner(config, "config")], rounds=TRIAL_ROUNDS)["config"].median
+        runner = self._runner(contender)
+        samples = self._measure([runner], ROUNDS[self.clock])
+        if runner.name not in samples:
+            raise RejectedError("the profiler shows no kernel of it")
+        return samples[runner.name].median
 
-    def gain(self, better: Any, start: Any) -> float:
-        """Implements `CostModel.gain`: times both in turns, more often; see `certain_gain`."""
-        runners = [self._runner(better, "better"), self._runner(start, "start")]
-        return certain_gain(**self._measure(runners, rounds=DUEL_ROUNDS))
+    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
+        """Implements `CostModel.compare`."""
+        self.prepare(contenders)
+        runners: dict[Contender, JaxRunner] = {}
+        for contender in contenders:
+            with contextlib.suppress(RejectedError):
+                runners[contender] = self._runner(contender)
+        samples = self._measure(list(runners.values()), COMPARISON_ROUNDS[self.clock])
+        return {one: samples[runner.name] for one, runner in runners.items() if runner.name in samples}
 
-    def _compiled(self, config: Any) -> CompiledCalls:
-        """Returns a config's calls, compiled together with configs that are likely to follow; nothing is timed then."""
-        if config not in self._calls:
-            others = [one for one in self._next if one != config and one not in self._calls]
-            together = [config, *others[: cores() - 1]]
+    def _compiled(self, contender: Contender) -> CompiledCalls:
+        """Returns the calls, compiled together with those that are likely to follow; nothing is timed then."""
+        if contender not in self._calls:
+            others = [one for one in self._next if one != contender and one not in self._calls]
+            together = [contender, *others[: cores() - 1]]
             jobs = [
-                functools.partial(compile_calls, self._operation, self._case, **(self._call | {"config": one}))
+                functools.partial(compile_calls, self._operation, self._case, **self._call_options(one))
                 for one in together
             ]
             self._calls.update(zip(together, side_by_side(jobs), strict=True))
-        calls = self._calls[config]
+        calls = self._calls[contender]
         if isinstance(calls, Exception):  # compilers raise what they like
             raise calls
         return calls
 
-    def _runner(self, config: Any, name: str) -> JaxRunner:
+    def _call_options(self, contender: Contender) -> CallOptions:
+        return {"backend": contender.implementation, "config": contender.config, "interpret": self._interpret}
+
+    def _runner(self, contender: Contender) -> JaxRunner:
+        name = f"{contender.implementation} {config_text(contender.config)}".strip()
         try:
-            runner = warm_runner(self._operation, name, self._compiled(config), self._inputs)
+            runner = warm_runner(self._operation, name, self._compiled(contender), self._inputs)
         except Exception as error:
             raise RejectedError(one_line(error)) from error
         verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)
@@ -100,16 +108,11 @@ class MeasuredCost:
 
     def _measure(self, runners: Sequence[JaxRunner], rounds: int) -> dict[str, Samples]:
         try:
+            if self.clock == "device":
+                return {name: times.samples for name, times in kernel_seconds(runners, rounds).items()}
             return measure(runners, rounds=rounds, sample_seconds=SAMPLE_SECONDS)
         except Exception as error:  # it compiles, but does not run
             raise RejectedError(one_line(error)) from error
-
-
-def certain_gain(better: Samples, start: Samples) -> float:
-    """Returns the median speedup over the rounds; at most 1 unless four rounds in five agree that it is one."""
-    rounds = [old / new for new, old in zip(better.seconds, start.seconds, strict=False)]
-    agree = sum(1 for one in rounds if one > 1) >= AGREEMENT * len(rounds)
-    return statistics.median(rounds) if agree else min(1.0, ratio(start, better))
 
 
 class EstimatedCost:
@@ -121,7 +124,7 @@ class EstimatedCost:
       chip: a name in `tpu_chips()`.
     """
 
-    origin = "estimated"
+    origin, clock = "estimated", ""
 
     def __init__(self, chosen: Operation, case: Case, chip: str) -> None:
         check(chip in tpu_chips(), "--chip", chip, ", ".join(tpu_chips()))
@@ -131,7 +134,7 @@ class EstimatedCost:
         self._file = Path(self._folder.name) / "candidate.py"
         self._file.write_text(CANDIDATE)
 
-    def prepare(self, configs: Sequence[Any]) -> None:
+    def prepare(self, contenders: Sequence[Contender]) -> None:
         """Implements `CostModel.prepare`: nothing is compiled ahead, the compiler's process takes one at a time."""
 
     def close(self) -> None:
@@ -139,10 +142,10 @@ class EstimatedCost:
         self._examiner.stop()
         self._folder.cleanup()
 
-    def seconds(self, config: Any) -> float:
+    def seconds(self, contender: Contender) -> float:
         """Returns the estimated seconds of all kernels of a call together."""
-        case = encode_case(self._case)
-        given = {"operation": self._operation.name, "case": case, "config": dataclasses.asdict(config)}
+        case, config = encode_case(self._case), dataclasses.asdict(contender.config)
+        given = {"operation": self._operation.name, "case": case, "config": config}
         self._file.with_suffix(".json").write_text(json.dumps(given))
         found = self._examiner.examine(WorkloadName("", "candidate", str(self._file)), self._chip)
         if found.failure is not None:
@@ -152,9 +155,13 @@ class EstimatedCost:
             raise RejectedError("the compiler's listing does not tell its time")
         return sum(time for time in times if time is not None)
 
-    def gain(self, better: Any, start: Any) -> float:
-        """Returns the ratio of the estimates, which have no noise."""
-        return self.seconds(start) / self.seconds(better)
+    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
+        """Returns the estimates, which have no noise."""
+        found: dict[Contender, Samples] = {}
+        for contender in contenders:
+            with contextlib.suppress(RejectedError):
+                found[contender] = Samples((self.seconds(contender),), 1)
+        return found
 
 
 CANDIDATE: Final = """from pathlib import Path
