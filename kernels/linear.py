@@ -19,6 +19,7 @@ from palladion.kernels.implementation import Implementation
 from palladion.kernels.search_space import TuningKey
 from palladion.kernels.types import Interpret
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
+from palladion.reference.quantization import Order
 from palladion.reference.rms_norm import rms_norm
 
 
@@ -27,7 +28,7 @@ class Inputs(NamedTuple):
 
     Attributes:
       x: `[rows, in]`.
-      w: `[in, out]`, an array or a QuantizedArray; with a leading `[num_layers]` if there is a layer.
+      w: logically `[in, out]`, an array or a QuantizedArray; with a leading `[num_layers]` if there is a layer.
       bias: `[out]` or None.
       layer: int32 scalar or None.
       norm: `[in]` or None.
@@ -108,6 +109,7 @@ class LinearProblem(abc.ABC):
       gated: whether the first half of the channels gates the second.
       norm_eps: epsilon of the RMS norm that is applied to x first; None for no norm.
       has_residual: whether a residual is added to the result.
+      order: storage order of w.
     """
 
     rows: int
@@ -121,6 +123,7 @@ class LinearProblem(abc.ABC):
     gated: bool
     norm_eps: float | None = None
     has_residual: bool = False
+    order: Order = "in_out"
 
     @classmethod
     def of_call(
@@ -184,6 +187,19 @@ class LinearProblem(abc.ABC):
             norm_eps=None if norm is None else norm_eps,
             has_residual=residual is not None,
             **own,
+        )
+
+    def order_unsupported(self, order: Order) -> str | None:
+        """Returns why a kernel that reads one storage order cannot run the call, or None.
+
+        Args:
+          order: the order that the kernel reads.
+        """
+        if self.order == order:
+            return None
+        return (
+            f"w must be stored in the order {order!r}, got {self.order!r}; w.with_order({order!r}) converts a "
+            "QuantizedArray, once, and a dense weight is transposed and passed with order="
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,7 +19,8 @@ from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import QuantizedArray, Scheme
+from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
 
 __all__ = ["Checkpoint", "CheckpointError", "find_model", "load_checkpoint"]
@@ -106,6 +107,7 @@ def load_checkpoint(
     weights: Literal["keep", "dequantize"] = "keep",
     quantize: str | Scheme | None = None,
     stack: bool = False,
+    order: Order | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Checkpoint:
     """Loads a model of the Llama family.
@@ -123,6 +125,8 @@ def load_checkpoint(
         while they are read. An untied embedding stays dense, because a step reads only a few of its rows.
       stack: whether the weights of all layers are stacked, `[num_layers, ...]`, as a loop over layers needs. Layers
         that differ in their formats, as in some GGUF files, stay a tuple.
+      order: storage order of the weights, "in_out" or "out_in"; None means that of the platform's kernels. Checkpoints
+        have "out_in", so on GPUs nothing is transposed.
       progress: called with the part just loaded and the fraction done, 0 to 1.
 
     Returns:
@@ -131,7 +135,7 @@ def load_checkpoint(
     Raises:
       CheckpointError: the checkpoint is missing, damaged, incomplete or unsupported; the message says which, and what
         to do.
-      ValueError: `dtype`, `weights` or `quantize` is not among the accepted values.
+      ValueError: `dtype`, `weights`, `quantize` or `order` is not among the accepted values.
       ImportError: the packages of `palladion[models]` are not installed.
     """
     if (name := getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))) not in DTYPES:
@@ -139,8 +143,10 @@ def load_checkpoint(
     if weights not in ("keep", "dequantize"):
         raise ValueError(f"load_checkpoint: weights must be 'keep' or 'dequantize', got {weights!r}")
     scheme = None if quantize is None else Scheme.parse(quantize)
+    order = order_of_platform(target_platform()) if order is None else order
+    check_order(order)
     reader = _open(find_model(path))
-    loader = _Loader(reader, _find_tensors(reader), jnp.dtype(name), weights == "keep", scheme)
+    loader = _Loader(reader, _find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
     parameters = _load_parameters(loader, stack, progress or _no_report)
     return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
 
@@ -269,6 +275,7 @@ class _Loader:
       dtype: dtype of dense weights and biases.
       keep: whether weights stay in the file's own quantization, where a `QuantizedArray` can hold it.
       scheme: scheme to quantize weights to, or None.
+      order: storage order of weights.
     """
 
     reader: CheckpointReader
@@ -276,28 +283,42 @@ class _Loader:
     dtype: Any
     keep: bool
     scheme: Scheme | None
+    order: Order
 
     def vector(self, role: str, layer: int | None, dtype: Any = jnp.float32) -> jax.Array:
         """Reads a norm or a bias."""
         return jnp.array(self.tensors[role, layer].read(dtype))
 
     def weight(self, role: str, layer: int | None = None) -> Weight:
-        """Reads a weight as `[in, out]`, the transpose of what checkpoints store."""
+        """Reads a weight in the loader's order; checkpoints store `[out, in]`."""
         tensor = self.tensors[role, layer]
         if self.scheme is not None:
             try:
-                return _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme)
+                return _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme, self.order)
             except ValueError as error:
                 raise CheckpointError(f"{self.reader.path}: quantize: tensor {tensor.name!r}: {error}") from error
         if self.keep and tensor.read_quantized is not None:
-            return tensor.read_quantized()
-        return jnp.array(tensor.read(self.dtype).T)
+            return tensor.read_quantized().with_order(self.order)
+        dense = tensor.read(self.dtype)
+        return jnp.array(dense.T if self.order == "in_out" else dense)
+
+    def joined(self, roles: Sequence[str], layer: int) -> Weight | tuple[Weight, ...]:
+        """Reads weights of the same input, joined along `out`, or as a tuple where their formats differ."""
+        weights = [self.weight(role, layer) for role in roles]
+        formats = {
+            (jax.tree.structure(weight), *(leaf.dtype for leaf in jax.tree.leaves(weight))) for weight in weights
+        }
+        if len(formats) > 1:
+            return tuple(weights)
+        # `out` is the same axis of codes, scales and dense weights.
+        joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=out_axis(self.order)), *weights)
+        return joined
 
     def table(self, role: str) -> Weight:
         """Reads an embedding table: `[rows, width]` as checkpoints store it, or in the file's own quantization."""
         tensor = self.tensors[role, None]
         if self.scheme is None and self.keep and tensor.read_quantized is not None:
-            return tensor.read_quantized()
+            return tensor.read_quantized().with_order(self.order)
         return jnp.array(tensor.read(self.dtype))
 
     def layer(self, layer: int) -> Layer:
@@ -307,11 +328,11 @@ class _Loader:
             bias = jnp.concatenate([self.vector(role, layer, self.dtype) for role in BIASES])
         return Layer(
             attention_norm=self.vector("attention_norm", layer),
-            qkv=_join([self.weight(role, layer) for role in ("query", "key", "value")]),
+            qkv=self.joined(("query", "key", "value"), layer),
             qkv_bias=bias,
             output=self.weight("output", layer),
             mlp_norm=self.vector("mlp_norm", layer),
-            gate_up=_join([self.weight(role, layer) for role in ("gate", "up")]),
+            gate_up=self.joined(("gate", "up"), layer),
             down=self.weight("down", layer),
         )
 
@@ -337,20 +358,11 @@ def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float]
         final_norm=final_norm,
         head=head,
         inverse_frequencies=frequencies,
+        order=loader.order,
     )
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def _quantize_transposed(weight: jax.Array, scheme: Scheme) -> QuantizedArray:
+@functools.partial(jax.jit, static_argnames=("scheme", "order"))
+def _quantize_transposed(weight: jax.Array, scheme: Scheme, order: Order) -> QuantizedArray:
     """Quantizes a weight `[out, in]`; jitted, so that few float32 copies of it exist."""
-    return quantize(weight.T, scheme)
-
-
-def _join(weights: list[Weight]) -> Weight | tuple[Weight, ...]:
-    """Returns weights of the same input joined along `out`, or as a tuple where their formats differ."""
-    formats = {(jax.tree.structure(weight), *(leaf.dtype for leaf in jax.tree.leaves(weight))) for weight in weights}
-    if len(formats) > 1:
-        return tuple(weights)
-    # `out` is the last axis of codes, scales and dense weights alike.
-    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *weights)
-    return joined
+    return quantize(weight.T, scheme, order=order)

@@ -13,6 +13,7 @@ import numpy as np
 
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.devices import measured_bandwidth
+from palladion.kernels.quantized_matmul import IMPLEMENTATIONS
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
 from palladion.model.engine import Engine, EngineOptions, plan_chunks
 from palladion.model.parameters import Parameters
@@ -21,6 +22,7 @@ from palladion.model.statistics import Statistics, peak_memory
 from palladion.model.vocabulary import check_integer, check_text, token_ids
 from palladion.reference import KVCache, QuantizedArray, Scheme
 from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import Order, order_of_platform
 
 DEFAULT_MAX_LEN: Final = 2048
 """Room in the KV cache by default, in tokens per sequence, unless the model was trained for fewer."""
@@ -136,7 +138,13 @@ class Generator:
         # A loop over stacked layers compiles in seconds and reads the weights without a copy. On a GPU, however, XLA
         # copies dense weights out of the stack for its matrix products.
         checkpoint = load_checkpoint(
-            model, dtype=dtype, weights=weights, quantize=quantize, stack=platform != "gpu", progress=progress
+            model,
+            dtype=dtype,
+            weights=weights,
+            quantize=quantize,
+            stack=platform != "gpu",
+            order=_order_for(backend),
+            progress=progress,
         )
         if platform == "tpu":
             parameters = _without_float16_scales(checkpoint.parameters)
@@ -381,6 +389,12 @@ def _as_batch(prompts: Any) -> list[Any]:
 def default_dtype() -> str:
     """Returns the default dtype of activations, the fastest on the platform."""
     return "float32" if target_platform() == "cpu" else "bfloat16"
+
+
+def _order_for(backend: str | None) -> Order:
+    """Returns the storage order that a backend's kernels read: the platform's, unless a kernel is named."""
+    platforms = (row.platform for row in IMPLEMENTATIONS if row.name == backend and row.platform is not None)
+    return order_of_platform(next(platforms, target_platform()))
 
 
 def _without_float16_scales(parameters: Parameters) -> Parameters:

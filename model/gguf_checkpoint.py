@@ -330,11 +330,11 @@ def _read_dense(rows: np.ndarray, shape: tuple[int, ...], kind: Any, dtype: Any,
 
 
 def _read_quantized(rows: np.ndarray, scheme: Scheme, name: str) -> QuantizedArray:
-    """Splits blocks (a float16 scale, a float16 minimum if any, codes) into arrays, and transposes these."""
+    """Splits blocks (a float16 scale, a float16 minimum if any, codes) into the arrays of the order "out_in"."""
     header = 4 if scheme.offset == "minimums" else 2
     blocks = rows.reshape(len(rows), -1, header + (BLOCK // 2 if scheme.packed else BLOCK))
     factors = np.ascontiguousarray(blocks[..., :header]).view(np.float16)
     factors = cast(factors, np.float16, name)  # [out, groups, 1 or 2]
     codes = blocks[..., header:].reshape(len(rows), -1).view(CODE_DTYPE[scheme.format])
-    minimums = jnp.array(factors[..., 1].T) if scheme.offset == "minimums" else None
-    return QuantizedArray(jnp.array(codes.T), jnp.array(factors[..., 0].T), None, minimums, scheme)
+    minimums = jnp.array(factors[..., 1]) if scheme.offset == "minimums" else None
+    return QuantizedArray(jnp.array(codes), jnp.array(factors[..., 0]), None, minimums, scheme, "out_in")

@@ -8,10 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from palladion.reference.quantization import QuantizedArray
+from palladion.reference.quantization import Order, QuantizedArray
 
 Weight = jax.Array | QuantizedArray
-"""The weight `[in, out]` of a linear layer: a dense array or a QuantizedArray."""
+"""The weight of a linear layer, logically `[in, out]`: a dense array or a QuantizedArray."""
 
 
 @jax.tree_util.register_dataclass
@@ -97,11 +97,12 @@ class Parameters:
 
     Attributes:
       embedding: token embedding, one row per token: dense `[vocab, hidden]`, or a QuantizedArray of `in` = hidden and
-        `out` = vocab; None where it is tied: its rows are then the columns of `head`.
+        `out` = vocab; None where it is tied: its rows are then the channels of `head`.
       layers: the decoder layers: a tuple, or one `Layer` of stacked arrays, `[num_layers, ...]`.
       final_norm: `[hidden]`.
       head: the output head, `in` = hidden, `out` = vocab.
       inverse_frequencies: `[head_dim / 2]` float32, the rotary frequencies, any scaling already applied.
+      order: storage order of all dense weights; a QuantizedArray has an order of its own.
     """
 
     embedding: Weight | None
@@ -109,6 +110,7 @@ class Parameters:
     final_norm: jax.Array
     head: Weight
     inverse_frequencies: jax.Array
+    order: Order = dataclasses.field(default="in_out", metadata={"static": True})
 
     @property
     def nbytes(self) -> int:

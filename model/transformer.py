@@ -8,6 +8,7 @@ has the position lengths - q_len + i, and a shorter prompt is padded in front, w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +24,7 @@ from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.reference import KVCache, QuantizedArray, dequantize, rms_norm
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import Order
 
 FEW_TOKENS: Final = 4
 """Up to this many tokens, embeddings are sliced one by one: XLA on a CPU makes a slow loop of a gather of columns."""
@@ -102,7 +104,7 @@ def forward(
       Unsupported: the chosen backend does not cover an operation of this model.
     """
     rotation = rotate(lengths, tokens.shape[1], parameters.inverse_frequencies)
-    decoder = _Decoder(config, lengths, rotation, backend, interpret, adapt)
+    decoder = _Decoder(config, lengths, rotation, parameters.order, backend, interpret, adapt)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
     if isinstance(parameters.layers, Layer) and isinstance(cache, KVCache):
         layers, stacked_cache = parameters.layers, cache
@@ -147,6 +149,7 @@ class _Decoder:
       config: shapes and constants of the model.
       lengths: int32 `[batch]`, tokens in the cache, new ones included.
       rotation: rotary angles of the new tokens.
+      order: storage order of dense weights.
       backend: backend of the operations.
       interpret: whether kernels are interpreted.
       adapt: as for `forward`.
@@ -155,6 +158,7 @@ class _Decoder:
     config: ModelConfig
     lengths: jax.Array
     rotation: Rotation
+    order: Order
     backend: str | None
     interpret: Any
     adapt: Adapt | None
@@ -226,7 +230,9 @@ class _Decoder:
             # It sees what is multiplied: the normalized activations.
             x, norm = x if norm is None else rms_norm(x, norm, eps), None
             x = self.adapt(x, weight)
-        multiply: Callable[..., jax.Array] = quantized_matmul if isinstance(weight, QuantizedArray) else matmul
+        multiply: Callable[..., jax.Array] = functools.partial(matmul, order=self.order)
+        if isinstance(weight, QuantizedArray):
+            multiply = quantized_matmul
         return multiply(
             x,
             weight,
@@ -249,13 +255,18 @@ def _select(x: jax.Array, index: jax.Array | None) -> jax.Array:
 
 
 def embed(parameters: Parameters, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the embeddings `[..., hidden]` of tokens `[...]`; a tied embedding's rows are columns of the head."""
+    """Returns the embeddings `[..., hidden]` of tokens `[...]`; a tied embedding's rows are the head's channels."""
     table = parameters.head if parameters.embedding is None else parameters.embedding
-    by_columns = parameters.embedding is None or isinstance(table, QuantizedArray)
-    bits = jax.tree.map(lambda leaf: _gather(leaf, tokens.reshape(-1), by_columns), to_bits(table))
+    order: Order = "out_in" if parameters.embedding is not None else parameters.order
+    if isinstance(table, QuantizedArray):
+        order = table.order
+    bits = jax.tree.map(lambda leaf: _gather(leaf, tokens.reshape(-1), order == "in_out"), to_bits(table))
     stored = from_bits(bits, table)
-    rows = dequantize(stored, dtype) if isinstance(stored, QuantizedArray) else stored.astype(dtype)
-    return (rows.T if by_columns else rows).reshape(*tokens.shape, -1)
+    if isinstance(stored, QuantizedArray):
+        rows = dequantize(stored, dtype).T
+    else:
+        rows = (stored.T if order == "in_out" else stored).astype(dtype)
+    return rows.reshape(*tokens.shape, -1)
 
 
 def _gather(table: jax.Array, indices: jax.Array, by_columns: bool) -> jax.Array:

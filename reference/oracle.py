@@ -95,7 +95,11 @@ def rotate(x: Any, cosine: Any, sine: Any) -> Array:
 
 def dequantize(w: QuantizedArray) -> Array:
     """Returns the weights `[in, out]` of a QuantizedArray without leading dimensions."""
-    stored = np.asarray(w.values)
+
+    def read(part: Any) -> Any:
+        return np.asarray(part) if w.order == "in_out" else np.asarray(part).T
+
+    stored, scales = read(w.values), read(w.scales)
     codes = np.zeros((w.in_features, w.out_features))
     for i in range(w.in_features):
         if w.scheme.packed:
@@ -110,12 +114,12 @@ def dequantize(w: QuantizedArray) -> Array:
                 codes[i] = nibble
         else:
             codes[i] = to_float64(stored[i])
-    group = w.in_features // w.scales.shape[0]
-    scales = np.repeat(to_float64(w.scales), group, axis=0)
+    group = w.in_features // scales.shape[0]
     zero = float(INT4_ZERO) if w.scheme.format == "int4" and w.scheme.offset == "none" else 0.0
-    zeros = zero if w.zeros is None else np.repeat(to_float64(w.zeros), group, axis=0)
-    minimums = 0.0 if w.minimums is None else np.repeat(to_float64(w.minimums), group, axis=0)
-    return scales * (codes - zeros) + minimums
+    factor = np.repeat(to_float64(scales), group, axis=0)
+    zeros = zero if w.zeros is None else np.repeat(to_float64(read(w.zeros)), group, axis=0)
+    minimums = 0.0 if w.minimums is None else np.repeat(to_float64(read(w.minimums)), group, axis=0)
+    return factor * (codes - zeros) + minimums
 
 
 def quantized_matmul(

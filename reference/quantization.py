@@ -7,10 +7,16 @@ All schemes share a formula. A weight is stored as a *code* of few bits; along `
 An asymmetric scheme has either `zero` or `minimum`; a symmetric one has neither. A symmetric int4 code is stored with
 an implied zero of 8, so that every 4-bit code is an unsigned nibble.
 
-A weight is `[in, out]` with `out` contiguous: each vector lane of a processor then holds an output channel, a row of
-codes is multiplied by one activation, and no sum runs across lanes. 4-bit codes are packed two to a byte along `in`, in
-blocks of 32: row j of a block holds element j in its low and element j + 16 in its high nibble. GGUF's Q4_0, Q4_1 and
-MXFP4 blocks have the same order, so their codes are copied unchanged.
+A weight is logically `[in, out]`, and stored in one of two orders:
+
+    "in_out"   `out` contiguous. Each vector lane of a TPU or CPU holds an output channel, a row of codes is multiplied
+               by one activation, and no sum runs across lanes
+    "out_in"   `in` contiguous. A GPU reads whole cache lines of one channel, words of codes meet words of activations,
+               and tensor cores take the weights as their left operand as they lie
+
+The second is the first with the last two axes of every part swapped, and nothing else. 4-bit codes are packed two to a
+byte along `in`, in blocks of 32: byte j of a block holds element j in its low and element j + 16 in its high nibble.
+GGUF's Q4_0, Q4_1 and MXFP4 blocks have the same order, so their codes are copied unchanged.
 """
 
 from __future__ import annotations
@@ -25,6 +31,10 @@ import jax.numpy as jnp
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
+Order = Literal["in_out", "out_in"]
+"""Storage order of a weight, the contiguous axis last."""
+
+ORDERS: Final = ("in_out", "out_in")
 
 PACK_BLOCK: Final = 32
 """Elements along `in` of a block of packed 4-bit codes."""
@@ -139,7 +149,7 @@ class Scheme:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scales", "zeros", "minimums"],
-    meta_fields=["scheme"],
+    meta_fields=["scheme", "order"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
@@ -152,6 +162,8 @@ class QuantizedArray:
       zeros: `[..., groups, out]` zero points in code units (int8 for int8 codes, uint8 for int4), or None.
       minimums: `[..., groups, out]` floats added to every weight of a group, or None.
       scheme: the `Scheme` that the other attributes are to be read by.
+      order: storage order of all parts. The shapes above are those of "in_out"; in "out_in" their last two axes are
+        swapped, so that `in` and groups are contiguous.
 
     Leading dimensions are those of stacked weights, over which `scan` and `vmap` may run.
     """
@@ -161,16 +173,17 @@ class QuantizedArray:
     zeros: jax.Array | None
     minimums: jax.Array | None
     scheme: Scheme
+    order: Order = "in_out"
 
     @property
     def in_features(self) -> int:
         """Weights of an output channel, packed or not."""
-        return self.values.shape[-2] * (2 if self.scheme.packed else 1)
+        return self.values.shape[in_axis(self.order)] * (2 if self.scheme.packed else 1)
 
     @property
     def out_features(self) -> int:
         """Number of output channels."""
-        return self.values.shape[-1]
+        return self.values.shape[out_axis(self.order)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,6 +195,20 @@ class QuantizedArray:
         """Bytes of codes, scales, zero points and minimums."""
         parts = (self.values, self.scales, self.zeros, self.minimums)
         return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
+
+    def with_order(self, order: Order) -> QuantizedArray:
+        """Returns the same weights in another storage order: all parts transposed, or this array if it has the order.
+
+        Args:
+          order: "in_out" or "out_in"; `order_of_platform` names the one that a platform's kernels read.
+
+        Raises:
+          ValueError: the order is neither of them.
+        """
+        check_order(order)
+        if order == self.order:
+            return self
+        return dataclasses.replace(jax.tree.map(lambda part: jnp.swapaxes(part, -1, -2), self), order=order)
 
     def with_scale_dtype(self, dtype: Any) -> QuantizedArray:
         """Returns the same array with scales and minimums in another float dtype, rounded to it.
@@ -197,6 +224,27 @@ class QuantizedArray:
             )
         minimums = None if self.minimums is None else self.minimums.astype(dtype)
         return dataclasses.replace(self, scales=self.scales.astype(dtype), minimums=minimums)
+
+
+def in_axis(order: Order) -> int:
+    """Returns the axis of a stored weight along which `in` and groups run, counted from the end."""
+    return -2 if order == "in_out" else -1
+
+
+def out_axis(order: Order) -> int:
+    """Returns the axis of a stored weight along which `out` runs, counted from the end."""
+    return -1 if order == "in_out" else -2
+
+
+def order_of_platform(platform: str) -> Order:
+    """Returns the storage order that the kernels of a platform read: "out_in" for "gpu", "in_out" for others."""
+    return "out_in" if platform == "gpu" else "in_out"
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError where a storage order is not one of `ORDERS`."""
+    if order not in ORDERS:
+        raise ValueError(f"order: got {order!r}; accepted: {', '.join(map(repr, ORDERS))}")
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
@@ -236,7 +284,8 @@ def encode_e2m1(x: jax.Array) -> jax.Array:
 
 def unpack_codes(w: QuantizedArray) -> jax.Array:
     """Returns the codes of a QuantizedArray, unpacked: `[..., in, out]`; an implied zero is not subtracted."""
-    return unpack_nibbles(w.values) if w.scheme.packed else w.values
+    values = w.with_order("in_out").values
+    return unpack_nibbles(values) if w.scheme.packed else values
 
 
 def decode_codes(codes: jax.Array, scheme: Scheme, zeros: jax.Array | None = None) -> jax.Array:
@@ -259,6 +308,7 @@ def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     Returns:
       `[..., in, out]` in `dtype`.
     """
+    w = w.with_order("in_out")
     codes = unpack_codes(w)
     *lead, _, out_features = codes.shape
     grouped = codes.reshape(*lead, w.scales.shape[-2], -1, out_features)  # [..., groups, group, out]

@@ -25,16 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import (
     CODE_DTYPE,
     INTEGER_RANGE,
+    Order,
     QuantizedArray,
     Scheme,
     check_in_features,
+    check_order,
     decode_codes,
     encode_e2m1,
     flush_subnormals,
     largest_code,
+    order_of_platform,
     pack_nibbles,
     reciprocal_or_zero,
 )
@@ -86,6 +90,7 @@ def quantize(
     method: Method = "absmax",
     importance: jax.Array | None = None,
     scale_dtype: Any = jnp.float32,
+    order: Order | None = None,
 ) -> QuantizedArray:
     """Quantizes a weight matrix.
 
@@ -99,26 +104,30 @@ def quantize(
         square of each activation, "mse" minimizes the error of the product. None means 1 for all.
       scale_dtype: dtype of scales and minimums (mxfp4 has its own). Codes are computed with the rounded scale. A group
         whose scale is out of its range becomes NaN; one whose scale rounds to 0 becomes zeros.
+      order: storage order of the result, "in_out" or "out_in"; None means that of the platform's kernels, "out_in" on
+        GPUs. `QuantizedArray.with_order` converts.
 
     Returns:
       A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros has scale 0 and dequantizes to zeros.
 
     Raises:
       ValueError: `weight` has fewer than two dimensions, `in` is not a multiple of the scheme's group or packing, or
-        `method` or `importance` does not fit the other arguments.
+        `method`, `importance` or `order` is not valid.
 
     Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0;
       weighted clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
     """
     scheme = Scheme.parse(scheme)
     weight = jnp.asarray(weight)
+    order = order_of_platform(target_platform()) if order is None else order
+    check_order(order)
     _check(weight, scheme, method, importance)
-    return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype))
+    return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype), order)
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "method", "scale_dtype"))
+@functools.partial(jax.jit, static_argnames=("scheme", "method", "scale_dtype", "order"))
 def _quantize(
-    weight: jax.Array, importance: jax.Array | None, scheme: Scheme, method: Method, scale_dtype: Any
+    weight: jax.Array, importance: jax.Array | None, scheme: Scheme, method: Method, scale_dtype: Any, order: Order
 ) -> QuantizedArray:
     """Quantizes with valid arguments, in one program, so that few float32 copies of a weight exist at a time."""
     *lead, in_features, out_features = weight.shape
@@ -158,7 +167,7 @@ def _quantize(
         None if factors.zeros is None else squeeze(factors.zeros).astype(CODE_DTYPE[scheme.format]),
         None if factors.minimums is None else squeeze(factors.minimums).astype(scale_dtype),
         scheme,
-    )
+    ).with_order(order)
 
 
 def _check(weight: jax.Array, scheme: Scheme, method: str, importance: jax.Array | None) -> None:

@@ -595,6 +595,22 @@ def test_arguments(tmp_path: Path) -> None:
     assert load_checkpoint(path, dtype=jnp.bfloat16).parameters.head.dtype == jnp.bfloat16  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("options", [{}, {"quantize": "int4-g32"}, {"weights": "dequantize"}], ids=str)
+def test_storage_orders_load_the_same_weights(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = gguf_file(tmp_path, Type.Q4_1, tied=True)
+    loaded = load_checkpoint(path, order="in_out", **options).parameters
+    swapped = load_checkpoint(path, order="out_in", **options).parameters
+    assert (loaded.order, swapped.order) == ("in_out", "out_in")
+    for name in ("qkv", "output", "gate_up", "down"):
+        weight, other = (getattr(parameters.layers[0], name) for parameters in (loaded, swapped))
+        if isinstance(weight, QuantizedArray):
+            assert other.order == "out_in"
+            weight, other = dequantize(weight), dequantize(other).T
+        np.testing.assert_array_equal(other, weight.T)
+    with pytest.raises(ValueError, match="order: got 'out'; accepted: 'in_out', 'out_in'"):
+        load_checkpoint(path, order="out")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("package", "kind"), [("gguf", "file"), ("safetensors", "folder"), ("tokenizers", "folder")])
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, kind: str) -> None:
     path = gguf_file(tmp_path) if kind == "file" else hugging_face_folder(tmp_path)

@@ -30,6 +30,7 @@ from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.kernels.quantized_matmul.triton import call as matmul_triton
+from palladion.kernels.quantized_matmul.triton import matrix_blocks
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 
 pytestmark = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
@@ -213,7 +214,7 @@ def test_configs_that_the_tuner_leaves_out_exceed_shared_memory():
     assert space.start in space
     for num_stages, there in ((4, True), (5, False)):
         config = dataclasses.replace(space.start, block_out=256, tile=256, num_stages=num_stages)
-        known = matmul_triton.loaded_bytes(product.problem(), config)
+        known = matrix_blocks.loaded_bytes(product.problem(), config)
         assert (config in space) == there == (known <= most)
         function, arguments = matmul(product, config=config)
         kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments, arch=90)

@@ -21,6 +21,7 @@ from palladion.model.checkpoint import Checkpoint, CheckpointError, find_model, 
 from palladion.model.config import ModelConfig
 from palladion.model.transformer import empty_cache, forward
 from palladion.reference.compare import assert_right
+from palladion.reference.quantization import Order
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 24))
 
@@ -45,11 +46,11 @@ def logits_of(model: Any, tokens: np.ndarray, dtype: str) -> np.ndarray:
 class Judge:
     """A checkpoint, and what transformers makes of TOKENS with it."""
 
-    def __init__(self, path: Path, architecture: str, stack: bool, **config: Any) -> None:
+    def __init__(self, path: Path, architecture: str, stack: bool, order: Order | None = None, **config: Any) -> None:
         model = save_with_transformers(path, architecture, max_position_embeddings=64, **config)
         self.reference = logits_of(model, TOKENS, "float32").astype(np.float32)
         self.oracle = logits_of(model, TOKENS, "float64")
-        self.checkpoint = load_checkpoint(path, stack=stack)
+        self.checkpoint = load_checkpoint(path, stack=stack, order=order)
 
     def check(self, logits: jax.Array, rows: Any = slice(None), positions: Any = slice(None)) -> None:
         assert_right(logits, self.reference[rows, positions], self.oracle[rows, positions])
@@ -76,7 +77,9 @@ def new_cache(checkpoint: Checkpoint, batch: int, dtype: str = "float32", max_le
     ("architecture", "config", "stack"),
     [
         pytest.param("Llama", {"tie_word_embeddings": True}, True, id="tied"),
+        pytest.param("Llama", {"tie_word_embeddings": True, "order": "out_in"}, True, id="tied-out-in"),
         pytest.param("Llama", {"tie_word_embeddings": False}, False, id="untied-apart"),
+        pytest.param("Llama", {"tie_word_embeddings": False, "order": "out_in"}, False, id="untied-out-in"),
         pytest.param("Llama", {"rope_scaling": LLAMA_3, "rope_theta": 500_000.0}, True, id="llama-3"),
         pytest.param("Llama", {"attention_bias": True}, True, id="biases"),
         pytest.param("Llama", {"head_dim": 32}, False, id="wide-heads"),
@@ -121,8 +124,15 @@ def test_prompts_of_different_lengths(judge: Judge):
     judge.check(logits[2], rows=2, positions=13)
 
 
+@pytest.fixture(scope="module")
+def gpu_judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """The same model with weights in the order of a GPU's kernels."""
+    return Judge(tmp_path_factory.mktemp("llama"), "Llama", True, order="out_in", tie_word_embeddings=True)
+
+
 @pytest.mark.parametrize("backend", ["mosaic_tpu", "triton"])
-def test_kernels_give_the_same_logits(judge: Judge, backend: str):
+def test_kernels_give_the_same_logits(request: pytest.FixtureRequest, backend: str):
+    judge = request.getfixturevalue("gpu_judge" if backend == "triton" else "judge")
     cache = new_cache(judge.checkpoint, 3, max_len=128)  # tokens are lanes of a TPU where heads are narrow
     logits, cache = run(judge.checkpoint, cache, TOKENS[:, :16], [16] * 3, backend=backend, interpret=True)
     judge.check(logits, positions=15)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from palladion import QuantizedArray, Scheme, dequantize, quantize
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.reference import oracle
 from palladion.reference.quantization import (
     E2M1_LEVELS,
+    ORDERS,
     decode_e2m1,
     encode_e2m1,
     pack_nibbles,
@@ -51,6 +53,26 @@ def test_dequantize_is_the_oracles(scheme: str):
     exact = oracle.dequantize(w)
     # One product and at most one sum, in float32.
     np.testing.assert_allclose(dequantize(w), exact, rtol=3e-7, atol=3e-7 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_storage_orders_hold_the_same_weights(scheme: str):
+    weights = normal(3, 256, 48)
+    w = quantize(weights, scheme, order="in_out")
+    swapped = quantize(weights, scheme, order="out_in")
+    assert swapped.order == "out_in"
+    assert (swapped.shape, swapped.nbytes, swapped.values.shape[1]) == (w.shape, w.nbytes, 48)
+    assert jax.tree.all(jax.tree.map(np.array_equal, w.with_order("out_in"), swapped))
+    assert swapped.with_order("in_out").order == "in_out"
+    np.testing.assert_array_equal(dequantize(swapped), dequantize(w))
+    exact = [oracle.dequantize(quantize(weights[0], scheme, order=order)) for order in ORDERS]
+    np.testing.assert_array_equal(*exact)
+
+
+def test_the_order_of_quantize_is_the_platforms():
+    with gpu_compiler.tracing_for(90):
+        assert jax.eval_shape(lambda: quantize(jnp.ones((64, 8)), "int8")).order == "out_in"
+    assert quantize(normal(64, 8), "int8").order == "in_out"
 
 
 def largest_error(scheme: Scheme, w: QuantizedArray, exact: np.ndarray) -> np.ndarray:
@@ -172,6 +194,7 @@ def test_aliases():
         (lambda: Scheme("mxfp4", 32, "zeros"), "Scheme.offset: mxfp4 is symmetric"),
         (lambda: Scheme("mxfp4", 64), "mxfp4 has groups of 32, got 64"),
         (lambda: Scheme("int4", 24), "Scheme.group_size: got 24; accepted: None or a positive multiple of 16"),
+        (lambda: quantize(jnp.ones((64, 8)), "int8", order="out"), "order: got 'out'; accepted: 'in_out', 'out_in'"),
         (lambda: quantize(jnp.ones(4), "int8"), r"weight must be \[\.\.\., in, out\], got shape \(4,\)"),
         (lambda: quantize(jnp.ones((96, 4)), "int4-g64"), "in = 96 is not a multiple of group_size; .*: \\[32, 16\\]"),
         (lambda: quantize(jnp.ones((40, 4)), "int4"), "packed in blocks of 32, got in = 40; pad `in` or use int8"),

@@ -37,11 +37,14 @@ from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, unpack_codes
+from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, order_of_platform, unpack_codes
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
 KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
+ORDER_OF = {row.name: order_of_platform(row.platform or "cpu") for row in IMPLEMENTATIONS}
+"""Storage order that a backend's weights have in tests."""
+
 TESTS = {case.name: case for case in cases.TESTS}
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
@@ -58,7 +61,7 @@ IN_NUMPY = {
 
 def multiply(case: Case, inputs: Inputs, backend: str, interpret: Any = None) -> jax.Array:
     interpret = (backend != "xla") if interpret is None else interpret
-    return _compiled(case, backend, interpret)(inputs)
+    return _compiled(case, backend, interpret)(inputs._replace(w=inputs.w.with_order(ORDER_OF[backend])))
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from palladion.kernels.decode_attention import Inputs, cases
 from palladion.kernels.decode_attention.cases import Case
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
+from palladion.reference.quantization import ORDERS, Order
 
 # The names of the packages are those of functions in `palladion.reference`.
 appends = importlib.import_module("palladion.reference.append_kv")
@@ -190,13 +191,14 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: int, platform: str):
+def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: int, order: Order, platform: str):
     del platform
     x = normal(rows, 128)
     weights = normal(2, 128, 72, seed=1) / 12
-    w, layer = quantize(weights, scheme), jnp.int32(1)
+    w, layer = quantize(weights, scheme, order=order), jnp.int32(1)
     exact = oracle.quantized_matmul(x, jax.tree.map(lambda part: part[1], w))
     page = compiled(products.definition.quantized_matmul)(x, w, layer=layer)
     fast = compiled(lambda *given: products.quantized_matmul(*given, layer=layer))(x, w)
@@ -205,14 +207,18 @@ def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: 
     assert_right(fast, page, exact)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-def test_every_form_of_a_dense_product_is_the_definition(dtypes: tuple[str, str], rows: int, platform: str):
+def test_every_form_of_a_dense_product_is_the_definition(
+    dtypes: tuple[str, str], rows: int, order: Order, platform: str
+):
     del platform
     x, w, layer = normal(rows, 128, dtype=dtypes[0]), normal(2, 128, 72, seed=1, dtype=dtypes[1]), jnp.int32(1)
     exact = oracle.quantized_matmul(x, w[1])
     page = compiled(products.definition.matmul)(x, w, layer=layer, out_dtype=None)
-    fast = compiled(lambda *given: products.matmul(*given, layer=layer))(x, w)
+    stored = w if order == "in_out" else jnp.swapaxes(w, -1, -2)
+    fast = compiled(lambda *given: products.matmul(*given, layer=layer, order=order))(x, stored)
     bound = 4 * np.sqrt(128) * EPS + float(jnp.finfo(dtypes[0]).eps)
     assert np.abs(np.asarray(page, np.float64) - exact).max() <= bound * np.abs(exact).max()
     assert_right(fast, page, exact)

@@ -12,6 +12,7 @@ from palladion.benchmarks.measure.model_shapes import DENSE, ModelShape
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.reference import quantize
 from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import order_of_platform
 
 
 def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positions: int = 8192) -> Parameters:
@@ -58,6 +59,7 @@ def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positio
         final_norm=jnp.ones(config.hidden_size),
         head=linear("head", config.num_layers),
         inverse_frequencies=frequencies,
+        order=order_of_platform(target_platform()),
     )
 
 
@@ -69,4 +71,6 @@ def stable_hash(name: str) -> int:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _weight(key: jax.Array, in_features: int, out_features: int, scheme: str, dtype: str) -> Any:
     dense = jax.random.normal(key, (in_features, out_features)) * in_features**-0.5
-    return dense.astype(scheme) if scheme in DENSE else quantize(dense, scheme, scale_dtype=jnp.dtype(dtype))
+    if scheme not in DENSE:
+        return quantize(dense, scheme, scale_dtype=jnp.dtype(dtype))
+    return (dense if order_of_platform(target_platform()) == "in_out" else dense.T).astype(scheme)

@@ -23,6 +23,7 @@ from palladion.kernels.matmul.triton import call as triton
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
 from palladion.reference import matmul as reference
+from palladion.reference.quantization import Order
 from palladion.reference.quantized_matmul import NORM_EPS
 
 
@@ -44,6 +45,7 @@ def _reference(problem: Problem, inputs: Inputs, *, config: Any, interpret: Inte
         residual=inputs.residual,
         layer=inputs.layer,
         out_dtype=problem.out_dtype,
+        order=problem.order,
     )
 
 
@@ -90,6 +92,7 @@ def matmul(
     residual: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     out_dtype: DTypeLike | None = None,
+    order: Order = "in_out",
     backend: str | None = None,
     config: Any = None,
     interpret: Interpret = None,
@@ -101,7 +104,7 @@ def matmul(
 
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
-      w: weights `[in, out]`; float32, bfloat16 or float16.
+      w: weights `[in, out]`, or `[out, in]` with order="out_in"; float32, bfloat16 or float16.
       bias: float `[out]`, added before the activation.
       activation: any elementwise JAX function of a float32 array, for example `jax.nn.silu`.
       gated: the first out / 2 channels are gates and the others ups: returns activation(gate) * up, `[..., out / 2]`.
@@ -110,6 +113,7 @@ def matmul(
       residual: `[..., out]`, or `[..., out / 2]` where gated; float32, bfloat16 or float16; added to the result.
       layer: index of the matrix to multiply with, an int32 scalar, where w has a leading `[num_layers]`.
       out_dtype: dtype of the result, float32, bfloat16 or float16; None means that of x.
+      order: storage order of w. "out_in" is that of checkpoints, and of the GPU kernel.
       backend: one of `palladion.BACKENDS`; None means what `using_backend` set, or "auto".
       config: block sizes for the kernel that is named by `backend`, its `Config`; None chooses.
       interpret: whether a kernel is interpreted; None interprets where backend="pallas" runs on a CPU.
@@ -124,7 +128,9 @@ def matmul(
     Source: GLU Variants Improve Transformer (arXiv 2002.05202); RMS norm (arXiv 1910.07467).
     """
     inputs, leading = inputs_of(x, as_array("w", w), bias=bias, layer=layer, norm=norm, residual=residual)
-    problem = Problem.of(inputs, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps)
+    problem = Problem.of(
+        inputs, activation=activation, gated=gated, out_dtype=out_dtype, norm_eps=norm_eps, order=order
+    )
     return multiply(
         "matmul", IMPLEMENTATIONS, problem, inputs, leading, backend=backend, config=config, interpret=interpret
     )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul.problem import Problem
+from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import Order, order_of_platform
 from palladion.reference.quantized_matmul import NORM_EPS
 
 
@@ -32,6 +34,7 @@ class Case:
       norm: whether x is normalized first.
       residual: whether a residual is added to the result.
       num_layers: matrices stacked in w, of which the last is used; None for a single matrix.
+      order: storage order of w; None means that of the platform traced for.
     """
 
     name: str
@@ -47,11 +50,18 @@ class Case:
     norm: bool = False
     residual: bool = False
     num_layers: int | None = None
+    order: Order | None = None
+
+    @property
+    def stored_order(self) -> Order:
+        """Storage order of w."""
+        return order_of_platform(target_platform()) if self.order is None else self.order
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `matmul` other than arrays."""
-        return {name: getattr(self, name) for name in ("activation", "gated", "out_dtype")}
+        given = {name: getattr(self, name) for name in ("activation", "gated", "out_dtype")}
+        return given | {"order": self.stored_order}
 
     def shapes(self) -> Inputs:
         """Returns shapes and dtypes of the inputs: enough to compile."""
@@ -78,6 +88,7 @@ def _inputs(case: Case, key: jax.Array) -> Inputs:
     x_key, w_key, bias_key, norm_key, residual_key = jax.random.split(key, 5)
     stacked = () if case.num_layers is None else (case.num_layers,)
     weights = jax.random.normal(w_key, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
+    weights = weights if case.stored_order == "in_out" else jnp.swapaxes(weights, -1, -2)
     features = case.out_features // 2 if case.gated else case.out_features
     return Inputs(
         x=jax.random.normal(x_key, (case.rows, case.in_features)).astype(case.dtype),

@@ -13,6 +13,7 @@ from palladion.kernels.checks import check, check_layer, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
+from palladion.reference.quantization import ORDERS, Order, in_axis, out_axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Problem(LinearProblem):
         gated: bool,
         out_dtype: Any,
         norm_eps: float,
+        order: Order = "in_out",
     ) -> Problem:
         """Describes a call.
 
@@ -41,21 +43,25 @@ class Problem(LinearProblem):
           ValueError: arrays and options do not fit each other; the message names the argument.
         """
         w, layer = inputs.w, inputs.layer
+        check(order in ORDERS, "order", order, " or ".join(map(repr, ORDERS)))
+        axes = "in, out" if order == "in_out" else "out, in"
         if layer is None:
-            check(w.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
+            check(w.ndim == 2, "w", f"shape {w.shape}", f"[{axes}]; with a leading dimension say which by layer=")
         else:
-            check(w.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
+            check(w.ndim == 3, "w", f"shape {w.shape}", f"[num_layers, {axes}] with layer=")
             check_layer(layer, w.shape[0])
         accepted = ", ".join(FLOAT_CACHE_DTYPES)
         check(dtype_name(w) in FLOAT_CACHE_DTYPES, "w", w.dtype, f"{accepted}; quantized_matmul takes narrower ones")
         return cls.of_call(
             inputs,
-            *w.shape[-2:],
+            w.shape[in_axis(order)],
+            w.shape[out_axis(order)],
             activation=activation,
             gated=gated,
             out_dtype=out_dtype,
             norm_eps=norm_eps,
             w_dtype=dtype_name(w),
+            order=order,
         )
 
     def bytes_moved(self) -> int:
@@ -75,4 +81,4 @@ class Problem(LinearProblem):
         )
 
     def __str__(self) -> str:
-        return self.described(f"w={self.w_dtype}")
+        return self.described(f"w={self.w_dtype} {self.order}")

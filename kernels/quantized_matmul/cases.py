@@ -13,6 +13,7 @@ import numpy as np
 
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
+from palladion.reference.quantization import Order
 from palladion.reference.quantizers import quantize
 
 
@@ -36,6 +37,7 @@ class Case:
       residual: whether a residual is added to the result.
       quantize_x: dtype that x is quantized to, or None.
       num_layers: matrices stacked in w, of which the last is used; None for a single matrix.
+      order: storage order of w; None means that of the platform traced for.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     residual: bool = False
     quantize_x: str | None = None
     num_layers: int | None = None
+    order: Order | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def _inputs(case: Case, key: jax.Array) -> Inputs:
     weights = jax.random.normal(w_key, (*stacked, case.in_features, case.out_features)) * case.in_features**-0.5
     return Inputs(
         x=jax.random.normal(x_key, (case.rows, case.in_features)).astype(case.dtype),
-        w=quantize(weights, case.scheme, scale_dtype=jnp.dtype(case.scale_dtype)),
+        w=quantize(weights, case.scheme, scale_dtype=jnp.dtype(case.scale_dtype), order=case.order),
         bias=jax.random.normal(bias_key, (case.out_features,)) if case.bias else None,
         layer=None if case.num_layers is None else jnp.int32(case.num_layers - 1),
         norm=1 + 0.1 * jax.random.normal(norm_key, (case.in_features,)) if case.norm else None,

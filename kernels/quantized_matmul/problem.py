@@ -67,6 +67,7 @@ class Problem(LinearProblem):
             scale_dtype=dtype_name(w.scales),
             quantize_x=quantize_x,
             batch_invariant=batch_invariant,
+            order=w.order,
         )
         if quantize_x is not None:
             check(quantize_x in ACTIVATION_FORMATS, "quantize_x", quantize_x, f"None, {', '.join(ACTIVATION_FORMATS)}")
@@ -134,11 +135,12 @@ def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
         w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__
     )
     *leading, in_features, out_features = w.shape
-    shape = (*leading, w.scheme.groups(in_features), out_features)
+    groups = w.scheme.groups(in_features)
+    shape = (*leading, groups, out_features) if w.order == "in_out" else (*leading, out_features, groups)
     parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
     for name, needed in parts:
         part: jax.Array | None = getattr(w, name)
         check((part is not None) == needed, f"w.{name}", part is not None, f"{needed} for {w.scheme}")
         if part is not None:
-            check_shape(f"w.{name}", part, shape, "[groups, out]")
+            check_shape(f"w.{name}", part, shape, f"groups and out in the order of {w.order!r}")
     return in_features, out_features

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.platforms import target_platform
-from palladion.reference.quantization import QuantizedArray
+from palladion.reference.quantization import Order, QuantizedArray
 from palladion.reference.quantized_matmul import cpu, definition, streaming
 from palladion.reference.quantized_matmul.definition import NORM_EPS, Activation, Weight, select_layer
 
@@ -94,8 +94,15 @@ def matmul(
     residual: jax.Array | None = None,
     layer: jax.Array | None = None,
     out_dtype: Any = None,
+    order: Order = "in_out",
 ) -> jax.Array:
-    """Multiplies by a dense weight `[in, out]` of any float dtype, with the arguments of `quantized_matmul`."""
+    """Multiplies by a dense weight of any float dtype, with the arguments of `quantized_matmul`.
+
+    The weight is `[in, out]`, or `[out, in]` where `order` is "out_in".
+    """
+    if order == "out_in":
+        w, layer = select_layer(w, layer).T, None  # part of the product's layout, no copy
+    multiply = definition.multiply_dense if order == "out_in" else _multiply_dense
     return definition.matmul(
         x,
         w,
@@ -107,12 +114,14 @@ def matmul(
         residual=residual,
         layer=layer,
         out_dtype=out_dtype,
-        multiply=with_derivatives_of(definition.multiply_dense, _multiply_dense),
+        multiply=with_derivatives_of(definition.multiply_dense, multiply),
     )
 
 
 def _multiply_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
     """Multiplies x, in float32, by a quantized weight in the form that is fastest for it."""
+    if w.order == "out_in":
+        return definition.multiply_quantized(x, w, layer)
     rows = x.reshape(-1, w.in_features)
     chunks = streaming.divides_into_chunks(w)
     multiply = streaming.multiply_nibbles if chunks and w.scheme.packed else definition.multiply_quantized

@@ -125,6 +125,8 @@ def space(problem: Problem) -> Space:
 
 def unsupported(problem: Problem) -> str | None:
     """Returns why this backend cannot run the problem, or None."""
+    if (reason := problem.order_unsupported("in_out")) is not None:
+        return reason
     p = kernel_problem(problem)
     needed, limit = _vmem_bytes(make_plan(p, heuristic(p))), vmem_limit()
     if needed > limit:

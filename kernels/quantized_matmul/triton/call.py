@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -31,28 +31,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
-from palladion.kernels.checks import check, check_num_warps
+from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
+from palladion.kernels.quantized_matmul.triton import matrix_blocks
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
+from palladion.kernels.quantized_matmul.triton.config import MIN_TILE
+from palladion.kernels.quantized_matmul.triton.config import Config as Config
 from palladion.kernels.quantized_matmul.triton.refs import Refs
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
 from palladion.reference.quantization import quantize_rows
-
-MIN_BLOCK: Final = 16
-"""The smallest side of a matrix that tensor cores multiply."""
-
-MIN_TILE: Final = 32
-
-SKINNY_ROWS: Final = 64
-"""Rows up to which memory is what a multiplication waits for; their products are scaled, not the weights."""
-
-TILED_TILE: Final = 64
-"""Weights along `in` of a trip where rows are many: with twice as many of x there would be room for one program."""
 
 VECTOR_BLOCKS: Final = (128, 64, 32)
 """Channels of a program of the vector form: rows of a cache line, or of one sector of it, the least that is read."""
@@ -72,45 +64,8 @@ LAUNCH_SECONDS: Final = 2.5e-6
 CORES: Final = 128
 """Threads of which a multiprocessor issues an instruction in a cycle."""
 
-PROGRAMS: Final = {"vector": 4, "tensor_core": 2}
+PROGRAMS: Final = 4
 """Programs of a multiprocessor that together keep enough bytes on their way: 64 KiB or more (README.md)."""
-
-MAX_STAGES: Final = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The form of the kernel, and its block sizes.
-
-    Attributes:
-      form: "vector" for up to `vector.MAX_ROWS` rows, or "tensor_core".
-      block_rows: rows of x in a program: all of them in the vector form, otherwise a power of two of at least 16.
-      block_out: output channels of a program, a power of two of at least 16.
-      tile: weights along `in` of a trip, a power of two of at least 32; the vector form has tiles of its own.
-      splits: shares that `in` is cut into.
-      num_warps: warps of a program.
-      num_stages: tiles that are loaded ahead.
-      scales_weights: whether weights are scaled, and not products; for the tensor-core form and results of 16 bits.
-    """
-
-    form: Literal["vector", "tensor_core"]
-    block_rows: int
-    block_out: int
-    tile: int
-    splits: int
-    num_warps: int = 4
-    num_stages: int = 3
-    scales_weights: bool = False
-
-    def __post_init__(self) -> None:
-        check(self.form in ("vector", "tensor_core"), "config.form", self.form, "'vector' or 'tensor_core'")
-        least = {"block_rows": 1 if self.form == "vector" else MIN_BLOCK, "block_out": MIN_BLOCK, "tile": MIN_TILE}
-        for name, value in ((name, getattr(self, name)) for name in least):
-            power = value >= least[name] and (value & (value - 1) == 0 or (self.form, name) == ("vector", "block_rows"))
-            check(power, f"config.{name}", value, f"a power of two of at least {least[name]}")
-        for name in ("splits", "num_stages"):
-            check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
-        check_num_warps("config.num_warps", self.num_warps)
 
 
 def heuristic(problem: Problem) -> Config:
@@ -119,26 +74,7 @@ def heuristic(problem: Problem) -> Config:
     vector = _vector(p, gpu) if p.quantize_x != "int8" else None
     if vector is not None:
         return vector
-    if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
-        # float32 rows are three numbers to hold and to multiply by each.
-        narrow = p.x_dtype == "float32" and p.quantize_x is None
-        block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS // 2 if narrow else SKINNY_ROWS)
-        block_out = 64 if narrow or (p.gated and block_rows > 32) else 128
-        config = Config("tensor_core", block_rows, block_out, 64 if narrow else 128, splits=1)
-    else:
-        block_rows = 128 if p.rows > 128 or not p.gated else 64
-        scales_weights = gpu_matrix.can_scale_weights(p, TILED_TILE)
-        config = Config(
-            "tensor_core",
-            block_rows,
-            128 // p.parts,
-            TILED_TILE,
-            1,
-            num_warps=8 // p.parts,
-            scales_weights=scales_weights,
-        )
-    config = dataclasses.replace(config, num_stages=_stages(p, config, gpu))
-    return dataclasses.replace(config, splits=_splits(p, config, gpu))
+    return matrix_blocks.heuristic(p, gpu)
 
 
 def _vector(problem: Problem, gpu: Gpu) -> Config | None:
@@ -185,39 +121,13 @@ def _quicker_alone(problem: Problem, busiest: int, gpu: Gpu) -> bool:
     return busiest * instructions / per_second <= max(memory, spread * others / per_second) + LAUNCH_SECONDS * launches
 
 
-def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
-    """Tiles in flight: as many as `MAX_STAGES`, and as leave shared memory for a second program."""
-    room = min(gpu.shared_bytes // 2, gpu.program_shared_bytes) * 3 // 4
-    return min(max(room // tile_bytes(problem, config), 2), MAX_STAGES)
-
-
-def tile_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that a tile of the tensor-core form takes on its way: codes, and the rows of x that they meet."""
-    p = problem
-    x = config.block_rows * jnp.dtype(gpu_matrix.operand(p) if p.x_dtype != "float32" else "float32").itemsize
-    codes = config.block_out * p.parts // (2 if p.scheme.packed else 1)
-    return config.tile * (x + codes)
-
-
-def loaded_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that what is loaded ahead takes, at least: a tile for each stage but the one at work."""
-    return (config.num_stages - 1) * tile_bytes(problem, config)
-
-
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
     """Shares of `in`: the fewest that give every multiprocessor its programs, none of them empty.
 
     Every split writes and reads a float32 for each result; that is little beside the codes of its share.
     """
-    p = problem
-    if config.form == "vector":
-        trips, row_blocks = gpu_vector.trips(p, config.block_out, config.num_warps), 1
-    else:
-        trips, row_blocks = pl.cdiv(p.in_features, config.tile), pl.cdiv(p.rows, config.block_rows)
-    programs = row_blocks * pl.cdiv(p.result_features, config.block_out)
-    wanted = PROGRAMS[config.form] * gpu.multiprocessors
-    splits = min(max(wanted // programs, 1), trips)
-    return pl.cdiv(trips, pl.cdiv(trips, splits))
+    trips = gpu_vector.trips(problem, config.block_out, config.num_warps)
+    return matrix_blocks.splits_for(trips, pl.cdiv(problem.result_features, config.block_out), PROGRAMS, gpu)
 
 
 def space(problem: Problem) -> Space:
@@ -232,12 +142,14 @@ def space(problem: Problem) -> Space:
     if start.form == "vector":  # which has tiles of its own, in registers
         return Space(start, axes)
     axes |= {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}
-    return Space(start, axes, lambda config: loaded_bytes(problem, config) <= most)
+    return Space(start, axes, lambda config: matrix_blocks.loaded_bytes(problem, config) <= most)
 
 
 def unsupported(problem: Problem) -> str | None:
     """Returns why this backend cannot run the problem, or None."""
     p = problem
+    if (reason := p.order_unsupported("out_in")) is not None:
+        return reason
     if p.scale_dtype not in ("float32", "bfloat16", "float16", "float8_e8m0fnu"):
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
     codes = p.in_features * p.out_features // (2 if p.scheme.packed else 1)
