@@ -16,6 +16,7 @@ import pytest
 
 from palladion.benchmarks.commands import run
 from palladion.benchmarks.measure import bench, peers
+from palladion.benchmarks.measure.device_time import KernelTime, KernelTimes
 from palladion.benchmarks.measure.operations import OPERATIONS, verdict_of
 from palladion.benchmarks.measure.operations.appends import identical
 from palladion.benchmarks.measure.peers import Peer
@@ -88,6 +89,32 @@ def test_only_what_is_right_is_timed():
     assert "block_out=" in rows["triton"].config
     assert rows["xla"].bytes == TINY.problem().bytes_moved()
     assert rows["xla"].bandwidth is not None
+
+
+def test_device_time_stands_beside_wall_clock(monkeypatch: pytest.MonkeyPatch):
+    options = bench.RunOptions(
+        backends=("xla",), peers=(peer("good", of_values(lambda y: y)),), rounds=2, sample_seconds=0.001
+    )
+
+    def traced(runners: Any, repetitions: int) -> dict[str, KernelTimes]:
+        assert [one.name for one in runners] == ["memory", "xla", "good"]
+        times = {"memory": 1e-3, "xla": 2e-3}
+        return {name: KernelTimes((t,) * repetitions, 8, (KernelTime("k", 1, t),)) for name, t in times.items()}
+
+    monkeypatch.setattr(bench, "kernel_seconds", traced)
+    rows = {row.contender: row for row in bench.run_workload(OPERATIONS["quantized_matmul"], TINY, options)}
+    assert (rows["xla"].device_seconds, rows["xla"].kernels) == ((2e-3,) * 2, "k 2 ms")
+    assert len(rows["xla"].seconds) == len(rows["good"].seconds) == 2
+    assert rows["good"].device_seconds == ()  # it launches no kernel
+    assert rows["xla"].bandwidth == pytest.approx(bench.probe_bytes() / 1e-3)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(bench, "kernel_seconds", fails)
+    (row, _) = bench.run_workload(OPERATIONS["quantized_matmul"], TINY, options)
+    assert (row.status, row.reason) == ("ok", "no device time: RuntimeError: no CUPTI")
+    assert row.seconds
 
 
 def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch):

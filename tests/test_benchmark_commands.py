@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from measurements import measurement, write
 
-from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, options, overview, suite
-from palladion.benchmarks.measure import bench, records
+from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, model, options, overview, suite
+from palladion.benchmarks.measure import bench, decode_steps, records
 from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint
+from palladion.benchmarks.measure.device_time import Event
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.records import Measurement
@@ -177,16 +178,18 @@ def test_cases_are_checked_side_by_side_until_the_device_is_lost(
 def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = tmp_path / "model.json"
     pages = tmp_path / "page.md"
-    command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=16", f"--json={record}", "--profile"]
-    assert main([*command, str(tmp_path / "profile")]) == 0
+    command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=15", "--runs=3", f"--json={record}"]
+    assert main([*command, "--steps-per-dispatch=8", "--profile", str(tmp_path / "profile")]) == 0
     found = records.read_record(record)
     assert found is not None
-    (point,) = (BatchPoint(**one) for one in found["points"])
-    assert (point.batch, len(point.step_seconds)) == (2, 1)
-    assert point.tokens_per_second == 2 / point.step_seconds[0]
+    (point,) = (BatchPoint.from_record(one) for one in found["points"])
+    # A sample is a run of two dispatches.
+    assert (point.batch, len(point.step_seconds), point.steps) == (2, 3, 16)
+    assert point.tokens_per_second == 2 / point.step.median
+    assert point.idle_seconds is None  # a CPU's kernels are not traced
     parameters = random_parameters(TINY, "int8", dtype="float32")
-    # The prompt's 4 tokens and a first dispatch of 16, then 16 steps, each with its own token in the cache.
-    context = 4 + 16 + (16 + 1) / 2
+    # The prompt's 4 tokens and a first dispatch of 8, then 16 steps, each with its own token in the cache.
+    context = 4 + 8 + (16 + 1) / 2
     cached = round(2 * context * TINY.cache_bytes_per_token("float32"))
     assert point.step_bytes == parameters.bytes_per_step(2) + cached
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -201,6 +204,37 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert main(["report", str(record), str(rows), f"--out={pages}"]) == 0
         pictures = {path.name for path in tmp_path.glob("*.png")}
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
+
+
+def test_a_step_is_kernels_and_time_without_one(tmp_path: Path):
+    point = BatchPoint(1, (110e-6, 120e-6, 130e-6), 10**6, (1e-3,), 10**6, 4, 1e12, 0.0, steps=8)
+    assert decode_steps.with_trace(point, [], 2) == point
+    # Two steps of two kernels, 2 µs between the kernels and 50 µs between the steps.
+    events = [
+        Event(start * 1e-6, seconds * 1e-6, name)
+        for start, seconds, name in ((0, 70, "product"), (72, 30, "sum"), (152, 70, "product"), (224, 30, "sum"))
+    ]
+    point = decode_steps.with_trace(point, events, 2)
+    assert point.busy_seconds == pytest.approx(100e-6)
+    assert point.idle_seconds == pytest.approx(20e-6)  # of 120 µs by wall clock, whatever gaps the trace has
+    assert (point.launch_gap_seconds, point.wait_seconds, point.waits) == (
+        pytest.approx(2e-6),
+        pytest.approx(25e-6),
+        0.5,
+    )
+    record = {"points": [dataclasses.asdict(point)], "limits": {"matrix_rate": 1e12}, "model": "tiny", "title": "tiny"}
+    headings, (line,) = model.table_of(record)
+    assert line[headings.index("idle")] == "16.7%"
+    product, total, nothing = model.kernel_lines(BatchPoint.from_record(record["points"][0]))
+    assert product == ("product", "70 µs", "58.3%", "1")
+    assert total[0] == "sum"
+    assert nothing[1:3] == ("20 µs", "16.7%")
+    provenance = {"device": "d", "versions": {}, "command": "c", "time": "t", "commit": "x", "load": 1, "cores": 2}
+    limits = {"bandwidth": 1e12, "matrix_rate": 1e12, "matrix_dtype": "bfloat16"}
+    records.write_record(tmp_path / "model.json", record | {"provenance": provenance, "limits": limits})
+    page = tmp_path / "page.md"
+    assert main(["report", str(tmp_path / "model.json"), f"--out={page}", "--without-pictures"]) == 0
+    assert "| product | 70 µs | 58.3% | 1 |" in page.read_text()
 
 
 def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(

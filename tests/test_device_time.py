@@ -126,6 +126,7 @@ def test_a_calls_time_is_that_of_all_its_kernels(monkeypatch: pytest.MonkeyPatch
     assert found["a"].median == pytest.approx(24 * MICROSECOND)
     assert found["a"].calls == device_time.CALLS_IN_A_TURN + 1
     assert [(one.name, one.calls) for one in found["a"].kernels] == [("product", 1), ("partial", 2), ("MemcpyD2D", 1)]
+    assert found["a"].text == "product 12 µs, 2 x partial 10 µs, MemcpyD2D 2 µs"
     assert found["b"].kernels == (KernelTime("one", 1, pytest.approx(7 * MICROSECOND)),)
 
 

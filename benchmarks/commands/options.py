@@ -75,7 +75,6 @@ def selected(operation: Operation, arguments: argparse.Namespace) -> list[Any]:
 
 def _named(operation: Operation, patterns: Sequence[str]) -> Iterator[Any]:
     """Yields the cases whose names match the patterns."""
-    """Yields the cases whose names match the patterns."""
     known = operation.named_cases()
     for pattern in patterns:
         meant = [name for name in known if fnmatch.fnmatchcase(name, pattern)]

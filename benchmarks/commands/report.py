@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _section(path: Path, arguments: argparse.Namespace) -> str:
     """Returns the section of the page for a file."""
-    """Returns the section of the page for a file."""
     record = records.read_record(path)
     for key, section in _RECORDS.items():
         if record is not None and key in record:
@@ -71,7 +70,12 @@ def _model_section(path: Path, record: dict[str, Any], arguments: argparse.Names
         picture = arguments.out.parent / f"{path.stem}-scaling.png"
         plots.scaling(model.scaling_points(record), record["provenance"]["device"], record["title"], picture)
         parts.append(f"![scaling]({picture.name})")
-    return "\n\n".join([*parts, markdown(*model.table_of(record))])
+    parts.append(markdown(*model.table_of(record)))
+    for point in model.points_of(record):
+        if point.kernels:
+            parts.append(f"Where a step of {point.batch} sequences spends its time:")
+            parts.append(markdown(model.KERNEL_HEADINGS, model.kernel_lines(point)))
+    return "\n\n".join(parts)
 
 
 def _decoders_section(path: Path, record: dict[str, Any], arguments: argparse.Namespace) -> str:

@@ -174,7 +174,7 @@ def measure_workloads(
             measurements += found
             print(f"\n{chosen.name} {case.name}: {found[0].shape if found else ''}")
             print(text.table(tables.HEADINGS, tables.cells(found, limits)), flush=True)
-            if any(one.samples and one.samples.noisy for one in found):
+            if any(one.best_samples and one.best_samples.noisy for one in found):
                 report_progress("warning: samples differ by more than 15 %: this machine is noisy. Believe ratios")
             report_progress(f"({time.perf_counter() - start:.0f} s)")
     print(f"\n{tables.LEGEND}")

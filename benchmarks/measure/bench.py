@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Unpack
 
+from palladion.benchmarks.measure.device_time import KernelTimes, kernel_seconds
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, Verdict
 from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.peers import Peer
@@ -181,9 +182,22 @@ class _Workload:
             sample_seconds=options.sample_seconds,
             failed=lambda runner, error: self._update(runner.name, status="failed", reason=one_line(error)),
         )
+        on_device, why = self._device_times([probe, *(self._runners[name] for name in samples if name != probe.name)])
         bandwidth = probe_bytes() / samples.pop(probe.name).p20
+        if probe.name in on_device:
+            bandwidth = probe_bytes() / on_device[probe.name].samples.p20
         for name, taken in samples.items():
-            self._update(name, seconds=taken.seconds, calls=taken.calls, bandwidth=bandwidth)
+            self._update(name, seconds=taken.seconds, calls=taken.calls, bandwidth=bandwidth, reason=why)
+            if name in on_device:
+                times = on_device[name]
+                self._update(name, device_seconds=times.seconds, kernels=times.text)
+
+    def _device_times(self, runners: Sequence[Runner]) -> tuple[dict[str, KernelTimes], str]:
+        """Returns device times by contender, and why there are none if the profiler fails."""
+        try:
+            return kernel_seconds(runners, self._options.rounds), ""
+        except Exception as error:  # wall clock is there already
+            return {}, f"no device time: {one_line(error)}"
 
     def _check(
         self, measurement: Measurement, check: Callable[[Measurement], tuple[Measurement, Runner | None]]

@@ -26,6 +26,7 @@ import jax
 
 from palladion.benchmarks.measure.samples import Samples
 from palladion.benchmarks.measure.timing import Runner
+from palladion.benchmarks.text import duration
 from palladion.reference.platforms import target_platform
 
 LINES: Final = {"/device:GPU": "Stream", "/device:TPU": "XLA Ops"}
@@ -100,6 +101,14 @@ class KernelTimes:
     def median(self) -> float:
         """Median device seconds of a call."""
         return self.samples.median
+
+    @property
+    def text(self) -> str:
+        """The kernels of a call: "partial 12.1 µs, sum 1.4 µs"; "2 x" before what is launched twice."""
+        return ", ".join(
+            f"{'' if one.calls == 1 else f'{one.calls:.3g} x '}{one.name[:60]} {duration(one.seconds)}"
+            for one in self.kernels
+        )
 
 
 def kernel_seconds(runners: Sequence[Runner], repetitions: int = 5) -> dict[str, KernelTimes]:

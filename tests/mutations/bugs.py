@@ -322,7 +322,7 @@ MUTATIONS: Final = (
     Mutation(
         "model-finished-sequences-go-on",
         "model/engine.py",
-        "out.at[step].set(jnp.where(state.finished, -1, tokens))",
+        "out.at[step].set(jnp.where(counts, tokens, -1))",
         "out.at[step].set(tokens)",
         ("tests/test_generator.py", "-k", "stop or batch"),
         "Tokens follow a sequence's stop token.",
