@@ -56,6 +56,7 @@ class Entry:
       device: the device, for example "NVIDIA H200".
       date: day of the measurement, for example "2026-11-27".
       versions: versions of what was used: jax, the driver, the source.
+      heuristic: whether these are the heuristic's block sizes; similar problems then use their own heuristic's.
     """
 
     implementation: str
@@ -68,6 +69,7 @@ class Entry:
     device: str
     date: str
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    heuristic: bool = False
 
     @property
     def key(self) -> TuningKey:
@@ -128,9 +130,9 @@ def resolve(operation: str, row: Implementation, problem: Problem, config: Any) 
 
 def tuned(operation: str, row: Implementation, problem: Problem) -> tuple[Any, str] | None:
     """Returns the nearest tuned block sizes that the kernel accepts, with "tuned" or "nearest"; None without any."""
-    for distance, _, config in _serving(operation, row, problem):
+    for distance, entry, config in _serving(operation, row, problem):
         if config is not None:
-            return config, _source(distance)
+            return (config, _source(distance)) if distance == 0 or not entry.heuristic else None
     return None
 
 

@@ -404,10 +404,11 @@ def test_tuning_a_case_keeps_a_log_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert (fastest.seconds, reference.seconds, reference.config) == (1.0, 1.5, None)
     assert (fastest.origin, fastest.clock, fastest.device) == ("measured", "wall", "cpu")
     assert fastest.comparable(reference)
+    assert not fastest.heuristic
     # Trials of another version of the kernel's source do not count.
     monkeypatch.setattr(tune, "_versions", lambda _: {"source": "other"})
     third = Costs(cost)
-    tuned(third, 1)
+    assert [one.heuristic for one in tuned(third, 1)] == [False, True]
     assert third.asked == [start]
 
 

@@ -83,6 +83,14 @@ def test_distant_entries_and_other_kinds_are_left_to_the_heuristic(cache: Path):
     assert resolved(64)[1] == "heuristic"
 
 
+def test_where_the_heuristic_is_the_best_similar_problems_use_their_own(cache: Path):
+    tuning.save(cache, [dataclasses.replace(entry(4096, 256), heuristic=True), entry(512, 128)])
+    assert resolved(4096) == (Config(256, 8), "tuned")
+    assert resolved(8192) == (Config(64), "heuristic")
+    assert resolved(2048) == (Config(64), "heuristic"), "also where a distant entry has other block sizes"
+    assert resolved(1024) == (Config(128, 8), "nearest")
+
+
 def test_an_entry_that_does_not_fit_the_problem_gives_way_to_the_next(cache: Path):
     tuning.save(cache, [entry(4096, 1024), entry(2048, 128)])
     assert resolved(3 * 1024 + 128) == (Config(128, 8), "nearest")  # 1024 does not divide it

@@ -97,7 +97,12 @@ LINEAR: dict[str, Any] = {
     "activation": None,
     "gated": False,
 }
-LINEAR_KINDS: tuple[dict[str, Any], ...] = ({"x_dtype": "float32"}, {"out_dtype": "float32"}, {"gated": True})
+LINEAR_KINDS: tuple[dict[str, Any], ...] = (
+    {"x_dtype": "float32"},
+    {"out_dtype": "float32"},
+    {"gated": True},
+    {"order": "out_in"},
+)
 LINEAR_SIZES = (("rows",), ("in_features",), ("out_features",))
 LINEAR_IGNORED = {
     "num_layers": 32,

@@ -42,6 +42,7 @@ from palladion.kernels import tuning
 from palladion.kernels.checks import check
 from palladion.kernels.devices import target_device_kind, tpu_chips
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.search_space import Space
 from palladion.reference.platforms import target_platform
 
 HELP: Final = "searches block sizes, compares kernels with XLA's form, and writes what calls then take"
@@ -148,12 +149,17 @@ def tune_case(
     Returns:
       An entry for each implementation that is right, the fastest first.
     """
+    problem = case.problem().planned()
+    key = problem.tuning_key()
+    spaces = {row: row.space(problem) for row in rows if row.space is not None}
     finalists: list[Contender] = []
-    searched = [row for row in rows if row.space is not None]
     deadline = time.perf_counter() + seconds
-    for number, row in enumerate(searched):
-        share = max(seconds_left(deadline), 0.0) / (len(searched) - number)
-        config = _best_config(chosen, case, row, cost_model, log=log, seconds=share, most_trials=trials)
+    for number, (row, space) in enumerate(spaces.items()):
+        share = max(seconds_left(deadline), 0.0) / (len(spaces) - number)
+        searched: dict[str, Any] = {"operation": chosen.name, "implementation": row.name}
+        searched |= {"kind": key.kind, "sizes": dict(key.sizes)}
+        searched |= {"origin": cost_model.origin, "clock": cost_model.clock, "versions": _versions(chosen)}
+        config = _best_config(row, space, cost_model, searched, log=log, seconds=share, most_trials=trials)
         if config is not None:
             finalists.append(Contender(row.name, config))
     if cost_model.origin != "estimated":
@@ -163,7 +169,7 @@ def tune_case(
     except RejectedError as error:
         report_progress(f"  no entry: {error}")
         return []
-    key = case.problem().planned().tuning_key()
+    heuristics = {Contender(row.name, space.start) for row, space in spaces.items()}
     entries = [
         tuning.Entry(
             implementation=one.implementation,
@@ -176,6 +182,7 @@ def tune_case(
             device=target_device_kind(),
             date=datetime.date.today().isoformat(),
             versions=_versions(chosen) | _driver(),
+            heuristic=one in heuristics,
         )
         for one, samples in times.items()
     ]
@@ -187,22 +194,29 @@ def tune_case(
 
 
 def _best_config(
-    chosen: Operation,
-    case: Case,
     row: Implementation,
+    space: Space,
     cost_model: CostModel,
+    searched: dict[str, Any],
     *,
     log: Path | None,
     seconds: float,
     most_trials: int,
 ) -> Any:
-    """Searches the block sizes of an implementation; for arguments see `tune_case`. Returns None if none is right."""
-    assert row.space is not None
-    problem = case.problem().planned()
-    space, key = row.space(problem), problem.tuning_key()
-    searched: dict[str, Any] = {"operation": chosen.name, "implementation": row.name}
-    searched |= {"kind": key.kind, "sizes": dict(key.sizes)}
-    searched |= {"origin": cost_model.origin, "clock": cost_model.clock, "versions": _versions(chosen)}
+    """Searches the block sizes of an implementation.
+
+    Args:
+      row: the implementation.
+      space: the block sizes that may be tried.
+      cost_model: says how fast they are.
+      searched: what the log says of each trial, besides its outcome: problem, clock, versions.
+      log: file of trials, or None.
+      seconds: time for the search.
+      most_trials: maximum number of new trials.
+
+    Returns:
+      The best block sizes, or None if none is right.
+    """
     known = {trial.config: trial for trial in _logged(log, searched, row)}
     if known:
         report_progress(f"  {len(known)} trials are known from before")
