@@ -56,20 +56,47 @@ class Space:
     def spread(self) -> Iterator[Any]:
         """Yields every config that fits; any number of the first ones is spread evenly over the space.
 
-        Each axis takes its values in the order of a low-discrepancy sequence (M. Roberts' R sequence): equally often,
-        and in ever new combinations. What the sequence leaves out follows.
+        Axes of words, such as the form of a kernel, come first: each combination of them has its turn, however few
+        configs of it fit. Within it, see `_sequence`.
         """
-        values = [self.values(name) for name in self.axes]
-        total = math.prod(map(len, values))
+        words = [axis for axis in self.axes if isinstance(self.values(axis)[0], str)]
+        kinds = list(itertools.product(*map(self.values, words)))
+        turns = [
+            self._sequence(dict(zip(words, kind, strict=True)), number, len(kinds)) for number, kind in enumerate(kinds)
+        ]
+        while turns:
+            for turn in list(turns):
+                config = next(turn, None)
+                if config is None:
+                    turns.remove(turn)
+                else:
+                    yield config
+
+    def _sequence(self, fixed: Mapping[str, Any], number: int, step: int) -> Iterator[Any]:
+        """Yields every config that fits and has the fixed values.
+
+        The other axes take their values in the order of a low-discrepancy sequence (M. Roberts' R sequence): equally
+        often, and in ever new combinations. What the sequence leaves out follows.
+
+        Args:
+          fixed: values of some axes.
+          number: first number of the sequence.
+          step: distance to the next, so that several calls divide the sequence.
+        """
+        axes = [axis for axis in self.axes if axis not in fixed]
+        values = [self.values(axis) for axis in axes]
         root = 1.5
         for _ in range(50):  # the root of x ** (axes + 1) = x + 1
-            root = (1 + root) ** (1 / (len(values) + 1))
+            root = (1 + root) ** (1 / (len(axes) + 1))
         places = (
             tuple(each[int((0.5 + n / root ** (axis + 1)) % 1 * len(each))] for axis, each in enumerate(values))
-            for n in range(total)
+            for n in range(number, step * math.prod(map(len, values)), step)
         )
-        for chosen in dict.fromkeys(itertools.chain(places, itertools.product(*values))):
-            yield from self._changed(self.start, dict(zip(self.axes, chosen, strict=True)))
+        seen: set[tuple[Any, ...]] = set()
+        for chosen in itertools.chain(places, itertools.product(*values)):
+            if chosen not in seen:
+                seen.add(chosen)
+                yield from self._changed(self.start, {**fixed, **dict(zip(axes, chosen, strict=True))})
 
     def neighbours(self, config: Any) -> Iterator[Iterator[Any]]:
         """Yields rings of configs around one, the closest first.

@@ -185,6 +185,24 @@ def test_a_space_is_spread_evenly_and_completely():
         assert max(counts) <= 2 * min(counts), name
 
 
+def test_each_form_has_its_turn_however_few_configs_of_it_fit():
+    @dataclasses.dataclass(frozen=True)
+    class Formed(Four):
+        form: str = "matrix"
+
+    def fits(config: Formed) -> bool:
+        """Returns whether the vector form, which has neither splits nor stages, leaves these as they are."""
+        return config.form == "matrix" or (config.splits, config.stages) == (0, 0)
+
+    tried = Space(Formed(0, 0, 0, 0), {**AXES, "form": ("matrix", "vector")}, fits)
+    everything = list(tried.spread())
+    assert len(everything) == len(set(everything)) == 840 + 30
+    vectors = [config for config in everything[:24] if config.form == "vector"]
+    assert len(vectors) == 12
+    assert len({config.block for config in vectors}) >= 5
+    assert len({config.warps for config in vectors}) == 5
+
+
 # --- The search ---
 
 
