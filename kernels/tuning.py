@@ -56,7 +56,7 @@ class Entry:
       device: the device, for example "NVIDIA H200".
       date: day of the measurement, for example "2026-11-27".
       versions: versions of what was used: jax, the driver, the source.
-      heuristic: whether these are the heuristic's block sizes; similar problems then use their own heuristic's.
+      heuristic: whether these were the heuristic's block sizes: calls leave the choice to the heuristic then.
     """
 
     implementation: str
@@ -129,10 +129,12 @@ def resolve(operation: str, row: Implementation, problem: Problem, config: Any) 
 
 
 def tuned(operation: str, row: Implementation, problem: Problem) -> tuple[Any, str] | None:
-    """Returns the nearest tuned block sizes that the kernel accepts, with "tuned" or "nearest"; None without any."""
+    """Returns the nearest tuned block sizes that the kernel accepts, with "tuned" or "nearest".
+
+    None leaves the choice to the heuristic: nothing near was tuned, or the heuristic's block sizes were the best there.
+    """
     for distance, entry, config in _serving(operation, row, problem):
-        if config is not None:
-            return (config, _source(distance)) if distance == 0 or not entry.heuristic else None
+        return None if entry.heuristic or config is None else (config, _source(distance))
     return None
 
 
@@ -171,10 +173,9 @@ def _serving(operation: str, row: Implementation, problem: Problem) -> Iterator[
     near = sorted((pair for pair in near if pair[0] <= MAX_DISTANCE), key=lambda pair: pair[0])
     space = row.space(problem) if near and row.space is not None else None
     for distance, entry in near:
-        if entry.config is None:
-            if space is None:
-                yield distance, entry, None
-        elif space is not None and row.config_class is not None:
+        if space is None and entry.config is None:
+            yield distance, entry, None
+        elif space is not None and entry.config is not None and row.config_class is not None:
             try:
                 config = row.config_class(**entry.config)
             except (TypeError, ValueError):

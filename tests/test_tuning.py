@@ -63,6 +63,13 @@ def test_the_reference_has_nothing_to_choose():
     assert tuning.resolve("operation", row, Problem(4096), None) == (None, "")
 
 
+def test_a_kernel_without_a_space_is_timed_and_not_tuned(cache: Path):
+    tuning.save(cache, [dataclasses.replace(entry(4096, 256), config=None)])
+    row = dataclasses.replace(ROW, space=None)
+    assert tuning.resolve("operation", row, Problem(4096), None) == (Config(64), "heuristic")
+    assert resolved(4096) == (Config(64), "heuristic")
+
+
 def test_explicit_comes_before_tuned_and_tuned_before_the_heuristic(cache: Path):
     tuning.save(cache, [entry(4096, 256)])
     assert resolved(4096, config=Config(16)) == (Config(16), "explicit")
@@ -83,10 +90,9 @@ def test_distant_entries_and_other_kinds_are_left_to_the_heuristic(cache: Path):
     assert resolved(64)[1] == "heuristic"
 
 
-def test_where_the_heuristic_is_the_best_similar_problems_use_their_own(cache: Path):
+def test_where_the_heuristic_is_the_best_it_decides(cache: Path):
     tuning.save(cache, [dataclasses.replace(entry(4096, 256), heuristic=True), entry(512, 128)])
-    assert resolved(4096) == (Config(256, 8), "tuned")
-    assert resolved(8192) == (Config(64), "heuristic")
+    assert resolved(4096) == resolved(8192) == (Config(64), "heuristic")
     assert resolved(2048) == (Config(64), "heuristic"), "also where a distant entry has other block sizes"
     assert resolved(1024) == (Config(128, 8), "nearest")
 
