@@ -186,6 +186,18 @@ def test_the_sampled_judge_of_attention_finds_a_wrong_sequence(name: str):
     assert not operation.judge(case, inputs, wrong, right).right
 
 
+@pytest.mark.parametrize("name", ["quantized_matmul", "matmul"])
+@pytest.mark.parametrize("order", ["in_out", "out_in"])
+def test_the_judge_of_products_reads_both_storage_orders(name: str, order: str):
+    operation = OPERATIONS[name]
+    sizes = {"rows": 3, "in_features": 128, "out_features": 96, "dtype": "float32", "gated": True}
+    case = operation.cases.Case(name="small", order=order, **sizes, **({} if name == "matmul" else {"scheme": "int8"}))
+    inputs = operation.inputs(case)
+    right = operation.function(case, backend="xla")(inputs)
+    assert operation.judge(case, inputs, right, right).right
+    assert not operation.judge(case, inputs, np.asarray(right)[:, ::-1], right).right
+
+
 def test_append_must_be_exact():
     operation = OPERATIONS["append_kv"]
     case = operation.named_cases()["verify-int8"]
@@ -216,6 +228,8 @@ def test_a_nan_may_change_its_bits_and_nothing_else_may():
         ("torch-linear", "quantized_matmul", {"gated": True, "activation": jax.nn.silu}),
         ("torch-int8", "quantized_matmul", {"scheme": "int8"}),
         ("torch-int4", "quantized_matmul", {"scheme": "int4-g32"}),
+        ("torch-int4", "quantized_matmul", {"scheme": "int4-g32", "order": "out_in"}),
+        ("torch-int8", "quantized_matmul", {"scheme": "int8", "order": "out_in"}),
     ],
 )
 def test_peers_compute_the_same(name: str, operation: str, changes: dict[str, Any]):
