@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +28,12 @@ from palladion.benchmarks.measure.operations import OPERATIONS, Operation, Verdi
 from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.samples import Samples
 from palladion.benchmarks.measure.search import (
+    Budget,
     Contender,
+    ContendersLostError,
     RejectedError,
     Trial,
+    accepted,
     best_of,
     certain_gain,
     search,
@@ -59,21 +63,20 @@ class Costs:
     def prepare(self, contenders: Sequence[Contender]) -> None:
         self.expected.append([one.config for one in contenders])
 
-    def seconds(self, contender: Contender) -> float:
-        self.asked.append(contender.config)
-        cost = self.cost(contender.config)
-        if cost is None:
-            raise RejectedError("does not compile")
-        return cost
-
-    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
-        costs = {one: self.compared.get(one.config) or (self.cost(one.config),) for one in contenders}
-        return {one: Samples(cost, 1) for one, cost in costs.items() if cost[0] is not None}
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        if not thorough:
+            self.asked += [one.config for one in contenders]
+        costs = {one: self.cost(one.config) for one in contenders}
+        times = {one: self.compared.get(one.config, (cost,)) for one, cost in costs.items() if cost is not None}
+        return {
+            one: Samples(times[one], 1) if cost is not None else RejectedError("does not compile")
+            for one, cost in costs.items()
+        }
 
 
 def found(tried: Space, cost_model: Costs, trials: int = 60, **options: Any) -> list[Trial]:
     """Returns the trials of a search with a budget in trials."""
-    return search("triton", tried, cost_model, spent=lambda: len(cost_model.asked) / trials, **options)
+    return search("triton", tried, cost_model, Budget(trials, seconds=60), **options)
 
 
 def valley(config: Config) -> float:
@@ -252,20 +255,34 @@ def test_a_search_stops_when_told_and_resumes():
     assert not set(again.asked) & {trial.config for trial in seen}
 
 
-def test_a_config_that_takes_the_device_down_is_remembered():
-    def cost(config: Config) -> float:
-        if config.block == 128:
-            raise DeviceLostError("an illegal memory access was encountered")
-        return valley(config)
+def test_configs_that_take_the_device_down_are_remembered():
+    class Losing(Costs):
+        def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> Any:
+            lost = [one for one in contenders if one.config.block == 128]
+            if lost:
+                raise ContendersLostError(lost, "an illegal memory access was encountered")
+            return super().samples(contenders, thorough=thorough)
 
     seen: list[Trial] = []
-    with pytest.raises(DeviceLostError):
-        found(space(Problem(4096)), Costs(cost), on_trial=seen.append)
-    assert seen[-1].reason == "an illegal memory access was encountered"
-    assert seen[-1].config.block == 128
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        found(space(Problem(4096)), Losing(valley), on_trial=seen.append)
+    assert {(trial.config.block, trial.reason) for trial in seen if trial.reason} == {
+        (128, "an illegal memory access was encountered")
+    }
     again = Costs(valley)
     found(space(Problem(4096)), again, known={trial.config: trial for trial in seen})
-    assert seen[-1].config not in again.asked
+    assert not {trial.config for trial in seen} & set(again.asked)
+
+
+def test_a_budget_in_seconds_ends_a_search():
+    assert search("triton", Space(STARTS[0], AXES), Costs(waves), Budget(60, seconds=0)) == []
+    budget = Budget(60, seconds=10, begin=time.perf_counter() - 5)
+    assert (budget.left(7), budget.left(7, share=0.4)) == (53, 0)
+    assert Budget(60, seconds=10).left(7, share=0.4) == 17
+    assert budget.left(60) == budget.left(61) == 0
+    cost_model = Costs(waves)
+    search("triton", Space(STARTS[0], AXES), cost_model, budget)
+    assert cost_model.asked[:2] == list(Space(STARTS[0], AXES).spread())[:2], "nothing is known to search around"
 
 
 def test_the_search_announces_the_configs_that_it_will_request():
@@ -340,53 +357,84 @@ def kernel(block: int) -> Contender:
     return Contender("triton", Config(block))
 
 
+def outcomes(cost_model: MeasuredCost, *blocks: int) -> list[float | str]:
+    """Returns times, or why configs were rejected."""
+    found = cost_model.samples([kernel(block) for block in blocks], thorough=False)
+    assert list(found) == [kernel(block) for block in blocks]
+    return [one.median if isinstance(one, Samples) else str(one) for one in found.values()]
+
+
+WRONG, BROKEN = "wrong: off", "RuntimeError: out of shared memory"
+
+
 def test_wrong_and_broken_configs_are_rejected_not_timed():
     cost_model = MeasuredCost(Doubling(), EIGHT)
     assert cost_model.origin == "measured"
-    assert cost_model.seconds(kernel(64)) > 0
-    with pytest.raises(RejectedError, match="wrong: off"):
-        cost_model.seconds(kernel(128))
-    with pytest.raises(RejectedError, match="RuntimeError: out of shared memory"):
-        cost_model.seconds(kernel(1024))
-    reference = Contender("xla", None)
-    assert cost_model.compare([kernel(64), kernel(128), kernel(1024), reference]).keys() == {kernel(64), reference}
+    first, *rejected, last = outcomes(cost_model, 64, 128, 1024, 32)
+    assert rejected == [WRONG, BROKEN]
+    assert isinstance(first, float)
+    assert isinstance(last, float)
+    assert first > 0
+    assert outcomes(cost_model, 128) == [WRONG]
 
 
 def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytest.MonkeyPatch):
     together: list[list[int]] = []
 
     def noted(jobs: Sequence[Any]) -> Any:
-        together.append([job.keywords["config"].block for job in jobs])
+        if "config" in jobs[0].keywords:
+            together.append([job.keywords["config"].block for job in jobs])
         return side_by_side(jobs)
 
     monkeypatch.setattr(costs, "side_by_side", noted)
     monkeypatch.setattr(costs, "cores", lambda: 3)
     cost_model = MeasuredCost(Doubling(), EIGHT)
     cost_model.prepare([kernel(block) for block in (1024, 32, 16, 128)])
-    assert cost_model.seconds(kernel(64)) > 0
-    assert cost_model.seconds(kernel(32)) > 0
-    with pytest.raises(RejectedError, match="out of shared memory"):
-        cost_model.seconds(kernel(1024))
-    with pytest.raises(RejectedError, match="wrong: off"):
-        cost_model.seconds(kernel(128))
+    outcomes(cost_model, 64, 32)
+    outcomes(cost_model, 1024, 128)
     assert together == [[64, 1024, 32], [128, 16]]
+
+
+def profiled(times: dict[str, float]) -> Callable[..., dict[str, KernelTimes]]:
+    """Returns a profiler that shows these times by name, and fails if "fails" is among its contenders."""
+
+    def kernel_seconds(runners: Sequence[Any], repetitions: int) -> dict[str, KernelTimes]:
+        if any("block=16 " in runner.name for runner in runners):
+            raise RuntimeError("launch refused")
+        return {one.name: KernelTimes((times[one.name],) * repetitions, 8, ()) for one in runners if one.name in times}
+
+    return kernel_seconds
 
 
 def test_the_devices_time_decides_where_the_profiler_shows_it(monkeypatch: pytest.MonkeyPatch):
     assert MeasuredCost(Doubling(), EIGHT).clock == "wall"
-
-    def profiled(runners: Sequence[Any], repetitions: int) -> dict[str, KernelTimes]:
-        times = {"xla": 3.0, "triton block=64 warps=4": 2.0}
-        return {one.name: KernelTimes((times[one.name],) * repetitions, 8, ()) for one in runners if one.name in times}
-
-    monkeypatch.setattr(costs, "kernel_seconds", profiled)
+    times = {"xla": 3.0, "triton block=64 warps=4": 2.0, "triton block=32 warps=4": 1.0}
+    monkeypatch.setattr(costs, "kernel_seconds", profiled(times))
     cost_model = MeasuredCost(Doubling(), EIGHT)
     assert cost_model.clock == "device"
-    assert cost_model.seconds(kernel(64)) == 2.0
-    compared = cost_model.compare([kernel(64), Contender("xla", None)])
-    assert [samples.median for samples in compared.values()] == [2.0, 3.0]
-    with pytest.raises(RejectedError, match="the profiler shows no kernel of it"):
-        cost_model.seconds(kernel(32))
+    unseen = "the profiler shows no kernel of it"
+    assert outcomes(cost_model, 64, 8, 128) == [2.0, unseen, WRONG]
+    compared = cost_model.samples([kernel(64), Contender("xla", None)], thorough=True)
+    assert [samples.median for samples in accepted(compared).values()] == [2.0, 3.0]
+    # One that fails when it is timed costs itself alone.
+    assert outcomes(cost_model, 64, 16, 32) == [2.0, "RuntimeError: launch refused", 1.0]
+
+
+def test_a_lost_device_names_the_contenders(monkeypatch: pytest.MonkeyPatch):
+    cost_model = MeasuredCost(Doubling(), EIGHT)
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(costs, "measure", lost)
+        with pytest.raises(ContendersLostError) as caught:
+            outcomes(cost_model, 64, 128, 32)
+    assert caught.value.contenders == (kernel(64), kernel(32))
+    monkeypatch.setattr(costs, "warm_runner", lost)
+    with pytest.raises(ContendersLostError) as caught:
+        outcomes(cost_model, 64, 32)
+    assert caught.value.contenders == (kernel(64),)
 
 
 # --- Tuning a case ---

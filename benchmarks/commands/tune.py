@@ -35,7 +35,7 @@ from palladion.benchmarks.measure import machine
 from palladion.benchmarks.measure.bench import DeviceLostError, config_text
 from palladion.benchmarks.measure.costs import EstimatedCost, MeasuredCost
 from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation, operation
-from palladion.benchmarks.measure.search import Contender, CostModel, RejectedError, Trial, search, settle
+from palladion.benchmarks.measure.search import Budget, Contender, CostModel, Trial, accepted, search, settle
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.text import duration
 from palladion.kernels import tuning
@@ -155,20 +155,16 @@ def tune_case(
     finalists: list[Contender] = []
     deadline = time.perf_counter() + seconds
     for number, (row, space) in enumerate(spaces.items()):
-        share = max(seconds_left(deadline), 0.0) / (len(spaces) - number)
+        budget = Budget(trials, seconds_left(deadline) / (len(spaces) - number))
         searched: dict[str, Any] = {"operation": chosen.name, "implementation": row.name}
         searched |= {"kind": key.kind, "sizes": dict(key.sizes)}
         searched |= {"origin": cost_model.origin, "clock": cost_model.clock, "versions": _versions(chosen)}
-        config = _best_config(row, space, cost_model, searched, log=log, seconds=share, most_trials=trials)
+        config = _best_config(row, space, cost_model, budget, searched, log)
         if config is not None:
             finalists.append(Contender(row.name, config))
     if cost_model.origin != "estimated":
         finalists += [Contender(row.name, None) for row in rows if row.space is None]
-    try:
-        times = cost_model.compare(finalists)
-    except RejectedError as error:
-        report_progress(f"  no entry: {error}")
-        return []
+    times = accepted(cost_model.samples(finalists, thorough=True))
     heuristics = {Contender(row.name, space.start) for row, space in spaces.items()}
     entries = [
         tuning.Entry(
@@ -197,11 +193,9 @@ def _best_config(
     row: Implementation,
     space: Space,
     cost_model: CostModel,
+    budget: Budget,
     searched: dict[str, Any],
-    *,
     log: Path | None,
-    seconds: float,
-    most_trials: int,
 ) -> Any:
     """Searches the block sizes of an implementation.
 
@@ -209,10 +203,9 @@ def _best_config(
       row: the implementation.
       space: the block sizes that may be tried.
       cost_model: says how fast they are.
+      budget: limits of the search.
       searched: what the log says of each trial, besides its outcome: problem, clock, versions.
       log: file of trials, or None.
-      seconds: time for the search.
-      most_trials: maximum number of new trials.
 
     Returns:
       The best block sizes, or None if none is right.
@@ -221,10 +214,6 @@ def _best_config(
     if known:
         report_progress(f"  {len(known)} trials are known from before")
     new: list[Trial] = []
-    start = time.perf_counter()
-
-    def spent() -> float:
-        return max((time.perf_counter() - start) / max(seconds, 1e-9), len(new) / most_trials)
 
     def on_trial(trial: Trial) -> None:
         new.append(trial)
@@ -236,13 +225,9 @@ def _best_config(
             with log.open("a") as file:
                 file.write(json.dumps(entry | {"reason": trial.reason}) + "\n")
 
-    trials = search(row.name, space, cost_model, spent=spent, known=known, on_trial=on_trial)
+    trials = search(row.name, space, cost_model, budget, known=known, on_trial=on_trial)
     rejected = sum(1 for trial in trials if trial.seconds is None)
-    try:
-        config = settle(row.name, space, trials, cost_model)
-    except RejectedError as error:
-        report_progress(f"  {row.name}: {error}")
-        return None
+    config = settle(row.name, space, trials, cost_model)
     said = config_text(config) if config is not None else "nothing is right"
     report_progress(f"  {len(trials)} tried, {rejected} rejected: {said}{' (heuristic)' * (config == space.start)}")
     return config

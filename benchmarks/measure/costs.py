@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -11,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.measure.bench import compile_calls, config_text, one_line, warm_runner
+from palladion.benchmarks.measure.bench import DeviceLostError, compile_calls, config_text, one_line, warm_runner
 from palladion.benchmarks.measure.device_time import kernel_seconds
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, operation
 from palladion.benchmarks.measure.parallel import cores, side_by_side
 from palladion.benchmarks.measure.samples import Samples
-from palladion.benchmarks.measure.search import Contender, RejectedError
+from palladion.benchmarks.measure.search import Contender, ContendersLostError, RejectedError
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.workloads import with_scalars
@@ -59,23 +58,47 @@ class MeasuredCost:
         """Implements `CostModel.prepare`: as many as there are cores are compiled with the next one asked for."""
         self._next = list(contenders)
 
-    def seconds(self, contender: Contender) -> float:
-        """Returns the median of a few samples."""
-        runner = self._runner(contender)
-        samples = self._measure([runner], ROUNDS[self.clock])
-        if runner.name not in samples:
-            raise RejectedError("the profiler shows no kernel of it")
-        return samples[runner.name].median
-
-    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
-        """Implements `CostModel.compare`."""
-        self.prepare(contenders)
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        """Implements `CostModel.samples`: runs all contenders once, judges their results, and times those in turns."""
+        found: dict[Contender, Samples | RejectedError] = {}
         runners: dict[Contender, JaxRunner] = {}
         for contender in contenders:
-            with contextlib.suppress(RejectedError):
+            try:
                 runners[contender] = self._runner(contender)
-        samples = self._measure(list(runners.values()), COMPARISON_ROUNDS[self.clock])
-        return {one: samples[runner.name] for one, runner in runners.items() if runner.name in samples}
+            except RejectedError as error:
+                found[contender] = error
+            except DeviceLostError as error:
+                raise ContendersLostError([contender], str(error)) from error
+        judge = functools.partial(self._operation.judge, self._case, self._inputs, reference=self._reference)
+        verdicts = side_by_side([functools.partial(judge, result=runner.result) for runner in runners.values()])
+        for contender, verdict in zip(list(runners), verdicts, strict=True):
+            if isinstance(verdict, Exception) or not verdict.right:
+                wrong = one_line(verdict) if isinstance(verdict, Exception) else f"wrong: {verdict.description}"
+                found[contender] = RejectedError(wrong)
+                del runners[contender]
+        rounds = (COMPARISON_ROUNDS if thorough else ROUNDS)[self.clock]
+        try:
+            found |= self._timed(runners, rounds)
+        except DeviceLostError as error:
+            raise ContendersLostError(list(runners), str(error)) from error
+        return {contender: found[contender] for contender in contenders}
+
+    def _timed(self, runners: dict[Contender, JaxRunner], rounds: int) -> dict[Contender, Samples | RejectedError]:
+        """Times contenders in turns; where one of them fails, each alone."""
+        try:
+            if self.clock == "device":
+                times = kernel_seconds(list(runners.values()), rounds)
+                samples = {name: one.samples for name, one in times.items()}
+            else:
+                samples = measure(list(runners.values()), rounds=rounds, sample_seconds=SAMPLE_SECONDS)
+        except Exception as error:  # it compiles, but does not run
+            if len(runners) == 1:
+                return {contender: RejectedError(one_line(error)) for contender in runners}
+            one_line(error)  # raises if the device is lost
+            alone = [self._timed({contender: runner}, rounds) for contender, runner in runners.items()]
+            return {contender: outcome for one in alone for contender, outcome in one.items()}
+        unseen = RejectedError("the profiler shows no kernel of it")
+        return {contender: samples.get(runner.name, unseen) for contender, runner in runners.items()}
 
     def _compiled(self, contender: Contender) -> CompiledCalls:
         """Returns the calls, compiled together with those that are likely to follow; nothing is timed then."""
@@ -98,20 +121,8 @@ class MeasuredCost:
     def _runner(self, contender: Contender) -> JaxRunner:
         name = f"{contender.implementation} {config_text(contender.config)}".strip()
         try:
-            runner = warm_runner(self._operation, name, self._compiled(contender), self._inputs)
+            return warm_runner(self._operation, name, self._compiled(contender), self._inputs)
         except Exception as error:
-            raise RejectedError(one_line(error)) from error
-        verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)
-        if not verdict.right:
-            raise RejectedError(f"wrong: {verdict.description}")
-        return runner
-
-    def _measure(self, runners: Sequence[JaxRunner], rounds: int) -> dict[str, Samples]:
-        try:
-            if self.clock == "device":
-                return {name: times.samples for name, times in kernel_seconds(runners, rounds).items()}
-            return measure(runners, rounds=rounds, sample_seconds=SAMPLE_SECONDS)
-        except Exception as error:  # it compiles, but does not run
             raise RejectedError(one_line(error)) from error
 
 
@@ -142,7 +153,18 @@ class EstimatedCost:
         self._examiner.stop()
         self._folder.cleanup()
 
-    def seconds(self, contender: Contender) -> float:
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        """Implements `CostModel.samples`: the estimates have no noise."""
+        del thorough
+        found: dict[Contender, Samples | RejectedError] = {}
+        for contender in contenders:
+            try:
+                found[contender] = Samples((self._seconds(contender),), 1)
+            except RejectedError as error:
+                found[contender] = error
+        return found
+
+    def _seconds(self, contender: Contender) -> float:
         """Returns the estimated seconds of all kernels of a call together."""
         case, config = encode_case(self._case), dataclasses.asdict(contender.config)
         given = {"operation": self._operation.name, "case": case, "config": config}
@@ -154,14 +176,6 @@ class EstimatedCost:
         if not times or any(time is None for time in times):
             raise RejectedError("the compiler's listing does not tell its time")
         return sum(time for time in times if time is not None)
-
-    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
-        """Returns the estimates, which have no noise."""
-        found: dict[Contender, Samples] = {}
-        for contender in contenders:
-            with contextlib.suppress(RejectedError):
-                found[contender] = Samples((self.seconds(contender),), 1)
-        return found
 
 
 CANDIDATE: Final = """from pathlib import Path

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -25,7 +27,10 @@ FEW: Final = 3
 """Best configs around which the search goes on."""
 
 AHEAD: Final = 32
-"""Configs that are announced to the cost model before they are asked for."""
+"""Configs that are announced before they are asked for."""
+
+TOGETHER: Final = 4
+"""Configs that are tried together, in turns: judged on all cores, and timed in one trace of the profiler."""
 
 FINALISTS: Final = 2
 """Best configs that are compared with the heuristic's once more."""
@@ -48,6 +53,19 @@ class Contender(NamedTuple):
 
     implementation: str
     config: Any
+
+
+class ContendersLostError(DeviceLostError):
+    """Contenders have left the device useless for this process.
+
+    Args:
+      contenders: those that may be why.
+      message: the device's.
+    """
+
+    def __init__(self, contenders: Sequence[Contender], message: str) -> None:
+        super().__init__(message)
+        self.contenders = tuple(contenders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +97,40 @@ class CostModel(Protocol):
     def prepare(self, contenders: Sequence[Contender]) -> None:
         """Announces what is likely to be asked for next, in order; some of it may be compiled ahead."""
 
-    def seconds(self, contender: Contender) -> float:
-        """Returns the seconds of a call, or raises RejectedError."""
-
-    def compare(self, contenders: Sequence[Contender]) -> dict[Contender, Samples]:
-        """Times contenders in turns, for longer than `seconds`; those that are rejected are left out.
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        """Times contenders in turns, with more samples where they are to be compared with each other (`thorough`).
 
         Raises:
-          RejectedError: one of them fails when it is timed.
+          ContendersLostError: the device does nothing any more.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Limits of a search, which begin to count at once.
+
+    Attributes:
+      trials: maximum number of new trials.
+      seconds: time after which no trial begins.
+      begin: `time.perf_counter()` at the beginning.
+    """
+
+    trials: int
+    seconds: float
+    begin: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def left(self, tried: int, share: float = 1.0) -> int:
+        """Returns how many trials may begin, after so many, before this share of the budget is spent."""
+        late = time.perf_counter() - self.begin >= share * self.seconds
+        return 0 if late else max(math.ceil(share * self.trials) - tried, 0)
 
 
 def search(
     name: str,
     space: Space,
     cost_model: CostModel,
+    budget: Budget,
     *,
-    spent: Callable[[], float],
     known: Mapping[Any, Trial] | None = None,
     on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> list[Trial]:
@@ -105,46 +140,43 @@ def search(
       name: the implementation's name.
       space: the block sizes that may be tried.
       cost_model: says what they cost.
-      spent: returns the share of the budget that is spent; from 1 on no trial begins.
+      budget: limits of the search.
       known: trials of an earlier search, by config; they are not repeated.
       on_trial: called with each new trial.
 
     Raises:
-      DeviceLostError: a config has left the device useless for this process; `on_trial` was called with it.
+      ContendersLostError: the device does nothing any more; `on_trial` was called with the configs that may be why.
 
     Returns:
       All trials, including those of `known` on the way.
     """
     trials: dict[Any, Trial] = {}
     earlier = known or {}
-
-    def attempt(config: Any) -> None:
-        if config in earlier:
-            trials[config] = earlier[config]
-            return
-        try:
-            trials[config] = Trial(config, cost_model.seconds(Contender(name, config)))
-        except RejectedError as error:
-            trials[config] = Trial(config, None, str(error))
-        except DeviceLostError as error:
-            # Reported, so that the next search skips it.
-            on_trial(Trial(config, None, str(error)))
-            raise
-        on_trial(trials[config])
-
-    def announce(configs: Sequence[Any]) -> None:
+    tried = 0
+    while True:
+        coarse = budget.left(tried, COARSE)
+        whole = itertools.chain([space.start], space.spread())
+        configs = _untried(whole if coarse else _around(space, trials), trials)
+        batch = configs[: min(TOGETHER, coarse or budget.left(tried))]
+        if not batch:
+            return list(trials.values())
         cost_model.prepare([Contender(name, config) for config in configs if config not in earlier])
-
-    everything = itertools.chain([space.start], space.spread())
-    while spent() < COARSE and (coarse := _untried(everything, trials)):
-        announce(coarse)
-        for config in coarse:
-            if spent() < COARSE:
-                attempt(config)
-    while spent() < 1 and (nearby := _untried(_around(space, trials), trials)):
-        announce(nearby)
-        attempt(nearby[0])  # what comes next depends on its time
-    return list(trials.values())
+        trials |= {config: earlier[config] for config in batch if config in earlier}
+        new = [Contender(name, config) for config in batch if config not in earlier]
+        try:
+            found = cost_model.samples(new, thorough=False) if new else {}
+        except ContendersLostError as error:
+            for contender in error.contenders:  # the next search skips them
+                on_trial(Trial(contender.config, None, str(error)))
+            raise
+        for contender, samples in found.items():
+            if isinstance(samples, RejectedError):
+                trial = Trial(contender.config, None, str(samples))
+            else:
+                trial = Trial(contender.config, samples.median)
+            trials[contender.config] = trial
+            on_trial(trial)
+        tried += len(new)
 
 
 def _untried(configs: Iterator[Any], trials: Mapping[Any, Trial]) -> list[Any]:
@@ -168,8 +200,8 @@ def _around(space: Space, trials: Mapping[Any, Trial]) -> Iterator[Any]:
 
 def best_of(trials: Iterable[Trial], number: int) -> list[Trial]:
     """Returns the fastest of the trials that were not rejected, the fastest first."""
-    accepted = [(one.seconds, place, one) for place, one in enumerate(trials) if one.seconds is not None]
-    return [one for _, _, one in heapq.nsmallest(number, accepted)]
+    timed = [(one.seconds, place, one) for place, one in enumerate(trials) if one.seconds is not None]
+    return [one for _, _, one in heapq.nsmallest(number, timed)]
 
 
 def settle(name: str, space: Space, trials: Sequence[Trial], cost_model: CostModel) -> Any:
@@ -186,13 +218,18 @@ def settle(name: str, space: Space, trials: Sequence[Trial], cost_model: CostMod
     """
     finalists = [trial.config for trial in best_of(trials, FINALISTS)]
     contenders = [Contender(name, config) for config in dict.fromkeys([*finalists, space.start])]
-    samples = cost_model.compare(contenders) if finalists else {}
+    samples = accepted(cost_model.samples(contenders, thorough=True)) if finalists else {}
     if not samples:
         return None
     best = min(samples, key=lambda contender: samples[contender].median)
     start = samples.get(Contender(name, space.start))
     certain = start is None or certain_gain(samples[best], start) >= LEAST_GAIN
     return best.config if certain else space.start
+
+
+def accepted(samples: Mapping[Contender, Samples | RejectedError]) -> dict[Contender, Samples]:
+    """Returns the contenders that were not rejected."""
+    return {one: each for one, each in samples.items() if isinstance(each, Samples)}
 
 
 def certain_gain(better: Samples, start: Samples) -> float:
