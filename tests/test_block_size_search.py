@@ -36,6 +36,7 @@ from palladion.benchmarks.measure.search import (
     accepted,
     best_of,
     certain_gain,
+    finalists,
     search,
     settle,
 )
@@ -53,10 +54,8 @@ class Costs:
 
     origin, clock = "measured", "wall"
 
-    def __init__(
-        self, cost: Callable[[Any], float | None], compared: dict[Any, tuple[float, ...]] | None = None
-    ) -> None:
-        self.cost, self.compared = cost, compared or {}
+    def __init__(self, cost: Callable[[Any], float | None]) -> None:
+        self.cost = cost
         self.asked: list[Any] = []
         self.expected: list[list[Any]] = []
 
@@ -67,11 +66,8 @@ class Costs:
         if not thorough:
             self.asked += [one.config for one in contenders]
         costs = {one: self.cost(one.config) for one in contenders}
-        times = {one: self.compared.get(one.config, (cost,)) for one, cost in costs.items() if cost is not None}
-        return {
-            one: Samples(times[one], 1) if cost is not None else RejectedError("does not compile")
-            for one, cost in costs.items()
-        }
+        rejected = RejectedError("does not compile")
+        return {one: rejected if cost is None else Samples((cost,), 1) for one, cost in costs.items()}
 
 
 def found(tried: Space, cost_model: Costs, trials: int = 60, **options: Any) -> list[Trial]:
@@ -239,7 +235,7 @@ def test_where_nothing_is_accepted_there_is_no_best():
     trials = found(space(Problem(4096)), cost_model)
     assert len(trials) == 24
     assert best_of(trials, 3) == []
-    assert settle("triton", space(Problem(4096)), trials, cost_model) is None
+    assert finalists("triton", space(Problem(4096)), trials) == []
 
 
 def test_a_search_stops_when_told_and_resumes():
@@ -294,22 +290,20 @@ def test_the_search_announces_the_configs_that_it_will_request():
 
 
 def test_a_lucky_sample_does_not_win():
-    start, lucky = Config(64), Config(512, 8)
     tried = space(Problem(4096))
-    assert tried.start == start
+    start, lucky = Contender("triton", tried.start), Contender("triton", Config(512, 8))
 
-    def settled(trials: list[Trial], **times: tuple[float, ...]) -> Any:
-        compared = {start: times["old"], lucky: times["new"]}
-        return settle("triton", tried, trials, Costs(valley, compared))
+    def settled(new: tuple[float, ...], old: tuple[float, ...]) -> Contender:
+        return settle({lucky: Samples(new, 1), start: Samples(old, 1)}, start)
 
-    both = [Trial(start, 1.0), Trial(lucky, 0.1)]
-    assert settled(both, new=(1.1,), old=(1.0,)) == start
-    assert settled(both, new=(1.0,), old=(1.01,)) == start
-    assert settled(both, new=(1.0,) * 5, old=(1.2, 1.2, 1.2, 0.9, 0.9)) == start, "in three rounds of five"
-    assert settled(both, new=(1.0,) * 5, old=(1.2, 1.2, 1.2, 1.2, 0.9)) == lucky
+    assert settled(new=(1.1,), old=(1.0,)) == start
+    assert settled(new=(1.0,), old=(1.01,)) == start
+    assert settled(new=(1.0,) * 5, old=(1.2, 1.2, 1.2, 0.9, 0.9)) == start, "in three rounds of five"
+    assert settled(new=(1.0,) * 5, old=(1.2, 1.2, 1.2, 1.2, 0.9)) == lucky
     # Where the heuristic's block sizes are rejected, any others are better.
-    rejecting = Costs(lambda config: None if config == start else 1.0)
-    assert settle("triton", tried, [Trial(start, None), Trial(lucky, 1.0)], rejecting) == lucky
+    assert settle({lucky: Samples((9.0,), 1)}, start) == lucky
+    trials = [Trial(Config(32), 3.0), Trial(tried.start, 4.0), Trial(Config(16), None), Trial(lucky.config, 1.0)]
+    assert finalists("triton", tried, trials) == [lucky, Contender("triton", Config(32)), start]
 
 
 def test_noise_is_no_gain():
@@ -382,7 +376,7 @@ def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytes
     together: list[list[int]] = []
 
     def noted(jobs: Sequence[Any]) -> Any:
-        if "config" in jobs[0].keywords:
+        if jobs and "config" in jobs[0].keywords:
             together.append([job.keywords["config"].block for job in jobs])
         return side_by_side(jobs)
 
@@ -391,8 +385,9 @@ def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytes
     cost_model = MeasuredCost(Doubling(), EIGHT)
     cost_model.prepare([kernel(block) for block in (1024, 32, 16, 128)])
     outcomes(cost_model, 64, 32)
-    outcomes(cost_model, 1024, 128)
-    assert together == [[64, 1024, 32], [128, 16]]
+    outcomes(cost_model, 1024)
+    outcomes(cost_model, 128, 64)
+    assert together == [[64, 32, 1024], [128, 16]]
 
 
 def profiled(times: dict[str, float]) -> Callable[..., dict[str, KernelTimes]]:

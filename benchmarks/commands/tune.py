@@ -35,7 +35,17 @@ from palladion.benchmarks.measure import machine
 from palladion.benchmarks.measure.bench import DeviceLostError, config_text
 from palladion.benchmarks.measure.costs import EstimatedCost, MeasuredCost
 from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation, operation
-from palladion.benchmarks.measure.search import Budget, Contender, CostModel, Trial, accepted, search, settle
+from palladion.benchmarks.measure.samples import Samples
+from palladion.benchmarks.measure.search import (
+    Budget,
+    Contender,
+    CostModel,
+    Trial,
+    accepted,
+    finalists,
+    search,
+    settle,
+)
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.benchmarks.text import duration
 from palladion.kernels import tuning
@@ -151,36 +161,38 @@ def tune_case(
     """
     problem = case.problem().planned()
     key = problem.tuning_key()
-    spaces = {row: row.space(problem) for row in rows if row.space is not None}
-    finalists: list[Contender] = []
+    spaces = {row.name: row.space(problem) for row in rows if row.space is not None}
+    final = [] if cost_model.origin == "estimated" else [Contender(row.name, None) for row in rows if row.space is None]
     deadline = time.perf_counter() + seconds
-    for number, (row, space) in enumerate(spaces.items()):
+    for number, (name, space) in enumerate(spaces.items()):
         budget = Budget(trials, seconds_left(deadline) / (len(spaces) - number))
-        searched: dict[str, Any] = {"operation": chosen.name, "implementation": row.name}
+        searched: dict[str, Any] = {"operation": chosen.name, "implementation": name}
         searched |= {"kind": key.kind, "sizes": dict(key.sizes)}
         searched |= {"origin": cost_model.origin, "clock": cost_model.clock, "versions": _versions(chosen)}
-        config = _best_config(row, space, cost_model, budget, searched, log)
-        if config is not None:
-            finalists.append(Contender(row.name, config))
-    if cost_model.origin != "estimated":
-        finalists += [Contender(row.name, None) for row in rows if row.space is None]
-    times = accepted(cost_model.samples(finalists, thorough=True))
-    heuristics = {Contender(row.name, space.start) for row, space in spaces.items()}
+        final += finalists(name, space, _trials(space, cost_model, budget, searched, log))
+    samples = accepted(cost_model.samples(final, thorough=True))
+    starts = {name: Contender(name, space.start) for name, space in spaces.items()}
+    times: dict[Contender, Samples] = {}
+    for row in rows:
+        own = {one: each for one, each in samples.items() if one.implementation == row.name}
+        if own:
+            best = settle(own, starts.get(row.name, Contender(row.name, None)))
+            times[best] = own[best]
     entries = [
         tuning.Entry(
             implementation=one.implementation,
             kind=key.kind,
             sizes=dict(key.sizes),
             config=None if one.config is None else dataclasses.asdict(one.config),
-            seconds=float(f"{samples.median:.4g}"),
+            seconds=float(f"{each.median:.4g}"),
             origin=cost_model.origin,
             clock=cost_model.clock,
             device=target_device_kind(),
             date=datetime.date.today().isoformat(),
             versions=_versions(chosen) | _driver(),
-            heuristic=one in heuristics,
+            heuristic=one in starts.values(),
         )
-        for one, samples in times.items()
+        for one, each in times.items()
     ]
     entries.sort(key=lambda entry: entry.seconds)
     for one in sorted(times, key=lambda one: times[one].median):
@@ -189,28 +201,19 @@ def tune_case(
     return entries
 
 
-def _best_config(
-    row: Implementation,
-    space: Space,
-    cost_model: CostModel,
-    budget: Budget,
-    searched: dict[str, Any],
-    log: Path | None,
-) -> Any:
-    """Searches the block sizes of an implementation.
+def _trials(
+    space: Space, cost_model: CostModel, budget: Budget, searched: dict[str, Any], log: Path | None
+) -> list[Trial]:
+    """Searches the block sizes of an implementation, and returns all trials.
 
     Args:
-      row: the implementation.
       space: the block sizes that may be tried.
       cost_model: says how fast they are.
       budget: limits of the search.
-      searched: what the log says of each trial, besides its outcome: problem, clock, versions.
+      searched: what the log says of each trial, besides its outcome: implementation, problem, clock, versions.
       log: file of trials, or None.
-
-    Returns:
-      The best block sizes, or None if none is right.
     """
-    known = {trial.config: trial for trial in _logged(log, searched, row)}
+    known = {trial.config: trial for trial in _logged(log, searched, type(space.start))}
     if known:
         report_progress(f"  {len(known)} trials are known from before")
     new: list[Trial] = []
@@ -225,12 +228,10 @@ def _best_config(
             with log.open("a") as file:
                 file.write(json.dumps(entry | {"reason": trial.reason}) + "\n")
 
-    trials = search(row.name, space, cost_model, budget, known=known, on_trial=on_trial)
+    trials = search(searched["implementation"], space, cost_model, budget, known=known, on_trial=on_trial)
     rejected = sum(1 for trial in trials if trial.seconds is None)
-    config = settle(row.name, space, trials, cost_model)
-    said = config_text(config) if config is not None else "nothing is right"
-    report_progress(f"  {len(trials)} tried, {rejected} rejected: {said}{' (heuristic)' * (config == space.start)}")
-    return config
+    report_progress(f"  {searched['implementation']}: {len(trials)} tried, {rejected} rejected")
+    return trials
 
 
 def log_file(given: Path | None, device_kind: str) -> Path | None:
@@ -240,15 +241,15 @@ def log_file(given: Path | None, device_kind: str) -> Path | None:
     return given or (Path(cache).expanduser() / "trials" / name if cache else None)
 
 
-def _logged(log: Path | None, problem: dict[str, Any], implementation: Implementation) -> Iterator[Trial]:
+def _logged(log: Path | None, problem: dict[str, Any], config_class: type) -> Iterator[Trial]:
     """Yields earlier trials of the same problem with the same versions; lines that were cut off are skipped."""
-    if log is None or not log.is_file() or implementation.config_class is None:
+    if log is None or not log.is_file():
         return
     for line in log.read_text().splitlines():
         try:
             entry = json.loads(line)
             if all(entry[name] == value for name, value in problem.items()):
-                yield Trial(implementation.config_class(**entry["config"]), entry["seconds"], entry["reason"])
+                yield Trial(config_class(**entry["config"]), entry["seconds"], entry["reason"])
         except (KeyError, TypeError, ValueError):
             continue
 

@@ -55,11 +55,12 @@ class MeasuredCost:
         self.clock = "device" if kernel_seconds([reference], 1) else "wall"
 
     def prepare(self, contenders: Sequence[Contender]) -> None:
-        """Implements `CostModel.prepare`: as many as there are cores are compiled with the next one asked for."""
+        """Implements `CostModel.prepare`: as many as there are cores are compiled with those that are asked for."""
         self._next = list(contenders)
 
     def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
         """Implements `CostModel.samples`: runs all contenders once, judges their results, and times those in turns."""
+        self._compile(contenders)
         found: dict[Contender, Samples | RejectedError] = {}
         runners: dict[Contender, JaxRunner] = {}
         for contender in contenders:
@@ -100,28 +101,25 @@ class MeasuredCost:
         unseen = RejectedError("the profiler shows no kernel of it")
         return {contender: samples.get(runner.name, unseen) for contender, runner in runners.items()}
 
-    def _compiled(self, contender: Contender) -> CompiledCalls:
-        """Returns the calls, compiled together with those that are likely to follow; nothing is timed then."""
-        if contender not in self._calls:
-            others = [one for one in self._next if one != contender and one not in self._calls]
-            together = [contender, *others[: cores() - 1]]
-            jobs = [
-                functools.partial(compile_calls, self._operation, self._case, **self._call_options(one))
-                for one in together
-            ]
-            self._calls.update(zip(together, side_by_side(jobs), strict=True))
-        calls = self._calls[contender]
-        if isinstance(calls, Exception):  # compilers raise what they like
-            raise calls
-        return calls
+    def _compile(self, contenders: Sequence[Contender]) -> None:
+        """Compiles what is not compiled yet, together with what is likely to follow; nothing is timed then."""
+        missing = [one for one in dict.fromkeys([*contenders, *self._next]) if one not in self._calls]
+        needed = sum(1 for one in missing if one in contenders)
+        together = missing[: max(needed, cores())] if needed else []
+        jobs = [
+            functools.partial(compile_calls, self._operation, self._case, **self._call_options(one)) for one in together
+        ]
+        self._calls.update(zip(together, side_by_side(jobs), strict=True))
 
     def _call_options(self, contender: Contender) -> CallOptions:
         return {"backend": contender.implementation, "config": contender.config, "interpret": self._interpret}
 
     def _runner(self, contender: Contender) -> JaxRunner:
-        name = f"{contender.implementation} {config_text(contender.config)}".strip()
+        name, calls = f"{contender.implementation} {config_text(contender.config)}".strip(), self._calls[contender]
         try:
-            return warm_runner(self._operation, name, self._compiled(contender), self._inputs)
+            if isinstance(calls, Exception):  # compilers raise what they like
+                raise calls
+            return warm_runner(self._operation, name, calls, self._inputs)
         except Exception as error:
             raise RejectedError(one_line(error)) from error
 

@@ -1,7 +1,7 @@
 """The search for block sizes: coarsely over the whole space first, then around the best that were found.
 
 A `CostModel` says how long a call takes with given block sizes (`costs.py`), and rejects those that do not compile or
-compute a wrong result. The best block sizes must then beat the heuristic's in turns with them, beyond noise (`settle`).
+compute a wrong result. The best block sizes then take turns with the heuristic's, and must beat these beyond noise.
 """
 
 from __future__ import annotations
@@ -204,27 +204,22 @@ def best_of(trials: Iterable[Trial], number: int) -> list[Trial]:
     return [one for _, _, one in heapq.nsmallest(number, timed)]
 
 
-def settle(name: str, space: Space, trials: Sequence[Trial], cost_model: CostModel) -> Any:
-    """Returns the fastest block sizes in a comparison with the heuristic's; these, if none is certainly faster.
+def finalists(name: str, space: Space, trials: Sequence[Trial]) -> list[Contender]:
+    """Returns the best block sizes and the heuristic's, which are to be compared; none if all were rejected."""
+    best = [trial.config for trial in best_of(trials, FINALISTS)]
+    return [Contender(name, config) for config in dict.fromkeys([*best, space.start])] if best else []
+
+
+def settle(samples: Mapping[Contender, Samples], start: Contender) -> Contender:
+    """Returns the fastest of the finalists, or the heuristic's block sizes if none is certainly faster than these.
 
     Args:
-      name: the implementation's name.
-      space: the block sizes that were tried.
-      trials: what `search` returned.
-      cost_model: compares them.
-
-    Returns:
-      A config, or None if all were rejected.
+      samples: times of finalists that took turns.
+      start: the heuristic's block sizes.
     """
-    finalists = [trial.config for trial in best_of(trials, FINALISTS)]
-    contenders = [Contender(name, config) for config in dict.fromkeys([*finalists, space.start])]
-    samples = accepted(cost_model.samples(contenders, thorough=True)) if finalists else {}
-    if not samples:
-        return None
     best = min(samples, key=lambda contender: samples[contender].median)
-    start = samples.get(Contender(name, space.start))
-    certain = start is None or certain_gain(samples[best], start) >= LEAST_GAIN
-    return best.config if certain else space.start
+    certain = start not in samples or certain_gain(samples[best], samples[start]) >= LEAST_GAIN
+    return best if certain else start
 
 
 def accepted(samples: Mapping[Contender, Samples | RejectedError]) -> dict[Contender, Samples]:
