@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from block_sizes import Config, Problem, space
+from block_sizes import Config, Problem, on_h200, space
 
 from palladion.benchmarks.commands import main, tune
 from palladion.benchmarks.measure import costs
@@ -501,6 +501,13 @@ def test_contenders_are_the_implementations_of_the_platform():
     with tpu_compiler.tracing_for("v6e"):
         assert [one.name for one in tune.contenders(operation, case)] == ["mosaic_tpu", "xla"]
     assert {"mosaic_tpu", "triton", "xla"} <= {one.name for one in tune.contenders(operation, case, interpret=True)}
+    # Where a kernel's row runs XLA's product, it does not contend with it.
+    dense = OPERATIONS["matmul"]
+    named = dense.named_cases()["llama-3-8b-qkv"]
+    for rows, contending in ((1, {"triton", "xla"}), (64, {"xla"})):
+        with on_h200():
+            found = tune.contenders(dense, dataclasses.replace(named, rows=rows))
+        assert {one.name for one in found} == contending
 
 
 # --- Tuning for a TPU that is not present ---

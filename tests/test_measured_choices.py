@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from block_sizes import Config, Problem, space
+from block_sizes import Config, Problem, on_h200, space
 
 from palladion.kernels import tuning
 from palladion.kernels.backend import Choice, choose, record_choices, using_backend
@@ -25,7 +24,6 @@ MOSAIC = row("mosaic_gpu", lambda problem: "batch must be 1" if problem.batch > 
 TRITON = row("triton")
 XLA = Implementation("xla", None, lambda _: None, lambda *_: None)
 TABLE = (MOSAIC, TRITON, XLA)
-H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
 
 
 def timed(name: str, microseconds: float, length: int = 4096, *, batch: int = 1, **fields: Any) -> Entry:
@@ -41,10 +39,10 @@ def timed(name: str, microseconds: float, length: int = 4096, *, batch: int = 1,
 
 
 @pytest.fixture(autouse=True)
-def on_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def traced_for_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Traces for an H200, with a folder of the user's own entries."""
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
+    with on_h200():
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import pytest
-from block_sizes import ROW, Config, Problem
+from block_sizes import ROW, Config, Problem, on_h200
 
 from palladion import decode_attention, record_choices
 from palladion.benchmarks.measure.operations import OPERATIONS
@@ -139,8 +139,7 @@ def test_a_call_takes_tuned_block_sizes_and_says_so(tmp_path: Path, monkeypatch:
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     case = next(one for one in attention_cases.TESTS if one.name == "gqa")
     problem = case.problem()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with on_h200():
         start = triton.heuristic(problem)
         better = next(one for one in triton.space(problem).spread() if one != start)
         path = tuning.user_file("decode_attention", "NVIDIA H200")

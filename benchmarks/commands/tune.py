@@ -51,7 +51,7 @@ from palladion.benchmarks.text import duration
 from palladion.kernels import tuning
 from palladion.kernels.checks import check
 from palladion.kernels.devices import target_device_kind, tpu_chips
-from palladion.kernels.implementation import Implementation
+from palladion.kernels.implementation import Implementation, Problem
 from palladion.kernels.search_space import Space
 from palladion.reference.platforms import target_platform
 
@@ -130,9 +130,18 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
 
 
 def contenders(chosen: Operation, case: Case, *, interpret: bool = False) -> list[Implementation]:
-    """Returns the implementations that support a case on the platform that is traced for, the reference last."""
+    """Returns the implementations that support a case on the platform that is traced for, in the order of their table.
+
+    A kernel's row that runs XLA's product for a case is left out: the reference stands for it.
+    """
+    problem = case.problem()
     here = [one for one in chosen.table if one.platform in (None, target_platform()) or interpret]
-    return [one for one in here if one.unsupported(case.problem()) is None]
+    able = [one for one in here if one.unsupported(problem) is None]
+    return [one for one in able if one.config_class is None or isinstance(_start(one, problem), one.config_class)]
+
+
+def _start(row: Implementation, problem: Problem) -> Any:
+    return None if row.heuristic is None else row.heuristic(problem)
 
 
 def tune_case(
