@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from measurements import measurement, write
 
-from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, model, options, overview, suite
-from palladion.benchmarks.measure import bench, decode_steps, records
+from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, model, options, overview, report, suite
+from palladion.benchmarks.measure import bench, decode_steps, peers, records
 from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint
 from palladion.benchmarks.measure.device_time import Event
 from palladion.benchmarks.measure.operations import OPERATIONS
@@ -53,7 +54,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["run", "fly"], "operation: got 'fly'; accepted: decode_attention, quantized_matmul, matmul, append_kv"),
         (["run", "decode_attention", "--model=x"], "--model: got x; accepted: smollm2-135m"),
         (["run", "decode_attention", "--cases=x"], "--cases: got x; accepted: patterns, or llama-3-8b"),
-        (["run", "decode_attention", "--peers=x"], "--peers: got x; accepted: all, none, jax-nn-xla"),
+        (["run", "decode_attention", "--peers=x"], "--peers: got x; accepted: all, none, fast, slow, jax-nn-xla"),
         (["run", "append_kv", "--backends=triton_x"], "--backends: got triton_x; accepted: mosaic_tpu"),
         (["run", "decode_attention", "--q-heads=8"], "heads by hand: got q_heads; accepted: all of q_heads, kv_heads"),
         (["run", "quantized_matmul", "--in=8"], "sizes by hand: got (8, None); accepted: both of --in and --out"),
@@ -69,7 +70,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["plan", "--mfu=2"], "--mfu: got 2.0; accepted: more than 0, up to 1"),
         (["compare", "/nowhere/a", "/nowhere/b"], "No such file or directory: '/nowhere/a'"),
         (["suite", "--minutes=0", "--out=/nowhere"], "--minutes: got 0.0; accepted: more than 0"),
-        (["suite", "--tiny", "--only=x", "--out=/nowhere"], "--only: got x; accepted: check, attention"),
+        (["suite", "--tiny", "--only=x", "--out=/nowhere"], "--only: got x; accepted: check, tune-products"),
     ],
 )
 def test_what_is_not_known_is_answered_with_what_is(
@@ -127,6 +128,29 @@ def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest
         suite.run_phases([suite.Phase(name, 1, ()) for name in ("first", "second")], tmp_path, minutes=1, tiny=True)
     assert "xla" in (tmp_path / "README.md").read_text()
     assert [one["phase"] for one in json.loads((tmp_path / "suite.json").read_text())["phases"]] == ["first"]
+
+
+def test_the_page_lists_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entries = [
+        SimpleNamespace(kind="int8 1", sizes={"in": 64}, implementation=name, seconds=seconds, config=config)
+        for name, seconds, config in (("triton", 2e-6, {"block_out": 8}), ("xla", 1e-6, None))
+    ]
+    monkeypatch.setattr(report.tuning, "load", lambda _: entries)
+    tuned = tmp_path / "tuned" / "quantized_matmul" / "some_gpu.json"
+    tuned.parent.mkdir(parents=True)
+    tuned.write_text('{"entries": [\n]}\n')
+    suite._report(tmp_path, [{"phase": "tune-products", "status": 0, "seconds": 3.0}], pictures=False)
+    page = (tmp_path / "README.md").read_text()
+    assert "## Tuned: quantized_matmul (some_gpu.json)" in page
+    first, second = page.index("| int8 1 in=64 | xla | 1 µs |  |"), page.index("| triton | 2 µs | block_out=8 |")
+    assert first < second
+    assert "| tune-products | done | 3 s |" in page
+
+
+def test_peers_that_compile_for_long_can_be_left_to_the_end():
+    fast, slow = peers.select(["fast"], "decode_attention"), peers.select(["slow"], "decode_attention")
+    assert [peer.name for peer in slow] == ["torch-flex"]
+    assert {peer.name for peer in (*fast, *slow)} == {peer.name for peer in peers.select(None, "decode_attention")}
 
 
 def test_checking_says_what_is_wrong(

@@ -26,7 +26,7 @@ from palladion.benchmarks import text
 from palladion.benchmarks.commands import PROGRAM, options
 from palladion.benchmarks.commands.progress import report_progress, seconds_left
 from palladion.benchmarks.measure import machine, model_shapes, plots, records
-from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint, cache_length, measure_batch
+from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint, cache_length, engines, measure_batch
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.plotting import require_matplotlib
 from palladion.benchmarks.text import amount, duration
@@ -114,16 +114,17 @@ def run(arguments: argparse.Namespace) -> int:
         steps_per_dispatch=dispatch,
     )
     deadline = time.perf_counter() + 60 * arguments.minutes
-    for batch in arguments.batch:
+    made = engines(parameters, shape, engine_options, arguments.batch, arguments.prompt)
+    for engine in made:
+        batch = engine.batch
         if record["points"] and seconds_left(deadline) <= 0:
             report_progress(f"no time left for {batch} sequences and more")
             break
         folder = None if arguments.profile is None else arguments.profile / f"batch-{batch}"
         point = measure_batch(
-            parameters,
+            engine,
             shape,
-            engine_options,
-            batch,
+            parameters,
             arguments.prompt,
             steps=arguments.steps,
             runs=arguments.runs,

@@ -64,7 +64,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--backends", type=options.names, metavar="NAMES", help="our implementations (those of this platform)"
     )
-    who.add_argument("--peers", type=options.names, metavar="NAMES", help="all (by default), none, or names")
+    who.add_argument(
+        "--peers", type=options.names, metavar="NAMES", help="all (by default), none, fast, slow, or names"
+    )
     who.add_argument("--interpret", action="store_true", help="check kernels for other platforms")
     who.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contender (7)")
     who.add_argument("--sample-ms", type=float, default=20.0, metavar="MS", help="minimum length of a sample (20)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 
 from palladion.benchmarks.measure import device_time
 from palladion.benchmarks.measure.model_shapes import ModelShape
+from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.samples import Samples
 from palladion.kernels.devices import measured_bandwidth
 from palladion.kernels.integers import round_up
-from palladion.model.engine import Engine, EngineOptions
+from palladion.model.engine import Engine, EngineOptions, plan_chunks
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling
 from palladion.reference.platforms import target_platform
@@ -115,11 +117,32 @@ def cache_length(prompt: int, steps: int, steps_per_dispatch: int) -> int:
     )
 
 
+def engines(
+    parameters: Parameters, shape: ModelShape, options: EngineOptions, batches: Sequence[int], prompt: int
+) -> list[Engine]:
+    """Returns an engine for each batch size. On an accelerator their programs are compiled, on all cores.
+
+    Args:
+      parameters: the model's weights.
+      shape: the model's shapes.
+      options: the engines' options; `cache_length` gives their max_len.
+      batches: numbers of sequences.
+      prompt: tokens of each prompt.
+    """
+    config = shape.config(options.max_len)
+    made = [Engine(parameters, config, batch, Sampling(), options, stop_tokens=()) for batch in batches]
+    if target_platform() != "cpu":
+        chunks = sorted(set(plan_chunks(prompt)))
+        for outcome in side_by_side([functools.partial(engine.compile, chunks) for engine in made]):
+            if isinstance(outcome, Exception):
+                raise outcome
+    return made
+
+
 def measure_batch(
-    parameters: Parameters,
+    engine: Engine,
     shape: ModelShape,
-    options: EngineOptions,
-    batch: int,
+    parameters: Parameters,
     prompt: int,
     *,
     steps: int,
@@ -131,18 +154,15 @@ def measure_batch(
     Dispatches are kept ahead of the device, so that only a run of them has a time, and not a single one.
 
     Args:
-      parameters: the model's weights.
+      engine: one of `engines`.
       shape: the model's shapes.
-      options: the engine's options; `cache_length` gives its max_len.
-      batch: number of sequences.
+      parameters: the model's weights.
       prompt: tokens of each prompt.
       steps: decode steps of a run, rounded up to whole dispatches.
       runs: number of runs, all from the same lengths on.
       profile_folder: keeps the trace there; None keeps none.
     """
-    sampling = Sampling()
-    engine = Engine(parameters, shape.config(options.max_len), batch, sampling, options, stop_tokens=())
-    keys = engine.keys(0)
+    sampling, batch, keys = Sampling(), engine.batch, engine.keys(0)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, shape.vocab_size, prompt).tolist() for _ in range(batch)]
     prefill_seconds: list[float] = []

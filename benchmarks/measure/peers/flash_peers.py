@@ -124,5 +124,6 @@ PEERS: Final = (
         _needs("gemlite"),
         only(_int8_or_groups, "int8 per channel and int4 in groups, symmetric"),
         _gemlite,
+        slow=True,
     ),
 )

@@ -335,7 +335,7 @@ def in_groups(scheme: str) -> bool:
 
 PEERS: Final = (
     Peer("torch-sdpa", "decode_attention", needs_torch(), unsupported_dense, _sdpa),
-    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), unsupported_dense, _flex),
+    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), unsupported_dense, _flex, slow=True),
     Peer("torch-linear", "quantized_matmul", needs_torch(), _unsupported_weight_only, _linear),
     Peer("torch-int8", "quantized_matmul", needs_torch(), only(lambda s: s == "int8", "int8 per channel"), _int8),
     Peer("torch-int4", "quantized_matmul", needs_torch(), only(in_groups, "int4 in groups, symmetric"), _int4),
