@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tunes the chosen cases, and writes entries as they are found."""
     chosen = list(OPERATIONS.values()) if arguments.operation == MODEL else [operation(arguments.operation)]
-    cases = [(one, case) for one in chosen for case in options.selected(one, arguments)]
+    cases = [(one, case) for one in chosen for case in sorted(options.selected(one, arguments), key=_tokens)]
     check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
     check(arguments.trials >= 1, "--trials", arguments.trials, "at least 1")
     cached = tuning.CACHE in os.environ
@@ -127,6 +127,12 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
             print(f"{chosen.name} {case.name}: {times}", flush=True)
     print(f"{written} of {len(cases)} shapes tuned")
     return 0
+
+
+def _tokens(case: Case) -> int:
+    """Returns the rows or sequences of a case: those with few are decoded most often, and are tuned first."""
+    sizes = case.problem().tuning_key().sizes
+    return sizes.get("rows", sizes.get("batch", 0))
 
 
 def contenders(chosen: Operation, case: Case, *, interpret: bool = False) -> list[Implementation]:
