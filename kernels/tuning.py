@@ -50,7 +50,8 @@ class Entry:
       sizes: `TuningKey.sizes` of the problem.
       config: fields of the kernel's `Config`; None for an implementation without block sizes, such as XLA's form.
       seconds: time of a call.
-      origin: "measured", "estimated" from the compiler's schedule, or "interpreted", which says nothing.
+      origin: "measured"; "prototype", where a kernel of the same form was measured; "estimated" from the compiler's
+        schedule; or "interpreted", which says nothing. Only measured times are compared with each other.
       clock: what has measured the time: "device", the device's own for the kernels of a call, or "wall", the host's;
         empty where it is estimated.
       device: the device, for example "NVIDIA H200".

@@ -46,12 +46,11 @@ def problems(operation: str, sizes: dict[str, int]) -> Iterator[Any]:
 
 @of_entry
 def test_an_entry_says_where_it_comes_from(path: Path, entry: Entry):
-    assert entry.origin in ("measured", "prototype")
-    assert entry.clock in ("device", "wall")
+    clocks = {"measured": ("device", "wall"), "prototype": ("device", "wall"), "estimated": ("",)}
+    assert entry.clock in clocks[entry.origin]
     assert path.stem == tuning.file_stem(entry.device)
-    assert entry.device in PLATFORMS
     datetime.date.fromisoformat(entry.date)
-    assert {"jax", "driver"} <= entry.versions.keys()
+    assert {"jax", "driver"} <= entry.versions.keys() | ({"driver"} if PLATFORMS[entry.device] == "tpu" else set())
     assert 1e-6 < entry.seconds < 1e-2
 
 

@@ -104,7 +104,7 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
         if seconds <= 0:
             report_progress("no time left: start again with more --minutes, it goes on where it was")
             break
-        names = ", ".join(row.name for row in rows)
+        names = ", ".join(row.name for row in rows if chip is None or row.space is not None)
         report_progress(f"[{number + 1}/{len(cases)}] {chosen.name} {case.name}: {names} on {device_kind}")
         estimate = EstimatedCost(chosen, case, chip) if chip is not None else None
         try:
