@@ -260,6 +260,49 @@ def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: 
     assert_right(fast, page, exact)
 
 
+@pytest.mark.parametrize(("dtype", "order"), [("bfloat16", "out_in"), ("float16", "out_in"), ("bfloat16", "in_out")])
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int4-g64-zeros", "int4-g16"])
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_narrow_activations_on_gpus_meet_exact_codes(scheme: str, rows: int, dtype: str, order: Order, platform: str):
+    """Weights are rounded to x's dtype only for many rows, or where a product cannot convert their codes."""
+    del platform
+    x = normal(rows, 128, dtype=dtype)
+    weights = (normal(128, 72, seed=1) / 12).at[:, 3].set(0.0).at[32:64, 5].set(0.0)
+    w = quantize(weights, scheme, order=order)
+    if scheme != "mxfp4":  # GGUF's scales may be negative
+        w = dataclasses.replace(w, scales=-w.scales)
+    exact = oracle.quantized_matmul(x, w)
+    found = compiled(functools.partial(products.quantized_matmul, out_dtype=jnp.float32))(x, w)
+    bound = 4 * np.sqrt(128) * EPS * np.abs(exact).max()
+    unconverted = scheme in ("mxfp4", "int4-g16") or (w.scheme.packed and order == "in_out")
+    if w.scheme.groups(128) > 1 and (rows == 40 or (rows == 6 and unconverted) or scheme == "int4-g16"):
+        rounded = np.abs(oracle.dequantize(dataclasses.replace(w, minimums=None)))
+        bound = bound + float(jnp.finfo(dtype).eps) / 2 * (np.abs(oracle.to_float64(x)) @ rounded)
+    assert (np.abs(np.asarray(found) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("quantize_x", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_quantized_activations_meet_codes_exactly(quantize_x: str, rows: int, platform: str):
+    x = normal(rows, 128, dtype=jnp.bfloat16)
+    w = quantize(normal(128, 72, seed=1), "int8", order="out_in" if platform == "gpu" else "in_out")
+    exact = oracle.quantized_matmul(x, w, quantize_x=quantize_x)
+    multiply = functools.partial(products.quantized_matmul, quantize_x=quantize_x, out_dtype=jnp.float32)
+    assert np.abs(compiled(multiply)(x, w) - exact).max() <= 4 * np.sqrt(128) * EPS * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "float8_e5m2-g32"])
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_a_group_of_nan_is_seen_on_gpus(scheme: str, rows: int, order: Order, platform: str):
+    del platform
+    w = quantize(normal(128, 72, seed=1).at[40, 7].set(jnp.nan), scheme, order=order)
+    found = compiled(products.quantized_matmul)(normal(rows, 128, dtype=jnp.bfloat16), w)
+    assert (jnp.isnan(found) == (jnp.arange(72) == 7)).all()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
@@ -278,7 +321,7 @@ def test_every_form_of_a_dense_product_is_the_definition(
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_products_are_differentiated_as_the_definition(rows: int):
+def test_products_are_differentiated_as_the_definition(rows: int, platform: str):
     """Narrow weights pass through a CPU as bits, which have no derivatives."""
     x, w, cotangent = normal(rows, 64), normal(64, 48, seed=1, dtype=jnp.bfloat16), normal(rows, 48, seed=2)
     pullback = jax.vjp(functools.partial(matmul, backend="xla"), x, w)[1]
@@ -286,7 +329,8 @@ def test_products_are_differentiated_as_the_definition(rows: int):
     np.testing.assert_allclose(x_gradient, cotangent @ w.astype(jnp.float32).T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(w_gradient.astype(jnp.float32), x.T @ cotangent, rtol=2**-8, atol=1e-5)
 
-    codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums")
+    order: Order = "out_in" if platform == "gpu" else "in_out"
+    codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums", order=order)
 
     def multiply(x: jax.Array, scales: jax.Array, minimums: jax.Array) -> jax.Array:
         return quantized_matmul(

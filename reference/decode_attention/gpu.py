@@ -63,18 +63,18 @@ def decode_attention(
     kv_heads, max_len = cache.k.shape[-3], cache.max_len
     lengths = jnp.clip(lengths, 0, max_len)
     low = None
+    copied = cache.page_table is not None or layer is not None
+    token_bytes = 8 * batch * q_len * q_heads  # of logits and weights
+    if copied:
+        token_bytes += 2 * batch * kv_heads * head_dim * cache.k.dtype.itemsize
+    block = max(MOST_BYTES // token_bytes, FEWEST)
     if sliding_window is not None:
         span = sliding_window + q_len - 1
         low = jnp.maximum(lengths - span, 0)
         if COPYING * span <= max_len:
+            copied = True
             cache, start = _copy_window(cache, layer, low, span)
-            low, lengths, max_len, layer = low - start, lengths - start, cache.max_len, None
-
-    token_bytes = 8 * batch * q_len * q_heads  # of logits and weights
-    if cache.page_table is not None or layer is not None:
-        token_bytes += 2 * batch * kv_heads * head_dim * cache.k.dtype.itemsize
-    block = max(MOST_BYTES // token_bytes, FEWEST)
-    in_place = cache.page_table is None and layer is None and block >= max_len
+            lengths, layer = lengths - start, None
     return blocked.decode_attention(
         q,
         cache,
@@ -86,7 +86,7 @@ def decode_attention(
         logits_soft_cap=logits_soft_cap,
         block=block,
         operands=_operands(q.dtype, cache.k.dtype),
-        weigh=functools.partial(_weigh_in_place, low=low, high=lengths) if in_place else None,
+        weigh=None if copied or block < max_len else functools.partial(_weigh_in_place, low=low, high=lengths),
     )
 
 
