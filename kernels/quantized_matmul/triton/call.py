@@ -4,7 +4,7 @@
 
 Two forms, by the rows of x. Up to four rows are multiplied as they are, without tensor cores (`few_rows.py`): a
 program has all of `in` for its channels, and adds bias and residual, activates and gates. More rows are padded to the
-16 and more of a tensor core's block (`matrix.py`), with shares of `in` where channels are too few for all multiprocessors:
+16 and more of a tensor core's block (`matrix.py`), with shares of `in` where channels do not fill the multiprocessors:
 XLA adds their float32 sums, bias, activation and gate, together with what follows. Both read weights that are stored
 `[out, in]`, each code once for every block of rows. x is normalized by XLA.
 
