@@ -131,18 +131,17 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
 
 
 def space(problem: Problem) -> Space:
-    """Channels of a block and splits along `in`; its depth, how much is loaded ahead, and how a program is run."""
-    start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
+    """Returns the block sizes that the tuner may try: those of the form that the heuristic chooses."""
+    start = heuristic(problem)
+    if start.form == "tensor_core":
+        return matrix_blocks.space(problem, start)
     tiles = -(-problem.in_features // start.tile)
     axes: dict[str, Sequence[int]] = {
         "splits": [1 << n for n in range(7) if 1 << n <= tiles],
         "block_out": (16, 32, 64, 128, 256),
         "num_warps": (2, 4, 8, 16),
     }
-    if start.form == "vector":  # which has tiles of its own, in registers
-        return Space(start, axes)
-    axes |= {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}
-    return Space(start, axes, lambda config: matrix_blocks.loaded_bytes(problem, config) <= most)
+    return Space(start, axes)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -174,28 +173,25 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     x, x_scale = inputs.x, None
     if p.quantize_x is not None:
         x, x_scale = quantize_rows(x, p.quantize_x)
-        x = x if p.quantize_x == "int8" else x.astype(jnp.float16)  # which has every float8
+        x = x.astype(gpu_matrix.operand(p))
     stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
     layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
     fused = (x_scale, inputs.bias, inputs.norm, inputs.residual) if splits == 1 else ()
     refs = Refs(layer_index, x, *stack, *fused)
-    out_blocks = pl.cdiv(p.result_features, config.block_out)
-    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
-    options["num_warps"] = config.num_warps
+    out_blocks, row_blocks = pl.cdiv(p.result_features, config.block_out), 1
+    nvidia = gpu_rows.for_nvidia(interpret)
     kernel: Callable[..., None] = gpu_vector.kernel
-    row_blocks = 1
     if config.form == "tensor_core":
         kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
-        options |= {name: getattr(config, name) for name in ("block_rows", "tile", "scales_weights")}
-        options["out_blocks"] = out_blocks
+        reordered = gpu_matrix.reorders(p, config, gpu_to_plan_for())
+        options: dict[str, Any] = {"config": config, "native": nvidia, "reordered": reordered}
     else:
-        nvidia = gpu_rows.for_nvidia(interpret)
-        options["nvidia"] = nvidia
+        options = {"block_out": config.block_out, "splits": splits, "num_warps": config.num_warps, "nvidia": nvidia}
         options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(
-        fresh_kernel(kernel, **options),
+        fresh_kernel(kernel, problem=p, **options),
         grid=(row_blocks * out_blocks, splits),
         out_shape=whole if splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -234,7 +230,7 @@ def check_config(problem: Problem, config: Config) -> None:
     if config.form == "vector":
         most = gpu_vector.MAX_ROWS
         check(p.rows <= most and p.quantize_x != "int8", "config.form", "vector", f"up to {most} rows that are floats")
-    right = not config.scales_weights or gpu_matrix.can_scale_weights(p, config.tile)
+    right = not config.scales_weights or gpu_matrix.can_scale_weights(p)
     check(right, "config.scales_weights", True, f"False for {p}")
 
 
