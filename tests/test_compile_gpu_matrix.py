@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -89,3 +90,20 @@ def test_loops_are_short(name: str):
     if problem.x_dtype != "float32":  # for which groups of 32 are read one by one
         wide = sum(opcode == "LDGSTS.E.BYPASS.128" for opcode in opcodes)
         assert wide * 16 * threads >= codes
+
+
+@pytest.mark.parametrize("arch", gpu_compiler.ARCHITECTURES)
+def test_the_last_program_adds_up_splits(arch: int):
+    """One addition to a counter, at the scope of the GPU, between the sums that are stored and those that are read."""
+    case = Case(name="last", rows=16, scheme="int8", residual=True, **LAYERS["down"])
+    with gpu_compiler.tracing_for(arch):
+        config = matrix_blocks.heuristic(case.problem(), gpu_to_plan_for())
+    assert config.splits > 1
+    kernel, _ = compiled(case, arch, dataclasses.replace(config, merge="last"))
+    assert kernel.spilled == 0
+    assert kernel.count("ATOMG.E.ADD.STRONG.GPU") == 1
+    opcodes = [one.opcode for one in parse(kernel.code).instructions]
+    counted = opcodes.index("ATOMG.E.ADD.STRONG.GPU")
+    assert "MEMBAR.ALL.GPU" in opcodes[:counted]
+    assert any(opcode.startswith("STG.E.128") for opcode in opcodes[:counted])
+    assert sum(opcode.startswith("LDG.E") for opcode in opcodes[counted:]) >= config.splits

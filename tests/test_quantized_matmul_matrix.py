@@ -138,31 +138,33 @@ def assert_multiplies(case: Case, config: Config) -> None:
 
 ODD: dict[str, Any] = {"in_features": 288, "out_features": 88}
 SILU: dict[str, Any] = {"gated": True, "activation": jax.nn.silu}
-NARROW, WIDE = Config("tensor_core", 16, 16, 32, 1, num_warps=1), Config("tensor_core", 16, 64, 128, 2)
+NARROW = Config(form="tensor_core", block_rows=16, block_out=16, tile=32, splits=1, num_warps=1)
+WIDE = dataclasses.replace(NARROW, block_out=64, tile=128, num_warps=4)
+SPLIT = dataclasses.replace(WIDE, splits=2)
 RIGHT = {
-    "int8": (Case(name="int8", rows=5, scheme="int8", bias=True, **ODD), WIDE),
+    "int8": (Case(name="int8", rows=5, scheme="int8", bias=True, **ODD), SPLIT),
     "int8-narrow": (Case(name="int8", rows=17, scheme="int8", out_dtype="float32", **ODD), NARROW),
     "int8-group": (Case(name="int8-group", rows=16, scheme="int8-g96", out_dtype="float32", **ODD), WIDE),
     "int8-small-group": (Case(name="int8-small-group", rows=17, scheme="int8-g48", **ODD), WIDE),
-    "int8-zeros": (Case(name="int8-zeros", rows=5, scheme="int8-g32-zeros", num_layers=2, **ODD), WIDE),
+    "int8-zeros": (Case(name="int8-zeros", rows=5, scheme="int8-g32-zeros", num_layers=2, **ODD), SPLIT),
     "int8-channel-zeros": (Case(name="int8-channel-zeros", rows=5, scheme="int8-zeros", **ODD), WIDE),
     "int8-minimums": (Case(name="int8-minimums", rows=5, scheme="int8-minimums", **ODD), WIDE),
-    "int4": (Case(name="int4", rows=64, scheme="int4", num_layers=2, **ODD), WIDE),
+    "int4": (Case(name="int4", rows=64, scheme="int4", num_layers=2, **ODD), SPLIT),
     "int4-group": (Case(name="int4-group", rows=17, scheme="int4-g32", bias=True, **ODD | SILU), WIDE),
-    "int4-large-group": (Case(name="g", rows=5, scheme="int4-g128", in_features=384, out_features=144), WIDE),
+    "int4-large-group": (Case(name="g", rows=5, scheme="int4-g128", in_features=384, out_features=144), SPLIT),
     "int4-small-group": (Case(name="g", rows=5, scheme="int4-g16-zeros", scale_dtype="float16", **ODD), WIDE),
     "int4-zeros": (Case(name="int4-zeros", rows=5, scheme="int4-g96-zeros", out_dtype="float32", **ODD), NARROW),
-    "int4-minimums": (Case(name="m", rows=16, scheme="int4-g32-minimums", dtype="float32", **ODD), WIDE),
+    "int4-minimums": (Case(name="m", rows=16, scheme="int4-g32-minimums", dtype="float32", **ODD), SPLIT),
     "int4-float16": (Case(name="f", rows=5, scheme="int4-g32-minimums", dtype="float16", **ODD), WIDE),
     "float8": (Case(name="float8", rows=16, scheme="float8_e4m3fn", residual=True, norm=True, **ODD), WIDE),
     "float8-float16": (Case(name="float8", rows=5, scheme="float8_e5m2", dtype="float16", **ODD), WIDE),
-    "mxfp4": (Case(name="mxfp4", rows=17, scheme="mxfp4", num_layers=2, **ODD), WIDE),
-    "int8-by-int8": (Case(name="int8-by-int8", rows=5, scheme="int8", quantize_x="int8", **ODD), WIDE),
+    "mxfp4": (Case(name="mxfp4", rows=17, scheme="mxfp4", num_layers=2, **ODD), SPLIT),
+    "int8-by-int8": (Case(name="int8-by-int8", rows=5, scheme="int8", quantize_x="int8", **ODD), SPLIT),
     "int4-by-int8": (Case(name="int4-by-int8", rows=5, scheme="int4", quantize_x="int8", **ODD | SILU), WIDE),
     "group-by-int8": (Case(name="g", rows=5, scheme="int4-g32", quantize_x="int8", dtype="float32", **ODD), WIDE),
     "float8-by-float8": (Case(name="f", rows=5, scheme="float8_e4m3fn", quantize_x="float8_e4m3fn", **ODD), WIDE),
 }
-"""Cases in sizes that divide no block: with wgmma's order of codes and splits, and in the order of memory."""
+"""Cases in sizes that divide no block: in the order of wgmma and in that of memory, with splits and without."""
 
 
 @pytest.mark.parametrize("scales_weights", [False, True])
@@ -174,6 +176,12 @@ def test_every_scheme_is_multiplied(name: str, scales_weights: bool):
             assert_multiplies(case, dataclasses.replace(config, scales_weights=True))
         return
     assert_multiplies(case, dataclasses.replace(config, scales_weights=scales_weights))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-group", "int8-by-int8", "float8"])
+def test_the_last_program_adds_up_splits(name: str):
+    """With bias, gate, residual, and scales of rows: all of a result is then left to it."""
+    assert_multiplies(RIGHT[name][0], dataclasses.replace(SPLIT, merge="last"))
 
 
 @pytest.mark.parametrize("rows", [5, 64, 100])

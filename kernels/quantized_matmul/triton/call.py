@@ -22,7 +22,7 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -37,7 +37,7 @@ from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
-from palladion.kernels.quantized_matmul.triton import matrix_blocks
+from palladion.kernels.quantized_matmul.triton import matrix_blocks, matrix_call
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.kernels.quantized_matmul.triton.config import MIN_TILE
 from palladion.kernels.quantized_matmul.triton.config import Config as Config
@@ -176,23 +176,21 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         x = x.astype(gpu_matrix.operand(p))
     stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
     layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
-    fused = (x_scale, inputs.bias, inputs.norm, inputs.residual) if splits == 1 else ()
-    refs = Refs(layer_index, x, *stack, *fused)
-    out_blocks, row_blocks = pl.cdiv(p.result_features, config.block_out), 1
-    nvidia = gpu_rows.for_nvidia(interpret)
-    kernel: Callable[..., None] = gpu_vector.kernel
+    refs = Refs(layer_index, x, *stack)._replace(x_scale=x_scale, bias=inputs.bias)
     if config.form == "tensor_core":
-        kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
-        reordered = gpu_matrix.reorders(p, config, gpu_to_plan_for())
-        options: dict[str, Any] = {"config": config, "native": nvidia, "reordered": reordered}
-    else:
-        options = {"block_out": config.block_out, "splits": splits, "num_warps": config.num_warps, "nvidia": nvidia}
-        options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
+        refs = refs._replace(residual=residual)
+        return matrix_call.multiply(p, refs, config, _name(p, config), interpret=interpret)
+    refs = refs._replace(norm=inputs.norm, residual=inputs.residual)
+    refs = refs if splits == 1 else refs._replace(x_scale=None, bias=None)
+    nvidia = gpu_rows.for_nvidia(interpret)
+    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
+    options |= {"num_warps": config.num_warps, "nvidia": nvidia}
+    options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(
-        fresh_kernel(kernel, problem=p, **options),
-        grid=(row_blocks * out_blocks, splits),
+        fresh_kernel(gpu_vector.kernel, **options),
+        grid=(pl.cdiv(p.result_features, config.block_out), splits),
         out_shape=whole if splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),

@@ -34,11 +34,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.devices import Gpu
+from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.config import Config
+from palladion.kernels.quantized_matmul.triton.matrix_store import Block, Outputs, store
 from palladion.kernels.quantized_matmul.triton.operands import unit, widen
-from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
+from palladion.kernels.quantized_matmul.triton.refs import Refs, both, read, read_scales
 from palladion.kernels.types import Ref
 from palladion.reference.quantization import PACK_BLOCK
 
@@ -82,44 +84,43 @@ def reorders(problem: Problem, config: Config, gpu: Gpu) -> bool:
     return is_wgmma and operand(problem) != problem.scheme.format
 
 
-def kernel(ref: Refs, out_ref: Ref, *, problem: Problem, config: Config, native: bool, reordered: bool) -> None:
+def kernel(
+    ref: Refs, zeros: Any, out: Outputs, *, problem: Problem, config: Config, native: bool, reordered: bool
+) -> None:
     """Runs a program, as the head of the file describes.
 
     Args:
       ref: the inputs.
-      out_ref: `[rows, result_features]`, or the sums of splits `[splits, parts, rows, result_features]` in float32.
+      zeros: what the counters of the outputs are before the first program, or None; the same memory.
+      out: the outputs.
       problem: the call.
       config: block sizes.
       native: whether the kernel is compiled for an NVIDIA GPU.
-      reordered: whether codes are read in the order of wgmma's left operand; see `in_order`.
+      reordered: whether codes are read in the order of wgmma's left operand; see `reorder`.
     """
+    del zeros
     p, c = problem, config
-    out_blocks = pl.cdiv(p.result_features, c.block_out)
-    block, split = pl.program_id(0), pl.program_id(1)
-    row_block, out_block = jax.lax.div(block, jnp.int32(out_blocks)), jax.lax.rem(block, jnp.int32(out_blocks))
+    number, split = pl.program_id(0), pl.program_id(1)
+    row_block, out_block = divide_with_remainder(number, pl.cdiv(p.result_features, c.block_out))
     row = row_block * c.block_rows + jnp.arange(c.block_rows, dtype=jnp.int32)
     channel = out_block * c.block_out + jnp.arange(c.block_out, dtype=jnp.int32)
     real_row = None if p.rows % c.block_rows == 0 else row < p.rows
     real = None if p.result_features % c.block_out == 0 else channel < p.result_features
-    program = Program(ref, p, c, native, reordered, row, channel, real_row, real)
+    block = Block(number, row, channel, real_row, real)
+    program = Program(ref, p, c, block, native, reordered)
     tiles = pl.cdiv(p.in_features, c.tile)
     share = pl.cdiv(tiles, c.splits)
     begin = split * share
 
     def trip(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        for place in range(0, c.tile, program.span):
-            totals = program.add(totals, Place(index, place))
+        for offset in range(0, c.tile, program.span):
+            totals = program.add(totals, Place(index, offset))
         return totals
 
     nothing = jnp.zeros((c.block_out, c.block_rows), jnp.int32 if operand(p) == "int8" else jnp.float32)
     totals = jax.lax.fori_loop(begin, jnp.minimum(begin + share, tiles), trip, (nothing,) * p.parts)
-
     products = [(total.astype(jnp.float32) * program.last_factor).T for total in totals]
-    x_scale = None if ref.x_scale is None else read(ref.x_scale, (row,), real_row)[:, None]
-    mask = both(_column(real_row), _row(real))
-    for part, result in enumerate(finish(ref, p, products, channel, real, x_scale, c.splits)):
-        sums = () if c.splits == 1 else (split, part)
-        plgpu.store(out_ref.at[*sums, row[:, None], channel[None, :]], result.astype(out_ref.dtype), mask=mask)
+    store(ref, out, p, c, block, products, native=native)
 
 
 class Place(NamedTuple):
@@ -141,23 +142,17 @@ class Program:
       ref: the inputs.
       problem: the call.
       config: block sizes.
+      block: its rows and channels.
       native: whether the kernel is compiled for an NVIDIA GPU.
       reordered: whether codes are read in the order of wgmma's left operand.
-      row: `[block_rows]`, rows of x.
-      channel: `[block_out]`, channels of the result.
-      real_row: which of the rows exist; None for all.
-      real: which of the channels exist; None for all.
     """
 
     ref: Refs
     problem: Problem
     config: Config
+    block: Block
     native: bool
     reordered: bool
-    row: jax.Array
-    channel: jax.Array
-    real_row: jax.Array | None
-    real: jax.Array | None
 
     @property
     def scales_products(self) -> bool:
@@ -199,7 +194,7 @@ class Program:
         groups = [[0], [1]] if apart else [list(range(self.per_byte))]
         results = []
         for part, total in enumerate(totals):
-            channel = self.channel + part * self.problem.result_features
+            channel = self.block.channel + part * self.problem.result_features
             weights = self.weights(first, channel)
             for halves in groups:
                 pairs = [(weights[half], xs[half]) for half in halves]
@@ -218,15 +213,15 @@ class Program:
             half_block = jnp.int32(HALF)
             begin = jax.lax.div(begin, half_block) * PACK_BLOCK + jax.lax.rem(begin, half_block) + half * HALF
         element = self.weight(first) + begin + offset
-        mask = both(_column(self.real_row), self.exists(element, self.problem.in_features))
-        return _load(self.ref.x, (self.row[:, None], element[None, :]), mask)
+        mask = both(_column(self.block.real_row), self.exists(element, self.problem.in_features))
+        return _load(self.ref.x, (self.block.row[:, None], element[None, :]), mask)
 
     def weights(self, first: Place, channel: jax.Array) -> list[jax.Array]:
         """Returns the operands `[block_out, bytes]` of a span, one for each half of packed codes."""
         scheme = self.problem.scheme
         start, count = jax.lax.div(self.weight(first), jnp.int32(self.per_byte)), self.span // self.per_byte
         byte = start + jnp.arange(count, dtype=jnp.int32)
-        mask = both(_column(self.real), self.exists(byte, self.problem.in_features // self.per_byte))
+        mask = both(_column(self.block.real), self.exists(byte, self.problem.in_features // self.per_byte))
         codes = _load(self.ref.codes, (self.ref.layer[0], channel[:, None], byte[None, :]), mask)
         found = []
         for half in range(self.per_byte):
@@ -297,7 +292,7 @@ class Program:
 
     def factors(self, of: Any, group: jax.Array, channel: jax.Array) -> jax.Array:
         """Returns scales, zeros or minimums, float32 `[block_out, groups]`."""
-        mask = both(_column(self.real), self.exists(group, self.problem.groups))
+        mask = both(_column(self.block.real), self.exists(group, self.problem.groups))
         load = read_scales if of is self.ref.scales else read
         return load(of, (self.ref.layer[0], channel[:, None], group[None, :]), mask)
 
@@ -365,7 +360,3 @@ def _load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array
 
 def _column(mask: jax.Array | None) -> jax.Array | None:
     return None if mask is None else mask[:, None]
-
-
-def _row(mask: jax.Array | None) -> jax.Array | None:
-    return None if mask is None else mask[None, :]

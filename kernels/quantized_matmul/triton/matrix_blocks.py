@@ -54,7 +54,7 @@ def heuristic(problem: Problem, gpu: Gpu) -> Config:
     else:
         wide = block_out * p.parts == 128 and (scales_weights or per_byte == 1)
         tile = 128 if wide else 256
-    config = Config("tensor_core", block_rows, block_out, tile, 1, scales_weights=scales_weights)
+    config = _config(block_rows, block_out, tile, 4, scales_weights)
     return _with_splits(p, config, PROGRAMS, gpu)
 
 
@@ -64,8 +64,20 @@ def _tiled(problem: Problem, gpu: Gpu) -> Config:
     programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, 128)
     block_out = 64 if p.gated or programs < gpu.multiprocessors else 128
     scales_weights = gpu_matrix.can_scale_weights(p)
-    config = Config("tensor_core", block_rows, block_out, 128, 1, block_out // 16, scales_weights=scales_weights)
+    config = _config(block_rows, block_out, 128, block_out // 16, scales_weights)
     return _with_splits(p, config, 1, gpu)
+
+
+def _config(block_rows: int, block_out: int, tile: int, num_warps: int, scales_weights: bool) -> Config:
+    return Config(
+        form="tensor_core",
+        block_rows=block_rows,
+        block_out=block_out,
+        tile=tile,
+        splits=1,
+        num_warps=num_warps,
+        scales_weights=scales_weights,
+    )
 
 
 def _with_splits(problem: Problem, config: Config, programs: int, gpu: Gpu) -> Config:
@@ -85,6 +97,7 @@ def space(problem: Problem, start: Config) -> Space:
         "tile": (64, 128, 256, 512),
         "num_warps": (1, 2, 4, 8),
         "num_stages": (2, 3, 4, 5),
+        "merge": ("launch", "last"),
         "scales_weights": (False, True) if gpu_matrix.can_scale_weights(problem) else (False,),
     }
 
