@@ -75,7 +75,7 @@ class Ptx:
         threads run in lockstep anyway, takes no time, and as an operation on what was loaded it comes after the loads.
 
         Args:
-          loaded: words, int32 arrays of one shape.
+          loaded: int8 arrays of one shape, four elements of a thread side by side.
         """
         if not self.native:
             return list(loaded)
@@ -84,7 +84,7 @@ class Ptx:
             "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
             args=loaded,
             constraints=",".join(["=r", *["r"] * len(loaded)]),
-            pack=1,
+            pack=4,
             result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, first.dtype)],
         )
         return [first, *rest]

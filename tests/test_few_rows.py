@@ -167,10 +167,9 @@ def product(stored: np.ndarray, numbers: np.ndarray, format: str, multiply: str,
     multiplies = few_rows.Bytes(scheme, PTX) if multiply == "bytes" else few_rows.Floats(scheme, PTX, exact)
     codes = few_rows.Codes(None, problem, multiplies, PTX)  # type: ignore[arg-type]  # nothing is loaded
     runs = [jnp.asarray(numbers[:, start : start + 16].ravel()) for start in range(0, codes.per_thread, 16)]
-    words = few_rows.words_of(jnp.asarray(stored.ravel()))
     factors = few_rows.Factors(None, None, None)
     codes = dataclasses.replace(codes, ref=few_rows.Refs(LAYER[None], None, None, None))
-    return codes.products((words, [factors]), [codes.operand(runs)])[0]
+    return codes.products((jnp.asarray(stored.ravel().view(np.int8)), [factors]), [codes.operand(runs)])[0]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -369,7 +368,7 @@ def test_few_rows_keep_the_memory_busy(scheme: str, rows: int, form: str, multip
         if form == "few_rows":
             flying = problem.out_features * config.num_warps * 512 / 132
             assert flying >= 40 * 1024 or config.num_warps * 32 * few_rows.per_thread(problem) >= problem.in_features
-            assert dataclasses.replace(config, form="tensor_core", block_out=64) in space
+            assert dataclasses.replace(config, form="tensor_core", multiply="float", block_out=64) in space
             assert dataclasses.replace(config, splits=2) not in space, "which few rows do not use"
 
 

@@ -17,7 +17,7 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import jax
@@ -31,9 +31,9 @@ from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import gpu_to_plan_for, target_device_kind, target_gpu
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.triton import few_rows, matrix_blocks
+from palladion.kernels.quantized_matmul.triton import few_rows, matrix_blocks, matrix_call
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
-from palladion.kernels.quantized_matmul.triton.config import FORMS, MIN_TILE, MULTIPLIES
+from palladion.kernels.quantized_matmul.triton.config import FORMS, MULTIPLIES
 from palladion.kernels.quantized_matmul.triton.config import Config as Config
 from palladion.kernels.quantized_matmul.triton.refs import Refs
 from palladion.kernels.search_space import Space
@@ -69,29 +69,25 @@ def heuristic(problem: Problem) -> Config:
 def space(problem: Problem) -> Space:
     """Returns what the tuner may try: for few rows both ways to multiply, and tensor cores."""
     p, start = problem, heuristic(problem)
-    tiles = pl.cdiv(p.in_features, MIN_TILE)
-    axes: dict[str, Sequence[Any]] = {
-        "block_out": (16, 32, 64, 128, 256),
-        "num_warps": (2, 4, 8, 16),
-        "splits": [1 << n for n in range(7) if 1 << n <= tiles],
-        "tile": (32, 64, 128, 256),
-        "num_stages": (1, 2, 3, 4, 5),
-    }
-    if few_rows.covers(p):
-        few = {"form": FORMS, "block_out": (1, 2, 4, 8, *axes["block_out"]), "num_warps": (1, *axes["num_warps"])}
-        axes |= few | {"multiply": MULTIPLIES if few_rows.can_multiply_bytes(p) else ("float",)}
-    return Space(start, axes, lambda config: _fits(p, config, start))
+    if not few_rows.covers(p):
+        return matrix_blocks.space(p, start)
+    tensor_core = matrix_blocks.space(p, matrix_blocks.heuristic(p, gpu_to_plan_for()))
+    axes: dict[str, Sequence[Any]] = dict(tensor_core.axes)
+    few = {"block_out": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16)}
+    axes |= {name: sorted({*axes[name], *values}) for name, values in few.items()}
+    axes |= {"form": FORMS, "multiply": MULTIPLIES if few_rows.can_multiply_bytes(p) else ("float",)}
+    unused = Config("few_rows", block_out=1)
 
-
-def _fits(problem: Problem, config: Config, start: Config) -> bool:
-    """Returns whether a config is worth trying: what its form does not use is as in `start`."""
-    if config.form == "few_rows":
+    def fits(config: Config) -> bool:
+        """Leaves out what differs from another config only in what its form does not use."""
+        if config.form == "tensor_core":
+            return config.multiply == unused.multiply and tensor_core.fits(config)
         used = dataclasses.replace(
-            start, form="few_rows", block_out=config.block_out, num_warps=config.num_warps, multiply=config.multiply
+            unused, block_out=config.block_out, num_warps=config.num_warps, multiply=config.multiply
         )
-        return config == used and config.block_out * problem.parts * problem.rows <= MOST_SUMS
-    loaded = matrix_blocks.loaded_bytes(problem, config)
-    return config.multiply == start.multiply and loaded <= gpu_to_plan_for().program_shared_bytes
+        return config == used and config.block_out * p.parts * p.rows <= MOST_SUMS
+
+    return Space(start, axes, fits)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -113,10 +109,9 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
-    residual, few = inputs.residual, config.form == "few_rows"
     check_config(problem, config)
+    residual = inputs.residual
     p, inputs = problem.plain(inputs)
-    splits = 1 if few else config.splits
     w, layer = inputs.w, inputs.layer
     if layer is not None and offsets_wrap(w.values.size):
         index = layer
@@ -124,41 +119,22 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     x, x_scale = inputs.x, None
     if p.quantize_x is not None:
         x, x_scale = quantize_rows(x, p.quantize_x)
-        x = x if p.quantize_x == "int8" else x.astype(jnp.float16)  # which has every float8
+        x = x.astype(gpu_matrix.operand(p))
     stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
     layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
-    fused = (x_scale, inputs.bias, residual if few else None) if splits == 1 else ()
-    refs = Refs(layer_index, x, *stack, *fused)
-    out_blocks = pl.cdiv(p.result_features, config.block_out)
-    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "num_warps": config.num_warps}
-    kernel: Callable[..., None] = few_rows.kernel
-    row_blocks = 1
-    if few:
-        options |= {"multiply": config.multiply, "native": not interpret}
-    else:
-        kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
-        options |= {name: getattr(config, name) for name in ("block_rows", "tile", "splits", "scales_weights")}
-        options["out_blocks"] = out_blocks
-    whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
-    sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
-    out = pl.pallas_call(
-        fresh_kernel(kernel, **options),
-        grid=(row_blocks * out_blocks, splits),
-        out_shape=whole if splits == 1 else sums,
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+    refs = Refs(layer_index, x, *stack)._replace(x_scale=x_scale, bias=inputs.bias, residual=residual)
+    if config.form == "tensor_core":
+        return matrix_call.multiply(p, refs, config, _name(p, config), interpret=interpret)
+    out: jax.Array = pl.pallas_call(
+        fresh_kernel(few_rows.kernel, problem=p, config=config, native=not interpret),
+        grid=(pl.cdiv(p.result_features, config.block_out),),
+        out_shape=jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),
         interpret=interpret,
         name=_name(p, config),
     )(refs)
-    if splits == 1:
-        return out if few else p.add(residual, out)
-    products = [jnp.sum(out[:, part], axis=0) for part in range(p.parts)]
-    if x_scale is not None:
-        products = [product * x_scale[:, None] for product in products]
-    if inputs.bias is not None:
-        biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
-        products = [product + bias for product, bias in zip(products, biases, strict=True)]
-    return p.add(residual, p.finish(products))
+    return out
 
 
 def _as_stack(array: jax.Array, layer: jax.Array | None) -> jax.Array:
@@ -175,7 +151,7 @@ def check_config(problem: Problem, config: Config) -> None:
         check(few_rows.covers(p), "config.form", "few_rows", accepted)
         right = config.multiply == "float" or few_rows.can_multiply_bytes(p)
         check(right, "config.multiply", "bytes", f"'float' for {p}")
-    right = not config.scales_weights or gpu_matrix.can_scale_weights(p, config.tile)
+    right = not config.scales_weights or gpu_matrix.can_scale_weights(p)
     check(right, "config.scales_weights", True, f"False for {p}")
 
 

@@ -14,6 +14,7 @@ MIN_TILE: Final = 32
 """The fewest weights along `in` of a trip."""
 
 FORMS: Final = ("few_rows", "tensor_core")
+MERGES: Final = ("launch", "last")
 MULTIPLIES: Final = ("float", "bytes")
 
 
@@ -32,6 +33,8 @@ class Config:
       splits: shares that `in` is cut into, in the tensor-core form.
       num_stages: tiles that the tensor-core form loads ahead.
       scales_weights: whether weights are scaled, and not products; for the tensor-core form and results of 16 bits.
+      merge: how splits of the tensor-core form are added up: by XLA, in a "launch" of its own, or by the "last" program
+        of a block.
     """
 
     form: Literal["few_rows", "tensor_core"]
@@ -43,10 +46,12 @@ class Config:
     splits: int = 1
     num_stages: int = 3
     scales_weights: bool = False
+    merge: Literal["launch", "last"] = "launch"
 
     def __post_init__(self) -> None:
         check(self.form in FORMS, "config.form", self.form, " or ".join(map(repr, FORMS)))
         check(self.multiply in MULTIPLIES, "config.multiply", self.multiply, " or ".join(map(repr, MULTIPLIES)))
+        check(self.merge in MERGES, "config.merge", self.merge, " or ".join(map(repr, MERGES)))
         check_power_of_two("config.block_out", self.block_out, MIN_BLOCK if self.form == "tensor_core" else 1)
         check_power_of_two("config.block_rows", self.block_rows, MIN_BLOCK)
         check_power_of_two("config.tile", self.tile, MIN_TILE)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from palladion.kernels import gpu_rows
 from palladion.kernels.gpu_ptx import Ptx
 from palladion.kernels.gpu_rows import MAX_ROWS, Share, add_up, columns, load, read
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.triton.codes import PAIRS, floats, raw_bytes
+from palladion.kernels.quantized_matmul.triton.config import Config
+from palladion.kernels.quantized_matmul.triton.operands import widen
 from palladion.kernels.quantized_matmul.triton.refs import Refs, finish, read_scales
 from palladion.kernels.types import Ref
 from palladion.reference.quantization import PACK_BLOCK, Scheme
@@ -165,10 +166,12 @@ class Floats:
         numbers = tuple(map(tuple, quads))
         return Operand(numbers, of_threads(add_up([add_up(quad) for quad in numbers])))
 
-    def weights(self, words: Sequence[jax.Array]) -> list[list[jax.Array]]:
-        """Returns the four bytes of each word as float32."""
+    def weights(self, codes: jax.Array, layer: jax.Array) -> list[list[jax.Array]]:
+        """Returns float32 weights, four arrays for each of `byte_words`."""
         if _is_float8(self.scheme):
-            return [self._float8(word) for word in words]
+            wide = widen(codes, self.scheme.format, "float16", 0, 0, native=self.ptx.native)
+            return [columns(wide.astype(jnp.float32), 4)]
+        words = byte_words(codes, self.scheme, self.ptx, layer)
         if self.scheme.format == "int8":
             words = [word ^ TOP_BITS for word in words]
         quads = [[self._wide(word, byte) for byte in range(4)] for word in words]
@@ -177,10 +180,6 @@ class Floats:
     def _wide(self, word: jax.Array, byte: int) -> jax.Array:
         bits = self.ptx.prmt(word, self.magic.bits, self.magic.selector(byte))
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-    def _float8(self, word: jax.Array) -> list[jax.Array]:
-        halves = [floats(word, shift, self.scheme.format, "float16", jnp.int32, times=False) for shift in (0, 8)]
-        return [half[place].astype(jnp.float32) for place in range(2) for half in halves]
 
     def product(self, weights: Sequence[Sequence[jax.Array]], x: Operand) -> jax.Array:
         """Returns the sum of products of a segment, float32 `[threads]`."""
@@ -227,9 +226,9 @@ class Bytes:
         first, last = (self.ptx.prmt(quad[start], quad[start + 1], 0x5140) for start in (0, 2))
         return self.ptx.prmt(first, last, 0x5410), self.ptx.prmt(first, last, 0x7632)
 
-    def weights(self, words: Sequence[jax.Array]) -> list[list[jax.Array]]:
-        """Returns the words of each thread."""
-        return [columns(word, WORDS) for word in words]
+    def weights(self, codes: jax.Array, layer: jax.Array) -> list[list[jax.Array]]:
+        """Returns the words of each thread, one array for each of them and of `byte_words`."""
+        return [columns(word, WORDS) for word in byte_words(codes, self.scheme, self.ptx, layer)]
 
     def product(self, weights: Sequence[Sequence[jax.Array]], x: Operand) -> jax.Array:
         """Returns the sum of products of a segment, float32 `[threads]`."""
@@ -271,21 +270,14 @@ class Codes:
         """Parts of a thread's weights that may lie in different groups."""
         return 2 if self.problem.scheme.packed and self.problem.group_size % PACK_BLOCK else 1
 
-    @property
-    def times(self) -> float:
-        """The factor that products of codes still need: a power of two, where codes have no offsets."""
-        scheme = self.problem.scheme
-        if _is_float8(scheme):
-            return PAIRS[scheme.format, "float16"].times
-        return 0.5 if scheme.format == "mxfp4" else 1.0
-
     def load(self, share: Share, channels: Sequence[jax.Array]) -> list[tuple[jax.Array, list[Factors]]]:
-        """Loads words of codes, int32 `[threads * 4]`, and the factors of their segments."""
+        """Loads bytes of codes, int8 `[threads * 16]`, and the factors of their segments."""
         p, ref = self.problem, self.ref
         layer, per_byte = ref.layer[0], 2 if p.scheme.packed else 1
         place = share.places(self.run, self.run)
         mask = share.exist(place, p.in_features // per_byte)
-        codes = [words_of(load(ref.codes, (layer, channel, place), mask)) for channel in channels]
+        codes = [load(ref.codes, (layer, channel, place), mask) for channel in channels]
+        codes = [jax.lax.bitcast_convert_type(stored, jnp.int8) for stored in codes]
         factors = [[self._factors(share, channel, n) for n in range(self.segments)] for channel in channels]
         return list(zip(self.ptx.together(codes), factors, strict=True))
 
@@ -313,8 +305,7 @@ class Codes:
     def products(self, loaded: tuple[jax.Array, list[Factors]], operands: Sequence[Any]) -> list[jax.Array]:
         """Returns the sum of a thread's scaled products for each row of x."""
         codes, factors = loaded
-        words = byte_words(codes, self.problem.scheme, self.ptx, self.ref.layer[0])
-        weights = self._segmented(self.multiplies.weights(words))
+        weights = self._segmented(self.multiplies.weights(codes, self.ref.layer[0]))
         return [
             add_up([self._scaled(*segment) for segment in zip(weights, operand, factors, strict=True)])
             for operand in operands
@@ -330,35 +321,24 @@ class Codes:
         left: Any = self.multiplies.left
         left = left if factors.zero is None else factors.zero + left
         product = product if isinstance(left, int) and left == 0 else product - left * x.total
-        product = product if self.times == 1 else product * self.times
+        product = product * 0.5 if self.problem.scheme.format == "mxfp4" else product
         product = product if factors.scale is None else product * factors.scale
         return product if factors.minimum is None else product + factors.minimum * x.total
 
 
-def kernel(
-    ref: Refs,
-    out: Ref,
-    *,
-    problem: Problem,
-    block_out: int,
-    num_warps: int,
-    multiply: Literal["float", "bytes"],
-    native: bool,
-) -> None:
+def kernel(ref: Refs, out: Ref, *, problem: Problem, config: Config, native: bool) -> None:
     """Computes a block of channels.
 
     Args:
       ref: the inputs.
       out: `[rows, result_features]`.
       problem: what is computed.
-      block_out: channels of the block.
-      num_warps: warps of the program.
-      multiply: how codes are multiplied.
-      native: whether the kernel is compiled for an NVIDIA GPU.
+      config: block sizes, and how codes are multiplied.
+      native: whether the kernel is compiled, and not interpreted.
     """
     p, ptx = problem, Ptx(native)
     exact = p.out_dtype == "float32"
-    multiplies = Bytes(p.scheme, ptx) if multiply == "bytes" else Floats(p.scheme, ptx, exact)
+    multiplies = Bytes(p.scheme, ptx) if config.multiply == "bytes" else Floats(p.scheme, ptx, exact)
 
     def finished(m: int, products: list[jax.Array], channel: jax.Array, real: jax.Array | None) -> jax.Array:
         x_scale = None if ref.x_scale is None else plgpu.load(ref.x_scale.at[jnp.int32(m)])
@@ -366,7 +346,7 @@ def kernel(
         return result if ref.residual is None else result + read(ref.residual, (m, channel), real)
 
     weight = Codes(ref, p, multiplies, ptx)
-    gpu_rows.multiply(ref.x, out, weight, finished, problem=p, block_out=block_out, num_warps=num_warps)
+    gpu_rows.multiply(ref.x, out, weight, finished, problem=p, block_out=config.block_out, num_warps=config.num_warps)
 
 
 def per_thread(problem: Problem) -> int:
@@ -384,15 +364,16 @@ def byte_of_zero(scheme: Scheme) -> int:
     return LEVEL_OF_ZERO if scheme.format == "mxfp4" else scheme.implied_zero
 
 
-def byte_words(words: jax.Array, scheme: Scheme, ptx: Ptx, layer: jax.Array) -> list[jax.Array]:
-    """Returns words of packed or unpacked codes as words of four bytes, in the order in which x meets them.
+def byte_words(codes: jax.Array, scheme: Scheme, ptx: Ptx, layer: jax.Array) -> list[jax.Array]:
+    """Returns codes as words of four bytes `[threads * 4]`, in the order in which x meets them.
 
     Args:
-      words: the codes, four bytes in each.
+      codes: as stored, int8 `[threads * 16]`.
       scheme: of the codes.
       ptx: byte instructions.
       layer: a number that is not negative. It hides constants: the compiler would load a known table before each use.
     """
+    words = words_of(codes)
     if scheme.format == "int4":
         return [words & LOW_NIBBLES, jax.lax.shift_right_logical(words, jnp.int32(4)) & LOW_NIBBLES]
     if scheme.format != "mxfp4":
@@ -419,8 +400,12 @@ def _for_words(x: jax.Array) -> jax.Array:
 
 
 def words_of(codes: jax.Array) -> jax.Array:
-    """Returns codes, of 8 bits in any dtype, as int32 words of four: `[n * 4]` to `[n]`."""
-    word, *others = (byte.astype(jnp.int32) for byte in columns(raw_bytes(codes), 4))
+    """Returns int8 codes as int32 words of four: `[n * 4]` to `[n]`.
+
+    The compiler sees that the four bytes lie side by side in a register, and moves nothing.
+    """
+    stored = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    word, *others = (byte.astype(jnp.int32) for byte in columns(stored, 4))
     for place, byte in enumerate(others, 1):
         word = word | (byte << (8 * place))
     return word
