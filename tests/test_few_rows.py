@@ -350,12 +350,12 @@ LAYERS: list[dict[str, Any]] = [
     ("scheme", "rows", "form", "multiply"),
     [
         ("int8", 1, "few_rows", "float"),
-        ("int8", 4, "few_rows", "float"),
-        ("int8", 5, "tensor_core", "float"),
+        ("int8", 2, "few_rows", "float"),
+        ("int8", 3, "tensor_core", "float"),
         ("int4-g128", 1, "few_rows", "bytes"),
         ("int4-g128", 2, "tensor_core", "float"),
         ("mxfp4", 1, "few_rows", "bytes"),
-        ("float8_e4m3fn", 2, "few_rows", "float"),
+        ("float8_e4m3fn", 1, "few_rows", "float"),
     ],
 )
 def test_few_rows_keep_the_memory_busy(scheme: str, rows: int, form: str, multiply: str):
