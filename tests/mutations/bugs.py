@@ -13,6 +13,7 @@ APPEND_TESTS: Final = "tests/test_append_kv.py"
 APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
+REFERENCE_TESTS: Final = "tests/test_reference.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
 ORDER: Final = "moves_its_memory_in_order or semaphore"
 """The tests that run kernels with transfers that are late, eager or watched for races, and those of semaphores."""
@@ -229,6 +230,30 @@ MUTATIONS: Final = (
         "first = jnp.maximum(jnp.max(lengths) - q_len - sliding_window + 1, 0) // block",
         (ATTENTION_TESTS, "-k", "reference_is_right or (any_lengths and xla)"),
         "Short sequences lose what only the longest one's window is past.",
+    ),
+    Mutation(
+        "reference-gpu-window-begins-in-a-chunk",
+        "reference/decode_attention/gpu.py",
+        "whole & (start >= low[:, None]), [low, high - 1]",
+        "whole & (start >= low[:, None]), [high - 1]",
+        (REFERENCE_TESTS, "-k", "on_gpus"),
+        "What is seen of the chunk in which a window begins is left out.",
+    ),
+    Mutation(
+        "reference-gpu-window-of-pages",
+        "reference/decode_attention/gpu.py",
+        "(span - 2) // page_size + 2",
+        "(span - 1) // page_size + 1",
+        (REFERENCE_TESTS, "-k", "on_gpus"),
+        "A window that begins in the middle of a page loses its last tokens.",
+    ),
+    Mutation(
+        "reference-gpu-order-of-nibbles",
+        "reference/quantized_matmul/gpu.py",
+        "2, HALF).swapaxes(2, 3)",
+        "2, HALF)",
+        (REFERENCE_TESTS, "-k", "narrow_activations and int4"),
+        "Columns of x meet other nibbles than theirs.",
     ),
     Mutation(
         "reference-empty-partials",
