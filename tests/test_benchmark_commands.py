@@ -25,6 +25,7 @@ from palladion.benchmarks.measure.device_time import Event
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.records import Measurement
+from palladion.model.engine import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 
@@ -230,7 +231,20 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
 
 
-def test_a_step_is_kernels_and_time_without_one(tmp_path: Path):
+def test_on_an_accelerator_all_batch_sizes_are_compiled_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    shape = dataclasses.replace(TINY, num_layers=1)
+    parameters = random_parameters(shape, "float32", dtype="float32")
+    given = EngineOptions(max_len=64, dtype="float32", kv_dtype="float32", steps_per_dispatch=2)
+    made = decode_steps.engines(parameters, shape, given, (1, 2), prompt=20)
+    assert [engine.batch for engine in made] == [1, 2]
+    assert all(set(engine.programs) == {("prefill", 16), "decode"} for engine in made)
+    point = decode_steps.measure_batch(made[1], shape, parameters, 20, steps=3, runs=1)
+    assert (point.batch, point.steps, point.idle_seconds) == (2, 4, None)
+
+
+def test_a_step_is_kernels_and_time_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "gpu")
     point = BatchPoint(1, (110e-6, 120e-6, 130e-6), 10**6, (1e-3,), 10**6, 4, 1e12, 0.0, steps=8)
     assert decode_steps.with_trace(point, [], 2) == point
     # Two steps of two kernels, 2 µs between the kernels and 50 µs between the steps.
@@ -259,6 +273,10 @@ def test_a_step_is_kernels_and_time_without_one(tmp_path: Path):
     page = tmp_path / "page.md"
     assert main(["report", str(tmp_path / "model.json"), f"--out={page}", "--without-pictures"]) == 0
     assert "| product | 70 µs | 58.3% | 1 |" in page.read_text()
+    old = {name: value for name, value in record["points"][0].items() if name != "steps"}
+    assert BatchPoint.from_record(old).kernels == ()  # those of a dispatch
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    assert decode_steps.with_trace(BatchPoint.from_record(old), events, 2).kernels
 
 
 def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(

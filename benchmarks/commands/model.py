@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dtype": dtype,
         "kv_dtype": arguments.kv_dtype or dtype,
         "backend": arguments.backend or "auto",
+        "steps_per_dispatch": dispatch,
         "provenance": machine.provenance(f"{PROGRAM} {shlex.join(arguments.command_line)}"),
         "limits": dataclasses.asdict(machine.limits()),
         "points": [],

@@ -89,6 +89,8 @@ class BatchPoint:
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
         }
+        if "steps" not in entry:
+            fields.pop("kernels", None)  # older files have those of a dispatch
         return cls(**fields)
 
     @property
@@ -215,11 +217,15 @@ def with_trace(point: BatchPoint, events: Sequence[device_time.Event], steps: in
     """Returns the point with what a trace of that many steps tells; as it was if the trace shows no device."""
     if not events:
         return point
-    idle = device_time.Idle.of(events)
     kernels = device_time.total_by_kernel(events)[:MOST_KERNELS]
+    point = dataclasses.replace(
+        point, kernels=tuple((one.name, one.calls / steps, one.seconds / steps) for one in kernels)
+    )
+    if target_platform() != "gpu":
+        return point  # a TPU lists a loop as one operation, gaps and all
+    idle = device_time.Idle.of(events)
     return dataclasses.replace(
         point,
-        kernels=tuple((one.name, one.calls / steps, one.seconds / steps) for one in kernels),
         busy_seconds=(idle.seconds - idle.short_gaps - idle.long_gaps) / steps,
         launch_gap_seconds=idle.short_gaps / steps,
         wait_seconds=idle.long_gaps / steps,

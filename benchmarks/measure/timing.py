@@ -12,6 +12,7 @@ alone: several can be compiled at the same time, before their arrays exist (`par
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -337,8 +338,15 @@ def memory_probe(name: str = "memory") -> JaxRunner:
 
     Timed in turns with others, it gives the memory bandwidth in the same minutes.
     """
-    x = jnp.ones((probe_bytes() // (4 * 512), 512), jnp.float32)
-    return JaxRunner.compile(name, lambda x: jnp.max(x, axis=0), x, copies=1)
+    rows = probe_bytes() // (4 * 512)
+    return JaxRunner(name, _memory_reads(rows), jnp.ones((rows, 512), jnp.float32))
+
+
+@functools.cache
+def _memory_reads(rows: int) -> CompiledCalls:
+    """Compiles the probe, once for all workloads."""
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.float32)
+    return CompiledCalls.compile(lambda x: jnp.max(x, axis=0), x, copies=1)
 
 
 def probe_bytes() -> int:
