@@ -555,19 +555,6 @@ def test_wrong_commands_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_few_rows_are_tuned_first(monkeypatch: pytest.MonkeyPatch):
-    given: list[Any] = []
-    monkeypatch.setattr(tune, "_tune", lambda cases, *_: given.extend(case for _, case in cases) or 0)
-    command = ["tune", "quantized_matmul", "--scheme=int8,int4-g32", "--rows=16,1", "--layers=qkv", "--package"]
-    assert main([*command, "--interpret"]) == 0
-    assert [(case.rows, str(case.scheme)) for case in given] == [
-        (1, "int8"),
-        (1, "int4-g32"),
-        (16, "int8"),
-        (16, "int4-g32"),
-    ]
-
-
 def test_measured_entries_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def entry(rows: int, origin: str) -> Entry:
         sizes = {"rows": rows, "in": 64, "out": 64}

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = list(OPERATIONS.values()) if arguments.operation == MODEL else [operation(arguments.operation)]
     if arguments.ship is not None:
         return _ship(chosen, arguments.ship)
-    cases = [(one, case) for one in chosen for case in sorted(options.selected(one, arguments), key=_tokens)]
+    cases = [(one, case) for one in chosen for case in options.selected(one, arguments)]
     check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
     check(arguments.trials >= 1, "--trials", arguments.trials, "at least 1")
     cached = tuning.CACHE in os.environ
@@ -145,12 +145,6 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
             print(f"{chosen.name} {case.name}: {times}", flush=True)
     print(f"{written} of {len(cases)} shapes tuned")
     return 0
-
-
-def _tokens(case: Case) -> int:
-    """Returns the rows or sequences of a case: those with few are decoded most often, and are tuned first."""
-    sizes = case.problem().tuning_key().sizes
-    return sizes.get("rows", sizes.get("batch", 0))
 
 
 def contenders(chosen: Operation, case: Case, *, interpret: bool = False) -> list[Implementation]:
