@@ -8,6 +8,7 @@ from .runner import Mutation
 
 ATTENTION: Final = "kernels/decode_attention"
 ATTENTION_TESTS: Final = "tests/test_decode_attention.py"
+ATTENTION_GPU_TESTS: Final = "tests/test_decode_attention_gpu.py"
 APPEND: Final = "kernels/append_kv"
 APPEND_TESTS: Final = "tests/test_append_kv.py"
 APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
@@ -79,26 +80,50 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-sink-in-every-split",
         f"{ATTENTION}/triton/kernel.py",
-        "sinks = jnp.where(split == 0, sinks, -jnp.inf)",
-        "sinks = jnp.where(split >= 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(share.split == 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(share.split >= 0, sinks, -jnp.inf)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton and sinks"),
         "A sink counts once for each split of the cache.",
     ),
     Mutation(
         "attention-gpu-decay",
         f"{ATTENTION}/online_softmax.py",
-        "State(m_next, state.l * alpha + jnp.sum(p, axis=1), state.acc)",
-        "State(m_next, state.l + jnp.sum(p, axis=1), state.acc)",
+        "State(m_next, state.l * alpha[:, None] + p, state.acc)",
+        "State(m_next, state.l + p, state.acc)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "The sum of the weights so far keeps its old maximum.",
     ),
     Mutation(
         "attention-gpu-dead-tokens",
         f"{ATTENTION}/triton/kernel.py",
-        "visible_token = jnp.clip(token, rows.span.first_token, rows.span.last_token)",
+        "visible_token = jnp.clip(token, span.first_token, span.last_token)",
         "visible_token = token",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "Tokens are read that lie before the window or past the length.",
+    ),
+    Mutation(
+        "attention-gpu-merged-too-early",
+        f"{ATTENTION}/triton/merge.py",
+        "share.works & (arrived == share.slots.number - 1)",
+        "share.works & (arrived == share.slots.number - 2)",
+        (ATTENTION_GPU_TESTS, "-k", "share_and_merge and last"),
+        "The last but one of the programs merges, before the last one has stored its results.",
+    ),
+    Mutation(
+        "attention-gpu-empty-sequence",
+        f"{ATTENTION}/triton/shares.py",
+        "jnp.full_like(blocks, size)), 1)",
+        "jnp.full_like(blocks, size)), 0)",
+        (ATTENTION_GPU_TESTS, "-k", "share_and_merge and balanced"),
+        "An empty sequence has no program, and its result is not written.",
+    ),
+    Mutation(
+        "attention-gpu-weights-overflow",
+        f"{ATTENTION}/online_softmax.py",
+        "bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]",
+        "bound = s",
+        (ATTENTION_GPU_TESTS, "-k", "scales_of_values"),
+        "Weights with the scales of values overflow float16, or vanish in it.",
     ),
     # --- append_kv, append_qkv ---
     Mutation(

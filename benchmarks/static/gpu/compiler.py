@@ -164,14 +164,14 @@ def _is_triton(operation: Any) -> bool:
 
 
 def _kernel_of(operation: Any) -> TritonKernel:
+    from jax._src.interpreters.mlir import make_ir_context
     from jax._src.lib import triton as dialects
 
     config = operation.attributes["mhlo.backend_config"]
     types = [ir.RankedTensorType(operand.type) for operand in operation.operands]
     operands = tuple((math.prod(one.shape), str(one.element_type)) for one in types)
-    context = ir.Context()
-    context.allow_unregistered_dialects = True
-    with context:
+    # A plain context lacks the GPU dialect, whose barrier it prints with properties that Triton cannot parse.
+    with make_ir_context() as context:
         dialects.dialect.register_dialect(context)  # type: ignore[attr-defined]  # not exported, and all there is
         # The kernel is MLIR bytecode in an attribute.
         module = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)
