@@ -38,8 +38,8 @@ needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda1
 
 
 def case_of(scheme: str, rows: int, **changes: Any) -> Case:
-    """Returns a small case: two blocks of 64 channels overlap, and the last block of 64 along `in` is cut."""
-    sizes = {"in_features": 160, "out_features": 100, "order": "out_in"}
+    """Returns a small case: two blocks of 64 channels overlap, and the last block of 128 along `in` is cut."""
+    sizes = {"in_features": 192, "out_features": 104, "order": "out_in"}
     return Case(**{"name": f"{scheme}-{rows}", "rows": rows, "scheme": scheme, **sizes, **changes})
 
 
@@ -64,28 +64,31 @@ def check(case: Case, config: call.Config) -> None:
 
 RIGHT = [
     # One row and more, to the last of a block; splits, of which the last has less to do.
-    (case_of("int8", 1), call.Config(8, block_in=64, splits=2)),
-    (case_of("int8", 3, dtype="float16", bias=True), call.Config(8, block_in=64)),
-    (case_of("int4", 8), call.Config(8, block_in=64)),
+    (case_of("int8", 1, in_features=160), call.Config(8, block_in=64, splits=2)),
+    (case_of("int8", 3, dtype="float16", bias=True), call.Config(8, block_in=128)),
+    (case_of("int4", 8), call.Config(8, block_in=128)),
     (case_of("int4-g32", 17, out_dtype="float32"), call.Config(32, block_in=128, num_stages=1)),
-    (case_of("int4-g32", 17), call.Config(16, block_in=64, splits=3)),
-    (case_of("int8-g16", 64, dtype="float16"), call.Config(64, block_in=64)),
+    (case_of("int4-g32", 17), call.Config(16, block_in=64, splits=2)),
+    (case_of("int8-g16", 64, dtype="float16"), call.Config(64, block_in=128)),
     # Groups longer than a block, groups that a block ends within, zero points and minimums.
     (case_of("int4-g128-zeros", 5, in_features=384), call.Config(8, block_in=64, splits=2)),
     (case_of("int8-g96-zeros", 5, in_features=288, dtype="float16"), call.Config(8, block_in=64)),
     (case_of("int8-zeros", 5), call.Config(8, block_in=256)),
-    (case_of("int4-g32-minimums", 5), call.Config(8, block_in=64)),
-    (case_of("int8-minimums", 5, dtype="float16", scale_dtype="float16"), call.Config(8, block_in=64, splits=2)),
-    (case_of("float8_e4m3fn", 5, scale_dtype="bfloat16"), call.Config(8, block_in=64)),
-    (case_of("float8_e5m2", 5, dtype="float16"), call.Config(8, block_in=64)),
-    # Gates; two tiles of channels; a layer; features that TMA cannot write.
+    (case_of("int4-g32-minimums", 5), call.Config(8, block_in=128)),
+    (case_of("int8-minimums", 5, dtype="float16", scale_dtype="float16"), call.Config(8, block_in=128)),
+    (case_of("float8_e4m3fn", 5, scale_dtype="bfloat16"), call.Config(8, block_in=128)),
+    (case_of("float8_e5m2", 5, dtype="float16"), call.Config(8, block_in=128)),
+    # Gates, in the kernel and after splits; two tiles of channels; a layer; norm and residual; blocks of rows.
     (
-        case_of("int4-g32", 9, out_features=272, gated=True, activation=jax.nn.silu, bias=True, num_layers=3),
+        case_of("int4-g64", 9, out_features=272, gated=True, activation=jax.nn.silu, bias=True, num_layers=3),
         call.Config(16, block_out=128, block_in=128),
     ),
-    (case_of("int8", 5, out_features=194, gated=True, activation=jax.nn.silu, bias=True), call.Config(8, block_in=64)),
-    (case_of("int8", 5, out_features=65, norm=True, residual=True), call.Config(8, block_in=64)),
-    (case_of("int4-g32", 70, out_features=64), call.Config(32, block_in=64)),
+    (
+        case_of("int8", 5, out_features=208, gated=True, activation=jax.nn.silu, bias=True),
+        call.Config(8, block_in=128, splits=2),
+    ),
+    (case_of("int8", 5, out_features=72, norm=True, residual=True), call.Config(8, block_in=128)),
+    (case_of("int4-g32", 70, out_features=64), call.Config(32, block_in=128)),
 ]
 
 
@@ -97,14 +100,14 @@ def test_the_kernel_is_right(case: Case, config: call.Config):
 def test_memory_is_awaited_before_it_is_read():
     """Shared memory is NaN until something arrives; sizes divide blocks, since what TMA fills with zeros is NaN too."""
     case = case_of("int4-g32", 8, in_features=512, out_features=64)
-    inputs, config = cases.make_inputs(case), call.Config(8, block_in=64, num_stages=3)
+    inputs, config = cases.make_inputs(case), call.Config(8, block_in=128, num_stages=3)
     interpret = dataclasses.replace(gpu_interpreter(True), uninitialized_memory="nan")
     reference = quantized_matmul(**inputs._asdict(), backend="xla")
     assert_right(run(case, config, inputs, interpret), reference, judge(case, inputs), "NaN")
 
 
 def test_rows_have_the_same_bits_in_every_batch():
-    case = case_of("int8-g32", 70, out_features=64)
+    case = case_of("int8-g32", 70, in_features=128, out_features=64)
     inputs = cases.make_inputs(case)
     multiply = jax.jit(
         functools.partial(quantized_matmul, w=inputs.w, batch_invariant=True, backend="mosaic_gpu", interpret=True)
@@ -215,8 +218,9 @@ def test_the_heuristic_suits_every_layer(case: Case):
         ({"scheme": "mxfp4"}, "codes must be int8, int4 or float8, got mxfp4"),
         ({"rows": 4}, "x must have 5 to 64 rows unless batch_invariant, got 4"),
         ({"rows": 65}, "got 65"),
-        ({"out_features": 126, "gated": True}, "the result must have at least 64 channels, got 63"),
-        ({"in_features": 168, "scheme": "int8"}, "in must be a multiple of 16"),
+        ({"out_features": 112, "gated": True}, "channels of the result must be a multiple of 8, at least 64, got 56"),
+        ({"out_features": 100}, "channels of the result must be a multiple of 8, at least 64, got 100"),
+        ({"in_features": 176, "scheme": "int8"}, "in must be a multiple of 32, got 176"),
     ],
 )
 def test_what_is_not_covered_says_why(changes: dict[str, Any], reason: str):
@@ -235,7 +239,7 @@ def test_what_is_not_covered_says_why(changes: dict[str, Any], reason: str):
         ({"block_out": 96}, "config.block_out: got 96; accepted: a multiple of 64, at most 256"),
         ({"block_in": 32}, "config.block_in: got 32; accepted: a power of two of at least 64"),
         ({"splits": 0}, "config.splits: got 0; accepted: at least 1"),
-        ({"block_out": 128}, "config.block_out: got 128; accepted: up to 100"),
+        ({"block_out": 128}, "config.block_out: got 128; accepted: up to 104"),
     ],
 )
 def test_wrong_block_sizes(wrong: dict[str, int], message: str):
@@ -258,6 +262,10 @@ def test_hopper_takes_it_for_a_few_rows(arch: int, rows: int, backend: str):
 # ---------------------------------------------------------------------------------------------------------- compiled
 
 COMPILED = [
+    # Sizes that divide no block, and rows that are no multiple of 8, which XLA pads.
+    case_of("int8", 5, in_features=160),
+    case_of("int4-g32", 17, in_features=576),
+    case_of("int8-g16", 9, in_features=96, out_features=72),
     case_of("int8", 8, in_features=4096, out_features=6144, num_layers=2),
     case_of("int8", 16, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu),
     case_of("int4-g128", 16, in_features=14336, out_features=4096, residual=True, scale_dtype="bfloat16"),
@@ -278,8 +286,8 @@ def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypa
     call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
     program = gpu_program.compile_program(lambda inputs: call(**inputs._asdict()), case.shapes())
     names = [launch.name for launch in program.launches]
-    assert len(names) <= 2, names  # the kernel, and the sum of splits
-    assert "copy" not in " ".join(names).lower()
+    names = [name for name in names if not name.startswith("loop_")]
+    assert len(names) == 1, names  # beside XLA's: rows are padded, splits are added up
     (report,) = tmp_path.glob("*.ptxas")
     spilled = re.findall(r"(\d+) bytes spill stores", report.read_text())
     assert spilled == ["0"], report.read_text()

@@ -25,7 +25,7 @@ from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
 from palladion.kernels.linear import Inputs
-from palladion.kernels.quantized_matmul.mosaic_gpu.kernel import CHANNELS, Refs, kernel, unit_of
+from palladion.kernels.quantized_matmul.mosaic_gpu.kernel import CHANNELS, SWIZZLES, Refs, kernel, unit_of
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -37,14 +37,17 @@ BLOCK_ROWS: Final = (8, 16, 32, 64)
 """Rows of x in a block: columns of a wgmma."""
 
 FEWEST_ROWS: Final = 5
-"""Rows from which on tensor cores are worth their launches: for one row an H200 took 10.7, 8.3, 35.6 and 18.9 µs for the
-layers of Llama-3-8B in int8, sums of splits included, where a kernel without tensor cores took 10.0, 7.5, 32.4, 20.6."""
+"""Rows from which on tensor cores are worth it. Fewer rows take as long: 11.9, 8.3, 35.6 and 18.9 µs on an H200 for the
+layers of Llama-3-8B in int8, sums of splits included; 10.0, 7.5, 32.4 and 20.6 µs for one row without tensor cores."""
 
 MOST_ROWS: Final = 64
 """Rows up to which each code is converted once."""
 
-BLOCKS_IN: Final = (256, 128, 64)
-"""Weights along `in` of a block; the widest is the best that was measured."""
+BLOCKS_IN: Final = (512, 256, 128, 64)
+"""Weights along `in` of a block, the best first."""
+
+BLOCK_BYTES: Final = 256
+"""Bytes of codes of a channel in the best block that was measured."""
 
 STAGES: Final = range(3, 6 + 1)
 """Blocks in the ring: fewer leave too few bytes on their way."""
@@ -55,8 +58,8 @@ REGISTERS: Final = 168
 PROGRAMS: Final = 2
 """Programs of a multiprocessor that together keep enough bytes on their way, and one multiplies while one waits."""
 
-TMA_BYTES: Final = 16
-"""Unit of the bytes of a row that TMA copies."""
+TMA_ROWS: Final = 8
+"""Rows that TMA reads together: channels, and rows of x beyond these, must be multiples of them."""
 
 ELEMENTWISE: Final = frozenset(
     (
@@ -93,7 +96,7 @@ class Config:
 
     block_rows: int
     block_out: int = CHANNELS
-    block_in: int = BLOCKS_IN[0]
+    block_in: int = 256
     splits: int = 1
     num_stages: int = 4
 
@@ -115,13 +118,13 @@ def heuristic(problem: Problem) -> Config:
     block_outs = (2 * CHANNELS, CHANNELS) if share else (CHANNELS,)
     some_rows = (block_rows, max(block_rows // 2, BLOCK_ROWS[0]))
     for rows, block_out, block_in in itertools.product(some_rows, block_outs, BLOCKS_IN):
-        config = Config(rows, block_out, block_in)
+        config = Config(rows, block_out, min(block_in, BLOCK_BYTES * (2 if p.scheme.packed else 1)))
         stages = (gpu.shared_bytes // PROGRAMS - staged_bytes(p, config)) // block_bytes(p, config)
         if registers(p, config) <= REGISTERS and stages >= STAGES[0]:
             break
     programs = pl.cdiv(p.rows, config.block_rows) * pl.cdiv(p.result_features, config.block_out)
     blocks = pl.cdiv(p.in_features, config.block_in)
-    splits = min(max(PROGRAMS * gpu.multiprocessors // programs, 1), blocks)
+    splits = max(min(PROGRAMS * gpu.multiprocessors // programs, blocks // STAGES[0]), 1)
     splits = pl.cdiv(blocks, pl.cdiv(blocks, splits))  # none of them empty
     return dataclasses.replace(config, splits=splits, num_stages=min(max(stages, STAGES[0]), STAGES[-1]))
 
@@ -151,7 +154,7 @@ def space(problem: Problem) -> Space:
     blocks = pl.cdiv(p.in_features, CHANNELS)
     axes = {
         "block_out": [size for size in (64, 128, 256) if size <= p.result_features],
-        "block_in": (64, 128, 256, 512),
+        "block_in": BLOCKS_IN[::-1],
         "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
     }
@@ -178,11 +181,11 @@ def unsupported(problem: Problem) -> str | None:
         return f"scales must be float32, bfloat16 or float16, got {p.scale_dtype}"
     if not FEWEST_ROWS <= p.rows <= MOST_ROWS and not p.batch_invariant:
         return f"x must have {FEWEST_ROWS} to {MOST_ROWS} rows unless batch_invariant, got {p.rows}"
-    if p.result_features < CHANNELS:
-        return f"the result must have at least {CHANNELS} channels, got {p.result_features}"
-    unit = TMA_BYTES * (2 if p.scheme.packed else 1)
+    if p.result_features < CHANNELS or p.result_features % TMA_ROWS:
+        return f"channels of the result must be a multiple of {TMA_ROWS}, at least {CHANNELS}, got {p.result_features}"
+    unit = SWIZZLES[-1] * (2 if p.scheme.packed else 1)
     if p.in_features % unit:
-        return f"in must be a multiple of {unit}, so that rows of codes are multiples of {TMA_BYTES} bytes"
+        return f"in must be a multiple of {unit}, got {p.in_features}: rows of codes are read by {SWIZZLES[-1]} bytes"
     return None
 
 
@@ -193,6 +196,8 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     residual = inputs.residual
     p, inputs = problem.plain(inputs)
     check(config.block_out <= p.result_features, "config.block_out", config.block_out, f"up to {p.result_features}")
+    if p.rows > TMA_ROWS and p.rows % TMA_ROWS:
+        inputs = inputs._replace(x=jnp.pad(inputs.x, ((0, -p.rows % TMA_ROWS), (0, 0))))
     whole, rows = finishes(p, config), p.rows
     row_blocks = pl.cdiv(rows, config.block_rows)
     if interpret:
@@ -200,8 +205,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     if whole:
         result = jax.ShapeDtypeStruct((rows, p.result_features), p.out_dtype)
     else:
-        features = pl.cdiv(p.result_features, 4) * 4  # of which TMA copies rows
-        result = jax.ShapeDtypeStruct((config.splits, p.parts, rows, features), jnp.float32)
+        result = jax.ShapeDtypeStruct((config.splits, p.parts, rows, p.result_features), jnp.float32)
     staged = plgpu.SMEM((1 if whole else p.parts, config.block_rows, config.block_out), result.dtype)
     out = plgpu.kernel(
         fresh_kernel(kernel, problem=p, config=config, whole=whole, interpret=bool(interpret)),
@@ -215,7 +219,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     )(_refs(inputs, with_bias=whole))
     if whole:
         return p.add(residual, out[: p.rows])
-    products = [jnp.sum(out[:, part, : p.rows, : p.result_features], axis=0) for part in range(p.parts)]
+    products = [jnp.sum(out[:, part, : p.rows], axis=0) for part in range(p.parts)]
     if inputs.bias is not None:
         biases = jnp.split(inputs.bias.astype(jnp.float32)[None], p.parts, axis=1)
         products = [product + bias for product, bias in zip(products, biases, strict=True)]
@@ -239,9 +243,7 @@ def _refs(inputs: Inputs, with_bias: bool) -> Refs:
 
 def finishes(problem: Problem, config: Config) -> bool:
     """Returns whether the kernel itself adds the bias, activates, gates and writes the result."""
-    p = problem
-    aligned = p.result_features * jnp.dtype(p.out_dtype).itemsize % TMA_BYTES == 0
-    return config.splits == 1 and aligned and (p.activation is None or _compiles(p.activation))
+    return config.splits == 1 and (problem.activation is None or _compiles(problem.activation))
 
 
 def _compiles(activation: Callable[[jax.Array], jax.Array]) -> bool:

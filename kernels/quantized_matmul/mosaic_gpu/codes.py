@@ -28,7 +28,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm
 
 MANTISSA_BITS: Final = {"bfloat16": 7, "float16": 10}
 EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
@@ -146,24 +146,31 @@ class _Word:
     def __init__(self, value: ir.Value) -> None:
         self.value = value
 
-    def _with(self, operation: Callable[..., ir.Value], other: int | _Word) -> _Word:
-        right = other.value if isinstance(other, _Word) else utils.c(other, self.value.type)
-        return _Word(operation(self.value, right))
-
-    def __and__(self, other: int) -> _Word:
-        return self._with(arith.andi, other)
+    def __and__(self, mask: int) -> _Word:
+        return _Word(arith.andi(self.value, _in_register(mask)))
 
     def __or__(self, other: int | _Word) -> _Word:
-        return self._with(arith.ori, other)
+        return _Word(arith.ori(self.value, other.value if isinstance(other, _Word) else _in_register(other)))
 
-    def __xor__(self, other: int) -> _Word:
-        return self._with(arith.xori, other)
+    def __xor__(self, mask: int) -> _Word:
+        return _Word(arith.xori(self.value, _in_register(mask)))
 
-    def __lshift__(self, other: int) -> _Word:
-        return self._with(arith.shli, other)
+    def __lshift__(self, count: int) -> _Word:
+        return _Word(arith.shli(self.value, utils.c(count, self.value.type)))
 
-    def __rshift__(self, other: int) -> _Word:
-        return self._with(arith.shrui, other)
+    def __rshift__(self, count: int) -> _Word:
+        return _Word(arith.shrui(self.value, utils.c(count, self.value.type)))
+
+
+def _in_register(constant: int) -> Any:
+    """Emits a constant that NVIDIA's assembler does not know to be one: it keeps it in a register.
+
+    It would move known ones into a register anew for every instruction that takes two: a fifth of all. The number of a
+    multiprocessor is below 2^31.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    ptx = f"{{ .reg .b32 zero; mov.u32 zero, %smid; shr.u32 zero, zero, 31; xor.b32 $0, zero, {constant}; }}"
+    return llvm.inline_asm(i32, [], ptx, "=r")
 
 
 def _in_registers(codes: Any, make: Callable[[Any], Any], floats: Any, packed: bool) -> Any:

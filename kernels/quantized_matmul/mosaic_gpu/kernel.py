@@ -43,8 +43,8 @@ from palladion.kernels.types import Ref, Scalar
 CHANNELS: Final = 64
 """Channels of a wgmma."""
 
-SWIZZLE: Final = 128
-"""Bytes of the longest rows that TMA permutes in shared memory, so that reads do not collide."""
+SWIZZLES: Final = (128, 64, 32)
+"""Bytes that TMA permutes in shared memory so that reads do not collide; an array's rows must be multiples of them."""
 
 Tile = tuple[int, int]
 """64 channels: part, 0 for the gate or the only one and 1 for the up, and first channel in the program's block."""
@@ -73,7 +73,7 @@ class Refs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What belongs to a unit, one number for each of 64 channels.
+    """Numbers that belong to a unit, one for each of 64 channels.
 
     Attributes:
       scale: float32.
@@ -105,6 +105,8 @@ class Program:
         self.problem, self.refs, self.config, self.interpret = problem, refs, config, interpret
         self.recipe = recipe(problem.scheme.format, problem.x_dtype)
         self.unit = unit_of(problem, config.block_in)
+        # Weights of a wgmma: not more, so that the first products do not wait for the last codes.
+        self.piece = swizzle_of(math.gcd(problem.in_features, self.unit), 16) // 2
         self.layer = refs.layer[0]
         self.row, self.split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
         last = problem.result_features - config.block_out
@@ -208,7 +210,7 @@ class Program:
             columns = [x.at[:, pl.ds(start, self.unit)][...] for start, _ in weights]
             pairs = zip(weights, columns, strict=True)
             return [jnp.dot(w, column.T, preferred_element_type=jnp.float32) for (_, w), column in pairs]
-        piece = min(self.unit, SWIZZLE // 2)  # so that the first products do not wait for the last codes
+        piece = self.piece
 
         def on_tensor_cores(*sums: Ref) -> list[jax.Array]:
             for (start, weight), total in zip(weights, sums, strict=True):
@@ -228,19 +230,24 @@ class Program:
             store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED))
 
 
+def swizzle_of(length: int, bits: int) -> int:
+    """Returns the bytes that TMA permutes in shared memory: the most that rows of so many numbers are multiples of."""
+    return next(size for size in SWIZZLES if length * bits % (8 * size) == 0)
+
+
 def block_spec(
-    shape: tuple[int, int], place: Callable[[Scalar], Any], permuted: int, bits: int, interpret: bool
+    shape: tuple[int, int], place: Callable[[Scalar], Any], length: int, bits: int, interpret: bool
 ) -> plgpu.BlockSpec:
     """Returns the block of an input that the ring holds.
 
     Args:
       shape: of the block.
       place: returns its indices among blocks, given that along the program's share of `in`.
-      permuted: numbers of a row that TMA may permute among each other.
+      length: of which the rows of the input, and what is read at a time from the block, are multiples.
       bits: of a number.
       interpret: whether the kernel is interpreted: blocks are not permuted then.
     """
-    swizzle = min(permuted * bits // 8, SWIZZLE)
+    swizzle = swizzle_of(length, bits)
     transforms = plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
     return plgpu.BlockSpec(shape, place, transforms=() if interpret else transforms)
 
@@ -248,10 +255,11 @@ def block_spec(
 def accumulate(program: Program) -> list[jax.Array]:
     """Returns the products of all tiles of a program over its share of `in`, float32 `[64, block_rows]` each."""
     p, config, first, row, refs = program.problem, program.config, program.first, program.row, program.refs
-    packed_columns = config.block_in // (2 if p.scheme.packed else 1)
-    codes_shape, x_shape = (config.block_out, packed_columns), (config.block_rows, config.block_in)
-    codes_spec = block_spec(codes_shape, lambda block: (0, first + block), packed_columns, 8, program.interpret)
-    x_spec = block_spec(x_shape, lambda block: (row, first + block), program.unit, 16, program.interpret)
+    columns, row_bytes = (size // (2 if p.scheme.packed else 1) for size in (config.block_in, p.in_features))
+    codes_shape, x_shape = (config.block_out, columns), (config.block_rows, config.block_in)
+    codes_length = math.gcd(row_bytes, columns)
+    codes_spec = block_spec(codes_shape, lambda block: (0, first + block), codes_length, 8, program.interpret)
+    x_spec = block_spec(x_shape, lambda block: (row, first + block), program.piece, 16, program.interpret)
     grouped = p.scheme.group_size is not None
     start = [program.factors(tile, 0) for tile in program.tiles]
 
@@ -284,7 +292,7 @@ def kernel(
 
     Args:
       refs: the inputs.
-      result: `[rows, result_features]`, or sums `[splits, parts, rows, at least result_features]`.
+      result: `[rows, result_features]`, or sums `[splits, parts, rows, result_features]`.
       staged: `[1, or parts of sums, block_rows, block_out]` in shared memory: what is written to `result`.
       problem: what is computed.
       config: block sizes, a `call.Config`.
