@@ -46,7 +46,7 @@ def attention(case: AttentionCase, **options: Any) -> Compilable:
 
 
 def matmul(case: MatmulCase, **options: Any) -> Compilable:
-    options = case.options | {"backend": "pallas"} | options
+    options = case.options | {"backend": "triton"} | options
 
     def call(inputs: Any) -> Any:
         return quantized_matmul(**inputs._asdict(), **options)
