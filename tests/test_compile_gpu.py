@@ -328,15 +328,6 @@ HOT_LOOPS = {
     "vector-int4-by-float32": (MatmulCase(name="", rows=1, scheme="int4", dtype="float32", **QKV), 90, 8.6, "FFMA"),
     "vector-float8": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 90, 5.5, "FFMA"),
     "vector-float8-80": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 80, 5.5, "FFMA"),
-    "skinny-int8": (MatmulCase(name="", rows=16, scheme="int8", **QKV), 90, 4.8, "HGMMA"),
-    "skinny-int8-80": (MatmulCase(name="", rows=16, scheme="int8", **QKV), 80, 7.0, "HMMA"),
-    "skinny-int4-g32": (MatmulCase(name="", rows=16, scheme="int4-g32", **QKV), 90, 8.7, "HGMMA"),
-    "skinny-int4-g128": (MatmulCase(name="", rows=16, scheme="int4-g128", **QKV), 90, 7.0, "HGMMA"),
-    "skinny-float8": (MatmulCase(name="", rows=16, scheme="float8_e4m3fn", **QKV), 90, 5.5, "HGMMA"),
-    "skinny-mxfp4": (MatmulCase(name="", rows=16, scheme="mxfp4", **QKV), 90, 12.2, "HGMMA"),
-    "int8-activations": (MatmulCase(name="", rows=16, scheme="int8", quantize_x="int8", **QKV), 90, 2.0, "IGMMA"),
-    "prefill-int8": (MatmulCase(name="", rows=4096, scheme="int8", **QKV), 90, 8.1, "HGMMA"),
-    "prefill-int4": (MatmulCase(name="", rows=4096, scheme="int4-g128", **QKV), 90, 19.0, "HGMMA"),
 }
 """Limits a few percent above the counts; the operation's README.md says how many instructions a GPU has time for."""
 
@@ -365,11 +356,8 @@ def test_codes_are_dequantized_in_few_instructions(name: str):
     problem = case.problem()
     with gpu_compiler.tracing_for(arch):
         config = matmul_triton.heuristic(problem)
-    if config.form == "vector":
-        lanes = gpu_rows.lanes(config.block_out, config.num_warps)
-        codes = gpu_vector.chunk_rows(problem, config.num_warps) * lanes * config.block_out
-    else:
-        codes = config.tile * config.block_out // (2 if problem.scheme.packed else 1)
+    lanes = gpu_rows.lanes(config.block_out, config.num_warps)
+    codes = gpu_vector.chunk_rows(problem, config.num_warps) * lanes * config.block_out
     function, arguments = matmul(case)
     (kernel,) = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
     loop = hot_loop(kernel)
@@ -380,15 +368,9 @@ def test_codes_are_dequantized_in_few_instructions(name: str):
     assert kernel.spilled == 0
     assert per_byte < most
     assert any(instruction.startswith(multiplies) for instruction in loop)
-    # 128 bits of codes at a time: into registers, or past them into shared memory.
-    if config.form == "vector":
-        assert_loads_together(kernel)
-    loads = [i for i in loop if i.startswith("LDG.E.128" if config.form == "vector" else "LDGSTS.E.BYPASS")]
+    assert_loads_together(kernel)
+    loads = [i for i in loop if i.startswith("LDG.E.128")]
     assert len(loads) * 16 * 32 * config.num_warps >= codes, loads
-    if config.form == "tensor_core":
-        # Scales and zeros of one byte are read this way; reads of codes would be as many as the codes.
-        bytewise = sum(instruction.startswith("LDS.U8") for instruction in loop)
-        assert 4 * bytewise <= codes // (32 * config.num_warps), "codes are read byte by byte"
     assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"
     if multiplies == "IDP":
         assert not any(name.startswith(("BAR", "STS", "LDS")) for name in loop), "threads exchange what they have"

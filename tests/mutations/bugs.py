@@ -15,6 +15,7 @@ APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
 REFERENCE_TESTS: Final = "tests/test_reference.py"
+MATRIX_TESTS: Final = "tests/test_quantized_matmul_matrix.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
 ORDER: Final = "moves_its_memory_in_order or semaphore"
 """The tests that run kernels with transfers that are late, eager or watched for races, and those of semaphores."""
@@ -228,7 +229,7 @@ MUTATIONS: Final = (
         f"{PRODUCT}/triton/matrix.py",
         "jax.lax.fori_loop(begin, jnp.minimum(begin + share, tiles), trip,",
         "jax.lax.fori_loop(begin, begin + share, trip,",
-        (PRODUCT_TESTS, "-k", "any_number_of_rows and tensor_core"),
+        (MATRIX_TESTS, "-k", "every_scheme and int4-large-group"),
         "The last split goes on past the end of `in` where shares are not equal.",
     ),
     Mutation(
@@ -236,7 +237,7 @@ MUTATIONS: Final = (
         f"{PRODUCT}/triton/refs.py",
         "product = product + read(refs.bias, (columns,), real)",
         "product = product + read(refs.bias, (channel,), real)",
-        (PRODUCT_TESTS, "-k", "every_config and triton and gated"),
+        (MATRIX_TESTS, "-k", "every_scheme and int4-group"),
         "Ups of a gated call get the bias of the gates.",
     ),
     Mutation(
