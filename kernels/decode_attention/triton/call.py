@@ -1,14 +1,15 @@
-"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in splits (split-K).
+"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in shares (split-K).
 
-A program has one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
-major), and one split, an equal share of the KV blocks that these rows see. It computes their online softmax
-(`online_softmax.py`). A second, small kernel merges the splits' outputs, in float32, by their log-sum-exps; a single
-split is the output itself.
+A program has one KV head with a block of the query rows that share it (rows = q_len * group, query major), and one
+slot: a share of the KV blocks that these rows see in one sequence (`shares.py`). It computes their online softmax
+(`online_softmax.py`). The slots' outputs are merged, in float32, by their log-sum-exps (`merge.py`), in a second launch
+or by the last program; a single slot for each sequence is the output itself.
 
-Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads, and a GPU has many
-multiprocessors, which splits keep busy. A third axis, Triton's last one, is left for `jax.vmap`. The loop runs over
-the KV blocks that are filled and, with a window, visible: its bounds are read from `lengths` on the device. Page
-numbers are read as tokens are loaded, one iteration ahead; nothing is gathered before the kernel.
+Grid: (slots * KV heads * row blocks,), KV heads and row blocks innermost, so that slots without work come last. One
+decode step has few sequences and heads, and a GPU has many multiprocessors, which splits keep busy. Triton's other axes
+are left for `jax.vmap`. The loop runs over the KV blocks that are filled and, with a window, visible: its bounds are
+read from `lengths` on the device. Page numbers are read as tokens are loaded, one iteration ahead; nothing is gathered
+before the kernel.
 
 Resident in registers: q, m, l, acc. Keys and values pass through shared memory in asynchronous copies of 16 bytes, of
 which the compiler keeps `num_stages` blocks in flight. Rows are padded to a power of two of at least 16, the least that
@@ -16,7 +17,7 @@ tensor cores multiply; a head is cut into tiles (`tiles_of`). The layer of a sta
 Pallas computes a wrong one (`offsets_wrap`): there the layer is copied first.
 
 Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. The codes of a one-byte cache are
-converted in registers (`products.py`), in up to 2 instructions each; scales are folded into logits and weights.
+converted in registers (`products.py`), in up to 1.25 instructions each; scales are folded into logits and weights.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ START: Final = 1
 MERGE: Final = 2
 """Cost of merging the splits, in iterations."""
 
-SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Splits that the tuner tries: powers of two, and what is between them, where multiprocessors have one program more."""
+SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Splits that the tuner tries, up to a factor of four from the heuristic's."""
 
 FLOATS_FROM: Final = 100
 """Least compute capability where int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
@@ -164,14 +165,13 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
 def space(problem: Problem) -> Space:
     """Returns what the tuner may try: KV block sizes, splits, how they are shared and merged, warps and stages."""
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
-    blocks = -(-problem.max_len // start.block_kv)
     return Space(
         start,
         {
-            "splits": [splits for splits in SPLITS if splits <= blocks],
-            "block_kv": (16, 32, 64, 128, 256),
+            "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
+            "block_kv": [size for size in (start.block_kv // 2, 2 * start.block_kv) if size >= MIN_BLOCK],
             "num_warps": (2, 4, 8),
-            "num_stages": (2, 3, 4, 5),
+            "num_stages": (2, 3, 4),
             "balanced": (False, True) if problem.batch > 1 else (),
             "merge": get_args(Merge),
         },
