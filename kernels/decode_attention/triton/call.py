@@ -36,10 +36,10 @@ from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK, Merge
 from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
-from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel
+from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.decode_attention.triton.rows import tiles_of
-from palladion.kernels.decode_attention.triton.shares import is_balanced, most_slots, slots_of
+from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -100,7 +100,7 @@ def heuristic(problem: Problem) -> Config:
     if uses_tensor_cores(p):
         most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
-        # One-byte values also pass through shared memory as bfloat16.
+        # One-byte values also pass through shared memory as float16.
         block_kv = KV_BLOCK_BYTES // (width * 2)
         num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
     else:
@@ -119,11 +119,13 @@ def heuristic(problem: Problem) -> Config:
         and 2 * stage_bytes + operands <= gpu.program_shared_bytes
     )
     integers = gpu.compute_capability < FLOATS_FROM
-    # With a window, sequences see equally much; where a program has one block, there is nothing to share out.
-    balanced = p.batch > 1 and p.sliding_window is None and pl.cdiv(p.max_len, block_kv) > splits
     # Page numbers are read an iteration ahead, unless the conversion of both keys and values leaves no registers.
     paged = p.page_size is not None
     ahead = (deep or paged) and (integers or not (paged and p.has_scales))
+    # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
+    # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
+    one_block_of_rows = rows <= block_rows
+    balanced = p.batch > 1 and p.sliding_window is None and one_block_of_rows and pl.cdiv(p.max_len, block_kv) > splits
     return Config(
         block_kv,
         block_rows,
@@ -240,7 +242,7 @@ def decode_attention(
         fresh_kernel(merge_kernel, problem=p, config=config),
         grid=(p.batch * p.q_len * p.q_heads, pl.cdiv(p.head_dim, WIDTH)),
         out_shape=(_results(p, p.batch, q.dtype),),
-        compiler_params=plgpu.CompilerParams(num_warps=1 if most_slots(p, config) <= MIN_BLOCK else 4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=merge_warps(p, config), num_stages=1),
         interpret=interpret,
         name=f"decode_attention_merge_s{config.splits}",
     )(inputs.lengths, written.partial)
