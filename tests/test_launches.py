@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from palladion import append_kv, quantize, quantized_matmul
+from palladion import append_kv, decode_attention, quantize, quantized_matmul
 from palladion.benchmarks.commands import launches, main
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.timing import calls_of
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.benchmarks.static.gpu.compiler import tracing_for
+from palladion.kernels.decode_attention import Inputs
+from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention.triton import call as attention_triton
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
@@ -72,6 +76,7 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
     ("name", "case", "kernels"),
     [
         ("decode_attention", "llama-3-8b", ("decode_attention_r16", "decode_attention_merge")),
+        ("decode_attention", "llama-3-8b-int8", ("decode_attention_r16", "decode_attention_merge")),
         ("quantized_matmul", "llama-3-8b-qkv-1-int8", ("quantized_matmul_vector",)),
         ("append_kv", "llama-3-8b", ("append_kv",)),
         ("append_qkv", "llama-3-8b", ("append_qkv",)),
@@ -91,6 +96,29 @@ def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: 
     assert program.aliased_bytes >= 0.999 * 2 * sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated)
     )
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "arch"), [("llama-3-8b", 90), ("llama-3-8b-paged-int8", 80), ("llama-3-8b-int8", 100)]
+)
+def test_counters_of_the_last_program_are_filled_before_the_first_layer(name: str, arch: int):
+    """Merging in the same launch leaves one launch a call, and counters wait for nothing that a call computes."""
+    case = next(case for case in attention_cases.MODELS if case.name == name)
+    with tracing_for(arch):
+        config = dataclasses.replace(attention_triton.heuristic(case.problem()), merge="last")
+
+    def layers(inputs: Inputs) -> jax.Array:
+        for _ in range(3):
+            q = decode_attention(**inputs._asdict(), **case.options, backend="pallas", config=config)
+            inputs = inputs._replace(q=q)
+        return inputs.q
+
+    program = gpu_program.compile_program(layers, case.shapes(), arch=arch)
+    names = [launch.name for launch in program.launches]
+    assert [name.startswith("decode_attention_r16") for name in names[-3:]] == [True] * 3, names
+    assert 1 <= len(names) - 3 <= 3, names
+    assert not any("attention" in name for name in names[:-3]), names
 
 
 @needs_plugin
