@@ -1,7 +1,8 @@
 """Backends: which exist, which one a call takes, and why not the others.
 
 Every operation has a table of `Implementation`s. `choose` picks a row while a call is traced, by the platform that the
-call is compiled for and by the problems that each backend supports; nothing is decided at run time.
+call is compiled for, by the problems that each backend supports, and by what was measured (`tuning.py`); nothing is
+decided at run time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import jax
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.implementation import Implementation, Problem, Unsupported
-from palladion.kernels.tuning import resolve
+from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
-"""Values of `backend=`: the best for the platform, the reference, the platform's kernel, or a kernel by name."""
+"""Values of `backend=`: the fastest on the platform, the reference, the fastest kernel, or a kernel by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Choice:
       problem: shapes and options of the call.
       backend: name of the implementation that runs it.
       interpret: whether its kernel is interpreted instead of compiled.
-      reasons: for each implementation that comes earlier in the table, by name, why it does not run the call.
+      reasons: why implementations were passed over, by name: they come earlier in the table and cannot run the call, or
+        they were measured and are slower.
+      backend_source: origin of the choice among implementations, one of `tuning.SOURCES`: "explicit" where the caller
+        has named one or its block sizes, "heuristic" for the order of the table.
       config: the kernel's block sizes; None for the reference.
       config_source: origin of the block sizes, one of `tuning.SOURCES`; empty for the reference.
     """
@@ -43,6 +47,7 @@ class Choice:
     backend: str
     interpret: bool
     reasons: dict[str, str]
+    backend_source: str
     config: Any = None
     config_source: str = ""
 
@@ -114,9 +119,12 @@ def choose(
 ) -> tuple[Implementation, Choice, Any]:
     """Chooses the implementation of a call, and its block sizes.
 
+    "auto" and "pallas" take the one that was measured to be the fastest (`tuning.compare`), otherwise the first in the
+    table; the caller's own choice is never overruled.
+
     Args:
       operation: name of the operation, for messages.
-      table: implementations, kernels first, for each platform the best first, the reference last.
+      table: implementations, kernels first, the reference last.
       problem: shapes and options of the call.
       backend: one of `BACKENDS`; None takes the backend of `using_backend`, which is "auto" by default.
       interpret: True interprets the kernel on any platform, False never does; None interprets if backend="pallas" and
@@ -131,8 +139,10 @@ def choose(
       Unsupported: no implementation that `backend` allows supports this problem on this platform.
     """
     backend = _known(backend) if backend is not None else _default_backend.value
+    explicit = backend not in ("auto", "pallas") or config is not None
     platform = target_platform()
     reasons: dict[str, str] = {}
+    able: list[tuple[Implementation, Any]] = []
     for row in table:
         is_kernel = row.platform is not None
         if backend not in ("auto", row.name) and not (backend == "pallas" and is_kernel):
@@ -146,14 +156,43 @@ def choose(
         else:
             reason = row.unsupported(problem)
         if reason is None:
-            block_sizes, source = resolve(operation, row, problem, config)
-            choice = Choice(operation, problem, row.name, bool(interpreted), reasons, block_sizes, source)
-            for choices in _recorders.get():
-                choices.append(choice)
-            return row, choice, interpreted
-        reasons[row.name] = reason
-    given = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or f"{backend}: has no kernel for it yet"
-    raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")
+            able.append((row, interpreted))
+            if explicit:
+                break
+        elif not able:
+            reasons[row.name] = reason
+    if not able:
+        given = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        given = given or f"{backend}: has no kernel for it yet"
+        raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")
+    (row, interpreted), source = (able[0], "explicit") if explicit else _fastest(operation, able, problem, reasons)
+    block_sizes, config_source = resolve(operation, row, problem, config)
+    choice = Choice(operation, problem, row.name, bool(interpreted), reasons, source, block_sizes, config_source)
+    for choices in _recorders.get():
+        choices.append(choice)
+    return row, choice, interpreted
+
+
+def _fastest(
+    operation: str, able: Sequence[tuple[Implementation, Any]], problem: Problem, reasons: dict[str, str]
+) -> tuple[tuple[Implementation, Any], str]:
+    """Returns the implementation that was measured to be the fastest, otherwise the first, and one of `SOURCES`.
+
+    Args:
+      operation: name of the operation.
+      able: implementations that support the problem, each with its `interpret`.
+      problem: shapes and options of the call.
+      reasons: takes in why those that were measured to be slower are passed over.
+    """
+    best, source = able[0], "heuristic"
+    for other in able[1:]:
+        comparison = compare(operation, best[0], other[0], problem)
+        if comparison is not None:
+            source = comparison.source
+            reasons[comparison.slower.implementation] = comparison.reason
+            if comparison.faster.implementation == other[0].name:
+                best = other
+    return best, source
 
 
 def _known(backend: str) -> str:

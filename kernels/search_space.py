@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,18 +53,80 @@ class Space:
         fields = [field.name for field in dataclasses.fields(config)]
         return all(getattr(config, name) in self.values(name) for name in fields) and self.fits(config)
 
-    def neighbours(self, config: Any) -> Iterator[Any]:
-        """Yields configs that differ by one step along one axis, then by two steps, which skip a bad value."""
-        for steps in (1, 2):
-            for name in self.axes:
-                values = self.values(name)
-                index = values.index(getattr(config, name))
-                for other in (index + steps, index - steps):
-                    if not 0 <= other < len(values):
-                        continue
-                    try:
-                        changed = dataclasses.replace(config, **{name: values[other]})
-                    except ValueError:
-                        continue  # the config rejects this combination
-                    if self.fits(changed):
-                        yield changed
+    def spread(self) -> Iterator[Any]:
+        """Yields every config that fits; any number of the first ones is spread evenly over the space.
+
+        Axes of words, such as the form of a kernel, come first: each combination of them has its turn, however few
+        configs of it fit. Within it, see `_sequence`.
+        """
+        words = [axis for axis in self.axes if isinstance(self.values(axis)[0], str)]
+        kinds = list(itertools.product(*map(self.values, words)))
+        turns = [
+            self._sequence(dict(zip(words, kind, strict=True)), number, len(kinds)) for number, kind in enumerate(kinds)
+        ]
+        while turns:
+            for turn in list(turns):
+                config = next(turn, None)
+                if config is None:
+                    turns.remove(turn)
+                else:
+                    yield config
+
+    def _sequence(self, fixed: Mapping[str, Any], number: int, step: int) -> Iterator[Any]:
+        """Yields every config that fits and has the fixed values.
+
+        The other axes take their values in the order of a low-discrepancy sequence (M. Roberts' R sequence): equally
+        often, and in ever new combinations. What the sequence leaves out follows.
+
+        Args:
+          fixed: values of some axes.
+          number: first number of the sequence.
+          step: distance to the next, so that several calls divide the sequence.
+        """
+        axes = [axis for axis in self.axes if axis not in fixed]
+        values = [self.values(axis) for axis in axes]
+        root = 1.5
+        for _ in range(50):  # the root of x ** (axes + 1) = x + 1
+            root = (1 + root) ** (1 / (len(axes) + 1))
+        places = (
+            tuple(each[int((0.5 + n / root ** (axis + 1)) % 1 * len(each))] for axis, each in enumerate(values))
+            for n in range(number, step * math.prod(map(len, values)), step)
+        )
+        seen: set[tuple[Any, ...]] = set()
+        for chosen in itertools.chain(places, itertools.product(*values)):
+            if chosen not in seen:
+                seen.add(chosen)
+                yield from self._changed(self.start, {**fixed, **dict(zip(axes, chosen, strict=True))})
+
+    def neighbours(self, config: Any) -> Iterator[Iterator[Any]]:
+        """Yields rings of configs around one, the closest first.
+
+        The first ring is a step along one axis. The second is a step along each of two axes: where two fields only
+        make up for each other, no single step is better. The third is two steps along one axis, which skip a bad value.
+        """
+        axes = list(self.axes)
+        yield self._moved(config, [{axis: step} for axis in axes for step in (1, -1)])
+        pairs = itertools.product(itertools.combinations(axes, 2), itertools.product((1, -1), repeat=2))
+        yield self._moved(config, [dict(zip(two, steps, strict=True)) for two, steps in pairs])
+        yield self._moved(config, [{axis: step} for axis in axes for step in (2, -2)])
+
+    def _moved(self, config: Any, moves: Sequence[Mapping[str, int]]) -> Iterator[Any]:
+        """Yields the configs that fit, for each move the one that it leads to."""
+        for move in moves:
+            changes: dict[str, Any] = {}
+            for axis, step in move.items():
+                values = self.values(axis)
+                place = values.index(getattr(config, axis)) + step
+                if 0 <= place < len(values):
+                    changes[axis] = values[place]
+            if len(changes) == len(move):
+                yield from self._changed(config, changes)
+
+    def _changed(self, config: Any, changes: Mapping[str, Any]) -> Iterator[Any]:
+        """Yields the config with other values in some fields, unless it rejects them or does not fit."""
+        try:
+            changed = dataclasses.replace(config, **changes)
+        except ValueError:
+            return
+        if self.fits(changed):
+            yield changed

@@ -25,12 +25,16 @@ from palladion.model.parameters import Parameters
 from palladion.model.sampling import Sampling, sample
 from palladion.model.transformer import Cache, empty_cache, forward
 from palladion.reference.bits import from_bits, held_in_loop, to_bits, view_bits
+from palladion.reference.platforms import target_platform
 
 PREFILL_CHUNKS: Final = (128, 16)
 """Tokens per prefill call, largest first: large chunks are fast per token, small ones keep short prompts quick."""
 
-STEPS_PER_DISPATCH: Final = 16
-"""Most decode steps per dispatch: enough to hide the dispatch, few enough that streamed text does not stutter."""
+STEPS_PER_DISPATCH: Final = {"cpu": 16, "gpu": 8, "tpu": 16}
+"""Most decode steps per dispatch: enough to hide the dispatch, few enough that streamed text does not stutter.
+
+On a GPU a dispatch always runs all of them, finished or not; elsewhere it ends with the last sequence.
+"""
 
 ProgramKey = Literal["decode"] | tuple[Literal["prefill"], int]
 """A compiled program: decode, or prefill of a number of tokens."""
@@ -46,6 +50,7 @@ class EngineOptions:
       kv_dtype: dtype of the KV cache.
       backend: backend of the operations; None means the default of `palladion.using_backend`.
       interpret: whether kernels are interpreted.
+      steps_per_dispatch: most decode steps per dispatch; None takes the platform's, in STEPS_PER_DISPATCH.
     """
 
     max_len: int
@@ -53,6 +58,7 @@ class EngineOptions:
     kv_dtype: str
     backend: str | None = None
     interpret: bool | None = None
+    steps_per_dispatch: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +93,7 @@ class Engine:
     Attributes:
       batch: number of sequences.
       max_len: tokens that each sequence has room for.
+      steps_per_dispatch: most decode steps per dispatch.
       cache_like: shapes and dtypes of the KV cache.
       programs: compiled programs by key.
       compile_seconds: time spent compiling them.
@@ -103,6 +110,7 @@ class Engine:
     ) -> None:
         self.batch = batch
         self.max_len = options.max_len
+        self.steps_per_dispatch = options.steps_per_dispatch or STEPS_PER_DISPATCH[target_platform()]
         self.compile_seconds = 0.0
         self._forward = functools.partial(
             forward, config=config, dtype=options.dtype, backend=options.backend, interpret=options.interpret
@@ -152,12 +160,12 @@ class Engine:
         return State(cache, tokens, jnp.asarray(lengths), finished)
 
     def decode(self, state: State, steps: int, keys: jax.Array, sampling: Sampling) -> tuple[jax.Array, State]:
-        """Generates up to `steps` tokens for each sequence, at most STEPS_PER_DISPATCH; `state` is donated.
+        """Generates up to `steps` tokens for each sequence, at most `steps_per_dispatch`; `state` is donated.
 
         Returns:
-          Tokens int32 `[STEPS_PER_DISPATCH, batch]`, -1 where a sequence was finished; and the new state.
+          Tokens int32 `[steps_per_dispatch, batch]`, -1 where a sequence was finished; and the new state.
         """
-        arguments = (jnp.int32(min(steps, STEPS_PER_DISPATCH)), keys, sampling.as_arrays())
+        arguments = (jnp.int32(min(steps, self.steps_per_dispatch)), keys, sampling.as_arrays())
         tokens, state = self._decode_program()(self._parameters, state, *arguments)
         return tokens, state
 
@@ -177,7 +185,7 @@ class Engine:
           keys: PRNG keys of the sequences.
           sampling: how tokens are chosen.
           ended: whether the tokens yielded so far finish every sequence. If only the pending dispatch finishes them,
-            the one after it is launched anyway, notices, and does nothing.
+            the one after it is launched anyway, and generates nothing.
 
         Yields:
           The tokens of a dispatch, as `decode` returns them; and the newest state, that after the pending dispatch.
@@ -187,7 +195,7 @@ class Engine:
             launched = None
             if steps > 0 and not ended():
                 launched, state = self.decode(state, steps, keys, sampling)
-                steps -= STEPS_PER_DISPATCH
+                steps -= self.steps_per_dispatch
             if pending is not None:
                 yield pending, state
             if launched is None:
@@ -250,18 +258,30 @@ class Engine:
         ) -> tuple[jax.Array, State]:
             def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
                 step, state, _ = carry
+                if target_platform() == "gpu":
+                    # XLA knows the number of steps, and launches one after the other. Any other condition the host
+                    # reads back after each step, while the device waits for the next launch.
+                    return step < self.steps_per_dispatch
                 return (step < steps) & ~jnp.all(state.finished)
 
             def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
                 (step, state_bits, out), weight_bits = held_in_loop((carry, to_bits(parameters)))
                 state, weights = from_bits(state_bits, initial), from_bits(weight_bits, parameters)
+                # A step that does not count writes to the cache what the next one that counts writes again.
+                counts = ~state.finished & (step < steps)
                 lengths = jnp.where(state.finished, state.lengths, state.lengths + 1)
                 logits, cache = self._forward(weights, tokens=state.tokens[:, None], lengths=lengths, cache=state.cache)
                 tokens, is_last = self._choose(logits, lengths, keys, sampling)
-                out = out.at[step].set(jnp.where(state.finished, -1, tokens))
-                return step + 1, to_bits(State(cache, tokens, lengths, state.finished | is_last)), out
+                out = out.at[step].set(jnp.where(counts, tokens, -1))
+                new = State(
+                    cache,
+                    jnp.where(counts, tokens, state.tokens),
+                    jnp.where(counts, lengths, state.lengths),
+                    state.finished | (counts & is_last),
+                )
+                return step + 1, to_bits(new), out
 
-            out = jnp.full((STEPS_PER_DISPATCH, self.batch), -1, jnp.int32)
+            out = jnp.full((self.steps_per_dispatch, self.batch), -1, jnp.int32)
             _, bits, out = jax.lax.while_loop(unfinished, body, (jnp.int32(0), to_bits(initial), out))
             return out, from_bits(bits, initial)
 

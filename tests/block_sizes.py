@@ -1,8 +1,11 @@
-"""A fake kernel whose block sizes can be chosen, for tests of tuning."""
+"""A fake kernel whose block sizes can be chosen, and a device, for tests of tuning."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+
+import jax
 
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.search_space import Space, TuningKey
@@ -32,3 +35,9 @@ def space(problem: Problem) -> Space:
 
 
 ROW = Implementation("triton", "gpu", lambda _: None, lambda *_: None, Config, lambda _: Config(64), space)
+
+
+def on_h200() -> contextlib.AbstractContextManager[object]:
+    """Returns a context that traces for an H200, which need not be there."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))

@@ -16,6 +16,7 @@ import pytest
 
 from palladion.benchmarks.commands import run
 from palladion.benchmarks.measure import bench, peers
+from palladion.benchmarks.measure.device_time import KernelTime, KernelTimes
 from palladion.benchmarks.measure.operations import OPERATIONS, verdict_of
 from palladion.benchmarks.measure.operations.appends import identical
 from palladion.benchmarks.measure.peers import Peer
@@ -90,6 +91,32 @@ def test_only_what_is_right_is_timed():
     assert rows["xla"].bandwidth is not None
 
 
+def test_device_time_stands_beside_wall_clock(monkeypatch: pytest.MonkeyPatch):
+    options = bench.RunOptions(
+        backends=("xla",), peers=(peer("good", of_values(lambda y: y)),), rounds=2, sample_seconds=0.001
+    )
+
+    def traced(runners: Any, repetitions: int) -> dict[str, KernelTimes]:
+        assert [one.name for one in runners] == ["memory", "xla", "good"]
+        times = {"memory": 1e-3, "xla": 2e-3}
+        return {name: KernelTimes((t,) * repetitions, 8, (KernelTime("k", 1, t),)) for name, t in times.items()}
+
+    monkeypatch.setattr(bench, "kernel_seconds", traced)
+    rows = {row.contender: row for row in bench.run_workload(OPERATIONS["quantized_matmul"], TINY, options)}
+    assert (rows["xla"].device_seconds, rows["xla"].kernels) == ((2e-3,) * 2, "k 2 ms")
+    assert len(rows["xla"].seconds) == len(rows["good"].seconds) == 2
+    assert rows["good"].device_seconds == ()  # it launches no kernel
+    assert rows["xla"].bandwidth == pytest.approx(bench.probe_bytes() / 1e-3)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(bench, "kernel_seconds", fails)
+    (row, _) = bench.run_workload(OPERATIONS["quantized_matmul"], TINY, options)
+    assert (row.status, row.reason) == ("ok", "no device time: RuntimeError: no CUPTI")
+    assert row.seconds
+
+
 def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch):
     chosen = OPERATIONS["quantized_matmul"]
     turns: list[str | None] = []
@@ -159,6 +186,18 @@ def test_the_sampled_judge_of_attention_finds_a_wrong_sequence(name: str):
     assert not operation.judge(case, inputs, wrong, right).right
 
 
+@pytest.mark.parametrize("name", ["quantized_matmul", "matmul"])
+@pytest.mark.parametrize("order", ["in_out", "out_in"])
+def test_the_judge_of_products_reads_both_storage_orders(name: str, order: str):
+    operation = OPERATIONS[name]
+    sizes = {"rows": 3, "in_features": 128, "out_features": 96, "dtype": "float32", "gated": True}
+    case = operation.cases.Case(name="small", order=order, **sizes, **({} if name == "matmul" else {"scheme": "int8"}))
+    inputs = operation.inputs(case)
+    right = operation.function(case, backend="xla")(inputs)
+    assert operation.judge(case, inputs, right, right).right
+    assert not operation.judge(case, inputs, np.asarray(right)[:, ::-1], right).right
+
+
 def test_append_must_be_exact():
     operation = OPERATIONS["append_kv"]
     case = operation.named_cases()["verify-int8"]
@@ -189,6 +228,8 @@ def test_a_nan_may_change_its_bits_and_nothing_else_may():
         ("torch-linear", "quantized_matmul", {"gated": True, "activation": jax.nn.silu}),
         ("torch-int8", "quantized_matmul", {"scheme": "int8"}),
         ("torch-int4", "quantized_matmul", {"scheme": "int4-g32"}),
+        ("torch-int4", "quantized_matmul", {"scheme": "int4-g32", "order": "out_in"}),
+        ("torch-int8", "quantized_matmul", {"scheme": "int8", "order": "out_in"}),
     ],
 )
 def test_peers_compute_the_same(name: str, operation: str, changes: dict[str, Any]):

@@ -12,17 +12,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from measurements import measurement, write
 
-from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, options, overview, suite
-from palladion.benchmarks.measure import bench, records
+from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, model, options, overview, report, suite
+from palladion.benchmarks.measure import bench, decode_steps, peers, records
 from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint
+from palladion.benchmarks.measure.device_time import Event
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.records import Measurement
+from palladion.model.engine import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 
@@ -52,7 +55,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["run", "fly"], "operation: got 'fly'; accepted: decode_attention, quantized_matmul, matmul, append_kv"),
         (["run", "decode_attention", "--model=x"], "--model: got x; accepted: smollm2-135m"),
         (["run", "decode_attention", "--cases=x"], "--cases: got x; accepted: patterns, or llama-3-8b"),
-        (["run", "decode_attention", "--peers=x"], "--peers: got x; accepted: all, none, jax-nn-xla"),
+        (["run", "decode_attention", "--peers=x"], "--peers: got x; accepted: all, none, fast, slow, jax-nn-xla"),
         (["run", "append_kv", "--backends=triton_x"], "--backends: got triton_x; accepted: mosaic_tpu"),
         (["run", "decode_attention", "--q-heads=8"], "heads by hand: got q_heads; accepted: all of q_heads, kv_heads"),
         (["run", "quantized_matmul", "--in=8"], "sizes by hand: got (8, None); accepted: both of --in and --out"),
@@ -68,7 +71,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["plan", "--mfu=2"], "--mfu: got 2.0; accepted: more than 0, up to 1"),
         (["compare", "/nowhere/a", "/nowhere/b"], "No such file or directory: '/nowhere/a'"),
         (["suite", "--minutes=0", "--out=/nowhere"], "--minutes: got 0.0; accepted: more than 0"),
-        (["suite", "--tiny", "--only=x", "--out=/nowhere"], "--only: got x; accepted: check, attention"),
+        (["suite", "--tiny", "--only=x", "--out=/nowhere"], "--only: got x; accepted: check, tune-products"),
     ],
 )
 def test_what_is_not_known_is_answered_with_what_is(
@@ -128,6 +131,34 @@ def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest
     assert [one["phase"] for one in json.loads((tmp_path / "suite.json").read_text())["phases"]] == ["first"]
 
 
+def test_the_page_lists_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entries = [
+        SimpleNamespace(
+            kind="int8 1", sizes={"in": 64}, implementation=name, seconds=seconds, clock="device", config=config
+        )
+        for name, seconds, config in (("triton", 2e-6, {"block_out": 8}), ("xla", 1e-6, None))
+    ]
+    monkeypatch.setattr(report.tuning, "load", lambda _: entries)
+    tuned = tmp_path / "tuned" / "quantized_matmul" / "some_gpu.json"
+    tuned.parent.mkdir(parents=True)
+    tuned.write_text('{"entries": [\n]}\n')
+    suite._report(tmp_path, [{"phase": "tune-products", "status": 0, "seconds": 3.0}], pictures=False)
+    page = (tmp_path / "README.md").read_text()
+    assert "## Tuned: quantized_matmul (some_gpu.json)" in page
+    first, second = (
+        page.index("| int8 1 in=64 | xla | 1 µs | device |  |"),
+        page.index("| triton | 2 µs | device | block_out=8 |"),
+    )
+    assert first < second
+    assert "| tune-products | done | 3 s |" in page
+
+
+def test_peers_that_compile_for_long_can_be_left_to_the_end():
+    fast, slow = peers.select(["fast"], "decode_attention"), peers.select(["slow"], "decode_attention")
+    assert [peer.name for peer in slow] == ["torch-flex"]
+    assert {peer.name for peer in (*fast, *slow)} == {peer.name for peer in peers.select(None, "decode_attention")}
+
+
 def test_checking_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -177,16 +208,18 @@ def test_cases_are_checked_side_by_side_until_the_device_is_lost(
 def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = tmp_path / "model.json"
     pages = tmp_path / "page.md"
-    command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=16", f"--json={record}", "--profile"]
-    assert main([*command, str(tmp_path / "profile")]) == 0
+    command = ["model", "--model=tiny", "--batch=2", "--prompt=4", "--steps=15", "--runs=3", f"--json={record}"]
+    assert main([*command, "--steps-per-dispatch=8", "--profile", str(tmp_path / "profile")]) == 0
     found = records.read_record(record)
     assert found is not None
-    (point,) = (BatchPoint(**one) for one in found["points"])
-    assert (point.batch, len(point.step_seconds)) == (2, 1)
-    assert point.tokens_per_second == 2 / point.step_seconds[0]
+    (point,) = (BatchPoint.from_record(one) for one in found["points"])
+    # A sample is a run of two dispatches.
+    assert (point.batch, len(point.step_seconds), point.steps) == (2, 3, 16)
+    assert point.tokens_per_second == 2 / point.step.median
+    assert point.idle_seconds is None  # a CPU's kernels are not traced
     parameters = random_parameters(TINY, "int8", dtype="float32")
-    # The prompt's 4 tokens and a first dispatch of 16, then 16 steps, each with its own token in the cache.
-    context = 4 + 16 + (16 + 1) / 2
+    # The prompt's 4 tokens and a first dispatch of 8, then 16 steps, each with its own token in the cache.
+    context = 4 + 8 + (16 + 1) / 2
     cached = round(2 * context * TINY.cache_bytes_per_token("float32"))
     assert point.step_bytes == parameters.bytes_per_step(2) + cached
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -201,6 +234,54 @@ def test_a_model_is_measured_and_a_page_made_of_it(tmp_path: Path, capsys: pytes
         assert main(["report", str(record), str(rows), f"--out={pages}"]) == 0
         pictures = {path.name for path in tmp_path.glob("*.png")}
         assert pictures == {"model-scaling.png", "rows-bandwidth.png", "rows-roofline.png"}
+
+
+def test_on_an_accelerator_all_batch_sizes_are_compiled_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    shape = dataclasses.replace(TINY, num_layers=1)
+    parameters = random_parameters(shape, "float32", dtype="float32")
+    given = EngineOptions(max_len=64, dtype="float32", kv_dtype="float32", steps_per_dispatch=2)
+    made = decode_steps.engines(parameters, shape, given, (1, 2), prompt=20)
+    assert [engine.batch for engine in made] == [1, 2]
+    assert all(set(engine.programs) == {("prefill", 16), "decode"} for engine in made)
+    point = decode_steps.measure_batch(made[1], shape, parameters, 20, steps=3, runs=1)
+    assert (point.batch, point.steps, point.idle_seconds) == (2, 4, None)
+
+
+def test_a_step_is_kernels_and_time_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "gpu")
+    point = BatchPoint(1, (110e-6, 120e-6, 130e-6), 10**6, (1e-3,), 10**6, 4, 1e12, 0.0, steps=8)
+    assert decode_steps.with_trace(point, [], 2) == point
+    # Two steps of two kernels, 2 µs between the kernels and 50 µs between the steps.
+    events = [
+        Event(start * 1e-6, seconds * 1e-6, name)
+        for start, seconds, name in ((0, 70, "product"), (72, 30, "sum"), (152, 70, "product"), (224, 30, "sum"))
+    ]
+    point = decode_steps.with_trace(point, events, 2)
+    assert point.busy_seconds == pytest.approx(100e-6)
+    assert point.idle_seconds == pytest.approx(20e-6)  # of 120 µs by wall clock, whatever gaps the trace has
+    assert (point.launch_gap_seconds, point.wait_seconds, point.waits) == (
+        pytest.approx(2e-6),
+        pytest.approx(25e-6),
+        0.5,
+    )
+    record = {"points": [dataclasses.asdict(point)], "limits": {"matrix_rate": 1e12}, "model": "tiny", "title": "tiny"}
+    headings, (line,) = model.table_of(record)
+    assert line[headings.index("idle")] == "16.7%"
+    product, total, nothing = model.kernel_lines(BatchPoint.from_record(record["points"][0]))
+    assert product == ("product", "70 µs", "58.3%", "1")
+    assert total[0] == "sum"
+    assert nothing[1:3] == ("20 µs", "16.7%")
+    provenance = {"device": "d", "versions": {}, "command": "c", "time": "t", "commit": "x", "load": 1, "cores": 2}
+    limits = {"bandwidth": 1e12, "matrix_rate": 1e12, "matrix_dtype": "bfloat16"}
+    records.write_record(tmp_path / "model.json", record | {"provenance": provenance, "limits": limits})
+    page = tmp_path / "page.md"
+    assert main(["report", str(tmp_path / "model.json"), f"--out={page}", "--without-pictures"]) == 0
+    assert "| product | 70 µs | 58.3% | 1 |" in page.read_text()
+    old = {name: value for name, value in record["points"][0].items() if name != "steps"}
+    assert BatchPoint.from_record(old).kernels == ()  # those of a dispatch
+    monkeypatch.setattr(decode_steps, "target_platform", lambda: "tpu")
+    assert decode_steps.with_trace(BatchPoint.from_record(old), events, 2).kernels
 
 
 def test_decoders_take_turns_and_one_that_fails_costs_nobody_else(

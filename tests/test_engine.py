@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_checkpoints import Type, gguf_file
 
+from palladion.model import engine as engine_module
 from palladion.model.generator import Generator
 from palladion.model.sampling import Sampling
 
@@ -25,6 +28,13 @@ def test_every_step_draws_anew(path: Path):
     assert len(set(generation.tokens)) > 20
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles the decode loop of a CPU, which ends early, or of a GPU, which does not."""
+    monkeypatch.setattr(engine_module, "target_platform", lambda: request.param)
+
+
+@pytest.mark.usefixtures("loop")
 def test_the_cache_is_full_with_its_last_place_and_not_before(path: Path):
     generator = Generator.load(path, max_len=16)
     # The last token of an answer is not cached: 3 tokens of the prompt and 13 more fill the cache.
@@ -32,3 +42,36 @@ def test_the_cache_is_full_with_its_last_place_and_not_before(path: Path):
         (generation,), _ = generator.generate([[1, 2, 3]], max_new_tokens=max_new_tokens, ignore_stop_tokens=True)
         assert len(generation.tokens) == min(max_new_tokens, 14)
         assert generation.stopped_by == stopped_by
+
+
+@pytest.mark.usefixtures("loop")
+def test_steps_that_do_not_count_leave_no_trace(path: Path):
+    generator = Generator.load(path, max_len=64)
+    sampling, prompts = Sampling(), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    engine = generator._engine(2, sampling, True)
+    keys = engine.keys(0)
+    tokens, state = engine.decode(engine.prefill(prompts, keys, sampling), 7, keys, sampling)
+    expected, lengths = np.asarray(tokens)[:7], np.asarray(state.lengths)
+    assert expected.min() >= 0
+    state = engine.prefill(prompts, keys, sampling)
+    parts = []
+    for steps in (2, 1, 4):
+        tokens, state = engine.decode(state, steps, keys, sampling)
+        assert (np.asarray(tokens)[steps:] == -1).all()
+        parts.append(np.asarray(tokens)[:steps])
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+    np.testing.assert_array_equal(state.lengths, lengths)
+
+
+@pytest.mark.usefixtures("loop")
+def test_a_sequence_that_stops_stays_stopped(path: Path):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    generator = Generator.load(path, max_len=64)
+    free, _ = generator.generate(prompts, max_new_tokens=30, ignore_stop_tokens=True)
+    stop = next(token for token in free[0].tokens[2:] if token not in free[1].tokens)
+    config = dataclasses.replace(generator.config, stop_tokens=(stop,))
+    stopping = Generator(dataclasses.replace(generator.checkpoint, config=config), max_len=64)
+    (first, second), statistics = stopping.generate(prompts, max_new_tokens=30)
+    assert first.tokens == free[0].tokens[: free[0].tokens.index(stop) + 1]
+    assert second.tokens == free[1].tokens
+    assert statistics.decode_steps == 29

@@ -522,4 +522,4 @@ def test_smollm2_says_what_llama_cpp_says(smollm2: Generator):
 
 def test_constants_fit_together():
     assert PREFILL_CHUNKS[0] % PREFILL_CHUNKS[1] == 0
-    assert STEPS_PER_DISPATCH >= 1
+    assert min(STEPS_PER_DISPATCH.values()) >= 1

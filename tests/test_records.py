@@ -72,6 +72,32 @@ def test_the_table_of_a_workload():
     assert busy[tables.HEADINGS.index("TFLOP/s")] == "10"
 
 
+def test_device_time_decides_where_both_have_it(tmp_path: Path):
+    rows = [
+        measurement("xla", (0.02,) * 3, device_seconds=(0.016,) * 3),
+        measurement(
+            "kernel", (0.019,) * 3, kind="kernel", device_seconds=(0.0125, 0.0125, 0.0127), kernels="k 12.5 ms"
+        ),
+        measurement("peer", (0.01,) * 3),
+    ]
+    _, _, found = records.read(write(tmp_path / "a.jsonl", rows))
+    assert found == rows
+    lines = [dict(zip(tables.HEADINGS, line, strict=True)) for line in tables.cells(rows, LIMITS)]
+    kernel = lines[1]
+    assert (kernel["time"], kernel["device"], kernel["GB/s"], kernel["of measured"]) == (
+        "19 ms",
+        "12.5 ms ±0.5%",
+        "80",
+        "80%",
+    )
+    assert kernel["x xla"] == "1.28"
+    assert kernel["x peer"] == "0.53"  # the peer has wall clock alone
+    assert lines[2]["device"] == ""
+    was = [dataclasses.replace(rows[1], device_seconds=(0.01,) * 3)]
+    assert compare.compare(was, [rows[1]])[0].factor == pytest.approx(0.8)
+    assert compare.compare([dataclasses.replace(rows[1], device_seconds=())], [rows[1]])[0].change == "same"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(1.5, "1.5 s"), (0.0125, "12.5 ms"), (0.001, "1 ms"), (3.21e-5, "32.1 µs"), (5e-8, "50 ns"), (1234.0, "1234 s")],

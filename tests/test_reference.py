@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function, compiler_options=UNOPTIMIZED)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The platform by which forms are chosen; they run here whatever it is."""
+    for module in ("bits", "quantized_matmul", "decode_attention"):
+        name = f"palladion.reference.{module}"
+        monkeypatch.setattr(importlib.import_module(name), "target_platform", lambda: request.param)
+    return request.param
+
+
 # ---------------------------------------------------------------------------------------------------------- attention
 
 SMALL = Case(
@@ -51,6 +61,19 @@ CASES = {
     "paged-verify": dataclasses.replace(SMALL, page_size=32, logits_soft_cap=5.0, sliding_window=140, num_layers=2),
     "int8": dataclasses.replace(SMALL, kv_dtype="int8", page_size=64, sinks=True),
     "float8": dataclasses.replace(SMALL, kv_dtype="float8_e4m3fn", q_len=1, logits_soft_cap=4.0),
+}
+
+GPU_CASES = CASES | {
+    "two-ends": dataclasses.replace(SMALL, dtype="bfloat16", sliding_window=100),
+    "two-ends-sinks": dataclasses.replace(SMALL, q_len=1, sliding_window=120, sinks=True, lengths=(0, 128, 255)),
+    "window-of-1": dataclasses.replace(SMALL, dtype="bfloat16", sliding_window=1, q_len=1),
+    "window-of-pages": dataclasses.replace(SMALL, page_size=8, sliding_window=17, num_layers=2, lengths=(0, 41, 256)),
+    "window-of-codes": dataclasses.replace(SMALL, kv_dtype="float8_e5m2", sliding_window=30, sinks=True),
+    "float16": dataclasses.replace(SMALL, dtype="float16", lengths=(1, 95, 96)),
+    "int8-dense": dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="int8", q_len=1, lengths=(0, 131, 256)),
+    "float8-narrow": dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
+    "float8-float16": dataclasses.replace(SMALL, dtype="float16", kv_dtype="float8_e5m2", q_len=1),
+    "many-rows": dataclasses.replace(SMALL, dtype="bfloat16", q_len=40, lengths=(20, 150, 256)),
 }
 
 
@@ -94,11 +117,50 @@ def test_blocked_attention_is_the_definition(name: str):
             assert_right(form[part], page[part], right)
 
 
+@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_attention_on_gpus_is_the_definition(name: str, platform: str, monkeypatch: pytest.MonkeyPatch):
+    """All at once, in chunks of 32 tokens so that ends lie in the middle of one, and in a loop over blocks of 32."""
+    del platform
+    case = GPU_CASES[name]
+    inputs = cases.make_inputs(case)
+    options = case.options | {"scale": case.scale or case.head_dim**-0.5}
+    exact = exact_attention(inputs, **options)
+
+    def attend(form: Any) -> tuple[jax.Array, jax.Array]:
+        return compiled(functools.partial(form.decode_attention, **options))(*arguments(inputs))
+
+    page, forms = attend(attention.definition), []
+    for most_bytes in (2**29, 1):
+        for constant, value in (("CHUNK", 32), ("FEWEST", 32), ("MOST_BYTES", most_bytes)):
+            monkeypatch.setattr(attention.gpu, constant, value)
+        forms.append(attend(attention.gpu))
+    values = oracle.to_float64(inputs.v)
+    if inputs.v_scale is not None:
+        values = values * oracle.to_float64(inputs.v_scale)[..., None]
+    # The result is rounded to its dtype, and the weights to that of the values.
+    narrow = 0.0 if case.dtype == "float32" else float(jnp.finfo(case.dtype).eps)
+    for form, (part, right) in itertools.product(forms, enumerate(exact)):
+        found, finite = np.asarray(form[part], np.float64), np.isfinite(right)
+        scale = max(1.0, np.abs(right[finite]).max())
+        bound = 32 * EPS * scale + (narrow * np.nanmax(np.abs(values)) if part == 0 else 0.0)
+        np.testing.assert_array_equal(found[~finite], right[~finite])
+        assert np.abs(found[finite] - right[finite]).max() <= bound
+        assert_right(form[part], page[part], right)
+
+
 @pytest.mark.parametrize(
-    ("name", "batch_invariant"), [*((name, False) for name in CASES), ("dense-window", True), ("paged", True)]
+    ("name", "batch_invariant", "platform"),
+    [
+        *((name, False, "cpu") for name in CASES),
+        *((name, True, platform) for name in ("dense-window", "paged") for platform in ("cpu", "gpu")),
+        ("dense-window", False, "gpu"),
+    ],
+    indirect=["platform"],
 )
-def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invariant: bool):
+def test_attention_is_differentiated_as_the_formula_says(name: str, batch_invariant: bool, platform: str):
     """Directional derivatives of every float input against central differences of the float64 oracle."""
+    del platform
     case = CASES[name]
     inputs = cases.make_inputs(case)
     # Queries that see nothing, in front of a short sequence, may be anything.
@@ -182,15 +244,6 @@ def test_attention_is_differentiated_forwards_under_vmap_and_keeps_its_inputs_on
 SCHEMES = ["int8", "int8-g64-zeros", "int4-g32", "int4-minimums", "float8_e4m3fn-g32", "float8_e5m2", "mxfp4"]
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The platform by which forms are chosen; they run here whatever it is."""
-    for module in ("bits", "quantized_matmul"):
-        name = f"palladion.reference.{module}"
-        monkeypatch.setattr(importlib.import_module(name), "target_platform", lambda: request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -205,6 +258,49 @@ def test_every_form_of_a_quantized_product_is_the_definition(scheme: str, rows: 
     bound = 4 * np.sqrt(128) * EPS * np.abs(exact).max()
     assert np.abs(np.asarray(page) - exact).max() <= bound
     assert_right(fast, page, exact)
+
+
+@pytest.mark.parametrize(("dtype", "order"), [("bfloat16", "out_in"), ("float16", "out_in"), ("bfloat16", "in_out")])
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int4-g64-zeros", "int4-g16"])
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_narrow_activations_on_gpus_meet_exact_codes(scheme: str, rows: int, dtype: str, order: Order, platform: str):
+    """Weights are rounded to x's dtype only for many rows, or where a product cannot convert their codes."""
+    del platform
+    x = normal(rows, 128, dtype=dtype)
+    weights = (normal(128, 72, seed=1) / 12).at[:, 3].set(0.0).at[32:64, 5].set(0.0)
+    w = quantize(weights, scheme, order=order)
+    if scheme != "mxfp4":  # GGUF's scales may be negative
+        w = dataclasses.replace(w, scales=-w.scales)
+    exact = oracle.quantized_matmul(x, w)
+    found = compiled(functools.partial(products.quantized_matmul, out_dtype=jnp.float32))(x, w)
+    bound = 4 * np.sqrt(128) * EPS * np.abs(exact).max()
+    unconverted = scheme in ("mxfp4", "int4-g16") or (w.scheme.packed and order == "in_out")
+    if w.scheme.groups(128) > 1 and (rows == 40 or (rows == 6 and unconverted) or scheme == "int4-g16"):
+        rounded = np.abs(oracle.dequantize(dataclasses.replace(w, minimums=None)))
+        bound = bound + float(jnp.finfo(dtype).eps) / 2 * (np.abs(oracle.to_float64(x)) @ rounded)
+    assert (np.abs(np.asarray(found) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("quantize_x", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_quantized_activations_meet_codes_exactly(quantize_x: str, rows: int, platform: str):
+    x = normal(rows, 128, dtype=jnp.bfloat16)
+    w = quantize(normal(128, 72, seed=1), "int8", order="out_in" if platform == "gpu" else "in_out")
+    exact = oracle.quantized_matmul(x, w, quantize_x=quantize_x)
+    multiply = functools.partial(products.quantized_matmul, quantize_x=quantize_x, out_dtype=jnp.float32)
+    assert np.abs(compiled(multiply)(x, w) - exact).max() <= 4 * np.sqrt(128) * EPS * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "float8_e5m2-g32"])
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_a_group_of_nan_is_seen_on_gpus(scheme: str, rows: int, order: Order, platform: str):
+    del platform
+    w = quantize(normal(128, 72, seed=1).at[40, 7].set(jnp.nan), scheme, order=order)
+    found = compiled(products.quantized_matmul)(normal(rows, 128, dtype=jnp.bfloat16), w)
+    assert (jnp.isnan(found) == (jnp.arange(72) == 7)).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -225,7 +321,7 @@ def test_every_form_of_a_dense_product_is_the_definition(
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_products_are_differentiated_as_the_definition(rows: int):
+def test_products_are_differentiated_as_the_definition(rows: int, platform: str):
     """Narrow weights pass through a CPU as bits, which have no derivatives."""
     x, w, cotangent = normal(rows, 64), normal(64, 48, seed=1, dtype=jnp.bfloat16), normal(rows, 48, seed=2)
     pullback = jax.vjp(functools.partial(matmul, backend="xla"), x, w)[1]
@@ -233,7 +329,8 @@ def test_products_are_differentiated_as_the_definition(rows: int):
     np.testing.assert_allclose(x_gradient, cotangent @ w.astype(jnp.float32).T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(w_gradient.astype(jnp.float32), x.T @ cotangent, rtol=2**-8, atol=1e-5)
 
-    codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums")
+    order: Order = "out_in" if platform == "gpu" else "in_out"
+    codes = quantize(normal(64, 48, seed=1), "int4-g32-minimums", order=order)
 
     def multiply(x: jax.Array, scales: jax.Array, minimums: jax.Array) -> jax.Array:
         return quantized_matmul(

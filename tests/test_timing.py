@@ -6,15 +6,13 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palladion.benchmarks.measure import profile, timing
+from palladion.benchmarks.measure import timing
 from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.samples import Samples, quantile, ratio
 from palladion.benchmarks.measure.timing import CallRunner, JaxRunner, measure
@@ -210,23 +208,3 @@ def test_jobs_do_not_begin_when_nobody_listens_any_more(workers: int):
 def test_the_memory_probe_reads_what_it_says():
     (array,) = jax.tree.leaves(timing.memory_probe()._inputs)
     assert array.nbytes == timing.probe_bytes()
-
-
-def test_a_profile_adds_up_what_the_device_ran():
-    def event(name: str, duration: float) -> Any:
-        return SimpleNamespace(name=name, duration_ns=duration)
-
-    def plane(name: str, **lines: list[Any]) -> Any:
-        named = [SimpleNamespace(name=line.replace("_", " "), events=events) for line, events in lines.items()]
-        return SimpleNamespace(name=name, lines=named)
-
-    gpu = plane(
-        "/device:GPU:0",
-        Stream_7=[event("dot.1", 5), event("dot.2.1", 7)],
-        XLA_Modules=[event("jit", 99)],
-        XLA_Ops=[event("dot", 99)],
-    )
-    host = plane("/host:CPU", Stream_7=[event("python", 99)])
-    tpu = plane("/device:TPU:0", XLA_Ops=[event("fusion", 3)])
-    found = list(profile._events(SimpleNamespace(planes=[gpu, host, tpu])))
-    assert found == [("dot", 5e-9), ("dot", 7e-9), ("fusion", 3e-9)]

@@ -97,7 +97,12 @@ LINEAR: dict[str, Any] = {
     "activation": None,
     "gated": False,
 }
-LINEAR_KINDS: tuple[dict[str, Any], ...] = ({"x_dtype": "float32"}, {"out_dtype": "float32"}, {"gated": True})
+LINEAR_KINDS: tuple[dict[str, Any], ...] = (
+    {"x_dtype": "float32"},
+    {"out_dtype": "float32"},
+    {"gated": True},
+    {"order": "out_in"},
+)
 LINEAR_SIZES = (("rows",), ("in_features",), ("out_features",))
 LINEAR_IGNORED = {
     "num_layers": 32,
@@ -213,10 +218,12 @@ def tuned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         sizes=dict(key.sizes),
         config={"block": 2},
         seconds=1e-6,
-        heuristic_seconds=2e-6,
         origin="measured",
+        clock="device",
+        device="NVIDIA H200",
+        date="2026-11-27",
     )
-    tuning.save(path, target_device_kind(), [found])
+    tuning.save(path, [found])
     assert source(fields.problem) == "tuned"
     return fields
 

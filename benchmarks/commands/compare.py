@@ -2,10 +2,11 @@ r"""Compares two files of measurements: what got faster or slower, beyond noise.
 
   python -m palladion.benchmarks compare old.jsonl new.jsonl
 
-A contender is slower if its median is slower by more than --threshold and even its p20 is slower than its p80 was
-before. On a machine whose memory bandwidth varies, --by-memory divides times by the time of reading memory in the same
-minutes, which suits contenders that are bound by memory. The exit status is 1 if a kernel or the reference is slower,
-wrong, or missing from a workload that was measured; otherwise 0.
+Times are device times where both files have them, else wall clock. A contender is slower if its median is slower by
+more than --threshold and even its p20 is slower than its p80 was before. On a machine whose memory bandwidth varies,
+--by-memory divides times by the time of reading memory in the same minutes, which suits contenders that are bound by
+memory. The exit status is 1 if a kernel or the reference is slower, wrong, or missing from a workload that was
+measured; otherwise 0.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ def compare(
 
 
 def _compare_times(old: Measurement, new: Measurement, threshold: float, by_memory: bool) -> Difference:
-    before, now = old.samples, new.samples
-    assert before is not None
-    assert now is not None
+    samples = records.by_the_same_clock(old, new)
+    assert samples is not None
+    before, now = samples
     # Seconds times bytes per second: how many bytes memory would have moved meanwhile.
     units = (old.bandwidth, new.bandwidth) if by_memory and old.bandwidth and new.bandwidth else (1.0, 1.0)
     factor = before.median * units[0] / (now.median * units[1])
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _lines(differences: Sequence[Difference]) -> list[tuple[str, ...]]:
     def time(one: Measurement | None) -> str:
-        return text.duration(one.samples.median) if one is not None and one.samples is not None else ""
+        return text.duration(one.best_samples.median) if one is not None and one.best_samples is not None else ""
 
     return [
         (

@@ -75,7 +75,6 @@ def selected(operation: Operation, arguments: argparse.Namespace) -> list[Any]:
 
 def _named(operation: Operation, patterns: Sequence[str]) -> Iterator[Any]:
     """Yields the cases whose names match the patterns."""
-    """Yields the cases whose names match the patterns."""
     known = operation.named_cases()
     for pattern in patterns:
         meant = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
@@ -122,7 +121,7 @@ def _cache_name(case: Any, *, ragged: bool) -> str:
 
 
 def _products(operation: Operation, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yields cases of quantized_matmul, or of matmul, which has no schemes."""
+    """Yields cases of quantized_matmul, or of matmul, which has no schemes, by number of rows."""
     dense = operation.name == "matmul"
     by_hand = arguments.in_features, arguments.out_features
     check(by_hand.count(None) != 1, "sizes by hand", by_hand, "both of --in and --out")
@@ -131,7 +130,7 @@ def _products(operation: Operation, arguments: argparse.Namespace) -> Iterator[A
         check(name in known, "--layers", name, ", ".join(known))
     shapes = [models()[name] for name in arguments.model or (DEFAULT_MODEL,)]
     schemes = ("",) if dense else arguments.scheme
-    for scheme, rows in itertools.product(schemes, arguments.rows or arguments.batch):
+    for rows, scheme in itertools.product(arguments.rows or arguments.batch, schemes):
         dtypes = {"dtype": arguments.dtype} if dense else {"scheme": scheme, "dtype": arguments.dtype}
         if by_hand[0] is not None:
             sizes = {"in_features": by_hand[0], "out_features": by_hand[1], "rows": rows}

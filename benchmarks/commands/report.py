@@ -2,13 +2,14 @@ r"""Makes a Markdown page of results: tables, pictures, and where they come from
 
   python -m palladion.benchmarks report benchmarks/results/cpu/*.jsonl --out=benchmarks/results/cpu/README.md
 
-It takes files that `run --json`, `model --json` and `decode_peers --json` have written. Pictures go beside the page.
+It takes files that `run --json`, `model --json` and `decode_peers --json` have written, and tuned block sizes. Pictures
+go beside the page.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from palladion.benchmarks.commands import decode_peers, model
 from palladion.benchmarks.measure import plots, records, tables
 from palladion.benchmarks.measure.records import Limits, Measurement, Provenance
 from palladion.benchmarks.plotting import require_matplotlib
+from palladion.benchmarks.text import duration
+from palladion.kernels import tuning
 from palladion.kernels.checks import check
 
 HELP: Final = "makes a Markdown page with tables and pictures of files of results"
@@ -23,7 +26,7 @@ HELP: Final = "makes a Markdown page with tables and pictures of files of result
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("files", type=Path, nargs="+", help="written by run, model and decode_peers")
+    parser.add_argument("files", type=Path, nargs="+", help="written by run, model, decode_peers and tune")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="the page; pictures go beside it")
     parser.add_argument("--title", default="Measurements", help="of the page")
     parser.add_argument("--without-pictures", action="store_true", help="tables only: needs no matplotlib")
@@ -43,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _section(path: Path, arguments: argparse.Namespace) -> str:
-    """Returns the section of the page for a file."""
     """Returns the section of the page for a file."""
     record = records.read_record(path)
     for key, section in _RECORDS.items():
@@ -71,7 +73,12 @@ def _model_section(path: Path, record: dict[str, Any], arguments: argparse.Names
         picture = arguments.out.parent / f"{path.stem}-scaling.png"
         plots.scaling(model.scaling_points(record), record["provenance"]["device"], record["title"], picture)
         parts.append(f"![scaling]({picture.name})")
-    return "\n\n".join([*parts, markdown(*model.table_of(record))])
+    parts.append(markdown(*model.table_of(record)))
+    for point in model.points_of(record):
+        if point.kernels:
+            parts.append(f"Where a step of {point.batch} sequences spends its time:")
+            parts.append(markdown(model.KERNEL_HEADINGS, model.kernel_lines(point)))
+    return "\n\n".join(parts)
 
 
 def _decoders_section(path: Path, record: dict[str, Any], arguments: argparse.Namespace) -> str:
@@ -84,9 +91,31 @@ def _decoders_section(path: Path, record: dict[str, Any], arguments: argparse.Na
     return "\n\n".join([*parts, markdown(*decode_peers.table_of(record))])
 
 
+def _named(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _tuned_section(path: Path, record: dict[str, Any], arguments: argparse.Namespace) -> str:
+    del record, arguments
+    entries = sorted(tuning.load(path), key=lambda one: (one.kind, tuple(one.sizes.items()), one.seconds))
+    lines = [
+        (
+            f"{one.kind} {_named(one.sizes)}",
+            one.implementation,
+            duration(one.seconds),
+            one.clock or one.origin,
+            _named(one.config or {}),
+        )
+        for one in entries
+    ]
+    title = f"## Tuned: {path.parent.name} ({path.name})"
+    return "\n\n".join((title, markdown(("problem", "implementation", "time of a call", "clock", "blocks"), lines)))
+
+
 _RECORDS: Final[dict[str, Callable[[Path, dict[str, Any], argparse.Namespace], str]]] = {
     "points": _model_section,
     "tokens_per_second": _decoders_section,
+    "entries": _tuned_section,
 }
 """Functions that make the section of a record, by the key that tells its kind."""
 

@@ -64,7 +64,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--backends", type=options.names, metavar="NAMES", help="our implementations (those of this platform)"
     )
-    who.add_argument("--peers", type=options.names, metavar="NAMES", help="all (by default), none, or names")
+    who.add_argument(
+        "--peers", type=options.names, metavar="NAMES", help="all (by default), none, fast, slow, or names"
+    )
     who.add_argument("--interpret", action="store_true", help="check kernels for other platforms")
     who.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contender (7)")
     who.add_argument("--sample-ms", type=float, default=20.0, metavar="MS", help="minimum length of a sample (20)")
@@ -174,7 +176,7 @@ def measure_workloads(
             measurements += found
             print(f"\n{chosen.name} {case.name}: {found[0].shape if found else ''}")
             print(text.table(tables.HEADINGS, tables.cells(found, limits)), flush=True)
-            if any(one.samples and one.samples.noisy for one in found):
+            if any(one.best_samples and one.best_samples.noisy for one in found):
                 report_progress("warning: samples differ by more than 15 %: this machine is noisy. Believe ratios")
             report_progress(f"({time.perf_counter() - start:.0f} s)")
     print(f"\n{tables.LEGEND}")

@@ -1,13 +1,14 @@
-r"""Runs all benchmarks of this machine's kernels within a time limit, and keeps the results in one folder.
+r"""Tunes and measures everything of a machine within a time limit, most valuable first, into one folder.
 
-  PYTHONPATH=src python -m palladion.benchmarks suite --minutes=10 --out=results
+  PYTHONPATH=src python -m palladion.benchmarks suite --minutes=6 --out=results
 
-It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch adds peers. Each phase is
-a command in a process of its own: whether kernels are right on this device, how fast they are beside the reference and
-the installed peers, which block sizes are better, how long a decode step takes and where its time goes. A phase gets
-its share of the minutes, and leaves what it does not need to the next ones; a phase that takes longer is interrupted,
-and what it has measured is kept. --tiny runs all phases on a CPU, with small shapes and interpreted kernels, to try
-them.
+It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch and others add peers.
+Each phase is a command in a process of its own. On an accelerator: are kernels right on this device; which block sizes,
+or XLA's form, are best for the layers and the attention of Llama-3-8B; how long is a decode step, with what was tuned;
+how fast are the kernels beside peers; and last, beside peers that compile for long. A phase gets its share of the
+minutes that are left, and leaves what it does not need to the next ones; a phase that takes longer is interrupted, and
+what it has measured is kept. Results are written as they come: the tuned block sizes to tuned/, and the page README.md
+after every phase. --tiny runs all phases on a CPU, with small shapes and interpreted kernels, to try them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import palladion
 from palladion.benchmarks.commands import report
@@ -33,13 +34,19 @@ from palladion.benchmarks.measure import machine
 from palladion.kernels import tuning
 from palladion.kernels.checks import check
 
-HELP: Final = "everything this machine can say in --minutes: right? how fast? better block sizes? a decode step?"
+HELP: Final = "everything this machine can say in --minutes: right? which block sizes? a decode step? how fast?"
 
-LEAST_SECONDS: Final = 15.0
+LEAST_SECONDS: Final = 10.0
 """Time that must be left for a phase to begin."""
 
-GRACE_SECONDS: Final = 20.0
-"""Time that a phase has between an interruption and its end."""
+GRACE_SECONDS: Final = 10.0
+"""Time that a phase has between an interruption and its end, and that it should end before its share is over."""
+
+PAGE_SECONDS: Final = 10.0
+"""Time for the page and its pictures after the last phase."""
+
+TUNED_PAGES: Final = ("--batch=8", "--kv-len=4096", "--page-size=64", "--ragged")
+"""A paged cache with sequences of different lengths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,38 +69,48 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
     """Returns the phases for a platform, in order."""
     if tiny:
         return _tiny()
-    if platform == "cpu":
-        return _on_cpu()
-    attention = ("run", "decode_attention", "--model=llama3-8b", "--rounds=9")
-    product = ("run", "quantized_matmul", "--model=llama3-8b", "--rounds=9", "--layers=qkv,down")
-    model = (
-        "model",
-        "--model=llama3-8b",
-        "--prompt=1024",
-        "--steps=64",
-        "--minutes={minutes}",
-        "--profile={name}",
-    )
-    tune = ("tune", "--trials=30", "--minutes={minutes}")
-    # Appending costs the same in a short cache, which takes less time to fill and to compare.
-    append = ("--model=llama3-8b", "--batch=1,64", "--kv-len=1024", "--json={name}.jsonl")
+    return _on_cpu() if platform == "cpu" else [*_tuning(), *_models(), *_contests()]
+
+
+def _tuning() -> list[Phase]:
+    """Returns the check of all kernels, and the search for what is best for the layers of Llama-3-8B."""
+    tune = ("tune", "--model=llama3-8b", "--minutes={minutes}")
+    rows = "--rows=1,8,16,64"
+    narrow = "--kv-dtype=bfloat16,int8,float8_e4m3fn"
     return [
-        Phase("check", 60, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
-        Phase("attention", 70, (*attention, "--batch=1,8,32", "--kv-len=8192", "--json={name}.jsonl")),
-        Phase("products", 110, (*product, "--scheme=int8,int4-g128", "--rows=1,16,256", "--json={name}.jsonl")),
-        Phase("dense", 30, ("run", "matmul", "--model=llama3-8b", "--peers=none", "--json={name}.jsonl")),
-        Phase("model-int8", 50, (*model, "--scheme=int8", "--batch=1,8", "--json={name}.json")),
-        Phase("model-bfloat16", 50, (*model, "--scheme=bfloat16", "--batch=1,8", "--json={name}.json")),
-        Phase("tune-attention", 40, (*tune, "decode_attention", "--model=llama3-8b", "--batch=1,8", "--kv-len=8192")),
-        Phase(
-            "tune-products",
-            100,
-            (*tune, "quantized_matmul", "--scheme=int8,int4-g128", "--rows=1,16", "--layers=qkv,down"),
-        ),
-        Phase("caches", 30, (*attention, "--batch=8", "--kv-dtype=int8,float8_e4m3fn", "--json={name}.jsonl")),
-        Phase("pages", 20, (*attention, "--batch=8", "--page-size=64", "--ragged", "--json={name}.jsonl")),
-        Phase("append", 20, ("run", "append_kv", *append)),
-        Phase("append-joined", 20, ("run", "append_qkv", *append)),
+        Phase("check", 35, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("tune-products", 100, (*tune, "quantized_matmul", "--scheme=int8,int4-g128,int4-g32", rows)),
+        Phase("tune-attention", 35, (*tune, "decode_attention", "--batch=1,8", "--kv-len=8192", narrow)),
+        Phase("tune-pages", 12, (*tune, "decode_attention", *TUNED_PAGES)),
+        Phase("tune-dense", 30, (*tune, "matmul", rows)),
+    ]
+
+
+def _models() -> list[Phase]:
+    """Returns decode steps of the whole model, in three precisions."""
+    step = ("model", "--model=llama3-8b", "--prompt=1024", "--steps=64", "--batch=1,8,32", "--minutes={minutes}")
+    return [
+        Phase(f"model-{scheme}", 30, (*step, f"--scheme={scheme}", "--json={name}.json"))
+        for scheme in ("int8", "int4-g128", "bfloat16")
+    ]
+
+
+def _contests() -> list[Phase]:
+    """Returns kernels beside the reference and peers; those that compile for long come last."""
+    run = ("run", "--model=llama3-8b", "--rounds=5", "--sample-ms=5", "--json={name}.jsonl")
+    attention, product = (*run, "decode_attention"), (*run, "quantized_matmul", "--layers=qkv,down")
+    long = ("--batch=1,8", "--kv-len=8192")
+    append = ("--batch=1,64", "--kv-len=1024")  # appending costs the same in a short cache, which is filled sooner
+    slow = "--peers=slow"
+    return [
+        Phase("products", 30, (*product, "--scheme=int8,int4-g128", "--rows=1,16", "--peers=fast")),
+        Phase("attention", 25, (*attention, *long, "--kv-dtype=bfloat16,int8,float8_e4m3fn", "--peers=fast")),
+        Phase("dense", 12, (*run, "matmul", "--rows=1,16", "--peers=none")),
+        Phase("pages", 12, (*attention, *TUNED_PAGES, "--peers=fast")),
+        Phase("append", 10, (*run, "append_kv", *append)),
+        Phase("append-joined", 10, (*run, "append_qkv", *append)),
+        Phase("slow-attention", 15, (*attention, *long, slow)),
+        Phase("slow-products", 15, (*product, "--scheme=int8,int4-g128", "--rows=1,16", slow)),
     ]
 
 
@@ -111,44 +128,38 @@ def _on_cpu() -> list[Phase]:
         Phase(
             "model-int8",
             4,
-            ("model", "--scheme=int8", "--prompt=16", "--steps=32", "--minutes={minutes}", "--json={name}.json"),
+            ("model", "--scheme=int8", "--prompt=16", "--steps=16", "--minutes={minutes}", "--json={name}.json"),
         ),
         Phase("decode", 3, ("decode_peers", "--rounds=3", "--tokens=64", "--json={name}.json")),
     ]
 
 
 def _tiny() -> list[Phase]:
-    """Returns every phase with interpreted kernels and shapes that take a second."""
+    """Returns every kind of phase with interpreted kernels and shapes that take a second."""
     heads = ("--q-heads=4", "--kv-heads=2", "--head-dim=64", "--dtype=float32", "--kv-len=128", "--batch=2")
-    layer = ("--in=128", "--out=128", "--rows=2", "--dtype=float32", "--scheme=int8")
+    dense = ("--in=128", "--out=128", "--rows=2", "--dtype=float32")
+    layer = (*dense, "--scheme=int8")
     quick = ("--interpret", "--rounds=2", "--sample-ms=1", "--json={name}.jsonl", "--peers=jax-nn-xla,dense-dot")
     tune = ("tune", "--interpret", "--trials=2", "--minutes={minutes}")
+    cases = ("--cases=gqa,int8,float32", "--interpret", "--minutes={minutes}", "--json={name}.jsonl")
+    model = ("--model=tiny", "--batch=1,2", "--prompt=8", "--steps=16", "--backend=mosaic_tpu", "--interpret")
     return [
-        Phase(
-            "check",
-            1,
-            ("check", "--interpret", "--cases=gqa,int8,float32", "--minutes={minutes}", "--json={name}.jsonl"),
-        ),
-        Phase("attention", 1, ("run", "decode_attention", *heads, *quick)),
+        Phase("check", 1, ("check", *cases)),
+        Phase("tune-products", 1, (*tune, "quantized_matmul", *layer)),
+        Phase("tune-attention", 1, (*tune, "decode_attention", *heads)),
+        Phase("model-int8", 1, ("model", *model, "--minutes={minutes}", "--json={name}.json")),
         Phase("products", 1, ("run", "quantized_matmul", *layer, *quick)),
-        Phase("dense", 1, ("run", "matmul", *(one for one in layer if "scheme" not in one), *quick)),
+        Phase("attention", 1, ("run", "decode_attention", *heads, *quick)),
+        Phase("dense", 1, ("run", "matmul", *dense, *quick)),
         Phase("append", 1, ("run", "append_kv", *(one for one in heads if "q-heads" not in one), *quick)),
         Phase("append-joined", 1, ("run", "append_qkv", *heads, *quick)),
-        Phase("tune-products", 1, (*tune, "quantized_matmul", *layer)),
-        Phase(
-            "model-int8",
-            1,
-            (
-                *("model", "--model=tiny", "--batch=1,2", "--prompt=8", "--steps=16", "--backend=mosaic_tpu"),
-                *("--interpret", "--minutes={minutes}", "--json={name}.json", "--profile={name}"),
-            ),
-        ),
+        Phase("slow-attention", 1, ("run", "decode_attention", *heads, *quick[:-1], "--peers=slow")),
     ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all phases together (10)")
+    parser.add_argument("--minutes", type=float, default=6.0, metavar="N", help="for all phases together (6)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for all results")
     parser.add_argument("--only", metavar="NAMES", help="names of phases, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="small shapes and interpreted kernels, on a CPU")
@@ -193,8 +204,8 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
     Returns:
       The exit status: 1 if a phase failed or could not begin, otherwise 0.
     """
-    deadline = time.perf_counter() + 60 * minutes
-    summary: list[dict[str, object]] = []
+    deadline = time.perf_counter() + max(60 * minutes - PAGE_SECONDS, 30 * minutes)
+    summary: list[dict[str, Any]] = []
     try:
         for number, phase in enumerate(chosen):
             left = seconds_left(deadline)
@@ -206,14 +217,15 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
                 start = time.perf_counter()
                 status = _run_phase(phase, out, share, tiny=tiny)
                 seconds = time.perf_counter() - start
-            report_progress(f"--- {phase.name}: {'done' if status == 0 else status} after {seconds:.0f} s")
+            report_progress(f"--- {phase.name}: {_outcome(status)} after {seconds:.0f} s")
             summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
             # Written after each phase, so that an interrupted suite leaves it.
             (out / "suite.json").write_text(
                 json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
             )
+            _report(out, summary, pictures=False)
     finally:
-        _report(out, [phase.name for phase in chosen])
+        _report(out, summary, pictures=importlib.util.find_spec("matplotlib") is not None)
     return 0 if all(entry["status"] == 0 for entry in summary) else 1
 
 
@@ -260,16 +272,28 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def _report(out: Path, names: Sequence[str]) -> None:
-    """Makes the page of everything that the phases have written, in their order, if there is anything."""
+def _outcome(status: object) -> str:
+    """Says what became of a phase."""
+    return "done" if status == 0 else f"exit status {status}" if isinstance(status, int) else str(status)
+
+
+def _report(out: Path, summary: Sequence[dict[str, Any]], *, pictures: bool) -> None:
+    """Makes the page of what the phases so far have written, in their order, if there is anything."""
     # A check measures no times.
-    files = [path for name in names if name != "check" for path in sorted(out.glob(f"{name}.json*"))]
-    if not files:
+    names = [phase["phase"] for phase in summary if phase["phase"] != "check"]
+    files = [path for name in names for path in sorted(out.glob(f"{name}.json*"))]
+    tuned = sorted((out / "tuned").rglob("*.json"))
+    if not files and not tuned:
         return
+    page = out / "README.md"
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
-    bare = [] if importlib.util.find_spec("matplotlib") else ["--without-pictures"]
+    bare = [] if pictures else ["--without-pictures"]
     try:
-        report.run(parser.parse_args([*map(str, files), f"--out={out / 'README.md'}", *bare]))
+        report.run(parser.parse_args([*map(str, [*files, *tuned]), f"--out={page}", *bare]))
     except ValueError as error:  # a file may have been cut off
         report_progress(f"no page: {error}")
+        return
+    lines = [(phase["phase"], _outcome(phase["status"]), f"{phase['seconds']:.0f} s") for phase in summary]
+    with page.open("a") as file:
+        file.write(f"\n## Phases\n\n{report.markdown(('phase', 'outcome', 'took'), lines)}\n")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Unpack
 
+from palladion.benchmarks.measure.device_time import KernelTimes, kernel_seconds
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, Verdict
 from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.peers import Peer
@@ -120,12 +121,11 @@ class _Workload:
         self.measurements: dict[str, Measurement] = {}
         self._operation, self._case, self._options = operation, case, options
         self._inputs = operation.inputs(case)
-        self._problem = case.problem()
         self._runners: dict[str, Runner] = {}
         self._blank = Measurement(
             operation=operation.name,
             workload=case.name,
-            shape=str(self._problem),
+            shape=str(case.problem()),
             contender="",
             kind="peer",
             status="failed",
@@ -133,19 +133,20 @@ class _Workload:
             flops=operation.flops(case),
         )
         options.on_turn("xla")
-        self._reference, self._reference_config = self._prepare("xla")
+        self._reference, self._reference_config = self._prepare("xla", case)
 
     def check_implementation(self, implementation: Implementation) -> None:
         """Compiles and runs an implementation once, and judges its result."""
 
         def check(measurement: Measurement) -> tuple[Measurement, Runner | None]:
-            reason, interpreted = _unavailable(implementation, self._problem, self._options)
+            case = _case_for(self._operation, self._case, implementation)
+            reason, interpreted = _unavailable(implementation, case.problem(), self._options)
             if reason is not None:
                 return dataclasses.replace(measurement, status="skipped", reason=reason), None
             if measurement.kind == "reference":
                 runner, config = self._reference, self._reference_config
             else:
-                runner, config = self._prepare(implementation.name, interpreted)
+                runner, config = self._prepare(implementation.name, case, interpreted)
             measurement = self._judge(measurement, runner, lambda verdict: verdict.right)
             measurement = dataclasses.replace(measurement, config=config[0], config_source=config[1])
             if measurement.status == "ok" and interpreted:
@@ -181,9 +182,22 @@ class _Workload:
             sample_seconds=options.sample_seconds,
             failed=lambda runner, error: self._update(runner.name, status="failed", reason=one_line(error)),
         )
+        on_device, why = self._device_times([probe, *(self._runners[name] for name in samples if name != probe.name)])
         bandwidth = probe_bytes() / samples.pop(probe.name).p20
+        if probe.name in on_device:
+            bandwidth = probe_bytes() / on_device[probe.name].samples.p20
         for name, taken in samples.items():
-            self._update(name, seconds=taken.seconds, calls=taken.calls, bandwidth=bandwidth)
+            self._update(name, seconds=taken.seconds, calls=taken.calls, bandwidth=bandwidth, reason=why)
+            if name in on_device:
+                times = on_device[name]
+                self._update(name, device_seconds=times.seconds, kernels=times.text)
+
+    def _device_times(self, runners: Sequence[Runner]) -> tuple[dict[str, KernelTimes], str]:
+        """Returns device times by contender, and why there are none if the profiler fails."""
+        try:
+            return kernel_seconds(runners, self._options.rounds), ""
+        except Exception as error:  # wall clock is there already
+            return {}, f"no device time: {one_line(error)}"
 
     def _check(
         self, measurement: Measurement, check: Callable[[Measurement], tuple[Measurement, Runner | None]]
@@ -212,14 +226,16 @@ class _Workload:
             return dataclasses.replace(measurement, status="wrong", reason=verdict.description)
         return dataclasses.replace(measurement, status="ok")
 
-    def _prepare(self, backend: str, interpret: bool | None = None) -> tuple[JaxRunner, tuple[str, str]]:
-        """Returns an implementation, run once, with its block sizes and their source."""
-        operation, case, options = self._operation, self._case, self._options
+    def _prepare(self, backend: str, case: Case, interpret: bool | None = None) -> tuple[JaxRunner, tuple[str, str]]:
+        """Returns an implementation, run once on the case's inputs, with its block sizes and their source."""
+        operation, options = self._operation, self._options
         compiled = options.compiled.get((operation.name, case.name, backend))
         if compiled is None:
             call = options.call_options(backend, interpret)
             compiled = compile_implementation(operation, case, timed=options.rounds > 0, **call)
-        runner = warm_runner(operation, backend, compiled.calls, self._inputs)
+        # The same values, in another storage order, for a kernel of another platform.
+        inputs = self._inputs if case is self._case else operation.inputs(case)
+        runner = warm_runner(operation, backend, compiled.calls, inputs)
         return runner, (compiled.config, compiled.config_source)
 
     def _update(self, name: str, **changes: Any) -> None:
@@ -277,21 +293,29 @@ def compile_ahead(
         if target_platform() == "cpu" or COMPILING in options.crashed:
             continue
         options.on_turn(COMPILING)
-        problem = case.problem()
         for implementation in operation.table:
+            own = _case_for(operation, case, implementation)
             name = implementation.name
             if name != "xla" and (name not in options.backends or name in options.crashed):
                 continue  # the reference always takes part
-            reason, interpreted = _unavailable(implementation, problem, options)
+            reason, interpreted = _unavailable(implementation, own.problem(), options)
             if reason is None:
                 call = options.call_options(name, interpreted)
                 jobs[operation.name, case.name, name] = functools.partial(
-                    compile_implementation, operation, case, timed=options.rounds > 0, **call
+                    compile_implementation, operation, own, timed=options.rounds > 0, **call
                 )
     compiled = dict(zip(jobs, side_by_side(list(jobs.values())), strict=True))
     for _, _, options in tasks:
         options.on_turn(None)
     return {key: found for key, found in compiled.items() if isinstance(found, CompiledImplementation)}
+
+
+def _case_for(operation: Operation, case: Case, implementation: Implementation) -> Case:
+    """Returns the case as an implementation takes it: a kernel of another platform has its own storage order."""
+    if implementation.platform in (None, target_platform()):
+        return case
+    stored: Case = operation.stored_for(case, implementation.platform)
+    return stored
 
 
 def _unavailable(

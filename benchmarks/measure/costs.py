@@ -1,115 +1,136 @@
-"""Cost models of block sizes: times on this machine's accelerator, and estimates for a TPU that is not here."""
+"""Cost models of contenders: times on this machine's accelerator, and estimates for a TPU that is not here."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.measure.bench import compile_calls, one_line, warm_runner
+import jax.numpy as jnp
+
+from palladion.benchmarks.measure.bench import DeviceLostError, compile_calls, config_text, one_line, warm_runner
+from palladion.benchmarks.measure.device_time import kernel_seconds
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, operation
 from palladion.benchmarks.measure.parallel import cores, side_by_side
-from palladion.benchmarks.measure.samples import Samples, ratio
-from palladion.benchmarks.measure.search import RejectedError
+from palladion.benchmarks.measure.samples import Samples
+from palladion.benchmarks.measure.search import Contender, ContendersLostError, RejectedError
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
 from palladion.benchmarks.static import Examiner, WorkloadName
 from palladion.benchmarks.static.workloads import with_scalars
 from palladion.kernels.checks import check
 from palladion.kernels.devices import tpu_chips
-from palladion.kernels.implementation import Implementation
 
-TRIAL_ROUNDS: Final = 5
-"""Samples of a config."""
+ROUNDS: Final = {"device": 3, "wall": 5}
+"""Samples of a contender, by clock."""
 
-DUEL_ROUNDS: Final = 15
-"""Samples of each config where two are compared."""
+COMPARISON_ROUNDS: Final = {"device": 7, "wall": 15}
+"""Samples of each contender where they are compared, by clock."""
 
 SAMPLE_SECONDS: Final = 0.01
-"""Minimum length of a sample; short, because many configs are tried."""
-
-AGREEMENT: Final = 0.8
-"""Share of the rounds in which a config must be faster for its speedup to count."""
+"""Minimum length of a sample by wall clock; short, because many configs are tried."""
 
 
 class MeasuredCost:
-    """Times configs on JAX's default device, and rejects those with a wrong result.
+    """Times contenders on JAX's default device, and rejects those with a wrong result.
+
+    The time is that of the device for a call's kernels where the profiler shows it, on a GPU; otherwise wall clock.
 
     Args:
       chosen: the operation.
       case: the workload.
-      implementation: the kernel whose configs are timed.
-      interpret: interprets the kernel; only for tests, because it says nothing of its speed.
+      interpret: interprets kernels; only for tests, because it says nothing of their speed.
     """
 
-    origin = "measured"
-
-    def __init__(
-        self, chosen: Operation, case: Case, implementation: Implementation, interpret: bool | None = None
-    ) -> None:
-        self._operation, self._case = chosen, case
-        self._call: CallOptions = {"backend": implementation.name, "interpret": interpret}
+    def __init__(self, chosen: Operation, case: Case, interpret: bool | None = None) -> None:
+        self.origin = "interpreted" if interpret else "measured"
+        self._operation, self._case, self._interpret = chosen, case, interpret
         self._inputs = chosen.inputs(case)
-        self._next: list[Any] = []
-        self._calls: dict[Any, CompiledCalls | Exception] = {}
+        self._next: list[Contender] = []
+        self._calls: dict[Contender, CompiledCalls | Exception] = {}
         reference = compile_calls(chosen, case, backend="xla", timed=False)
         self._reference = warm_runner(chosen, "xla", reference, self._inputs).result
+        self.clock = best_clock()
 
-    def prepare(self, configs: Sequence[Any]) -> None:
-        """Implements `CostModel.prepare`: as many as there are cores are compiled with the next one asked for."""
-        self._next = list(configs)
+    def prepare(self, contenders: Sequence[Contender]) -> None:
+        """Implements `CostModel.prepare`: as many as there are cores are compiled with those that are asked for."""
+        self._next = list(contenders)
 
-    def seconds(self, config: Any) -> float:
-        """Returns the median of a few samples."""
-        return self._measure([self._runner(config, "config")], rounds=TRIAL_ROUNDS)["config"].median
-
-    def gain(self, better: Any, start: Any) -> float:
-        """Implements `CostModel.gain`: times both in turns, more often; see `certain_gain`."""
-        runners = [self._runner(better, "better"), self._runner(start, "start")]
-        return certain_gain(**self._measure(runners, rounds=DUEL_ROUNDS))
-
-    def _compiled(self, config: Any) -> CompiledCalls:
-        """Returns a config's calls, compiled together with configs that are likely to follow; nothing is timed then."""
-        if config not in self._calls:
-            others = [one for one in self._next if one != config and one not in self._calls]
-            together = [config, *others[: cores() - 1]]
-            jobs = [
-                functools.partial(compile_calls, self._operation, self._case, **(self._call | {"config": one}))
-                for one in together
-            ]
-            self._calls.update(zip(together, side_by_side(jobs), strict=True))
-        calls = self._calls[config]
-        if isinstance(calls, Exception):  # compilers raise what they like
-            raise calls
-        return calls
-
-    def _runner(self, config: Any, name: str) -> JaxRunner:
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        """Implements `CostModel.samples`: runs all contenders once, judges their results, and times those in turns."""
+        self._compile(contenders)
+        found: dict[Contender, Samples | RejectedError] = {}
+        runners: dict[Contender, JaxRunner] = {}
+        for contender in contenders:
+            try:
+                runners[contender] = self._runner(contender)
+            except RejectedError as error:
+                found[contender] = error
+            except DeviceLostError as error:
+                raise ContendersLostError([contender], str(error)) from error
+        judge = functools.partial(self._operation.judge, self._case, self._inputs, reference=self._reference)
+        verdicts = side_by_side([functools.partial(judge, result=runner.result) for runner in runners.values()])
+        for contender, verdict in zip(list(runners), verdicts, strict=True):
+            if isinstance(verdict, Exception) or not verdict.right:
+                wrong = one_line(verdict) if isinstance(verdict, Exception) else f"wrong: {verdict.description}"
+                found[contender] = RejectedError(wrong)
+                del runners[contender]
+        rounds = (COMPARISON_ROUNDS if thorough else ROUNDS)[self.clock]
         try:
-            runner = warm_runner(self._operation, name, self._compiled(config), self._inputs)
+            found |= self._timed(runners, rounds)
+        except DeviceLostError as error:
+            raise ContendersLostError(list(runners), str(error)) from error
+        return {contender: found[contender] for contender in contenders}
+
+    def _timed(self, runners: dict[Contender, JaxRunner], rounds: int) -> dict[Contender, Samples | RejectedError]:
+        """Times contenders in turns; where one of them fails, each alone."""
+        try:
+            if self.clock == "device":
+                times = kernel_seconds(list(runners.values()), rounds)
+                samples = {name: one.samples for name, one in times.items()}
+            else:
+                samples = measure(list(runners.values()), rounds=rounds, sample_seconds=SAMPLE_SECONDS)
+        except Exception as error:  # it compiles, but does not run
+            if len(runners) == 1:
+                return {contender: RejectedError(one_line(error)) for contender in runners}
+            one_line(error)  # raises if the device is lost
+            alone = [self._timed({contender: runner}, rounds) for contender, runner in runners.items()]
+            return {contender: outcome for one in alone for contender, outcome in one.items()}
+        unseen = RejectedError("the profiler shows no kernel of it")
+        return {contender: samples.get(runner.name, unseen) for contender, runner in runners.items()}
+
+    def _compile(self, contenders: Sequence[Contender]) -> None:
+        """Compiles what is not compiled yet, together with what is likely to follow; nothing is timed then."""
+        missing = [one for one in dict.fromkeys([*contenders, *self._next]) if one not in self._calls]
+        needed = sum(1 for one in missing if one in contenders)
+        together = missing[: max(needed, cores())] if needed else []
+        jobs = [
+            functools.partial(compile_calls, self._operation, self._case, **self._call_options(one)) for one in together
+        ]
+        self._calls.update(zip(together, side_by_side(jobs), strict=True))
+
+    def _call_options(self, contender: Contender) -> CallOptions:
+        return {"backend": contender.implementation, "config": contender.config, "interpret": self._interpret}
+
+    def _runner(self, contender: Contender) -> JaxRunner:
+        name, calls = f"{contender.implementation} {config_text(contender.config)}".strip(), self._calls[contender]
+        try:
+            if isinstance(calls, Exception):  # compilers raise what they like
+                raise calls
+            return warm_runner(self._operation, name, calls, self._inputs)
         except Exception as error:
             raise RejectedError(one_line(error)) from error
-        verdict = self._operation.judge(self._case, self._inputs, runner.result, self._reference)
-        if not verdict.right:
-            raise RejectedError(f"wrong: {verdict.description}")
-        return runner
-
-    def _measure(self, runners: Sequence[JaxRunner], rounds: int) -> dict[str, Samples]:
-        try:
-            return measure(runners, rounds=rounds, sample_seconds=SAMPLE_SECONDS)
-        except Exception as error:  # it compiles, but does not run
-            raise RejectedError(one_line(error)) from error
 
 
-def certain_gain(better: Samples, start: Samples) -> float:
-    """Returns the median speedup over the rounds; at most 1 unless four rounds in five agree that it is one."""
-    rounds = [old / new for new, old in zip(better.seconds, start.seconds, strict=False)]
-    agree = sum(1 for one in rounds if one > 1) >= AGREEMENT * len(rounds)
-    return statistics.median(rounds) if agree else min(1.0, ratio(start, better))
+@functools.cache
+def best_clock() -> str:
+    """Returns "device" where the profiler shows kernels of JAX's default device, on a GPU, otherwise "wall"."""
+    probe = JaxRunner.compile("probe", lambda x: x + 1, jnp.ones(8), copies=1)
+    return "device" if kernel_seconds([probe], 1) else "wall"
 
 
 class EstimatedCost:
@@ -121,7 +142,7 @@ class EstimatedCost:
       chip: a name in `tpu_chips()`.
     """
 
-    origin = "estimated"
+    origin, clock = "estimated", ""
 
     def __init__(self, chosen: Operation, case: Case, chip: str) -> None:
         check(chip in tpu_chips(), "--chip", chip, ", ".join(tpu_chips()))
@@ -131,7 +152,7 @@ class EstimatedCost:
         self._file = Path(self._folder.name) / "candidate.py"
         self._file.write_text(CANDIDATE)
 
-    def prepare(self, configs: Sequence[Any]) -> None:
+    def prepare(self, contenders: Sequence[Contender]) -> None:
         """Implements `CostModel.prepare`: nothing is compiled ahead, the compiler's process takes one at a time."""
 
     def close(self) -> None:
@@ -139,10 +160,21 @@ class EstimatedCost:
         self._examiner.stop()
         self._folder.cleanup()
 
-    def seconds(self, config: Any) -> float:
+    def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
+        """Implements `CostModel.samples`: the estimates have no noise."""
+        del thorough
+        found: dict[Contender, Samples | RejectedError] = {}
+        for contender in contenders:
+            try:
+                found[contender] = Samples((self._seconds(contender),), 1)
+            except RejectedError as error:
+                found[contender] = error
+        return found
+
+    def _seconds(self, contender: Contender) -> float:
         """Returns the estimated seconds of all kernels of a call together."""
-        case = encode_case(self._case)
-        given = {"operation": self._operation.name, "case": case, "config": dataclasses.asdict(config)}
+        case, config = encode_case(self._case), dataclasses.asdict(contender.config)
+        given = {"operation": self._operation.name, "case": case, "config": config}
         self._file.with_suffix(".json").write_text(json.dumps(given))
         found = self._examiner.examine(WorkloadName("", "candidate", str(self._file)), self._chip)
         if found.failure is not None:
@@ -151,10 +183,6 @@ class EstimatedCost:
         if not times or any(time is None for time in times):
             raise RejectedError("the compiler's listing does not tell its time")
         return sum(time for time in times if time is not None)
-
-    def gain(self, better: Any, start: Any) -> float:
-        """Returns the ratio of the estimates, which have no noise."""
-        return self.seconds(start) / self.seconds(better)
 
 
 CANDIDATE: Final = """from pathlib import Path

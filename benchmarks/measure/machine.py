@@ -31,6 +31,7 @@ PACKAGES: Final = (
     "llama-cpp-python",
     "flashinfer-python",
     "flash-attn",
+    "gemlite",
 )
 """Packages whose versions may affect how fast something is."""
 

@@ -23,13 +23,13 @@ def bandwidth(measurements: Sequence[Measurement], device: str, path: Path) -> N
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    timed = [one for one in measurements if one.samples is not None and one.bandwidth]
+    timed = [one for one in measurements if one.best_samples is not None and one.bandwidth]
     labels = [f"{one.workload}  {one.contender}" for one in timed]
     figure = Figure(figsize=(9, 1.2 + 0.24 * max(len(timed), 1)), layout="constrained")
     axes = figure.subplots()
     shares, errors = [], ([], [])  # type: tuple[list[float], tuple[list[float], list[float]]]
     for one in timed:
-        samples, best = one.samples, one.bytes / (one.bandwidth or 1.0)
+        samples, best = one.best_samples, one.bytes / (one.bandwidth or 1.0)
         assert samples is not None
         shares.append(100 * best / samples.median)
         errors[0].append(100 * best * (1 / samples.median - 1 / samples.p80))
@@ -54,7 +54,7 @@ def roofline(measurements: Sequence[Measurement], limits: Limits, device: str, p
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    timed = [one for one in measurements if one.samples is not None and one.flops]
+    timed = [one for one in measurements if one.best_samples is not None and one.flops]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     ridge = limits.matrix_rate / limits.bandwidth
@@ -64,7 +64,7 @@ def roofline(measurements: Sequence[Measurement], limits: Limits, device: str, p
     contenders = list(dict.fromkeys(one.contender for one in timed))
     for number, contender in enumerate(contenders):
         own = [one for one in timed if one.contender == contender]
-        heights = [one.flops / one.samples.median for one in own if one.samples is not None]
+        heights = [one.flops / one.best_samples.median for one in own if one.best_samples is not None]
         axes.scatter([one.flops / one.bytes for one in own], heights, s=18, color=f"C{number}", label=contender)
     axes.set(
         xscale="log",

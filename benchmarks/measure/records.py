@@ -62,11 +62,14 @@ class Measurement:
       kind: "kernel", "reference" or "peer".
       status: what became of the contender.
       reason: why it was not timed; empty where it was.
-      seconds: time of a call, in every sample.
+      seconds: time of a call by wall clock, in every sample.
       calls: calls in a sample.
+      device_seconds: device time of a call, in every repetition (`device_time.py`); empty where no profiler tells it.
+      kernels: kernels of a call with their device time, as text.
       bytes: bytes that a call must move.
       flops: floating-point operations of a call.
-      bandwidth: bytes per second of `timing.memory_probe` in the same rounds; None where nothing was timed.
+      bandwidth: bytes per second of `timing.memory_probe` in the same rounds, by device time where it is known; None
+        where nothing was timed.
       units: error in parts of what is accepted, or None.
       error: largest error relative to the scale of the oracle's values, or None.
       config: block sizes of a kernel, as text.
@@ -82,6 +85,8 @@ class Measurement:
     reason: str = ""
     seconds: tuple[float, ...] = ()
     calls: int = 0
+    device_seconds: tuple[float, ...] = ()
+    kernels: str = ""
     bytes: int = 0
     flops: int = 0
     bandwidth: float | None = None
@@ -97,18 +102,35 @@ class Measurement:
 
     @property
     def samples(self) -> Samples | None:
-        """Times of its calls; None where it was not timed."""
+        """Times of its calls by wall clock; None where it was not timed."""
         return Samples(self.seconds, self.calls) if self.seconds else None
+
+    @property
+    def device_samples(self) -> Samples | None:
+        """Device times of its calls; None where they are not known."""
+        return Samples(self.device_seconds, self.calls) if self.device_seconds else None
+
+    @property
+    def best_samples(self) -> Samples | None:
+        """Device times where they are known, else wall clock: what rates rest on."""
+        return self.device_samples or self.samples
 
     @property
     def achieved(self) -> float | None:
         """Bytes that must move, per second of the median call."""
-        return None if self.samples is None else self.bytes / self.samples.median
+        return None if self.best_samples is None else self.bytes / self.best_samples.median
 
     @property
     def share_of_bandwidth(self) -> float | None:
         """Achieved bytes per second over the memory bandwidth that was measured in the same rounds."""
         return None if self.achieved is None or not self.bandwidth else self.achieved / self.bandwidth
+
+
+def by_the_same_clock(one: Measurement, other: Measurement) -> tuple[Samples, Samples] | None:
+    """Returns the samples by which two measurements can be compared: device times if both have them; None if none."""
+    if one.device_samples is not None and other.device_samples is not None:
+        return one.device_samples, other.device_samples
+    return None if one.samples is None or other.samples is None else (one.samples, other.samples)
 
 
 class Writer:

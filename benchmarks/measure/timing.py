@@ -12,6 +12,7 @@ alone: several can be compiled at the same time, before their arrays exist (`par
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -57,8 +58,11 @@ class Runner(Protocol):
     name: str
     result: Any
 
+    def run(self, calls: int) -> int:
+        """Runs at least `calls` calls, on different copies of the inputs in turn, and waits; returns how many."""
+
     def seconds(self, calls: int) -> float:
-        """Runs at least `calls` calls, on different copies of the inputs in turn; returns the seconds of one call."""
+        """Runs at least `calls` calls, likewise; returns the seconds of one call."""
 
 
 def measure(
@@ -269,18 +273,23 @@ class JaxRunner:
         self._donated[group] = results
         return results
 
-    def seconds(self, calls: int) -> float:
-        """Implements `Runner.seconds`."""
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
         width = self._calls.layout.width
         programs = -(-calls // width)
         one_by_one = target_platform() == "cpu"
-        start = time.perf_counter()
         for _ in range(programs):
             results = self._run_program()
             if one_by_one:
                 jax.block_until_ready(results)  # a CPU would run several at a time
         jax.block_until_ready(results)
-        return (time.perf_counter() - start) / (programs * width)
+        return programs * width
+
+    def seconds(self, calls: int) -> float:
+        """Implements `Runner.seconds`."""
+        start = time.perf_counter()
+        ran = self.run(calls)
+        return (time.perf_counter() - start) / ran
 
 
 class CallRunner:
@@ -310,12 +319,17 @@ class CallRunner:
         for argument in itertools.islice(self._arguments, calls):
             self._function(argument)
 
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
+        self.call(calls)
+        self._synchronize()
+        return calls
+
     def seconds(self, calls: int) -> float:
         """Implements `Runner.seconds`."""
         self._synchronize()
         start = time.perf_counter()
-        self.call(calls)
-        self._synchronize()
+        self.run(calls)
         return (time.perf_counter() - start) / calls
 
 
@@ -324,8 +338,15 @@ def memory_probe(name: str = "memory") -> JaxRunner:
 
     Timed in turns with others, it gives the memory bandwidth in the same minutes.
     """
-    x = jnp.ones((probe_bytes() // (4 * 512), 512), jnp.float32)
-    return JaxRunner.compile(name, lambda x: jnp.max(x, axis=0), x, copies=1)
+    rows = probe_bytes() // (4 * 512)
+    return JaxRunner(name, _memory_reads(rows), jnp.ones((rows, 512), jnp.float32))
+
+
+@functools.cache
+def _memory_reads(rows: int) -> CompiledCalls:
+    """Compiles the probe, once for all workloads."""
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.float32)
+    return CompiledCalls.compile(lambda x: jnp.max(x, axis=0), x, copies=1)
 
 
 def probe_bytes() -> int:

@@ -76,7 +76,7 @@ class Problem(LinearProblem):
         """Returns what block sizes depend on."""
         gated = " gated" if self.gated else ""
         return TuningKey(
-            kind=f"{self.x_dtype} x {self.w_dtype} to {self.out_dtype}{gated}",
+            kind=f"{self.x_dtype} x {self.w_dtype} to {self.out_dtype}{gated}, {self.order}",
             sizes={"rows": self.rows, "in": self.in_features, "out": self.out_features},
         )
 

@@ -111,7 +111,7 @@ class Problem(LinearProblem):
         x = self.x_dtype if self.quantize_x is None else f"{self.x_dtype} as {self.quantize_x}"
         gated = " gated" if self.gated else ""
         return TuningKey(
-            kind=f"{x} x {self.scheme} with {self.scale_dtype} scales to {self.out_dtype}{gated}",
+            kind=f"{x} x {self.scheme} with {self.scale_dtype} scales to {self.out_dtype}{gated}, {self.order}",
             sizes={"rows": self.rows, "in": self.in_features, "out": self.out_features},
         )
 

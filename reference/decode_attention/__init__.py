@@ -1,7 +1,7 @@
 """Attention of the newest tokens over a KV cache, in the form that is fastest.
 
 `definition.py` says what it is. `blocked.py` computes the same on every platform, at a cost that follows the longest
-sequence; its derivatives are those of the definition.
+sequence; `gpu.py` has it read large blocks in narrow floats. The derivatives are those of the definition.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import functools
 import jax
 
 from palladion.reference.caches import KVCache
-from palladion.reference.decode_attention import blocked, definition
+from palladion.reference.decode_attention import blocked, definition, gpu
 from palladion.reference.decode_attention.definition import merge_partials
 from palladion.reference.derivatives import with_derivatives_of
+from palladion.reference.platforms import target_platform
 
 __all__ = ["decode_attention", "merge_partials"]
 
@@ -58,8 +59,9 @@ def decode_attention(
     define = functools.partial(
         definition.decode_attention, scale=scale, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap
     )
+    form = gpu.decode_attention if target_platform() == "gpu" else blocked.decode_attention
     attend: blocked.Attend = functools.partial(
-        blocked.decode_attention, scale=scale, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap
+        form, scale=scale, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap
     )
     if batch_invariant:
         attend = functools.partial(blocked.one_by_one, attend)

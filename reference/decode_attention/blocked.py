@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,20 @@ from palladion.reference.caches import KVCache
 from palladion.reference.decode_attention.definition import dot, join_pages, visible_range, zero_unseen
 
 BLOCK: Final = 128
-"""Cached tokens that one iteration of the loop reads."""
+"""Cached tokens that one iteration of the loop reads, where nothing else is asked for."""
 
 Attend = Callable[
     [jax.Array, KVCache, jax.Array, jax.Array | None, jax.Array | None],
     tuple[jax.Array, jax.Array],
 ]
 """Computes out and lse from q, cache, lengths, sinks and layer."""
+
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Sums values `[batch, kv_heads, tokens, head_dim]` by weights `[batch, kv_heads, rows, tokens]`, in float32.
+
+The third argument, bool `[batch, tokens]`, says which tokens are seen; the values of the others may be NaN, their
+weights are 0.
+"""
 
 
 class _State(NamedTuple):
@@ -44,6 +51,15 @@ class _State(NamedTuple):
     acc: jax.Array
 
 
+class _Options(NamedTuple):
+    """Parts of the formula that all blocks share; see `decode_attention`."""
+
+    scale: float
+    logits_soft_cap: float | None
+    operands: Any
+    weigh: Weigh
+
+
 def decode_attention(
     q: jax.Array,
     cache: KVCache,
@@ -54,19 +70,29 @@ def decode_attention(
     scale: float,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
+    block: int = BLOCK,
+    operands: Any = jnp.float32,
+    weigh: Weigh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends block by block; `palladion.reference.decode_attention` documents the arguments."""
+    """Attends block by block; `palladion.reference.decode_attention` documents the other arguments.
+
+    Args:
+      block: about as many tokens are read at a time.
+      operands: dtype to which queries, keys, weights and values are converted before they are multiplied.
+      weigh: sums values; None means one product with values that are 0 where they are not seen.
+    """
     batch, q_len, q_heads, head_dim = q.shape
     kv_heads, max_len = cache.k.shape[-3], cache.max_len
     group = q_heads // kv_heads
-    block = _block_size(cache)
+    block = _block_size(cache, block)
     lengths = jnp.clip(lengths, 0, max_len)
     if cache.page_table is not None:
         cache = dataclasses.replace(cache, page_table=jnp.clip(cache.page_table, 0, cache.k.shape[-4] - 1))
 
     # [batch, q_len, kv_heads, group, head_dim] -> [batch, kv_heads, rows, head_dim]
     queries = jnp.moveaxis(q.reshape(batch, q_len, kv_heads, group, head_dim), 1, 2)
-    queries = queries.reshape(batch, kv_heads, q_len * group, head_dim).astype(jnp.float32) * scale
+    queries = queries.reshape(batch, kv_heads, q_len * group, head_dim).astype(operands)
+    options = _Options(scale, logits_soft_cap, operands, weigh or weigh_zeroed)
 
     def step(index: jax.Array, state: _State) -> _State:
         # The last block starts early enough to be whole; tokens that an earlier block has read are masked.
@@ -77,7 +103,7 @@ def decode_attention(
         def read(part: jax.Array) -> jax.Array:
             return _read_block(part, cache.page_table, layer, start, block)
 
-        return _update(state, queries, cache, read, visible, logits_soft_cap)
+        return _update(state, queries, cache, read, visible, options)
 
     state = _initial(queries, sinks, q_len)
     if block == max_len:
@@ -121,18 +147,18 @@ def one_by_one(
     return out, lse
 
 
-def _block_size(cache: KVCache) -> int:
-    """Returns the tokens of a block: `BLOCK`, or whole pages, and no more than the cache has."""
+def _block_size(cache: KVCache, block: int) -> int:
+    """Returns the tokens of a block: `block`, or whole pages, and no more than the cache has."""
     if cache.page_table is None:
-        return min(BLOCK, cache.max_len)
+        return min(block, cache.max_len)
     page_size = cache.k.shape[-2]
-    return page_size * max(1, min(BLOCK, cache.max_len) // page_size)
+    return page_size * max(1, min(block, cache.max_len) // page_size)
 
 
 def _read_block(
     part: jax.Array, page_table: jax.Array | None, layer: jax.Array | None, start: jax.Array, block: int
 ) -> jax.Array:
-    """Reads `block` tokens from position `start` on, of one layer: float32 `[batch, kv_heads, block, ...]`."""
+    """Reads `block` tokens from position `start` on, of one layer: `[batch, kv_heads, block, ...]`."""
     bits = to_bits(part)
     layers, index = (bits[None], 0) if layer is None else (bits, layer)
     rest = layers.shape[4:]  # head_dim, or nothing for scales
@@ -143,7 +169,7 @@ def _read_block(
         page_size = layers.shape[3]
         pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, block // page_size, axis=1)
         tokens = join_pages(layers[index, pages])
-    return from_bits(tokens, part).astype(jnp.float32)
+    return from_bits(tokens, part)
 
 
 def _initial(queries: jax.Array, sinks: jax.Array | None, q_len: int) -> _State:
@@ -155,30 +181,39 @@ def _initial(queries: jax.Array, sinks: jax.Array | None, q_len: int) -> _State:
     return _State(jnp.broadcast_to(sink, shape), jnp.ones(shape), jnp.zeros(queries.shape))
 
 
+def weigh_zeroed(weights: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Sums values by weights in one product; see `Weigh`."""
+    numbers = values.astype(weights.dtype)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        # Tokens that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
+        numbers = zero_unseen(numbers, seen)
+    return dot("bhrt,bhtd->bhrd", weights, numbers)
+
+
 def _update(
     state: _State,
     queries: jax.Array,
     cache: KVCache,
     read: Callable[[jax.Array], jax.Array],
     visible: jax.Array,
-    logits_soft_cap: float | None,
+    options: _Options,
 ) -> _State:
     """Adds a block of tokens to the online softmax.
 
     Args:
       state: the blocks before.
-      queries: `[batch, kv_heads, rows, head_dim]`, scaled.
+      queries: `[batch, kv_heads, rows, head_dim]`.
       cache: keys, values and their scales.
-      read: returns the block's tokens of one of these arrays, float32 `[batch, kv_heads, block, ...]`.
+      read: returns the block's tokens of one of these arrays, `[batch, kv_heads, block, ...]`.
       visible: bool `[batch, q_len, block]`.
-      logits_soft_cap: bound of the logits, or None.
+      options: how logits and values are multiplied.
     """
     m_prev, l_prev, acc_prev = state
-    logits = dot("bhrd,bhtd->bhrt", queries, read(cache.k))
+    logits = options.scale * dot("bhrd,bhtd->bhrt", queries, read(cache.k).astype(options.operands))
     if cache.k_scale is not None:
         logits = logits * read(cache.k_scale)[:, :, None]
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    if options.logits_soft_cap is not None:
+        logits = options.logits_soft_cap * jnp.tanh(logits / options.logits_soft_cap)
     group = queries.shape[2] // visible.shape[1]
     logits = jnp.where(jnp.repeat(visible, group, axis=1)[:, None], logits, -jnp.inf)
     m_next = jnp.maximum(m_prev, jnp.max(logits, axis=-1))
@@ -187,9 +222,8 @@ def _update(
     p = jnp.exp(logits - shift[..., None])
     alpha = jnp.exp(m_prev - shift)
     l_next = l_prev * alpha + jnp.sum(p, axis=-1)
-    # Tokens that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
     seen = jnp.any(visible, axis=1)
     if cache.v_scale is not None:
         p = p * zero_unseen(read(cache.v_scale), seen)[:, :, None]
-    acc_next = acc_prev * alpha[..., None] + dot("bhrt,bhtd->bhrd", p, zero_unseen(read(cache.v), seen))
+    acc_next = acc_prev * alpha[..., None] + options.weigh(p.astype(options.operands), read(cache.v), seen)
     return _State(m_next, l_next, acc_next)

@@ -1,7 +1,8 @@
 """x @ w by the form that is fastest on the platform.
 
 `definition.py` says what a product is. Its inner product has faster forms: `streaming.py` for few rows and packed
-codes, on any platform, and `cpu.py` for weights that a CPU's cache does not hold. Which of them runs is decided here.
+codes, on any platform, `cpu.py` for weights that a CPU's cache does not hold, and `gpu.py` for products that convert
+codes as they read them. Which of them runs is decided here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order, QuantizedArray
-from palladion.reference.quantized_matmul import cpu, definition, streaming
+from palladion.reference.quantized_matmul import cpu, definition, gpu, streaming
 from palladion.reference.quantized_matmul.definition import NORM_EPS, Activation, Weight, select_layer
 
 __all__ = ["NORM_EPS", "matmul", "quantized_matmul"]
@@ -119,10 +120,13 @@ def matmul(
 
 
 def _multiply_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
-    """Multiplies x, in float32, by a quantized weight in the form that is fastest for it."""
+    """Multiplies by a quantized weight in the form that is fastest for it."""
+    rows = x.reshape(-1, w.in_features)
+    if target_platform() == "gpu":
+        return gpu.multiply(rows, w, layer).reshape(*x.shape[:-1], w.out_features)
     if w.order == "out_in":
         return definition.multiply_quantized(x, w, layer)
-    rows = x.reshape(-1, w.in_features)
+    rows = rows.astype(jnp.float32)
     chunks = streaming.divides_into_chunks(w)
     multiply = streaming.multiply_nibbles if chunks and w.scheme.packed else definition.multiply_quantized
     if chunks and 1 <= len(rows) <= _streamed_rows(w, packed=w.scheme.packed):

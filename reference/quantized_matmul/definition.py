@@ -28,8 +28,8 @@ Multiply = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
 
 
 def multiply_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None = None) -> jax.Array:
-    """Returns x, in float32, @ the dequantized weight."""
-    return dot(x, dequantize(select_layer(w, layer)))
+    """Returns x @ the dequantized weight, both in float32."""
+    return dot(x.astype(jnp.float32), dequantize(select_layer(w, layer)))
 
 
 def multiply_dense(x: jax.Array, w: jax.Array, layer: jax.Array | None = None) -> jax.Array:
@@ -64,10 +64,10 @@ def quantized_matmul(
     if norm is not None:
         x = rms_norm(x, norm, norm_eps)
     if quantize_x is None:
-        y = multiply(x.astype(jnp.float32), w, layer)
+        y = multiply(x, w, layer)
     else:
         codes, scales = quantize_rows(x, quantize_x)
-        y = multiply(codes.astype(jnp.float32), w, layer) * scales[..., None]
+        y = multiply(codes.astype(jnp.bfloat16), w, layer) * scales[..., None]  # exact
     return _epilogue(y, bias, activation, gated, residual).astype(out_dtype)
 
 
@@ -113,5 +113,5 @@ def select_layer(w: Weight, layer: jax.Array | None) -> Weight:
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns x @ w of float32 operands in full precision: a TPU's default for them is bfloat16."""
-    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
+    """Returns x @ w in float32. Float32 operands keep full precision: a TPU's default for them is bfloat16."""
+    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

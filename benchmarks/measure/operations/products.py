@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, Unpack
 
@@ -16,6 +17,7 @@ from palladion.kernels.matmul import cases as dense_cases
 from palladion.kernels.quantized_matmul import cases as quantized_cases
 from palladion.reference import oracle
 from palladion.reference.compare import compare
+from palladion.reference.quantization import order_of_platform
 
 Case = dense_cases.Case | quantized_cases.Case
 
@@ -43,6 +45,10 @@ class _Product(Operation):
 
         return multiply
 
+    def stored_for(self, case: Case, platform: str) -> Case:
+        """Implements `Operation.stored_for`."""
+        return case if case.order is not None else dataclasses.replace(case, order=order_of_platform(platform))
+
     def judge(self, case: Case, inputs: Inputs, result: Any, reference: Any) -> Verdict:
         """Implements `Operation.judge`."""
         layer = None if inputs.layer is None else int(inputs.layer)
@@ -50,10 +56,12 @@ class _Product(Operation):
         channels = np.array(spread(case.problem().result_features, SAMPLED_CHANNELS))
         rows = np.array(spread(case.rows, SAMPLED_ROWS))
         columns = np.concatenate([channels, channels + case.out_features // 2]) if case.gated else channels
+        out_in = case.problem().order == "out_in"
+        w = jax.tree.map(lambda leaf: leaf[columns] if out_in else leaf[:, columns], w)
         sample = np.ix_(rows, channels)
         exact = oracle.quantized_matmul(
             np.asarray(inputs.x)[rows],
-            jax.tree.map(lambda leaf: leaf[:, columns], w),
+            w.T if out_in and isinstance(w, jax.Array) else w,
             bias=None if inputs.bias is None else np.asarray(inputs.bias)[columns],
             activation=IN_NUMPY[case.activation],
             gated=case.gated,

@@ -29,6 +29,7 @@ class Peer:
       unavailable: returns why it cannot be used on this machine, or None.
       unsupported: returns why it does not cover a case, or None.
       make: compiles it for a case and its inputs; the runner's result has the operation's form.
+      slow: whether it compiles, or searches, for many seconds.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Peer:
     unavailable: Callable[[], str | None]
     unsupported: Callable[[Any], str | None]
     make: Callable[[str, Any, Any], Runner]
+    slow: bool = False
 
 
 MODULES: Final = ("jax_peers", "torch_peers", "flash_peers")
@@ -52,16 +54,24 @@ def select(names: list[str] | None, operation: str) -> list[Peer]:
     """Returns the named peers of an operation.
 
     Args:
-      names: names of peers; None or ["all"] takes all of this operation, ["none"] none.
+      names: names of peers; None or ["all"] takes all of this operation, ["none"] none, ["fast"] those that compile
+        quickly and ["slow"] the others.
       operation: peers of other operations are left out.
 
     Raises:
       ValueError: there is no peer of that name; the message lists them.
     """
     known = peers()
-    chosen = list(known) if names in (None, ["all"]) else [] if names == ["none"] else list(names or [])
+    sets = {
+        "all": list(known),
+        "none": [],
+        "fast": [name for name, peer in known.items() if not peer.slow],
+        "slow": [name for name, peer in known.items() if peer.slow],
+    }
+    (only, *others) = names or ["all"]
+    chosen = sets[only] if only in sets and not others else list(names or [])
     for name in chosen:
-        check(name in known, "--peers", name, f"all, none, {', '.join(known)}")
+        check(name in known, "--peers", name, f"{', '.join(sets)}, {', '.join(known)}")
     return [known[name] for name in chosen if known[name].operation == operation]
 
 

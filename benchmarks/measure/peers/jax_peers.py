@@ -69,7 +69,9 @@ def _pallas_decode(name: str, case: AttentionCase, inputs: AttentionInputs) -> J
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         return library.gqa(q[:, 0], k, v, kv_seq_len=lengths, sm_scale=case.problem().scale)[:, None]
 
-    return JaxRunner.compile(name, attend, (inputs.q, inputs.k, inputs.v, _ragged(case, inputs)))
+    runner = JaxRunner.compile(name, attend, (inputs.q, inputs.k, inputs.v, _ragged(case, inputs)))
+    runner.result = runner.result.astype(case.dtype)  # it returns float32
+    return runner
 
 
 def _pallas_paged(name: str, case: AttentionCase, inputs: AttentionInputs) -> JaxRunner:
@@ -95,11 +97,12 @@ def _pallas_paged(name: str, case: AttentionCase, inputs: AttentionInputs) -> Ja
 
 def _dense_product(name: str, case: MatmulCase, inputs: Any) -> JaxRunner:
     dtype = jnp.dtype(case.dtype)
+    transposed = target_platform() == "gpu"  # cuBLAS reads [out, in] faster
     dense = dequantize(inputs.w, dtype)
 
     def multiply(operands: Any) -> jax.Array:
         x, w = operands
-        y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+        y = jnp.dot(x, w.T if transposed else w, preferred_element_type=jnp.float32)
         if case.gated:
             gate, up = jnp.split(y, 2, axis=1)
             y = (gate if case.activation is None else case.activation(gate)) * up
@@ -107,7 +110,7 @@ def _dense_product(name: str, case: MatmulCase, inputs: Any) -> JaxRunner:
             y = case.activation(y)
         return y.astype(case.out_dtype or dtype)
 
-    return JaxRunner.compile(name, multiply, (inputs.x, dense))
+    return JaxRunner.compile(name, multiply, (inputs.x, jnp.array(dense.T) if transposed else dense))
 
 
 def _unsupported_product(case: MatmulCase) -> str | None:

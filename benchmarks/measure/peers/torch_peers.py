@@ -80,24 +80,36 @@ class TorchRunner:
             return None
         return graph
 
+    def run(self, calls: int) -> int:
+        """Implements `Runner.run`."""
+        with self._torch.inference_mode():
+            calls = self._launch(calls)
+            if target_platform() == "gpu":
+                self._torch.cuda.synchronize()
+        return calls
+
     def seconds(self, calls: int) -> float:
         """Implements `Runner.seconds`."""
-        with self._torch.inference_mode():
-            return self._on_gpu(calls) if target_platform() == "gpu" else self._eager.seconds(calls)
-
-    def _on_gpu(self, calls: int) -> float:
+        if target_platform() != "gpu":
+            with self._torch.inference_mode():
+                return self._eager.seconds(calls)
         events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
-        if self._graph is not None:
-            rounds = -(-calls // len(self._copies))
-            for _ in range(rounds):
-                self._graph.replay()
-            calls = rounds * len(self._copies)
-        else:
-            self._eager.call(calls)
+        with self._torch.inference_mode():
+            calls = self._launch(calls)
         events[1].record()
         self._torch.cuda.synchronize()
         return float(events[0].elapsed_time(events[1])) / 1e3 / calls
+
+    def _launch(self, calls: int) -> int:
+        """Launches at least `calls` calls without waiting for them; returns how many."""
+        if self._graph is None:
+            self._eager.call(calls)
+            return calls
+        rounds = -(-calls // len(self._copies))
+        for _ in range(rounds):
+            self._graph.replay()
+        return rounds * len(self._copies)
 
 
 def needs_torch(*, gpu: bool = False) -> Callable[[], str | None]:
@@ -187,7 +199,7 @@ def _flex(name: str, case: AttentionCase, inputs: AttentionInputs) -> TorchRunne
 # --- Products ---
 
 
-def _finish(case: MatmulCase) -> Callable[[Any], Any]:
+def finish_of(case: MatmulCase) -> Callable[[Any], Any]:
     """Returns the activation and the gate as torch has them, which are functions of their own."""
     import torch
 
@@ -227,7 +239,7 @@ def _unsupported_weight_only(case: MatmulCase) -> str | None:
 def _linear(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
-    finish = _finish(case)
+    finish = finish_of(case)
     weight = as_tensor(dequantize(inputs.w, jnp.dtype(case.dtype)).T)  # [out, in]
     return TorchRunner(
         name,
@@ -237,7 +249,9 @@ def _linear(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     )
 
 
-def _only(scheme: Callable[[str], bool], what: str) -> Callable[[Any], str | None]:
+def only(scheme: Callable[[str], bool], what: str) -> Callable[[Any], str | None]:
+    """Returns a `Peer.unsupported` for a product of bfloat16 activations with weights of some schemes."""
+
     def unsupported(case: MatmulCase) -> str | None:
         return first_reason(
             None if scheme(case.scheme) else f"{case.scheme}: {what} only",
@@ -251,9 +265,9 @@ def _only(scheme: Callable[[str], bool], what: str) -> Callable[[Any], str | Non
 def _int8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
-    finish = _finish(case)
-    codes = as_tensor(inputs.w.values.T).contiguous()  # [out, in]
-    scales = as_tensor(inputs.w.scales[0].astype(jnp.bfloat16))
+    finish, w = finish_of(case), inputs.w.with_order("out_in")
+    codes = as_tensor(w.values)  # [out, in]
+    scales = as_tensor(w.scales[:, 0].astype(jnp.bfloat16))
     product = torch._weight_int8pack_mm
     return TorchRunner(
         name,
@@ -266,9 +280,10 @@ def _int8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
 def _int4(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
-    finish, group = _finish(case), inputs.w.scheme.group_size
-    codes = as_tensor(np.asarray(unpack_codes(inputs.w)).T.astype(np.int32)).contiguous()  # [out, in], 0 to 15
-    scales = as_tensor(inputs.w.scales.astype(jnp.bfloat16))  # [groups, out]
+    finish, w = finish_of(case), inputs.w.with_order("in_out")
+    group = w.scheme.group_size
+    codes = as_tensor(np.asarray(unpack_codes(w)).T.astype(np.int32)).contiguous()  # [out, in], 0 to 15
+    scales = as_tensor(w.scales.astype(jnp.bfloat16))  # [groups, out]
     factors = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
     if target_platform() == "gpu":
         packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), INNER_K_TILES)
@@ -297,9 +312,10 @@ def _float8_unsupported(case: MatmulCase) -> str | None:
 def _float8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     import torch
 
-    finish, largest = _finish(case), float(jnp.finfo(jnp.float8_e4m3fn).max)
-    weight = as_tensor(inputs.w.values.T).contiguous()  # [out, in], taken as its transpose, column-major
-    scales = as_tensor(inputs.w.scales.astype(jnp.float32))  # [1, out]
+    finish, largest = finish_of(case), float(jnp.finfo(jnp.float8_e4m3fn).max)
+    quantized = inputs.w.with_order("out_in")
+    weight = as_tensor(quantized.values)  # [out, in], taken as its transpose, column-major
+    scales = as_tensor(quantized.scales.T.astype(jnp.float32))  # [1, out]
     padding = -case.rows % FLOAT8_ROWS
 
     def multiply(x: Any, w: Any, w_scale: Any) -> Any:
@@ -312,16 +328,17 @@ def _float8(name: str, case: MatmulCase, inputs: Any) -> TorchRunner:
     return TorchRunner(name, multiply, (x, weight, scales), lambda out: as_array(out, case.dtype))
 
 
-def _groups(scheme: str) -> bool:
+def in_groups(scheme: str) -> bool:
+    """Returns whether a scheme has symmetric 4-bit codes in groups that other packages know."""
     return scheme in ("int4-g32", "int4-g64", "int4-g128")
 
 
 PEERS: Final = (
     Peer("torch-sdpa", "decode_attention", needs_torch(), unsupported_dense, _sdpa),
-    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), unsupported_dense, _flex),
+    Peer("torch-flex", "decode_attention", needs_torch(gpu=True), unsupported_dense, _flex, slow=True),
     Peer("torch-linear", "quantized_matmul", needs_torch(), _unsupported_weight_only, _linear),
-    Peer("torch-int8", "quantized_matmul", needs_torch(), _only(lambda s: s == "int8", "int8 per channel"), _int8),
-    Peer("torch-int4", "quantized_matmul", needs_torch(), _only(_groups, "int4 in groups, symmetric"), _int4),
+    Peer("torch-int8", "quantized_matmul", needs_torch(), only(lambda s: s == "int8", "int8 per channel"), _int8),
+    Peer("torch-int4", "quantized_matmul", needs_torch(), only(in_groups, "int4 in groups, symmetric"), _int4),
     Peer("torch-float8", "quantized_matmul", _float8_unavailable, _float8_unsupported, _float8),
 )
 """torch's implementations. "torch-linear" reads dense weights in the dtype of x; on a GPU it is cuBLAS."""

@@ -1,0 +1,135 @@
+"""Products with a quantized weight in few launches, for XLA on a GPU.
+
+    one row      a reduction over the stored codes, which are decoded in registers
+    more rows    a product of matrices that converts codes to the dtype of x as it reads them
+
+Either way scales, zero points and minimums follow, for each group g of channel o:
+
+    y[o] = sum_g scale[g, o] * (x_g . code[g, o]) + sum_g (minimum - scale * zero)[g, o] * sum(x_g)
+
+Every code is exact in 16 bits, so that tensor cores multiply narrow x. XLA fuses conversions of int8, float8 and int4
+into a product, but no other arithmetic: not the unpacking of nibbles. A byte of the order "out_in" is therefore read as
+two int4 numbers, in whose order the columns of x are brought; they are signed, the codes less 8, which costs a copy of
+the packed bytes with their highest bits flipped.
+
+A product for each group writes a sum for each row and channel, in float32. Where these are more bytes than the weight
+is in the dtype of x, and where XLA cannot convert the codes, the weight is dequantized once, in the dtype of x. It is
+exact where a channel has one scale; else it is rounded, relative to the largest scale of its channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palladion.reference.quantization import (
+    INT4_ZERO,
+    PACK_BLOCK,
+    QuantizedArray,
+    decode_codes,
+    dequantize,
+)
+from palladion.reference.quantized_matmul import streaming
+from palladion.reference.quantized_matmul.definition import dot, select_layer
+
+HALF: Final = PACK_BLOCK // 2
+"""Bytes of a block of packed codes."""
+
+HIGHEST_BITS: Final = 0x88
+"""The highest bit of each nibble of a byte: flipping it turns a code into the signed number code - 8."""
+
+
+class _Factors(NamedTuple):
+    """Factors of scale * (code - zero) + minimum, each a number or float32 `[groups, out]`."""
+
+    scale: jax.Array
+    zero: jax.Array | int
+    minimum: jax.Array | int
+
+
+def multiply(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
+    """Returns x `[rows, in]`, of any float dtype, @ one layer of w: float32 `[rows, out]`."""
+    chunks = streaming.divides_into_chunks(w)
+    if len(x) == 1 and chunks:
+        row = x[0].astype(jnp.float32)
+        if w.order == "in_out":
+            return streaming.stream_quantized(row, w, layer)[None]
+        return _reduce(row, select_layer(w, layer))[None]
+    w = select_layer(w, layer)
+    converted = not w.scheme.packed or (w.scheme.format == "int4" and w.order == "out_in" and chunks)
+    sums = 0 if w.scheme.group_size is None else 4 * len(x) * w.scheme.groups(w.in_features)
+    if converted and sums <= x.dtype.itemsize * w.in_features:
+        return _convert(x, w)
+    return _dequantize(x, w)
+
+
+def _reduce(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    """Returns x `[in]` @ w by a reduction over codes in the order "out_in": `[out]`."""
+    groups = w.scheme.groups(w.in_features)
+    if w.scheme.packed:
+        stored = w.values.reshape(w.out_features, groups, -1, HALF)
+        low, high = (decode_codes(codes, w.scheme) for codes in (stored & 0xF, stored >> 4))
+        halves = x.reshape(groups, -1, 2, HALF)
+        products = halves[:, :, 0] * low + halves[:, :, 1] * high
+    else:
+        codes = w.values.reshape(w.out_features, groups, 1, -1)
+        products = x.reshape(groups, 1, -1) * decode_codes(codes, w.scheme)
+    sums = jnp.sum(products, axis=(2, 3)).T[:, None]
+    return _apply(_factors(w, w.scheme.implied_zero), x.reshape(1, groups, -1), sums)[0]
+
+
+def _convert(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    """Returns x `[rows, in]` @ w by a product for each group, which converts codes: `[rows, out]`."""
+    groups = w.scheme.groups(w.in_features)
+    numbers, factors = w.values, _factors(w, INT4_ZERO if w.scheme.packed else 0)
+    if w.scheme.packed:
+        numbers = jax.lax.bitcast_convert_type(numbers ^ HIGHEST_BITS, jnp.int4).reshape(w.out_features, -1)
+        x = x.reshape(len(x), w.in_features // PACK_BLOCK, 2, HALF).swapaxes(2, 3)
+    x = x.reshape(len(x), groups, w.in_features // groups)
+    numbers = numbers.astype(x.dtype)
+    if w.order == "out_in":
+        subscripts, numbers = "rgi,ogi->gro", numbers.reshape(w.out_features, groups, -1)
+    else:
+        subscripts, numbers = "rgi,gio->gro", numbers.reshape(groups, -1, w.out_features)
+    sums = jnp.einsum(subscripts, x, numbers, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return _apply(factors, x, sums)
+
+
+def _dequantize(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    """Returns x `[rows, in]` @ w dequantized in the dtype of x: `[rows, out]`."""
+    factors = _factors(w, 0)
+    largest = jnp.max(jnp.abs(factors.scale), axis=0)
+    relative = jnp.where(largest == 0, 0.0, factors.scale / largest)
+    scales = relative if w.order == "in_out" else relative.T
+    weights = dequantize(dataclasses.replace(w, scales=scales, minimums=None), x.dtype)
+    groups = len(relative)
+    x_groups = x.reshape(len(x), groups, w.in_features // groups)
+    return _apply(_Factors(largest[None], 0, factors.minimum), x_groups, dot(x, weights)[None])
+
+
+def _factors(w: QuantizedArray, subtracted: int) -> _Factors:
+    """Returns the factors of the codes of w, from which a number has been subtracted."""
+
+    def per_group(part: jax.Array) -> jax.Array:
+        return (part if w.order == "in_out" else part.T).astype(jnp.float32)
+
+    zero = w.scheme.implied_zero if w.zeros is None else per_group(w.zeros)
+    return _Factors(per_group(w.scales), zero - subtracted, 0 if w.minimums is None else per_group(w.minimums))
+
+
+def _apply(factors: _Factors, x: jax.Array, sums: jax.Array) -> jax.Array:
+    """Returns the product `[rows, out]`.
+
+    Args:
+      factors: the factors of the codes.
+      x: `[rows, groups, size]`.
+      sums: float32 `[groups, rows, out]`, or `[1, rows, out]` with one scale for all groups: x times the codes.
+    """
+    scale, zero, minimum = factors
+    y = jnp.sum(sums * scale[:, None], axis=0)
+    if isinstance(zero, int) and zero == 0 and isinstance(minimum, int):
+        return y
+    return y + dot(jnp.sum(x.astype(jnp.float32), axis=2), minimum - scale * zero)
