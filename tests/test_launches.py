@@ -53,7 +53,7 @@ def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.sort(quantized_matmul(x, w, activation=jax.nn.silu, backend="pallas"))
+        return jnp.sort(quantized_matmul(x, w, activation=jax.nn.silu, backend="triton"))
 
     program = gpu_program.compile_program(function, x, w, arch=arch)
     names = [launch.name for launch in program.launches]

@@ -33,7 +33,6 @@ from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
-from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
@@ -41,7 +40,8 @@ from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, or
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
-KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None]
+# mosaic_gpu has tests of its own: jax's interpreter of such kernels is slow.
+KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None and row.name != "mosaic_gpu"]
 ORDER_OF = {row.name: order_of_platform(row.platform or "cpu") for row in IMPLEMENTATIONS}
 """Storage order that a backend's weights have in tests."""
 
@@ -218,8 +218,6 @@ def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: E
     [
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, dequantizer="float32")),
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, dequantizer="float32")),
-        ("triton", triton.Config("tensor_core", block_rows=16, block_out=16, tile=32, splits=1)),
-        ("triton", triton.Config("tensor_core", block_rows=32, block_out=128, tile=128, splits=3)),
         ("triton", triton.Config("vector", block_rows=3, block_out=128, tile=32, splits=3, num_warps=1)),
     ],
 )
@@ -248,7 +246,7 @@ def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
         config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
     inputs = cases.make_inputs(case)
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True)
-    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
+    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w.with_order("out_in"))
     assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{rows} {config}")
 
 
@@ -260,20 +258,6 @@ def test_the_vector_form_reads_every_format(name: str):
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
     result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
     assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{config}")
-
-
-@pytest.mark.parametrize("name", ["int4-large-group", "int4-zeros", "small-group", "float16"])
-def test_a_gpu_scales_weights_where_that_shows_nothing(name: str):
-    case, (inputs, reference, exact) = TESTS[name], expected(name)
-    config = triton.Config("tensor_core", 16, 128, 64, 1, scales_weights=True)
-    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
-    if name in ("int4-zeros", "float16"):  # a result in float32 would show it, minimums are no scale
-        with pytest.raises(ValueError, match=r"config\.scales_weights: got True; accepted: False"):
-            call(inputs.x, inputs.w)
-        return
-    assert gpu_matrix.can_scale_weights(case.problem(), config.tile)
-    result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w)
-    assert_right(result, reference, exact, f"{config}")
 
 
 @pytest.mark.parametrize(("format", "operand"), gpu_codes.PAIRS)
@@ -293,16 +277,6 @@ def test_codes_become_floats_by_their_bits(format: str, operand: str):
             bits = np.asarray(pairs.bits(jnp.asarray(word), shift, lambda constant: constant)).view(np.uint16)
             halves = bits.view(np.dtype(operand)).reshape(256, 2).T
             np.testing.assert_array_equal((halves.astype(np.float64) * pairs.times)[finite], exact[finite])
-
-
-def test_a_gpu_keeps_integer_products_exact():
-    case = dataclasses.replace(TESTS["int8-activations"], rows=1)
-    inputs = cases.make_inputs(case)
-    ones = dataclasses.replace(inputs.w, scales=jnp.ones_like(inputs.w.scales))
-    x = jnp.round(inputs.x.astype(jnp.float32) * 20).at[:, 0].set(127)  # its own codes
-    call = functools.partial(quantized_matmul, quantize_x="int8", backend="triton", interpret=True)
-    result = call(x, ones, config=triton.Config("tensor_core", 16, 128, 128, 1))
-    np.testing.assert_array_equal(np.asarray(result), np.asarray(x, np.int64) @ np.asarray(ones.values, np.int64))
 
 
 DEQUANTIZERS = [
@@ -676,7 +650,7 @@ def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: in
     ones = np.zeros((16, 256), np.uint8)
     ones[0] = 2  # e2m1 of 1, in the low nibble of row 0
     factors = jax.lax.bitcast_convert_type(jnp.asarray(scales)[None], jnp.float8_e8m0fnu)
-    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4"))
+    w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4")).with_order(ORDER_OF[backend])
     config = None
     if form is not None:
         name = "vector" if form == 1 else "tensor_core"

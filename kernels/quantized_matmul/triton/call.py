@@ -22,7 +22,7 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -37,7 +37,7 @@ from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
-from palladion.kernels.quantized_matmul.triton import matrix_blocks
+from palladion.kernels.quantized_matmul.triton import matrix_blocks, matrix_call
 from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.kernels.quantized_matmul.triton.config import MIN_TILE
 from palladion.kernels.quantized_matmul.triton.config import Config as Config
@@ -131,18 +131,17 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
 
 
 def space(problem: Problem) -> Space:
-    """Channels of a block and splits along `in`; its depth, how much is loaded ahead, and how a program is run."""
-    start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
+    """Returns the block sizes that the tuner may try: those of the form that the heuristic chooses."""
+    start = heuristic(problem)
+    if start.form == "tensor_core":
+        return matrix_blocks.space(problem, start)
     tiles = -(-problem.in_features // start.tile)
     axes: dict[str, Sequence[int]] = {
         "splits": [1 << n for n in range(7) if 1 << n <= tiles],
         "block_out": (16, 32, 64, 128, 256),
         "num_warps": (2, 4, 8, 16),
     }
-    if start.form == "vector":  # which has tiles of its own, in registers
-        return Space(start, axes)
-    axes |= {"tile": (32, 64, 128, 256), "num_stages": (1, 2, 3, 4, 5)}
-    return Space(start, axes, lambda config: matrix_blocks.loaded_bytes(problem, config) <= most)
+    return Space(start, axes)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -174,29 +173,24 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     x, x_scale = inputs.x, None
     if p.quantize_x is not None:
         x, x_scale = quantize_rows(x, p.quantize_x)
-        x = x if p.quantize_x == "int8" else x.astype(jnp.float16)  # which has every float8
+        x = x.astype(gpu_matrix.operand(p))
     stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
     layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
-    fused = (x_scale, inputs.bias, inputs.norm, inputs.residual) if splits == 1 else ()
-    refs = Refs(layer_index, x, *stack, *fused)
-    out_blocks = pl.cdiv(p.result_features, config.block_out)
-    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
-    options["num_warps"] = config.num_warps
-    kernel: Callable[..., None] = gpu_vector.kernel
-    row_blocks = 1
+    refs = Refs(layer_index, x, *stack)._replace(x_scale=x_scale, bias=inputs.bias)
     if config.form == "tensor_core":
-        kernel, row_blocks = gpu_matrix.kernel, pl.cdiv(p.rows, config.block_rows)
-        options |= {name: getattr(config, name) for name in ("block_rows", "tile", "scales_weights")}
-        options["out_blocks"] = out_blocks
-    else:
-        nvidia = gpu_rows.for_nvidia(interpret)
-        options["nvidia"] = nvidia
-        options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
+        refs = refs._replace(residual=residual)
+        return matrix_call.multiply(p, refs, config, _name(p, config), interpret=interpret)
+    refs = refs._replace(norm=inputs.norm, residual=inputs.residual)
+    refs = refs if splits == 1 else refs._replace(x_scale=None, bias=None)
+    nvidia = gpu_rows.for_nvidia(interpret)
+    options: dict[str, Any] = {"problem": p, "block_out": config.block_out, "splits": splits}
+    options |= {"num_warps": config.num_warps, "nvidia": nvidia}
+    options["bytewise"] = (nvidia or bool(interpret)) and gpu_vector.in_bytes(p, config.num_warps)
     whole = jax.ShapeDtypeStruct((p.rows, p.result_features), p.out_dtype)
     sums = jax.ShapeDtypeStruct((splits, p.parts, p.rows, p.result_features), jnp.float32)
     out = pl.pallas_call(
-        fresh_kernel(kernel, **options),
-        grid=(row_blocks * out_blocks, splits),
+        fresh_kernel(gpu_vector.kernel, **options),
+        grid=(pl.cdiv(p.result_features, config.block_out), splits),
         out_shape=whole if splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=pl.CostEstimate(flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=0),
@@ -234,7 +228,7 @@ def check_config(problem: Problem, config: Config) -> None:
     if config.form == "vector":
         most = gpu_vector.MAX_ROWS
         check(p.rows <= most and p.quantize_x != "int8", "config.form", "vector", f"up to {most} rows that are floats")
-    right = not config.scales_weights or gpu_matrix.can_scale_weights(p, config.tile)
+    right = not config.scales_weights or gpu_matrix.can_scale_weights(p)
     check(right, "config.scales_weights", True, f"False for {p}")
 
 

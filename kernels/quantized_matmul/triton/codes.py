@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from palladion.reference.platforms import target_platform
-from palladion.reference.quantization import PACK_BLOCK
 
 BYTE_PAIR: Final = 0x00FF00FF
 NIBBLE_PAIR: Final = 0x000F000F
@@ -117,53 +116,6 @@ def hide(zero: jax.Array) -> Callable[[int], jax.Array]:
 def raw_bytes(codes: jax.Array) -> jax.Array:
     """Codes of any 8-bit dtype as uint8."""
     return codes if codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(codes, jnp.uint8)
-
-
-def widen(codes: jax.Array, format: str, operand: str, hidden: Callable[[int], Any], zero: int = 0) -> jax.Array:
-    """Codes as a matrix of floats, for tensor cores.
-
-    Args:
-      codes: `[rows, channels]`, as stored; an even number of both.
-      format: of the codes, a `WeightFormat`.
-      operand: "bfloat16" or "float16".
-      hidden: what `hide` returns.
-      zero: is subtracted from integers.
-
-    Returns:
-      `[weights, channels]` in `operand`: for packed formats two weights of each row, in the order of `in`.
-    """
-    rows, channels = codes.shape
-    quads = raw_bytes(codes).reshape(rows // 2, 2, channels // 2, 2).transpose(0, 2, 1, 3)
-    by_row = [jnp.unstack(part, axis=-1) for part in jnp.unstack(quads, axis=-1)]  # of each channel
-    word = _word(by_row[0][0], by_row[1][0], by_row[0][1], by_row[1][1])
-
-    def matrix(shift: int) -> jax.Array:
-        """`[rows, channels]` of the codes that lie `shift` bits up in their bytes."""
-        channel = [floats(word, shift + 8 * i, format, operand, hidden, zero) for i in range(2)]
-        pairs = jnp.stack([jnp.stack(pair, axis=-1) for pair in channel], axis=-1)  # [.., row, channel]
-        return pairs.transpose(0, 2, 1, 3).reshape(rows, channels)
-
-    if format not in ("int4", "mxfp4"):
-        return matrix(0)
-    return _in_blocks([matrix(0), matrix(4)])
-
-
-def _in_blocks(halves: list[jax.Array]) -> jax.Array:
-    """Low and high nibbles `[rows, channels]` as `[2 * rows, channels]`: of 16 rows the low, then the high ones."""
-    rows, channels = halves[0].shape
-    half = PACK_BLOCK // 2
-    blocks = jnp.stack(halves, axis=-1).reshape(rows // half, half, channels, 2)
-    return blocks.transpose(0, 3, 1, 2).reshape(2 * rows, channels)
-
-
-def widen_to_int8(codes: jax.Array, format: str, zero: int) -> jax.Array:
-    """int8 or int4 codes as int8 `[weights, channels]`, `zero` subtracted from nibbles."""
-    if format != "int4":
-        return jax.lax.bitcast_convert_type(raw_bytes(codes), jnp.int8)
-    halves = [
-        jax.lax.bitcast_convert_type(half, jnp.int8) - jnp.int8(zero) for half in (codes & jnp.uint8(15), codes >> 4)
-    ]
-    return _in_blocks(halves)
 
 
 def channel_words(codes: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ class Config:
       num_warps: warps of a program.
       num_stages: tiles that are loaded ahead.
       scales_weights: whether weights are scaled, and not products; for the tensor-core form and results of 16 bits.
+      merge: how splits of the tensor-core form are added up: by XLA, in a "launch" of its own, or by the "last" program
+        of a block.
     """
 
     form: Literal["vector", "tensor_core"]
@@ -37,6 +39,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     scales_weights: bool = False
+    merge: Literal["launch", "last"] = "launch"
 
     def __post_init__(self) -> None:
         check(self.form in ("vector", "tensor_core"), "config.form", self.form, "'vector' or 'tensor_core'")
@@ -44,6 +47,7 @@ class Config:
         for name, value in ((name, getattr(self, name)) for name in least):
             power = value >= least[name] and (value & (value - 1) == 0 or (self.form, name) == ("vector", "block_rows"))
             check(power, f"config.{name}", value, f"a power of two of at least {least[name]}")
+        check(self.merge in ("launch", "last"), "config.merge", self.merge, "'launch' or 'last'")
         for name in ("splits", "num_stages"):
             check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
         check_num_warps("config.num_warps", self.num_warps)

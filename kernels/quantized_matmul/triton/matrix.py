@@ -1,227 +1,362 @@
-"""The tensor-core forms: from a few rows to prefill.
+"""quantized_matmul for more than a few rows: tensor cores multiply codes that become operands in registers.
 
     grid: (row blocks * out blocks, splits)
 
-A program takes a block of rows, a block of channels and a share of `in`, along which it goes in tiles. Codes are copied
-to shared memory as they are, `num_stages` tiles in flight; from there they go into registers, become 16-bit floats
-(`codes.py`) or stay int8, and meet x in tensor cores. A tile is several spans: what is multiplied before a scale
-is due. Products of a span are scaled in float32, or, where rows are many, weights are scaled before.
+A program takes a block of rows, a block of channels and a share of `in`, along which it goes in tiles. Codes
+[block_out, bytes] are copied to shared memory as they are, `num_stages` tiles in flight; from there they go into
+registers, become operands (`operands.py`), and are multiplied as the left operand, weights @ x transposed: tensor cores
+take their left operand out of registers, and their right one, x, out of shared memory. Packed codes are two operands,
+low and high nibbles, each of which meets the elements of x that it belongs to.
 
-The product is taken the other way round, weights [channels, span] @ x [rows, span] transposed: tensor cores take their
-first operand out of registers, where the weights come to be, and the second, x, out of shared memory. Their channels
-are multiplied in an order of their own. Channel c wants to be with threads 4 (c mod 8) to 4 (c mod 8) + 3, which have
-different weights of it along `in`. Channels taken as they lie would leave each thread with single bytes. So these
-threads get channels that lie side by side, whole words of codes:
+Scales of groups and offsets are applied in one of two places:
 
-    channel (warp, c, r, i) of [warps, 8, repetitions, 2]   is multiplied as row (r, warp, i, c)
+    scales_weights   to the operands, in 16 bits: one product for a tile. For results of 16 bits, which show nothing of
+                     it.
+    otherwise        to the products of a group, in float32, with the sum of x over the group for zeros and minimums: a
+                     product of a matrix of ones and x, which lies where the products lie. A tile is several spans then.
 
-Triton finds the layout by itself, from the order that is asked for; products are put in order before they are stored.
+Scales of channels multiply the result. float32 rows are three bfloat16 pieces; codes are exact in bfloat16. int8 rows
+meet integer codes of symmetric channels in int32, exactly, and all others in bfloat16, exactly within a group.
 
-float32 rows are three bfloat16 pieces; codes are exact in bfloat16. int8 rows meet int8 codes in int32, exactly.
-Where a span holds two groups (groups of 16, or no multiple of 32), it is multiplied once for each, the others' x zero.
+Bound by memory up to about 64 rows, beyond by tensor cores and the conversion of codes, which each block of rows
+repeats.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.devices import Gpu
+from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.quantized_matmul.triton.codes import hide, magic, raw_bytes, widen, widen_to_int8
-from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read, read_scales
+from palladion.kernels.quantized_matmul.triton.config import Config
+from palladion.kernels.quantized_matmul.triton.matrix_store import Block, Outputs, store
+from palladion.kernels.quantized_matmul.triton.operands import unit, widen
+from palladion.kernels.quantized_matmul.triton.refs import Refs, both, read, read_scales
 from palladion.kernels.types import Ref
+from palladion.reference.quantization import PACK_BLOCK
 
-SEGMENT: Final = 16
-"""Weights that always share a group."""
+HALF: Final = PACK_BLOCK // 2
+"""Consecutive elements of a half of a block of packed codes: they share a group."""
 
 PIECES: Final = 3
 """bfloat16 numbers that a float32 is the sum of."""
 
+QUAD: Final = 4
+"""Threads that share a row of wgmma's left operand, whose bytes each of them reads at once."""
+
+LOAD_BYTES: Final = 16
+"""The most bytes that a thread reads from shared memory at once."""
+
 
 def operand(problem: Problem) -> str:
-    """The dtype that tensor cores multiply."""
-    if problem.quantize_x is not None:
-        return "int8" if problem.quantize_x == "int8" else "float16"
-    return "bfloat16" if problem.x_dtype == "float32" else problem.x_dtype
+    """Returns the dtype that tensor cores multiply."""
+    p = problem
+    if p.quantize_x == "int8":
+        return "int8" if p.scheme.group_size is None and p.scheme.offset == "none" else "bfloat16"
+    if p.quantize_x is not None:
+        return "float16"
+    return "bfloat16" if p.x_dtype == "float32" else p.x_dtype
 
 
-def least_span(problem: Problem) -> int:
-    """The fewest weights along `in` that are loaded and multiplied at a time."""
-    return 32 if problem.scheme.packed or operand(problem) == "int8" else 16
+def scales_groups(problem: Problem) -> bool:
+    """Returns whether scales belong to groups or to offsets, and cannot be left to the end."""
+    return problem.scheme.group_size is not None or problem.scheme.offset == "minimums"
 
 
-def largest_span(problem: Problem, tile: int) -> int:
-    """Weights of a tile that share their scales, or as few as can be multiplied; a power of two."""
-    group = problem.scheme.group_size
-    if group is None:
-        return tile
-    return min(tile, max(least_span(problem), group & -group))
+def can_scale_weights(problem: Problem) -> bool:
+    """Returns whether there are scales or offsets for weights, and 16 bits show no more than the result's do."""
+    p = problem
+    return (scales_groups(p) or p.scheme.offset == "zeros") and p.dot_dtype != "float32" and p.out_dtype != "float32"
+
+
+def reorders(problem: Problem, config: Config, gpu: Gpu) -> bool:
+    """Returns whether Triton takes Hopper's wgmma, with codes that become other numbers in registers; see `reorder`."""
+    is_wgmma = gpu.compute_capability // 10 == 9 and config.num_warps % 4 == 0 and config.block_out >= 64
+    return is_wgmma and operand(problem) != problem.scheme.format
 
 
 def kernel(
-    ref: Refs,
-    out_ref: Ref,
-    *,
-    problem: Problem,
-    block_rows: int,
-    block_out: int,
-    tile: int,
-    splits: int,
-    num_warps: int,
-    scales_weights: bool,
-    out_blocks: int,
+    ref: Refs, zeros: Any, out: Outputs, *, problem: Problem, config: Config, native: bool, reordered: bool
 ) -> None:
-    """Runs a program of the tensor-core form, as the head of the file describes."""
-    p, scheme = problem, problem.scheme
-    block, split = pl.program_id(0), pl.program_id(1)
-    row_block, out_block = jax.lax.div(block, jnp.int32(out_blocks)), jax.lax.rem(block, jnp.int32(out_blocks))
-    row = row_block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
-    channel = out_block * block_out + jnp.arange(block_out, dtype=jnp.int32)
-    real_row = None if p.rows % block_rows == 0 else (row < p.rows)[:, None]
-    real = None if p.result_features % block_out == 0 else channel < p.result_features
-    layer, hidden = ref.layer[0], hide(ref.layer[0])
+    """Runs a program, as the head of the file describes.
 
-    per_byte = 2 if scheme.packed else 1
-    dtype = operand(p)
-    span = largest_span(p, tile)
-    tiles = pl.cdiv(p.in_features, tile)
-    share = pl.cdiv(tiles, splits)
-    ragged = p.in_features % tile != 0
-    grouped = scheme.group_size is not None or scheme.offset == "minimums"
-    segments = 1 if p.group_size % span == 0 or not grouped else span // SEGMENT
-    needs_sums = scheme.offset != "none"
-    integers = dtype == "int8" and not grouped and not needs_sums
-    # What nibbles were widened by is taken off by the sums too where they are there, and where a result of 16 bits
-    # shows nothing of it.
-    leave = needs_sums and scheme.format == "int4" and dtype != "int8" and p.out_dtype != "float32"
-    left_in = magic(scheme.format, dtype) if leave else 0
-    order = interleave(block_out, num_warps)
-
-    def factor(of: Any, start: jax.Array, columns: jax.Array) -> jax.Array:
-        """Returns a factor of the group of weight `start` for every channel, [block_out, 1]."""
-        group = jax.lax.div(start, jnp.int32(p.group_size))
-        mask = both(group < p.groups if ragged and grouped else None, real)
-        load = read_scales if of is ref.scales else read
-        return to_order(load(of, (layer, group, columns), mask)[None, :], order).reshape(block_out, 1)
-
-    def load_x(first: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        """x [block_rows, span] from weight `first` on: for each group, zero elsewhere, with where the group begins."""
-        element = first + jnp.arange(span, dtype=jnp.int32)
-        mask = both(real_row, (element < p.in_features)[None, :] if ragged else None)
-        x = plgpu.load(ref.x.at[row[:, None], element[None, :]], mask=mask, other=None if mask is None else 0)
-        if segments == 1:
-            return [(x, first)]
-        segment = jax.lax.div(jnp.arange(span, dtype=jnp.int32), jnp.int32(SEGMENT))[None, :]
-        return [(jnp.where(segment == i, x, jnp.zeros_like(x)), first + i * SEGMENT) for i in range(segments)]
-
-    def load_weights(first: jax.Array, columns: jax.Array) -> jax.Array:
-        """Codes as numbers, [block_out, span], zeros and scales applied as far as they are at all."""
-        stored = jax.lax.div(first, jnp.int32(per_byte)) + jnp.arange(span // per_byte, dtype=jnp.int32)
-        there = (stored < p.in_features // per_byte)[:, None] if ragged else None
-        mask = both(there, None if real is None else real[None, :])
-        codes = raw_bytes(plgpu.load(ref.codes.at[layer, stored[:, None], columns[None, :]], mask=mask))
-        if there is not None:
-            codes = jnp.where(there, codes, jnp.uint8(0))
-        if dtype == "int8":
-            weights = widen_to_int8(codes, scheme.format, scheme.implied_zero)
-        else:
-            weights = widen(codes, scheme.format, dtype, hidden, -left_in if leave else scheme.implied_zero)
-        weights = to_order(weights, order).T
-        if not scales_weights:
-            return weights
-        scale = factor(ref.scales, first, columns)
-        if dtype == "bfloat16":
-            return weights * scale.astype(weights.dtype)
-        return (weights.astype(jnp.float32) * scale).astype(weights.dtype)  # float16 may not have the scale
-
-    def product(x: jax.Array, weights: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
-        """Returns the product of a group of a span, float32 or int32."""
-        found = multiply(weights, x)
-        if integers:
-            return found
-        found = found.astype(jnp.float32)
-        sums = jnp.sum(x.astype(jnp.float32), axis=1)[None, :]  # nothing, where it is not used
-        if ref.zeros is not None:
-            found = found - sums * (factor(ref.zeros, start, columns) + left_in)
-        elif left_in:
-            found = found - sums * left_in
-        if grouped and not scales_weights:
-            found = found * factor(ref.scales, start, columns)
-        if ref.minimums is not None:
-            found = found + sums * factor(ref.minimums, start, columns)
-        return found
+    Args:
+      ref: the inputs.
+      zeros: what the counters of the outputs are before the first program, or None; the same memory.
+      out: the outputs.
+      problem: the call.
+      config: block sizes.
+      native: whether the kernel is compiled for an NVIDIA GPU.
+      reordered: whether codes are read in the order of wgmma's left operand; see `reorder`.
+    """
+    del zeros
+    p, c = problem, config
+    number, split = pl.program_id(0), pl.program_id(1)
+    row_block, out_block = divide_with_remainder(number, pl.cdiv(p.result_features, c.block_out))
+    row = row_block * c.block_rows + jnp.arange(c.block_rows, dtype=jnp.int32)
+    channel = out_block * c.block_out + jnp.arange(c.block_out, dtype=jnp.int32)
+    real_row = None if p.rows % c.block_rows == 0 else row < p.rows
+    real = None if p.result_features % c.block_out == 0 else channel < p.result_features
+    block = Block(number, row, channel, real_row, real)
+    program = Program(ref, p, c, block, native, reordered)
+    tiles = pl.cdiv(p.in_features, c.tile)
+    share = pl.cdiv(tiles, c.splits)
+    begin = split * share
 
     def trip(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        for place in range(tile // span):
-            first = index * tile + place * span
-            xs = load_x(first)
-            found = []
-            for part, total in enumerate(totals):
-                columns = channel + part * p.result_features
-                weights = load_weights(first, columns)
-                for x, start in xs:
-                    total = product(x, weights, start, columns) + total
-                found.append(total)
-            totals = tuple(found)
+        for offset in range(0, c.tile, program.span):
+            totals = program.add(totals, Place(index, offset))
         return totals
 
-    begin = split * share
-    nothing = jnp.zeros((block_out, block_rows), jnp.int32 if integers else jnp.float32)
+    nothing = jnp.zeros((c.block_out, c.block_rows), jnp.int32 if operand(p) == "int8" else jnp.float32)
     totals = jax.lax.fori_loop(begin, jnp.minimum(begin + share, tiles), trip, (nothing,) * p.parts)
-
-    products = [from_order(total, order).astype(jnp.float32).T for total in totals]
-    x_scale = None
-    if ref.x_scale is not None:
-        real_scale = None if real_row is None else real_row[:, 0]
-        x_scale = read(ref.x_scale, (row,), real_scale)[:, None]
-    mask = both(real_row, None if real is None else real[None, :])
-    for part, result in enumerate(finish(ref, p, products, channel, real, x_scale, splits)):
-        place = (row[:, None], channel[None, :])
-        plgpu.store(
-            out_ref.at[place if splits == 1 else (split, part, *place)], result.astype(out_ref.dtype), mask=mask
-        )
+    products = [(total.astype(jnp.float32) * program.last_factor).T for total in totals]
+    store(ref, out, p, c, block, products, native=native)
 
 
-def interleave(block_out: int, num_warps: int) -> tuple[int, int, int, int] | None:
-    """Warps, 8, repetitions and 2, as which a block's channels are multiplied; None leaves them in their order."""
-    repetitions = block_out // (16 * num_warps)
-    return (num_warps, 8, repetitions, 2) if repetitions else None
+class Place(NamedTuple):
+    """A weight along `in`, as an offset in a tile; the offset is known to the compiler."""
+
+    tile: jax.Array
+    offset: int
+
+    def later(self, weights: int) -> Place:
+        """Returns the place of a weight further on."""
+        return self._replace(offset=self.offset + weights)
 
 
-def to_order(x: jax.Array, order: tuple[int, int, int, int] | None) -> jax.Array:
-    """Channels `[n, block_out]` in the order in which they are multiplied."""
-    return x if order is None else x.reshape(len(x), *order).transpose(0, 3, 1, 4, 2).reshape(x.shape)
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Reads the operands of a program, and multiplies them.
+
+    Attributes:
+      ref: the inputs.
+      problem: the call.
+      config: block sizes.
+      block: its rows and channels.
+      native: whether the kernel is compiled for an NVIDIA GPU.
+      reordered: whether codes are read in the order of wgmma's left operand.
+    """
+
+    ref: Refs
+    problem: Problem
+    config: Config
+    block: Block
+    native: bool
+    reordered: bool
+
+    @property
+    def scales_products(self) -> bool:
+        """Whether products of a group are scaled."""
+        offset = self.problem.scheme.offset != "none"
+        return not self.config.scales_weights and (scales_groups(self.problem) or offset)
+
+    @property
+    def per_byte(self) -> int:
+        """Codes of a byte."""
+        return 2 if self.problem.scheme.packed else 1
+
+    @property
+    def shared(self) -> int:
+        """Consecutive weights that surely share a group: a power of two, at most a tile."""
+        group = self.problem.scheme.group_size
+        return self.config.tile if group is None else min(self.config.tile, group & -group)
+
+    @property
+    def span(self) -> int:
+        """Weights along `in` that are multiplied at a time."""
+        return max(self.shared, HALF * self.per_byte) if self.scales_products else self.config.tile
+
+    @property
+    def unit(self) -> float:
+        """The number that operands have to be multiplied by to be codes."""
+        return unit(self.problem.scheme.format, operand(self.problem))
+
+    @property
+    def last_factor(self) -> float:
+        """The number that totals have to be multiplied by to be products."""
+        return 1.0 if self.scales_products else self.unit
+
+    def add(self, totals: Sequence[jax.Array], first: Place) -> tuple[jax.Array, ...]:
+        """Returns totals `[block_out, block_rows]` with the products of the span from weight `first` on added."""
+        xs = [self.x(first, half) for half in range(self.per_byte)]
+        # Halves of a block of packed codes may belong to two groups.
+        apart = self.scales_products and self.per_byte == 2 and self.shared < PACK_BLOCK
+        groups = [[0], [1]] if apart else [list(range(self.per_byte))]
+        results = []
+        for part, total in enumerate(totals):
+            channel = self.block.channel + part * self.problem.result_features
+            weights = self.weights(first, channel)
+            for halves in groups:
+                pairs = [(weights[half], xs[half]) for half in halves]
+                if self.scales_products:
+                    total = self.scaled(pairs, first.later(HALF * halves[0]), channel) + total
+                else:
+                    total = multiply(pairs, total)
+            results.append(total)
+        return tuple(results)
+
+    def x(self, first: Place, half: int) -> jax.Array:
+        """Returns x `[block_rows, bytes]` of one half of a span's codes, in their order."""
+        count = self.span // self.per_byte
+        begin, offset = in_order(count, self.pair if self.reordered else count)
+        if self.per_byte == 2:  # which no run of bytes crosses the end of a half of
+            half_block = jnp.int32(HALF)
+            begin = jax.lax.div(begin, half_block) * PACK_BLOCK + jax.lax.rem(begin, half_block) + half * HALF
+        element = self.weight(first) + begin + offset
+        mask = both(_column(self.block.real_row), self.exists(element, self.problem.in_features))
+        return _load(self.ref.x, (self.block.row[:, None], element[None, :]), mask)
+
+    def weights(self, first: Place, channel: jax.Array) -> list[jax.Array]:
+        """Returns the operands `[block_out, bytes]` of a span, one for each half of packed codes."""
+        scheme = self.problem.scheme
+        start, count = jax.lax.div(self.weight(first), jnp.int32(self.per_byte)), self.span // self.per_byte
+        byte = start + jnp.arange(count, dtype=jnp.int32)
+        mask = both(_column(self.block.real), self.exists(byte, self.problem.in_features // self.per_byte))
+        codes = _load(self.ref.codes, (self.ref.layer[0], channel[:, None], byte[None, :]), mask)
+        found = []
+        for half in range(self.per_byte):
+            weights = widen(codes, scheme.format, operand(self.problem), half, scheme.implied_zero, native=self.native)
+            if self.config.scales_weights:
+                weights = self.scale(weights, first.later(HALF * half), channel)
+            found.append(reorder(weights, self.pair) if self.reordered else weights)
+        return found
+
+    @property
+    def pair(self) -> int:
+        """Operands of a 32-bit register."""
+        return 4 if operand(self.problem) == "int8" else 2
+
+    def scale(self, weights: jax.Array, first: Place, channel: jax.Array) -> jax.Array:
+        """Returns operands `[block_out, bytes]` with zeros, scales and minimums applied.
+
+        Args:
+          weights: the operands.
+          first: the weight that the first of them is.
+          channel: `[block_out]`, channels of the weight.
+        """
+        ref, dtype = self.ref, weights.dtype
+        each = max(self.shared // self.per_byte, HALF) if self.per_byte == 2 else self.shared
+        group = self.groups(first, weights.shape[1] // each, each * self.per_byte)
+        # float16 may not have the scale, nor the product before the next of them.
+        wide = jnp.float32 if dtype == jnp.float16 else dtype
+
+        def spread(factors: jax.Array) -> jax.Array:
+            shape = (*factors.shape, each)
+            return jnp.broadcast_to(factors.astype(wide)[:, :, None], shape).reshape(weights.shape)
+
+        weights = weights.astype(wide)
+        if ref.zeros is not None:
+            weights = weights - spread(self.factors(ref.zeros, group, channel) / self.unit)
+        if scales_groups(self.problem):
+            weights = weights * spread(self.factors(ref.scales, group, channel))
+        if ref.minimums is not None:
+            weights = weights + spread(self.factors(ref.minimums, group, channel) / self.unit)
+        return weights.astype(dtype)
+
+    def scaled(self, pairs: list[tuple[jax.Array, jax.Array]], first: Place, channel: jax.Array) -> jax.Array:
+        """Returns the products of a group, `[block_out, block_rows]`, zeros, scales and minimums applied."""
+        ref, group = self.ref, self.groups(first, 1, self.span)
+        arrays = (ref.zeros, ref.scales if scales_groups(self.problem) else None, ref.minimums)
+        zeros, scales, minimums = [None if of is None else self.factors(of, group, channel) for of in arrays]
+        found, times = multiply(pairs), self.unit
+        if self.problem.scheme.offset != "none":
+            sums = multiply([(jnp.ones_like(weights), x) for weights, x in pairs])
+        if zeros is not None:
+            found = found - sums * (zeros / self.unit)
+        if scales is not None:
+            found, times = found * (scales * self.unit), 1.0
+        if minimums is not None:
+            found = found + sums * minimums
+        return found if times == 1 else found * times
+
+    def groups(self, first: Place, count: int, apart: int) -> jax.Array:
+        """Returns the groups of `count` weights from the first on that are so many weights apart."""
+        size, place = self.problem.group_size, jnp.arange(count, dtype=jnp.int32)
+        if size == apart:  # written so that Triton sees that they lie side by side, and where they are aligned
+            return first.tile * (self.config.tile // size) + first.offset // size + place
+        return jax.lax.div(self.weight(first) + place * apart, jnp.int32(size))
+
+    def weight(self, place: Place) -> jax.Array:
+        """Returns the number of a weight along `in`."""
+        return place.tile * self.config.tile + place.offset
+
+    def factors(self, of: Any, group: jax.Array, channel: jax.Array) -> jax.Array:
+        """Returns scales, zeros or minimums, float32 `[block_out, groups]`."""
+        mask = both(_column(self.block.real), self.exists(group, self.problem.groups))
+        load = read_scales if of is self.ref.scales else read
+        return load(of, (self.ref.layer[0], channel[:, None], group[None, :]), mask)
+
+    def exists(self, places: jax.Array, count: int) -> jax.Array | None:
+        """Returns a mask `[1, places]` of what lies before the end of `in`; None where all tiles are full."""
+        return None if self.problem.in_features % self.config.tile == 0 else (places < count)[None, :]
 
 
-def from_order(x: jax.Array, order: tuple[int, int, int, int] | None) -> jax.Array:
-    """The inverse of `to_order`, of channels `[block_out, n]`."""
-    if order is None:
-        return x
-    warps, eight, repetitions, two = order
-    split = x.reshape(repetitions, warps, two, eight, x.shape[1])
-    return split.transpose(1, 3, 0, 2, 4).reshape(x.shape)
+def multiply(pairs: Sequence[tuple[jax.Array, jax.Array]], total: jax.Array | None = None) -> jax.Array:
+    """Returns the sum of the products weights `[block_out, span]` @ x `[block_rows, span]` transposed, and of a total.
+
+    The sum is float32, or int32 of int8 operands. A product plus a sum, in this order, is one accumulating instruction
+    of tensor cores to Triton; a sum plus a product is not.
+    """
+    for weights, x in pairs:
+        pieces = [x]
+        if x.dtype == jnp.float32:
+            pieces = [piece.astype(jnp.bfloat16) for piece in reversed([*bfloat16_pieces(x, PIECES)])]
+        for piece in pieces:
+            dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+            product = jnp.dot(weights, piece.T, preferred_element_type=dtype)
+            total = product if total is None else product + total
+    assert total is not None
+    return total
 
 
-def multiply(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """weights `[block_out, span]` @ x `[block_rows, span]` transposed: `[block_out, block_rows]`, float32 or int32."""
-    if x.dtype == jnp.int8:
-        return jnp.dot(weights, x.T, preferred_element_type=jnp.int32)
-    if x.dtype != jnp.float32:
-        return jnp.dot(weights, x.T, preferred_element_type=jnp.float32)
-    found = [
-        jnp.dot(weights, piece.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32)
-        for piece in bfloat16_pieces(x, PIECES)
-    ]
-    return (found[2] + found[1]) + found[0]
+def run(count: int) -> int:
+    """Returns the consecutive bytes of a channel that a thread reads from shared memory, of so many in a span."""
+    return min(LOAD_BYTES, count // QUAD)
 
 
-def can_scale_weights(problem: Problem, tile: int) -> bool:
-    """Whether scaled weights, of 16 bits, show no more than the result's rounding does."""
-    p = problem
-    grouped = p.scheme.group_size is not None and p.scheme.group_size % largest_span(p, tile) == 0
-    return grouped and p.scheme.offset != "minimums" and operand(p) != "int8" and p.dot_dtype != "float32"
+def in_order(count: int, pair: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the bytes of a span in the order in which `reorder` puts them: beginnings of runs, and offsets in them.
+
+    With all of a span for a pair it is the order of `in`.
+    """
+    place, of_thread = jnp.arange(count, dtype=jnp.int32), run(count)
+
+    def digit(unit: int, size: int) -> jax.Array:
+        return jax.lax.rem(jax.lax.div(place, jnp.int32(unit)), jnp.int32(size))
+
+    if pair == count:
+        return digit(of_thread, count // of_thread) * of_thread, digit(1, of_thread)
+    chunk = QUAD * of_thread
+    begin = digit(chunk, count // chunk) * chunk + digit(pair, QUAD) * of_thread
+    return begin, digit(QUAD * pair, of_thread // pair) * pair + digit(1, pair)
+
+
+def reorder(weights: jax.Array, pair: int) -> jax.Array:
+    """Returns operands `[block_out, span]` in an order along `in` in which wgmma takes consecutive bytes of a thread.
+
+    A thread holds one register's worth of operands, a pair, out of every four. In the order of `in` it would read its
+    codes from shared memory two by two, a sixteenth of the width that its loads have. So each of four threads reads up
+    to 16 bytes that lie side by side, and its pairs are distributed: [thread, pair] becomes [pair, thread].
+    """
+    channels, count = weights.shape
+    of_thread = run(count)
+    shape = (channels, count // (QUAD * of_thread), QUAD, of_thread // pair, pair)
+    return weights.reshape(shape).transpose(0, 1, 3, 2, 4).reshape(channels, count)
+
+
+def _load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+
+
+def _column(mask: jax.Array | None) -> jax.Array | None:
+    return None if mask is None else mask[:, None]

@@ -1,64 +1,123 @@
-"""Block sizes of the tensor-core form of quantized_matmul on a GPU."""
+"""Block sizes of the tensor-core form of quantized_matmul on a GPU.
+
+Measured on an H200, int8 by 16 rows: a block of 64 channels with tiles of 256 bytes and as many splits as give each
+multiprocessor about two programs was the best of a dozen in a kernel of this shape (4096 -> 28672: no splits,
+14336 -> 4096: 4 of them). The other choices follow from instructions of the compiled loops for each byte of codes, of
+which an H200 has time for 7 where memory is the bound: README.md lists them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from palladion.kernels.devices import Gpu
+from palladion.kernels.devices import Gpu, gpu_to_plan_for
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import matrix as gpu_matrix
 from palladion.kernels.quantized_matmul.triton.config import MIN_BLOCK, Config
+from palladion.kernels.search_space import Space
 
 SKINNY_ROWS: Final = 64
-"""Rows up to which memory is what a multiplication waits for; their products are scaled, not the weights."""
+"""Rows up to which memory is the bound."""
 
-TILED_TILE: Final = 64
-"""Weights along `in` of a trip where rows are many: with twice as many of x there would be room for one program."""
+READ: Final = 64
+"""Least bytes of a group for which products are scaled in 16-bit results: shorter reads waste memory's sectors."""
 
 MAX_STAGES: Final = 4
-
+"""The most tiles in flight that the heuristic chooses."""
 
 PROGRAMS: Final = 2
-"""Programs per multiprocessor that together keep enough bytes in flight."""
+"""Programs of a multiprocessor that together keep enough bytes in flight."""
+
+OPERAND_REGISTERS: Final = 128
+"""The most registers of a thread for operands of a tile: as many remain for sums, addresses and codes."""
 
 
 def heuristic(problem: Problem, gpu: Gpu) -> Config:
     """Returns blocks that suit the rows, and splits that keep all multiprocessors busy."""
     p = problem
-    if p.rows <= SKINNY_ROWS or p.dot_dtype == "float32":
-        # float32 rows are three numbers to hold and to multiply by each.
-        narrow = p.x_dtype == "float32" and p.quantize_x is None
-        block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS // 2 if narrow else SKINNY_ROWS)
-        block_out = 64 if narrow or (p.gated and block_rows > 32) else 128
-        config = Config("tensor_core", block_rows, block_out, 64 if narrow else 128, splits=1)
+    if p.rows > SKINNY_ROWS and p.dot_dtype != "float32":
+        return _tiled(p, gpu)
+    block_rows = min(max(pl.next_power_of_2(p.rows), MIN_BLOCK), SKINNY_ROWS)
+    per_byte = 2 if p.scheme.packed else 1
+    is_short = (p.scheme.group_size or p.in_features) < READ * per_byte
+    scales_weights = gpu_matrix.can_scale_weights(p) and (is_short or block_rows == SKINNY_ROWS)
+    # Scaled weights of 128 channels take more registers than Triton leaves a program of sm_100.
+    is_wide = block_rows == SKINNY_ROWS or (p.scheme.packed and not (scales_weights and gpu.compute_capability >= 100))
+    block_out = 128 if is_wide and not p.gated else 64
+    if p.x_dtype == "float32" and p.quantize_x is None:  # rows are three numbers to hold and to multiply by each
+        block_rows, block_out, tile = min(block_rows, SKINNY_ROWS // 2), 64, 64
     else:
-        block_rows = 128 if p.rows > 128 or not p.gated else 64
-        scales_weights = gpu_matrix.can_scale_weights(p, TILED_TILE)
-        config = Config(
-            "tensor_core",
-            block_rows,
-            128 // p.parts,
-            TILED_TILE,
-            1,
-            num_warps=8 // p.parts,
-            scales_weights=scales_weights,
-        )
-    config = dataclasses.replace(config, num_stages=_stages(p, config, gpu))
-    return dataclasses.replace(config, splits=_splits(p, config, gpu))
+        wide = block_out * p.parts == 128 and (scales_weights or per_byte == 1)
+        tile = 128 if wide else 256
+    config = _config(block_rows, block_out, tile, 4, scales_weights)
+    return _with_splits(p, config, PROGRAMS, gpu)
+
+
+def _tiled(problem: Problem, gpu: Gpu) -> Config:
+    """Returns blocks for rows that tensor cores are busy with: narrow ones rather than splits."""
+    p, block_rows = problem, 128
+    programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, 128)
+    block_out = 64 if p.gated or programs < gpu.multiprocessors else 128
+    scales_weights = gpu_matrix.can_scale_weights(p)
+    config = _config(block_rows, block_out, 128, block_out // 16, scales_weights)
+    return _with_splits(p, config, 1, gpu)
+
+
+def _config(block_rows: int, block_out: int, tile: int, num_warps: int, scales_weights: bool) -> Config:
+    return Config(
+        form="tensor_core",
+        block_rows=block_rows,
+        block_out=block_out,
+        tile=tile,
+        splits=1,
+        num_warps=num_warps,
+        scales_weights=scales_weights,
+    )
+
+
+def _with_splits(problem: Problem, config: Config, programs: int, gpu: Gpu) -> Config:
+    """Returns a config with splits for so many programs of a multiprocessor, and the stages that fit."""
+    p = problem
+    blocks = pl.cdiv(p.rows, config.block_rows) * pl.cdiv(p.result_features, config.block_out)
+    splits = splits_for(pl.cdiv(p.in_features, config.tile), blocks, programs, gpu)
+    return dataclasses.replace(config, splits=splits, num_stages=_stages(p, config, gpu))
+
+
+def space(problem: Problem, start: Config) -> Space:
+    """Returns the block sizes that the tuner may try, narrow blocks without splits among them."""
+    most, tiles = gpu_to_plan_for().program_shared_bytes, pl.cdiv(problem.in_features, start.tile)
+    axes: dict[str, Sequence[Any]] = {
+        "splits": [1 << n for n in range(5) if 1 << n <= tiles],
+        "block_out": (16, 32, 64, 128, 256),
+        "tile": (64, 128, 256, 512),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": (2, 3, 4, 5),
+        "merge": ("launch", "last"),
+        "scales_weights": (False, True) if gpu_matrix.can_scale_weights(problem) else (False,),
+    }
+
+    def fits(config: Config) -> bool:
+        # A warp multiplies 16 channels at a time; warps beyond that would convert the same codes.
+        is_distinct = config.num_warps * MIN_BLOCK <= config.block_out
+        registers = config.block_out * config.tile // (64 * config.num_warps)
+        return is_distinct and registers <= OPERAND_REGISTERS and loaded_bytes(problem, config) <= most
+
+    return Space(start, axes, fits)
 
 
 def _stages(problem: Problem, config: Config, gpu: Gpu) -> int:
-    """Tiles in flight: as many as `MAX_STAGES`, and as leave shared memory for a second program."""
+    """Returns the tiles in flight: as many as `MAX_STAGES`, and as leave shared memory for a second program."""
     room = min(gpu.shared_bytes // 2, gpu.program_shared_bytes) * 3 // 4
     return min(max(room // tile_bytes(problem, config), 2), MAX_STAGES)
 
 
 def tile_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that a tile of the tensor-core form takes on its way: codes, and the rows of x that they meet."""
+    """Returns the shared memory that a tile takes on its way: codes, and the rows of x that they meet."""
     p = problem
     x = config.block_rows * jnp.dtype(gpu_matrix.operand(p) if p.x_dtype != "float32" else "float32").itemsize
     codes = config.block_out * p.parts // (2 if p.scheme.packed else 1)
@@ -66,15 +125,8 @@ def tile_bytes(problem: Problem, config: Config) -> int:
 
 
 def loaded_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that what is loaded ahead takes, at least: a tile for each stage but the one at work."""
+    """Returns the least shared memory of what is loaded ahead: a tile for each stage but the one at work."""
     return (config.num_stages - 1) * tile_bytes(problem, config)
-
-
-def _splits(problem: Problem, config: Config, gpu: Gpu) -> int:
-    """Returns the shares of `in` that give every multiprocessor its programs."""
-    p = problem
-    programs = pl.cdiv(p.rows, config.block_rows) * pl.cdiv(p.result_features, config.block_out)
-    return splits_for(pl.cdiv(p.in_features, config.tile), programs, PROGRAMS, gpu)
 
 
 def splits_for(trips: int, programs: int, wanted: int, gpu: Gpu) -> int:

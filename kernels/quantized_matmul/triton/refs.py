@@ -20,8 +20,8 @@ class Refs(NamedTuple):
     Attributes:
       layer: `[1]`.
       x: `[rows, in]`; int8 or float16 where it was quantized.
-      codes: `[num_layers, in or in / 2, out]`.
-      scales: `[num_layers, groups, out]`; uint8 bits for mxfp4.
+      codes: `[num_layers, out, in or in / 2]`.
+      scales: `[num_layers, out, groups]`; uint8 bits for mxfp4.
       zeros: like scales.
       minimums: like scales.
       x_scale: `[rows]` float32; None where splits are added up outside.
@@ -96,7 +96,7 @@ def finish(
     for part, product in enumerate(products):
         columns = channel + part * p.result_features
         if p.scheme.group_size is None and p.scheme.offset != "minimums":
-            product = product * read_scales(refs.scales, (refs.layer[0], 0, columns), real)
+            product = product * read_scales(refs.scales, (refs.layer[0], columns, 0), real)
         if x_scale is not None:
             product = product * x_scale
         if refs.bias is not None:
