@@ -13,13 +13,18 @@ import pytest
 from palladion import append_kv, decode_attention, quantize, quantized_matmul
 from palladion.benchmarks.commands import launches, main
 from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure.decode_steps import TINY
 from palladion.benchmarks.measure.operations import OPERATIONS
+from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.timing import calls_of
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
-from palladion.benchmarks.static.gpu.compiler import tracing_for
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 from palladion.kernels.decode_attention import Inputs
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.triton import call as attention_triton
+from palladion.model.engine import Engine, EngineOptions
+from palladion.model.sampling import Sampling
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
@@ -105,7 +110,7 @@ def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: 
 def test_counters_of_the_last_program_are_filled_before_the_first_layer(name: str, arch: int):
     """Merging in the same launch leaves one launch a call, and counters wait for nothing that a call computes."""
     case = next(case for case in attention_cases.MODELS if case.name == name)
-    with tracing_for(arch):
+    with gpu_compiler.tracing_for(arch):
         config = dataclasses.replace(attention_triton.heuristic(case.problem()), merge="last")
 
     def layers(inputs: Inputs) -> jax.Array:
@@ -148,6 +153,27 @@ def test_the_command_lists_a_step(capsys: pytest.CaptureFixture[str], monkeypatc
     assert record["bound"] == pytest.approx(reads / (reads + launches.LAUNCH_SECONDS * count))
     assert sum("decode_attention_r" in launch["name"] for launch in record["launches"]) == 2
     assert {launch["loops"] for launch in record["launches"]} == {1}
+
+
+@needs_plugin
+def test_the_steps_of_a_dispatch_are_graphs_that_the_host_launches_without_waiting(tmp_path: Path):
+    """XLA knows how many steps there are, and so reads nothing back; it records all kernels of a step into a graph."""
+    shape = dataclasses.replace(TINY, num_layers=1)
+    options = EngineOptions(max_len=128, dtype="bfloat16", kv_dtype="bfloat16", backend="xla", steps_per_dispatch=8)
+    with gpu_compiler.tracing_for(90):
+        parameters = jax.eval_shape(lambda: random_parameters(shape, "bfloat16", dtype="bfloat16", max_positions=128))
+        loop, arguments = Engine(parameters, shape.config(128), 1, Sampling(), options, (5,)).decode_loop()
+    there = jax.sharding.SingleDeviceSharding(gpu_program.device(90))
+    arguments = jax.tree.map(lambda leaf: tpu_compiler.described(leaf, there), arguments)
+    lowered = gpu_compiler.lowered_for_gpu(loop, *arguments, arch=90)
+    compiled = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    assert '"known_trip_count":{"n":"8"}' in (compiled.as_text() or "")
+    (listing,) = tmp_path.glob("*thunk_sequence_after*.txt")
+    _, body = listing.read_text().split("  body:\n", 1)
+    first, *recorded = body.splitlines()
+    assert "kCommandBuffer" in first
+    assert len(recorded) > 10
+    assert all(line.startswith(" " * 8) for line in recorded)
 
 
 A_LAYER = ["matmul", "append_qkv", "decode_attention", "decode_attention_merge", "matmul", "matmul", "matmul"]
