@@ -49,7 +49,7 @@ def test_a_listing_is_read():
 @needs_plugin
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
-    w = jax.eval_shape(lambda: quantize(jnp.ones((512, 256)), "int8"))
+    w = jax.eval_shape(lambda: quantize(jnp.ones((512, 256)), "int8", order="out_in"))
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
 @pytest.mark.parametrize(("scheme", "arch"), [("int8", 80), ("int8", 90), ("int4-g32", 90), ("mxfp4", 100)])
 def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: int):
     """Shared memory serves only the final sum over threads; older Tritons also moved operands between threads in it."""
-    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 6144)), scheme))
+    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 6144)), scheme, order="out_in"))
     x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
     program = gpu_program.compile_program(lambda x, w: quantized_matmul(x, w, backend="pallas"), x, w, arch=arch)
     (launch,) = program.launches
@@ -86,8 +86,9 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
 def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: tuple[str, ...]):
     """A program of three calls launches only them; two copies of the donated array take turns and are not copied."""
     operation = OPERATIONS[name]
-    donated, inputs = operation.split(operation.named_cases()[case].shapes())
-    function = operation.function(operation.named_cases()[case], backend="triton")
+    stored = operation.stored_for(operation.named_cases()[case], "gpu")
+    donated, inputs = operation.split(stored.shapes())
+    function = operation.function(stored, backend="triton")
     arguments = ((inputs,) * 3,) if donated is None else ((donated,) * 2, (inputs,) * 3)
     program = gpu_program.compile_program(calls_of(function, donates=donated is not None), *arguments)
     names = [launch.name for launch in program.launches]
