@@ -183,13 +183,14 @@ def test_codes_become_operands_in_few_instructions(
 
 
 FORMS = [
-    # Cases, and what their configs change: a second sequence, more of them than a warp has threads, many rows.
+    # Among them: more sequences than a program has threads, many rows, more than one tile of features.
     ("llama-3-8b", {}, {"merge": "last"}, 90),
     ("llama-3-8b-32k", {}, {"merge": "last"}, 90),
     ("llama-3-8b-paged-int8", {}, {"merge": "last"}, 80),
     ("llama-3-8b-paged-int8", {}, {"merge": "last"}, 100),
     ("llama-3-8b", {"batch": 256, "max_len": 1024}, {"merge": "last"}, 90),
     ("llama-3-8b", {"batch": 1000, "max_len": 1024}, {}, 90),
+    ("llama-3-8b", {"batch": 4096, "max_len": 1024}, {}, 90),
     ("llama-3-8b-float8", {}, {"balanced": False, "num_warps": 2}, 90),
     ("llama-3-8b-prefill", {"batch": 2}, {"merge": "last", "balanced": True}, 90),
     ("head-dim-192", {}, {"merge": "last"}, 90),

@@ -277,6 +277,14 @@ COMPILED = [
 ]
 
 
+@pytest.mark.parametrize("case", COMPILED[:2], ids=lambda case: case.name)
+def test_lowers_for_hopper(case: Case):
+    """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
+    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
+    text = gpu_compiler.lowered_for_gpu(lambda inputs: call(**inputs._asdict()), case.shapes()).as_text()
+    assert "mosaic_gpu" in text
+
+
 @needs_plugin
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

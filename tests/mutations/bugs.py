@@ -251,8 +251,8 @@ MUTATIONS: Final = (
     Mutation(
         "matmul-gpu-residual-row",
         "kernels/matmul/triton/kernel.py",
-        "result = result + _read(refs.residual, (m, channel), in_result)",
-        "result = result + _read(refs.residual, (0, channel), in_result)",
+        "result + read(refs.residual, (m, channel), real)",
+        "result + read(refs.residual, (0, channel), real)",
         ("tests/test_matmul.py", "-k", "kernels_are_right or explicit_blocks"),
         "Every row gets the residual of the first.",
     ),

@@ -45,6 +45,13 @@ class Attention(NamedTuple):
     lse: Ref
 
 
+def merge_warps(problem: Problem, config: Config) -> int:
+    """Returns the warps of a program of the merge kernel: one, unless a warp's registers are too few."""
+    many_slots = shares.most_slots(problem, config) > 16
+    many_lengths = shares.is_balanced(problem, config) and problem.batch > 1024
+    return 4 if many_slots or many_lengths else 1
+
+
 def merge_kernel(
     lengths: Ref,  # int32 [batch]
     partial: Attention,  # [slots, ...]
