@@ -162,8 +162,11 @@ def test_a_backend_means_the_same_for_every_operation(
                 judge.checkpoint.parameters,
                 *arrays,
             )
-        assert {choice.operation for choice in choices} == {"append_qkv", "decode_attention", "matmul"}
-        assert {choice.backend for choice in choices} == {expected}
+        taken = {choice.operation: choice.backend for choice in choices}
+        assert set(taken) == {"append_qkv", "decode_attention", "matmul"}
+        if (platform, backend) == ("gpu", "auto"):
+            assert taken.pop("matmul") == "xla"  # no slower than the kernel, where it was measured
+        assert set(taken.values()) == {expected}
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
