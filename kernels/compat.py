@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import jax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Operands = TypeVar("Operands")
 
@@ -45,23 +48,33 @@ def offsets_wrap(numbers: int) -> bool:
     return 2**31 < numbers <= 2**32
 
 
-def known_options(**options: Any) -> dict[str, Any]:
-    """Returns the compiler options that the installed XLA accepts.
+def load_to_registers(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
+    """Loads a reference of a Mosaic GPU kernel in a register layout; from jax 0.12 on `load` takes no index.
 
-    `jax.jit` raises an error for an option that XLA does not know and for a value that it does not accept, and XLA
-    renames and drops options between versions. Each option is therefore tried once on an empty program.
+    Args:
+      ref: reference to shared or device memory.
+      layout: layout of the result.
+      optimized: whether a load that is not conflict-free is an error.
     """
-    return {name: value for name, value in options.items() if _is_known(name, value)}
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
-@functools.cache
-def _is_known(name: str, value: Any) -> bool:
-    try:
-        # The caller may be tracing for a device that is absent; this program is compiled for a device that is present.
-        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
-            raise
-        return False
-    return True
+def store_from_registers(ref: Any, value: jax.Array) -> None:
+    """Stores an array of a Mosaic GPU kernel, also where that is not conflict-free, which is an error in jax 0.12."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def gpu_interpreter(interpret: Any) -> Any:
+    """Returns the `interpret` of `mosaic_gpu.kernel`: None to compile it, or parameters of jax's interpreter.
+
+    TMA fills with zeros what lies beyond an array, and so does the interpreter then. jax 0.10.2 does not export it.
+    """
+    if not isinstance(interpret, bool):
+        return interpret
+    if not interpret:
+        return None
+    return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")

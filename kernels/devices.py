@@ -13,7 +13,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from palladion.kernels.compat import known_options
 from palladion.reference.platforms import target_platform
 
 READ_BYTES: Final = {"cpu": 256 * 2**20, "gpu": 2**30, "tpu": 2**30}
@@ -208,24 +207,6 @@ def _gpu_from_driver(kind: str, capability: str, multiprocessors: int) -> Gpu | 
 def cpu_compiler_options() -> dict[str, Any]:
     """Returns options that let XLA use the full width of a CPU's vector units; none on other platforms."""
     return {"xla_cpu_prefer_vector_width": 512} if target_platform() == "cpu" else {}
-
-
-def gpu_compiler_options() -> dict[str, Any]:
-    """Returns options that let XLA run a loop on a GPU as one CUDA graph ("command buffer"); none on other platforms.
-
-    A decoding step consists of many short kernels, and launches take a part of their time. XLA records sequences of
-    kernels into graphs by default, Triton kernels included: from jax 0.10.2 to 0.12 it compiles the custom call
-    `__gpu$xla.gpu.triton` into a kernel like its own. (Older versions needed the flag
-    --legacy_command_buffer_custom_call_targets, jax-ml/jax#27988; it no longer exists, and XLA_FLAGS with it end the
-    process.)
-
-    By default XLA records FUSION, CUBLAS, CUBLASLT, CUDNN, CUSTOM_CALL, CONDITIONAL and DYNAMIC_SLICE_FUSION, in
-    0.10.2, 0.11.2 and 0.12.0.1 alike, but not WHILE: only the body of a loop is a graph, and between two steps the host
-    reads the loop condition from the GPU. This option adds WHILE, so that the whole loop is a node of the graph. XLA
-    drops it again if the driver is too old (CUDA before 12.3), on AMD GPUs, and if an operation of the loop cannot be
-    recorded. XLA_FLAGS=--xla_gpu_enable_command_buffer= turns recording off, for debugging.
-    """
-    return known_options(xla_gpu_enable_command_buffer="WHILE") if target_platform() == "gpu" else {}
 
 
 @functools.cache

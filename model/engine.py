@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.kernels.devices import cpu_compiler_options, gpu_compiler_options
+from palladion.kernels.devices import cpu_compiler_options
 from palladion.kernels.integers import round_up
 from palladion.kernels.tpu_layout import LANES
 from palladion.model.config import ModelConfig
@@ -301,8 +301,8 @@ class Engine:
             )
             return result, to_bits(updated)
 
-        options = cpu_compiler_options() | gpu_compiler_options()
-        jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=options)
+        # On a GPU XLA's defaults make one CUDA graph of the kernels of a step.
+        jitted = jax.jit(on_bits, donate_argnums=1, compiler_options=cpu_compiler_options())
         return jitted, (self._parameters, jax.eval_shape(to_bits, donated), *arguments)
 
     def _compiled(self, key: ProgramKey, jitted: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> jax.stages.Compiled:

@@ -16,11 +16,11 @@ from palladion.kernels.devices import measured_bandwidth
 from palladion.kernels.quantized_matmul import IMPLEMENTATIONS
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
 from palladion.model.engine import Engine, EngineOptions, plan_chunks
-from palladion.model.parameters import Parameters
+from palladion.model.parameters import Parameters, without_float16_scales
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics, peak_memory
 from palladion.model.vocabulary import check_integer, check_text, token_ids
-from palladion.reference import KVCache, QuantizedArray, Scheme
+from palladion.reference import KVCache, Scheme
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order, order_of_platform
 
@@ -147,7 +147,7 @@ class Generator:
             progress=progress,
         )
         if platform == "tpu":
-            parameters = _without_float16_scales(checkpoint.parameters)
+            parameters = without_float16_scales(checkpoint.parameters)
             checkpoint = dataclasses.replace(checkpoint, parameters=parameters)
         return cls(checkpoint, dtype=dtype, kv_dtype=kv_dtype, max_len=max_len, backend=backend, interpret=interpret)
 
@@ -395,14 +395,3 @@ def _order_for(backend: str | None) -> Order:
     """Returns the storage order that a backend's kernels read: the platform's, unless a kernel is named."""
     platforms = (row.platform for row in IMPLEMENTATIONS if row.name == backend and row.platform is not None)
     return order_of_platform(next(platforms, target_platform()))
-
-
-def _without_float16_scales(parameters: Parameters) -> Parameters:
-    """Converts float16 scales to float32: TPUs have no float16."""
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, QuantizedArray) and leaf.scales.dtype == "float16":
-            return leaf.with_scale_dtype("float32")
-        return leaf
-
-    return jax.tree.map(convert, parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,14 @@ class Parameters:
         table = self.embedding.nbytes
         rows = self.embedding.shape[-1] if isinstance(self.embedding, QuantizedArray) else self.embedding.shape[0]
         return self.nbytes - table + batch * (table // rows)
+
+
+def without_float16_scales(parameters: Parameters) -> Parameters:
+    """Converts float16 scales to float32: TPUs have no float16."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedArray) and leaf.scales.dtype == "float16":
+            return leaf.with_scale_dtype("float32")
+        return leaf
+
+    return jax.tree.map(convert, parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

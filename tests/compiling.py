@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
-from palladion.kernels.compat import known_options
+import jax
 
 SAME_BUT_FOR_SIZES: Final = frozenset(
     {
@@ -14,6 +15,29 @@ SAME_BUT_FOR_SIZES: Final = frozenset(
     }
 )
 """Cases of quantized_matmul that are not compiled for accelerators: they differ only in sizes from cases that are."""
+
+
+def known_options(**options: Any) -> dict[str, Any]:
+    """Returns the compiler options that the installed XLA accepts.
+
+    `jax.jit` raises an error for an option that XLA does not know and for a value that it does not accept, and XLA
+    renames and drops options between versions. Each option is therefore tried once on an empty program.
+    """
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: Any) -> bool:
+    try:
+        # The caller may be tracing for a device that is absent; this program is compiled for a device that is present.
+        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        return False
+    return True
+
 
 UNOPTIMIZED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.reference.platforms import target_platform
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 
@@ -101,6 +102,35 @@ def doubles(rows: int = 64) -> Workload:
     return call, (shape,)
 
 
+def columns(width: int = 8) -> Workload:
+    """Returns a kernel that sums the columns of an int32 matrix `[512, 32768]`, `width` of them in each program."""
+    rows = 1024 // width
+
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        column = pl.program_id(0) * width + jnp.arange(width, dtype=jnp.int32)
+
+        def step(block: Any, total: Any) -> Any:
+            row = block * rows + jnp.arange(rows, dtype=jnp.int32)
+            return total + plgpu.load(x_ref.at[row[:, None], column[None, :]])
+
+        total = jax.lax.fori_loop(0, 512 // rows, step, jnp.zeros((rows, width), jnp.int32))
+        plgpu.store(o_ref.at[column], jnp.sum(total, axis=0))
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(2**15 // width,),
+        out_shape=jax.ShapeDtypeStruct((2**15,), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=8),
+        name="columns",
+    )
+    return call, (jax.ShapeDtypeStruct((512, 2**15), jnp.int32),)
+
+
+def wide_columns() -> Workload:
+    """Returns `columns` of 128 columns in each program."""
+    return columns(128)
+
+
 def with_bytes() -> tuple[Any, ...]:
     """Returns `doubles` and a number of bytes that it supposedly needs."""
     return *doubles(), 12345
@@ -138,6 +168,12 @@ def nested() -> Workload:
     shape = jax.ShapeDtypeStruct((4, BLOCK[1]), jnp.float32)
     call = pl.pallas_call(kernel, grid=(4,), out_shape=shape, compiler_params=TRITON, name="nested")
     return call, (np.asarray([*LENGTHS, 3], np.int32), jax.ShapeDtypeStruct((4, 1024, BLOCK[1]), jnp.float32))
+
+
+def made_for_a_gpu() -> Workload:
+    """Returns `doubles`, if it is made for a GPU."""
+    assert target_platform() == "gpu"
+    return doubles()
 
 
 def refused() -> Workload:

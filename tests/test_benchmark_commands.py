@@ -133,7 +133,9 @@ def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest
 
 def test_the_page_lists_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     entries = [
-        SimpleNamespace(kind="int8 1", sizes={"in": 64}, implementation=name, seconds=seconds, config=config)
+        SimpleNamespace(
+            kind="int8 1", sizes={"in": 64}, implementation=name, seconds=seconds, clock="device", config=config
+        )
         for name, seconds, config in (("triton", 2e-6, {"block_out": 8}), ("xla", 1e-6, None))
     ]
     monkeypatch.setattr(report.tuning, "load", lambda _: entries)
@@ -143,7 +145,10 @@ def test_the_page_lists_what_was_tuned(tmp_path: Path, monkeypatch: pytest.Monke
     suite._report(tmp_path, [{"phase": "tune-products", "status": 0, "seconds": 3.0}], pictures=False)
     page = (tmp_path / "README.md").read_text()
     assert "## Tuned: quantized_matmul (some_gpu.json)" in page
-    first, second = page.index("| int8 1 in=64 | xla | 1 µs |  |"), page.index("| triton | 2 µs | block_out=8 |")
+    first, second = (
+        page.index("| int8 1 in=64 | xla | 1 µs | device |  |"),
+        page.index("| triton | 2 µs | device | block_out=8 |"),
+    )
     assert first < second
     assert "| tune-products | done | 3 s |" in page
 

@@ -555,14 +555,18 @@ def test_wrong_commands_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_few_rows_are_tuned_first(monkeypatch: pytest.MonkeyPatch):
-    given: list[Any] = []
-    monkeypatch.setattr(tune, "_tune", lambda cases, *_: given.extend(case for _, case in cases) or 0)
-    command = ["tune", "quantized_matmul", "--scheme=int8,int4-g32", "--rows=16,1", "--layers=qkv", "--package"]
-    assert main([*command, "--interpret"]) == 0
-    assert [(case.rows, str(case.scheme)) for case in given] == [
-        (1, "int8"),
-        (1, "int4-g32"),
-        (16, "int8"),
-        (16, "int4-g32"),
-    ]
+def test_measured_entries_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def entry(rows: int, origin: str) -> Entry:
+        sizes = {"rows": rows, "in": 64, "out": 64}
+        how = {"origin": origin, "clock": "device", "device": "NVIDIA H200", "date": "2026-11-27"}
+        return Entry(implementation="xla", kind="int8", sizes=sizes, config=None, seconds=1e-5, **how)
+
+    packaged = tmp_path / "kernels/matmul/tuned/nvidia_h200.json"
+    monkeypatch.setattr(
+        tuning, "package_file", lambda operation, _: tmp_path / f"kernels/{operation}/tuned/nvidia_h200.json"
+    )
+    tuning.save(packaged, [entry(1, "measured")])
+    tuning.save(tmp_path / "results/matmul/nvidia_h200.json", [entry(2, "measured"), entry(4, "interpreted")])
+    assert main(["tune", "matmul", f"--ship={tmp_path / 'results'}"]) == 0
+    assert [one.sizes["rows"] for one in tuning.load(packaged)] == [1, 2]
+    assert main(["tune", "append_kv", f"--ship={tmp_path / 'results'}"]) == 2

@@ -541,6 +541,7 @@ def test_options_must_be_known_while_tracing(name: str):
         (triton.Config, {"block_kv": 16, "block_rows": 24, "splits": 1}, "config.block_rows: got 24"),
         (triton.Config, {"block_kv": 16, "block_rows": 16, "splits": 0}, "config.splits: got 0; accepted: 1 to 256"),
         (triton.Config, {"block_kv": 16, "block_rows": 16, "splits": 1, "num_warps": 3}, "config.num_warps: got 3"),
+        (triton.Config, {"block_kv": 16, "block_rows": 16, "splits": 1, "merge": "first"}, "accepted: launch, last"),
     ],
 )
 def test_wrong_blocks(config: Any, changes: dict[str, int], message: str):

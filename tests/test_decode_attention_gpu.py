@@ -19,10 +19,10 @@ from palladion import Unsupported, decode_attention
 from palladion.kernels.compat import offsets_wrap
 from palladion.kernels.decode_attention import Inputs, cases
 from palladion.kernels.decode_attention.cases import Case
-from palladion.kernels.decode_attention.online_softmax import visible_span
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.decode_attention.triton import products as gpu_products
-from palladion.kernels.decode_attention.triton.kernel import tiles_of
+from palladion.kernels.decode_attention.triton import shares
+from palladion.kernels.decode_attention.triton.rows import tiles_of
 from palladion.kernels.devices import gpus
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
@@ -45,14 +45,26 @@ def compiled(backend: str, **options: Any) -> Any:
 
 
 def assert_kernel_right(case: Case, inputs: Inputs | None = None, **options: Any) -> None:
-    inputs = cases.make_inputs(case) if inputs is None else inputs
-    arrays = inputs._asdict()
-    del arrays["layer"]
-    exact = oracle.decode_attention(**arrays, **case.options)
-    reference = compiled("xla", **case.options)(inputs)
+    inputs, reference, exact = expected(case) if inputs is None else (inputs, *judged(case, inputs))
     result = compiled("triton", **case.options, **options)(inputs)
     for name, *values in zip(("out", "lse"), result, reference, exact, strict=True):
         assert_right(*values, what=f"{case.name}: {name}")
+
+
+@functools.cache
+def expected(case: Case) -> tuple[Inputs, Any, Any]:
+    """Returns a case's inputs, and the results of the reference and of the oracle."""
+    inputs = cases.make_inputs(case)
+    return inputs, *judged(case, inputs)
+
+
+def judged(case: Case, inputs: Inputs) -> tuple[Any, Any]:
+    """Returns the results of the reference and of the oracle, which takes a single layer."""
+    arrays = inputs._asdict()
+    layer = arrays.pop("layer")
+    for part in () if layer is None else ("k", "v", "k_scale", "v_scale"):
+        arrays[part] = None if arrays[part] is None else arrays[part][int(layer)]
+    return compiled("xla", **case.options)(inputs), oracle.decode_attention(**arrays, **case.options)
 
 
 @pytest.mark.parametrize(
@@ -93,39 +105,132 @@ def test_dead_pages_are_not_read(block_kv: int):
         assert np.isfinite(np.asarray(one, np.float32)).all()
 
 
+@pytest.mark.parametrize("form", ["launch balanced", "last balanced", "last"])
+@pytest.mark.parametrize(
+    ("name", "changes", "config"),
+    [
+        ("sinks", {"dtype": "bfloat16", "lengths": (0, 1, 300)}, triton.Config(16, 16, splits=3)),
+        ("q-len-5", {"dtype": "bfloat16", "lengths": (3, 300, 0)}, triton.Config(32, 16, splits=1)),
+        ("window-sinks-soft-cap", {"lengths": (300, 3)}, triton.Config(16, 16, splits=2)),
+        ("paged-layers", {"lengths": (4, 512)}, triton.Config(32, 16, splits=4)),
+        ("int8-paged-layers", {"lengths": (0, 320)}, triton.Config(16, 16, splits=5)),
+        ("gqa", {"head_dim": 192, "dtype": "bfloat16"}, triton.Config(16, 16, splits=9)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ways_to_share_and_merge(name: str, changes: dict[str, Any], config: triton.Config, form: str):
+    merge, *balanced = form.split()
+    config = dataclasses.replace(config, merge=merge, balanced=bool(balanced))
+    assert_kernel_right(dataclasses.replace(TESTS[name], **changes), config=config)
+
+
+@pytest.mark.parametrize("merge", ["launch", "last"])
+def test_a_batch_larger_than_a_warp(merge: str):
+    lengths = tuple(np.random.default_rng(0).integers(0, 65, 70).tolist())
+    case = small(batch=70, kv_heads=1, q_heads=2, max_len=64, lengths=lengths)
+    assert_kernel_right(case, config=triton.Config(16, 16, splits=1, balanced=True, merge=merge))
+
+
+def test_batches_of_batches():
+    config = triton.Config(16, 16, splits=2, balanced=True, merge="last")
+    inputs = [cases.make_inputs(small(lengths=lengths), seed) for seed, lengths in enumerate([(100, 3), (0, 77)])]
+    attend = compiled("triton", config=config)
+    together = jax.vmap(attend)(jax.tree.map(lambda *parts: jnp.stack(parts), *inputs))
+    for number, one in enumerate(inputs):
+        for whole, part in zip(together, attend(one), strict=True):
+            np.testing.assert_allclose(whole[number], part, rtol=1e-6)
+
+
+def test_a_batch_invariant_call_is_not_balanced():
+    """A config that balances would let a sequence's splits depend on the other sequences."""
+    inputs = cases.make_inputs(small(lengths=(128, 5)))
+    config = triton.Config(16, 16, splits=3, balanced=True)
+    alone = inputs._replace(**{part: getattr(inputs, part)[:1] for part in ("q", "k", "v", "lengths")})
+    bits = [compiled("triton", config=config, batch_invariant=True)(x)[0][0] for x in (inputs, alone)]
+    np.testing.assert_array_equal(*bits)
+    assert (bits[0] != compiled("triton", config=config)(inputs)[0][0]).any()
+
+
+def test_scales_of_values_may_be_far_apart():
+    """Weights and their scales become one float16 number, which must not overflow or vanish."""
+    case = small(kv_dtype="int8", lengths=(100, 128))
+    inputs = cases.make_inputs(case)
+    assert inputs.v_scale is not None
+    power = np.random.default_rng(0).integers(-40, 41, inputs.v_scale.shape)
+    for changed in (inputs.v_scale * 2.0**power, inputs.v_scale * 2.0**60, inputs.v_scale * 2.0**-50):
+        assert_kernel_right(case, inputs._replace(v_scale=changed), config=triton.Config(32, 16, splits=2))
+
+
 @quickly
 @hypothesis.given(
-    length=st.integers(0, 300),
+    lengths=st.lists(st.integers(0, 300), min_size=2, max_size=7),
     q_len=st.integers(1, 9),
     group=st.integers(1, 5),
     window=st.none() | st.integers(1, 80),
-    block_kv=st.sampled_from([16, 32, 64]),
-    splits=st.integers(1, 9),
-    block_rows=st.sampled_from([16, 32]),
+    config=st.builds(
+        triton.Config,
+        block_kv=st.sampled_from([16, 32, 64]),
+        block_rows=st.sampled_from([16, 32]),
+        splits=st.integers(1, 9),
+        balanced=st.booleans(),
+    ),
 )
-def test_splits_read_what_is_seen_and_nothing_else(
-    length: int, q_len: int, group: int, window: int | None, block_kv: int, splits: int, block_rows: int
+def test_shares_cover_what_is_seen_and_nothing_else(
+    lengths: list[int], q_len: int, group: int, window: int | None, config: triton.Config
 ):
-    case = small(q_len=q_len, q_heads=2 * group, max_len=300, sliding_window=window)
-    problem = case.problem()
-    rows = q_len * group
-    for first_row in range(0, rows, block_rows):
-        last_row = min(first_row + block_rows, rows) - 1
-        spans = [
-            visible_span(problem, jnp.int32(length), first_row, last_row, block_kv, split, splits)
-            for split in range(splits)
-        ]
-        read = [block for span in spans for block in range(int(span.begin), int(span.end))]
-        seen = set()
-        for row in (first_row, last_row):
-            position = length - q_len + row // group
-            first = 0 if window is None else max(position - window + 1, 0)
-            seen |= set(range(first, position + 1))
-        blocks = sorted({token // block_kv for token in seen})
-        # Between the first row and the last one, other rows see what lies between.
-        expected = list(range(blocks[0], blocks[-1] + 1)) if blocks else []
-        assert read == expected
-        assert max((int(span.end) - int(span.begin) for span in spans), default=0) <= -(-len(expected) // splits)
+    case = small(batch=len(lengths), q_len=q_len, q_heads=2 * group, max_len=300, sliding_window=window)
+    problem, rows = case.problem(), q_len * group
+    for row_block in range(-(-rows // config.block_rows)):
+        first_row, last_row = row_block * config.block_rows, min((row_block + 1) * config.block_rows, rows) - 1
+        found = shares_of_all_slots(problem, config, lengths, row_block)
+        read: list[list[int]] = [[] for _ in lengths]
+        for slot, share in enumerate(found):
+            if share.works:
+                assert share.slots.first + share.split == slot
+                assert share.slots.number <= shares.most_slots(problem, config)
+                read[share.sequence] += range(share.begin, share.end)
+            else:
+                assert share.begin >= share.end
+        seen = []
+        for length in lengths:
+            first_query, last_query = (length - q_len + row // group for row in (first_row, last_row))
+            first = 0 if window is None else max(first_query - window + 1, 0)
+            # Between the first row and the last one, other rows see what lies between.
+            end = last_query // config.block_kv + 1 if last_query >= 0 else 0
+            seen.append(list(range(first // config.block_kv, end)))
+        assert read == seen
+        total = sum(map(len, seen)) if config.balanced else max(map(len, seen)) * len(lengths)
+        size = max(share.end - share.begin for share in found)
+        assert size <= max(-(-total // (len(lengths) * config.splits)), 1)
+
+
+def shares_of_all_slots(problem: Any, config: triton.Config, lengths: list[int], row_block: int) -> list[shares.Share]:
+    """Returns what each slot works on."""
+    padded = jnp.array(lengths + [-1] * (8 - len(lengths)), jnp.int32)
+    if shares.is_balanced(problem, config):
+        share = shares.Balance.of(problem, config, padded, row_block).share
+    else:
+        share = functools.partial(shares.share_of, problem, config, padded, row_block)
+    found = jax.vmap(share)(jnp.arange(128, dtype=jnp.int32))  # the same shapes for all
+    leaves, tree = jax.tree.flatten(found)
+    columns = [np.broadcast_to(leaf, 128).tolist() for leaf in leaves]
+    rows = zip(*columns, strict=True)
+    return [
+        jax.tree.unflatten(tree, row) for row, _ in zip(rows, range(shares.slots_of(problem, config)), strict=False)
+    ]
+
+
+def test_balanced_shares_even_out_the_work():
+    problem = small(batch=8, max_len=4096).problem()
+    lengths = [4096, 100, 100, 100, 100, 100, 100, 100]
+    longest = [
+        max(
+            share.end - share.begin
+            for share in shares_of_all_slots(problem, triton.Config(64, 16, splits=4, balanced=balanced), lengths, 0)
+        )
+        for balanced in (False, True)
+    ]
+    assert longest == [16, 3]
 
 
 @pytest.mark.parametrize("head_dim", range(1, triton.MAX_HEAD_DIM + 1))
@@ -177,8 +282,33 @@ def test_codes_are_operands_exactly():
     for dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
         stored = jnp.asarray(codes.view(jnp.dtype(dtype)))
         for operand in (jnp.bfloat16, jnp.float16, jnp.float32):
-            became = np.asarray(gpu_products.to_operand(stored, operand), np.float64)
+            became = np.asarray(gpu_products.to_operand(stored, operand, native=False), np.float64)
             np.testing.assert_array_equal(became, np.asarray(stored, np.float64))
+
+
+def test_the_ptx_that_converts_int8_is_exact():
+    """Evaluates the instructions of PTX, which only compiled kernels execute, for every code."""
+    codes = np.arange(256, dtype=np.uint8).view(np.int8)
+    registers: dict[str, Any] = {"$2": codes.view(np.uint32)}  # four codes in each word
+    for line in gpu_products.INT8_TO_FLOAT16.strip("{} \n").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        result, *operands = rest.split(", ")
+        values = [registers[one] if one in registers else np.uint32(int(one, 0)) for one in operands if name[0] != "."]
+        if name == "xor.b32":
+            registers[result] = values[0] ^ values[1]
+        elif name == "mov.b32":
+            registers[result] = np.full(64, values[0])
+        elif name == "prmt.b32":
+            words = np.stack(np.broadcast_arrays(*values[:2]), axis=1).astype(np.uint32).view(np.uint8)  # [64, 8]
+            chosen = [int(values[2]) >> (4 * digit) & 7 for digit in range(4)]
+            registers[result] = np.ascontiguousarray(words[:, chosen]).view(np.uint32)[:, 0]
+        elif name == "sub.f16x2":
+            first, second = (np.ascontiguousarray(value).view(np.float16) for value in values)
+            registers[result] = (first - second).view(np.uint32)
+        else:
+            assert name in ("", ".reg"), name
+    pairs = [registers[result].view(np.float16).reshape(64, 2) for result in ("$0", "$1")]
+    np.testing.assert_array_equal(np.concatenate(pairs, axis=1).reshape(256), codes)
 
 
 # --- What is chosen for a GPU ---
@@ -215,6 +345,33 @@ def test_one_sequence_fills_the_chip(gpu: str, max_len: int, monkeypatch: pytest
     busiest = -(-programs // chip.multiprocessors) * -(-blocks // config.splits)
     assert programs >= chip.multiprocessors * 0.95
     assert 8 * blocks / chip.multiprocessors / busiest > 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "programs"),
+    [
+        # As an H200 measured it: two programs of a 16-bit cache use its whole bandwidth, two of codes half of it.
+        ("llama-3-8b", {"max_len": 8192}, 2),
+        ("llama-3-8b-32k", {"max_len": 8192}, 2),
+        ("llama-3-8b-int8", {}, 4),
+        ("llama-3-8b-float8", {}, 4),
+        ("llama-3-8b-paged-int8", {"batch": 1}, 4),
+    ],
+)
+def test_programs_of_a_multiprocessor(
+    name: str, changes: dict[str, int], programs: int, monkeypatch: pytest.MonkeyPatch
+):
+    chip = gpus()["h200"]
+    monkeypatch.setattr(triton, "gpu_to_plan_for", lambda: chip)
+    problem: Any = dataclasses.replace(MODELS[name], **changes).problem()
+    config = triton.heuristic(problem)
+    resident = problem.batch * problem.kv_heads * config.splits / chip.multiprocessors
+    assert programs * 0.95 < resident <= programs
+    assert programs * triton.loaded_bytes(problem, config) <= chip.shared_bytes
+    # Sequences differ in length, as a rule. A single one, and windows, leave nothing to balance; prompts gain little.
+    assert config.balanced == (problem.batch > 1)
+    for changed in ({"sliding_window": 1024}, {"q_len": 512}):
+        assert not triton.heuristic(dataclasses.replace(problem, **changed)).balanced
 
 
 def target(kind: str) -> Any:

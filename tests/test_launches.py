@@ -10,13 +10,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from palladion import append_kv, quantize, quantized_matmul
+from palladion import append_kv, decode_attention, quantize, quantized_matmul
 from palladion.benchmarks.commands import launches, main
 from palladion.benchmarks.measure import model_shapes as models
+from palladion.benchmarks.measure.decode_steps import TINY
 from palladion.benchmarks.measure.operations import OPERATIONS
+from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.benchmarks.measure.timing import calls_of
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.kernels.decode_attention import Inputs
+from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention.triton import call as attention_triton
+from palladion.model.engine import Engine, EngineOptions
+from palladion.model.sampling import Sampling
 from palladion.reference import KVCache
 
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
@@ -48,7 +56,7 @@ def test_a_program_is_compiled_with_its_kernels_and_what_xla_adds(arch: int):
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.sort(quantized_matmul(x, w, activation=jax.nn.silu, backend="pallas"))
+        return jnp.sort(quantized_matmul(x, w, activation=jax.nn.silu, backend="triton"))
 
     program = gpu_program.compile_program(function, x, w, arch=arch)
     names = [launch.name for launch in program.launches]
@@ -73,6 +81,7 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
     ("name", "case", "kernels"),
     [
         ("decode_attention", "llama-3-8b", ("decode_attention_r16", "decode_attention_merge")),
+        ("decode_attention", "llama-3-8b-int8", ("decode_attention_r16", "decode_attention_merge")),
         ("quantized_matmul", "llama-3-8b-qkv-1-int8", ("quantized_matmul_few_rows",)),
         ("append_kv", "llama-3-8b", ("append_kv",)),
         ("append_qkv", "llama-3-8b", ("append_qkv",)),
@@ -81,9 +90,9 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
 def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: tuple[str, ...]):
     """A program of three calls launches only them; two copies of the donated array take turns and are not copied."""
     operation = OPERATIONS[name]
-    with gpu_compiler.tracing_for(90):
-        donated, inputs = operation.split(operation.named_cases()[case].shapes())
-    function = operation.function(operation.named_cases()[case], backend="triton")
+    stored = operation.stored_for(operation.named_cases()[case], "gpu")
+    donated, inputs = operation.split(stored.shapes())
+    function = operation.function(stored, backend="triton")
     arguments = ((inputs,) * 3,) if donated is None else ((donated,) * 2, (inputs,) * 3)
     program = gpu_program.compile_program(calls_of(function, donates=donated is not None), *arguments)
     names = [launch.name for launch in program.launches]
@@ -93,6 +102,29 @@ def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: 
     assert program.aliased_bytes >= 0.999 * 2 * sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated)
     )
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "arch"), [("llama-3-8b", 90), ("llama-3-8b-paged-int8", 80), ("llama-3-8b-int8", 100)]
+)
+def test_counters_of_the_last_program_are_filled_before_the_first_layer(name: str, arch: int):
+    """Merging in the same launch leaves one launch a call, and counters wait for nothing that a call computes."""
+    case = next(case for case in attention_cases.MODELS if case.name == name)
+    with gpu_compiler.tracing_for(arch):
+        config = dataclasses.replace(attention_triton.heuristic(case.problem()), merge="last")
+
+    def layers(inputs: Inputs) -> jax.Array:
+        for _ in range(3):
+            q = decode_attention(**inputs._asdict(), **case.options, backend="pallas", config=config)
+            inputs = inputs._replace(q=q)
+        return inputs.q
+
+    program = gpu_program.compile_program(layers, case.shapes(), arch=arch)
+    names = [launch.name for launch in program.launches]
+    assert [name.startswith("decode_attention_r16") for name in names[-3:]] == [True] * 3, names
+    assert 1 <= len(names) - 3 <= 3, names
+    assert not any("attention" in name for name in names[:-3]), names
 
 
 @needs_plugin
@@ -122,6 +154,27 @@ def test_the_command_lists_a_step(capsys: pytest.CaptureFixture[str], monkeypatc
     assert record["bound"] == pytest.approx(reads / (reads + launches.LAUNCH_SECONDS * count))
     assert sum("decode_attention_r" in launch["name"] for launch in record["launches"]) == 2
     assert {launch["loops"] for launch in record["launches"]} == {1}
+
+
+@needs_plugin
+def test_the_steps_of_a_dispatch_are_graphs_that_the_host_launches_without_waiting(tmp_path: Path):
+    """XLA knows how many steps there are, and so reads nothing back; it records all kernels of a step into a graph."""
+    shape = dataclasses.replace(TINY, num_layers=1)
+    options = EngineOptions(max_len=128, dtype="bfloat16", kv_dtype="bfloat16", backend="xla", steps_per_dispatch=8)
+    with gpu_compiler.tracing_for(90):
+        parameters = jax.eval_shape(lambda: random_parameters(shape, "bfloat16", dtype="bfloat16", max_positions=128))
+        loop, arguments = Engine(parameters, shape.config(128), 1, Sampling(), options, (5,)).decode_loop()
+    there = jax.sharding.SingleDeviceSharding(gpu_program.device(90))
+    arguments = jax.tree.map(lambda leaf: tpu_compiler.described(leaf, there), arguments)
+    lowered = gpu_compiler.lowered_for_gpu(loop, *arguments, arch=90)
+    compiled = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    assert '"known_trip_count":{"n":"8"}' in (compiled.as_text() or "")
+    (listing,) = tmp_path.glob("*thunk_sequence_after*.txt")
+    _, body = listing.read_text().split("  body:\n", 1)
+    first, *recorded = body.splitlines()
+    assert "kCommandBuffer" in first
+    assert len(recorded) > 10
+    assert all(line.startswith(" " * 8) for line in recorded)
 
 
 A_LAYER = ["matmul", "append_qkv", "decode_attention", "decode_attention_merge", "matmul", "matmul", "matmul"]

@@ -119,6 +119,21 @@ def test_similar_problems_decide_where_this_one_was_not_measured():
     assert chosen(256).backend_source == "heuristic", "too far"
 
 
+class Invariant(Problem):
+    """A problem whose results must not depend on the batch: everything is chosen for a batch of one."""
+
+    def planned(self) -> Problem:
+        return Problem(self.length)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_a_batch_invariant_call_takes_the_same_implementation_in_any_batch(batch: int):
+    tuned(timed("triton", 20), timed("xla", 15), timed("triton", 20, batch=64), timed("xla", 25, batch=64))
+    with record_choices() as choices:
+        choose("operation", (TRITON, XLA), Invariant(4096, batch), "auto", None)
+    assert choices[0].backend == "xla"
+
+
 @pytest.mark.parametrize(
     ("mine", "other"),
     [

@@ -41,7 +41,7 @@ def implementations(operation: Any) -> list[str]:
     return [row.name for row in operation.IMPLEMENTATIONS]
 
 
-MATMUL = implementations(quantized_matmul_operation)
+MATMUL = [name for name in implementations(quantized_matmul_operation) if name != "mosaic_gpu"]
 ATTENTION = implementations(decode_attention_operation)
 
 # ---------------------------------------------------------------------------------------------------------- bad input

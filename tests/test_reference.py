@@ -67,7 +67,7 @@ GPU_CASES = CASES | {
     "two-ends": dataclasses.replace(SMALL, dtype="bfloat16", sliding_window=100),
     "two-ends-sinks": dataclasses.replace(SMALL, q_len=1, sliding_window=120, sinks=True, lengths=(0, 128, 255)),
     "window-of-1": dataclasses.replace(SMALL, dtype="bfloat16", sliding_window=1, q_len=1),
-    "window-of-pages": dataclasses.replace(SMALL, page_size=8, sliding_window=17, num_layers=2, lengths=(0, 40, 256)),
+    "window-of-pages": dataclasses.replace(SMALL, page_size=8, sliding_window=17, num_layers=2, lengths=(0, 41, 256)),
     "window-of-codes": dataclasses.replace(SMALL, kv_dtype="float8_e5m2", sliding_window=30, sinks=True),
     "float16": dataclasses.replace(SMALL, dtype="float16", lengths=(1, 95, 96)),
     "int8-dense": dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="int8", q_len=1, lengths=(0, 131, 256)),

@@ -21,6 +21,7 @@ from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.compiler import gpu_of
 from palladion.benchmarks.static.gpu.loops import natural_loops
 from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
+from palladion.benchmarks.static.gpu.prediction import TIMINGS, seconds
 from palladion.benchmarks.static.gpu.sass import Code, Instruction, parse
 from palladion.benchmarks.static.gpu.table import TABLE
 from palladion.benchmarks.static.gpu.trip_counts import TripCounts, count_trips
@@ -129,6 +130,8 @@ class TestMachineCode:
         assert instruction("QMMA.16832.F32.E4M3.E4M3").tensor_flops == operations
         assert instruction("HGMMA.64x64x16.F32.BF16").tensor_flops == 8 * operations
         assert instruction("UTCHMMA").tensor_flops == 0  # the shape is in a register
+        (listed,) = parse("        /*0c10*/   HGMMA.64x64x16.F32.BF16 R24, R96, gdesc[UR16], R24 ;").instructions
+        assert listed.tensor_flops == 8 * operations
 
     def test_other_texts_are_refused(self):
         with pytest.raises(ValueError, match="no instructions in the listing, which begins: 'nothing"):
@@ -192,6 +195,26 @@ class TestTrips:
         values = np.array([99, 12, -8, 3], np.int32)
         found = count_trips(text, (3, 1, 1), [values], 1)
         assert (found.total, found.most, found.loads) == ((3 + 5,), (5,), (1,))
+        assert found.longest == (1, 0, 0)
+
+    def test_a_branch_around_a_loop(self):
+        # Two of three programs leave before the loop, by a jump that a branch passes over.
+        body = """
+            mov.u32 %r1, %ctaid.x;
+            setp.eq.b32 %p1, %r1, 1;
+            @%p1 bra $enter;
+            bra.uni $done;
+            $enter:
+            mov.b32 %r2, 4;
+            $loop:
+            sub.s32 %r2, %r2, 1;
+            setp.gt.s32 %p2, %r2, 0;
+            @%p2 bra $loop;
+            $done:
+            ret;
+        """
+        found = count_trips(f".visible .entry kernel(\n)\n{{{body}}}\n", (3, 1, 1), [], 1)
+        assert (found.total, found.most, found.longest) == ((4,), (4,), (1, 0, 0))
 
 
 class TestOccupancy:
@@ -238,9 +261,13 @@ class TestExamine:
         assert found.cycles["issue"] >= 32 * found.trip.use["issue"] > 0
         assert found.instructions_per_byte == pytest.approx(found.trip.instructions * WARPS * 32 / BLOCK_BYTES)
         assert found.memory_seconds == pytest.approx(found.bytes_needed / (found.gpu.hbm_bytes_per_second or 1))
-        assert found.seconds == max(found.memory_seconds or 0, found.compute_seconds or 0)
-        assert found.bound == "compute"
-        assert found.roofline == pytest.approx((found.memory_seconds or 0) / (found.compute_seconds or 1))
+        # Rows of 512 bytes follow each other.
+        assert found.strip_bytes == BLOCK_BYTES
+        assert found.work is not None
+        assert (found.work.memory_bytes, found.work.strips) == (35 * BLOCK_BYTES, 32)
+        assert found.seconds is found.roofline is None
+        reason = "reads less than 4 MB" if chip == "sm_90" else "no kernel was measured on the NVIDIA"
+        assert reason in (found.not_estimated or "")
 
     def test_the_installed_compiler_agrees_with_the_golden_listing(self):
         before = golden(90)
@@ -255,7 +282,24 @@ class TestExamine:
         found = report("doubles")
         assert (found.trip.total, found.trip.most) == (64, 1)
         assert found.bytes_loaded == 64 * 256 * 4
-        assert found.bound == "memory"
+        assert found.strip_bytes == 256 * 4
+
+    def test_estimates(self):
+        for name, strip in (("columns", 32), ("wide_columns", 512)):
+            found = report(name)
+            assert found.strip_bytes == strip
+            assert found.work is not None
+            assert found.work.memory_bytes == 2**26
+            assert found.not_estimated is None
+            assert found.seconds == pytest.approx(seconds(found.work, TIMINGS["h200"]))
+            assert (
+                found.bound == {32: "strips", 512: "memory"}[strip] == max(found.limits, key=found.limits.__getitem__)
+            )
+            assert found.roofline == pytest.approx((found.memory_seconds or 0) / (found.seconds or 1))
+        assert (report("columns").seconds or 0) > 1.5 * (report("wide_columns").seconds or 0)
+        assert report("columns", "sm_80").seconds is None
+        (line,) = [line for line in TABLE.lines(examined("columns", "sm_80")) if "columns [" in line]
+        assert line.split("  columns [")[0].split()[-3:] == ["-", "-", "-"]
 
     def test_undecided_times_are_unknown(self):
         for name, reason in (
@@ -265,10 +309,10 @@ class TestExamine:
             found = report(name)
             assert reason in (found.unknown or "")
             assert found.bound == "UNKNOWN"
-            assert found.seconds is found.compute_seconds is found.roofline is found.bytes_loaded is None
+            assert found.seconds is found.work is found.roofline is found.bytes_loaded is None
             assert found.memory_seconds is not None
             assert found.trip.instructions > 0
-            assert "times are UNKNOWN" in "\n".join(TABLE.lines(examined(name)))
+            assert "trips are UNKNOWN" in "\n".join(TABLE.lines(examined(name)))
 
     def test_several_kernels(self):
         row = examined("two_kernels")
@@ -277,6 +321,9 @@ class TestExamine:
 
     def test_bytes_needed(self):
         assert report("with_bytes").bytes_needed == 12345
+
+    def test_workloads_are_made_for_the_chip(self):
+        assert report("made_for_a_gpu").name == "doubles"
 
     def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused").failure or "")
@@ -322,7 +369,7 @@ class TestCommand:
 
     def test_pictures(self, tmp_path: Path):
         pytest.importorskip("matplotlib")
-        rows = [examined("sums"), examined("sums", "sm_80"), examined("sums_of_unknown_lengths")]
+        rows = [examined("columns"), examined("sums", "sm_80"), examined("sums_of_unknown_lengths")]
         written = TABLE.plot(rows, tmp_path / "roofline.png")
         assert [path.name for path in written] == ["roofline-sm_90.png", "roofline-sm_80.png"]
         assert all(path.stat().st_size > 10_000 for path in written)

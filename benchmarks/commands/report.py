@@ -103,12 +103,13 @@ def _tuned_section(path: Path, record: dict[str, Any], arguments: argparse.Names
             f"{one.kind} {_named(one.sizes)}",
             one.implementation,
             duration(one.seconds),
+            one.clock or one.origin,
             _named(one.config or {}),
         )
         for one in entries
     ]
     title = f"## Tuned: {path.parent.name} ({path.name})"
-    return "\n\n".join((title, markdown(("problem", "implementation", "time of a call", "blocks"), lines)))
+    return "\n\n".join((title, markdown(("problem", "implementation", "time of a call", "clock", "blocks"), lines)))
 
 
 _RECORDS: Final[dict[str, Callable[[Path, dict[str, Any], argparse.Namespace], str]]] = {

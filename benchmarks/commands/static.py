@@ -10,8 +10,9 @@ page tables, which gives how often each bundle runs, the transfers between HBM a
 Where these depend on a value that is not known, times are UNKNOWN.
 
 gpu: Triton and NVIDIA's assembler compile every kernel. Registers, shared memory and the grid give the occupancy; the
-machine code gives the cost of a loop trip, and the workload's values the number of trips. An architecture is examined
-as one of its GPUs: sm_80 as an A100, sm_90 as an H200, sm_100 as a B200.
+machine code gives the cost of a loop trip, and the workload's values the number of trips and the width of what is
+read. Times are estimated for an H200 only (docs/gpu_model.md). An architecture is examined as one of its GPUs: sm_80
+as an A100, sm_90 as an H200, sm_100 as a B200.
 
 A function in a file, `def case():`, returns (function, arguments), or (function, arguments, bytes that must move).
 Arguments are arrays or jax.ShapeDtypeStructs, in any pytree; integers that decide loops must be given as NumPy arrays.

@@ -3,6 +3,7 @@ r"""Searches block sizes of kernels, compares them with XLA's form, and writes w
   PALLADION_CACHE=~/.cache/palladion python -m palladion.benchmarks tune decode_attention --model=llama3-8b --batch=1,8
   python -m palladion.benchmarks tune model --model=qwen3-4b --batch=1 --kv-len=8192 --scheme=int4-g128 --package
   python -m palladion.benchmarks tune quantized_matmul --chip=v6e --scheme=int8 --rows=1 --package
+  python -m palladion.benchmarks tune model --ship=results/tuned
 
 "model" tunes every operation of a model's decode step. For each shape the block sizes of every kernel of the platform
 are searched: coarsely over the whole space, then around the best. The best of each kernel and XLA's own form then take
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all shapes together (10)")
     parser.add_argument("--trials", type=int, default=60, metavar="N", help="for each kernel and shape, at most (60)")
     parser.add_argument("--package", action="store_true", help="write beside the kernels, for everybody")
+    parser.add_argument("--ship", type=Path, metavar="FOLDER", help="only add the entries there to the package's")
     parser.add_argument("--log", type=Path, metavar="FILE", help="of trials ($PALLADION_CACHE/trials/<device>.jsonl)")
     parser.add_argument("--interpret", action="store_true", help="time interpreted kernels: only to try the command")
 
@@ -76,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tunes the chosen cases, and writes entries as they are found."""
     chosen = list(OPERATIONS.values()) if arguments.operation == MODEL else [operation(arguments.operation)]
-    cases = [(one, case) for one in chosen for case in sorted(options.selected(one, arguments), key=_tokens)]
+    if arguments.ship is not None:
+        return _ship(chosen, arguments.ship)
+    cases = [(one, case) for one in chosen for case in options.selected(one, arguments)]
     check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
     check(arguments.trials >= 1, "--trials", arguments.trials, "at least 1")
     cached = tuning.CACHE in os.environ
@@ -88,6 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments.chip in tpu_chips(), "--chip", arguments.chip, ", ".join(tpu_chips()))
     with tpu_compiler.tracing_for(arguments.chip):
         return _tune(cases, arguments, arguments.chip)
+
+
+def _ship(chosen: Sequence[Operation], folder: Path) -> int:
+    """Adds what was measured elsewhere, in `folder/<operation>/<device kind>.json`, to the package's entries."""
+    files = {one.name: sorted((folder / one.name).glob("*.json")) for one in chosen}
+    check(any(files.values()), "--ship", folder, "a folder with <operation>/<device kind>.json")
+    for name, paths in files.items():
+        for path in paths:
+            entries = [entry for entry in tuning.load(path) if entry.origin == "measured"]
+            if entries:
+                target = tuning.package_file(name, entries[0].device)
+                tuning.save(target, entries)
+                print(f"{len(entries)} entries of {path} added to {target}")
+    return 0
 
 
 def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, chip: str | None) -> int:
@@ -127,12 +145,6 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
             print(f"{chosen.name} {case.name}: {times}", flush=True)
     print(f"{written} of {len(cases)} shapes tuned")
     return 0
-
-
-def _tokens(case: Case) -> int:
-    """Returns the rows or sequences of a case: those with few are decoded most often, and are tuned first."""
-    sizes = case.problem().tuning_key().sizes
-    return sizes.get("rows", sizes.get("batch", 0))
 
 
 def contenders(chosen: Operation, case: Case, *, interpret: bool = False) -> list[Implementation]:

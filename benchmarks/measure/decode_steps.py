@@ -107,7 +107,7 @@ class BatchPoint:
     def idle_seconds(self) -> float | None:
         """Seconds of a step in which no kernel ran: the step by wall clock, without the kernels of a trace.
 
-        A trace slows the host down, so its own gaps only tell where the time goes.
+        Under the profiler XLA launches kernel by kernel, not a graph of them, so the gaps of a trace are other ones.
         """
         return None if self.busy_seconds is None else max(self.step.median - self.busy_seconds, 0.0)
 

@@ -134,7 +134,7 @@ def _from_case(workload: WorkloadName, platform: str) -> Workload:
     case = named_cases(workload.operation)[workload.name]
     problem = case.problem()
     table = _module(workload.operation, "api").IMPLEMENTATIONS
-    kernel: Implementation | None = next((one for one in table if one.platform == platform), None)
+    kernel: Implementation | None = next((one for one in table if one.name == KERNEL_FILES[platform]), None)
     if kernel is None:
         raise Unsupported(f"{workload.operation} has no kernel for {platform.upper()}s yet")
 

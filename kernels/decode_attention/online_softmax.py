@@ -5,11 +5,16 @@ the KV blocks that they see. Its state is the online softmax so far:
 
     s = softcap(scale * q k^T) / ln b           [rows, tokens]
     m_next = max(m_prev, max s)                 alpha = b^(m_prev - m_next)
-    p = b^(s - m_next)                          l = alpha l + sum p
-    acc = alpha acc + p v                       at the end: out = acc / l, lse = m ln b + log l
+    p = b^(s - m_next)                          l = alpha l + p
+    acc = alpha acc + p v                       at the end: out = acc / sum l, lse = m ln b + log sum l
 
-Everything is float32 and plain `jax.numpy`, so that GPU backends can share it. The base b is 2, whose powers the
-hardware computes; where results are float32 it is e, because the rounding of s / ln 2 would show in them.
+l is kept for each token of a block and added up at the end: a sum over tokens passes through shared memory, and one
+maximum in each block is enough of that. Everything is float32 and plain `jax.numpy`, so that GPU backends can share it.
+The base b is 2, whose powers the hardware computes; where results are float32 it is e, because the rounding of s / ln 2
+would show in them.
+
+Scales of values: p v_scale are the weights of a block's codes. Where they become float16, m is the maximum of
+s + log2 v_scale instead, rounded up to the next power of two: no weight is above 1, and the largest is near it.
 """
 
 from __future__ import annotations
@@ -37,40 +42,33 @@ def _power(problem: Problem, x: jax.Array) -> jax.Array:
 
 
 class VisibleSpan(NamedTuple):
-    """The tokens that some rows see, and one split of the KV blocks that hold them.
+    """The tokens that some rows of a sequence see, and the KV blocks that hold them.
 
     Attributes:
       first_token: the first token that any of the rows sees.
-      last_token: the last token that any of the rows sees; -1 where they see none.
-      begin: the first KV block of the split.
-      end: the KV block after its last.
+      last_token: the last token that any of the rows sees; -1 or less where they see none.
+      first_block: the KV block of the first token.
+      blocks: number of KV blocks.
     """
 
     first_token: Any
     last_token: Any
-    begin: Any
-    end: Any
+    first_block: Any
+    blocks: Any
 
 
-def visible_span(
-    problem: Problem, length: Any, first_row: Any, last_row: Any, block_kv: int, split: Any, splits: int
-) -> VisibleSpan:
-    """Returns the tokens that rows `first_row` to `last_row` see, and the KV blocks of one split.
-
-    Splits are equal shares, in whole KV blocks, of what these rows see: a short sequence takes a short time.
-    """
+def visible_span(problem: Problem, length: Any, first_row: Any, last_row: Any, block_kv: int) -> VisibleSpan:
+    """Returns the tokens and KV blocks that rows `first_row` to `last_row` see, for a length or an array of lengths."""
     p = problem
     first_query = length - p.q_len + divide_with_remainder(first_row, p.group)[0]
     last_query = length - p.q_len + divide_with_remainder(last_row, p.group)[0]
     last_token = jnp.minimum(last_query, p.max_len - 1)
-    first_token = jnp.int32(0)
+    first_token = jnp.zeros_like(length)
     if p.sliding_window is not None:
         first_token = jnp.maximum(first_query - p.sliding_window + 1, 0)
     first_block = divide_with_remainder(first_token, block_kv)[0]
-    blocks = divide_with_remainder(jnp.maximum(last_token + block_kv, 0), block_kv)[0] - first_block
-    share = divide_with_remainder(jnp.maximum(blocks, 0) + (splits - 1), splits)[0]
-    begin = first_block + split * share
-    return VisibleSpan(first_token, last_token, begin, jnp.minimum(begin + share, first_block + blocks))
+    end = divide_with_remainder(jnp.maximum(last_token + block_kv, 0), block_kv)[0]
+    return VisibleSpan(first_token, last_token, first_block, jnp.maximum(end - first_block, 0))
 
 
 def visible_mask(problem: Problem, token: jax.Array, position: jax.Array) -> jax.Array:
@@ -87,7 +85,7 @@ class State(NamedTuple):
 
     Attributes:
       m: maxima of the logits, `[rows]`; -inf where nothing was visible.
-      l: sums of the weights, `[rows]`.
+      l: sums of the weights of every `block_kv`th token, `[rows, block_kv]`.
       acc: sums of the weighted values, `[rows, width]` for each tile of head_dim.
     """
 
@@ -96,19 +94,13 @@ class State(NamedTuple):
     acc: tuple[jax.Array, ...]
 
 
-def initial_state(problem: Problem, rows: int, widths: tuple[int, ...], sinks: jax.Array | None) -> State:
-    """Returns the state before the first KV block.
-
-    Args:
-      problem: the call.
-      rows: query rows.
-      widths: widths of the tiles of head_dim.
-      sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
-    """
-    acc = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
-    if sinks is None:
-        return State(jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), acc)
-    return State(sinks * _inverse_ln_base(problem), jnp.where(sinks == -jnp.inf, 0.0, 1.0), acc)
+def initial_state(rows: int, block_kv: int, widths: tuple[int, ...]) -> State:
+    """Returns the state before the first KV block; `widths` are those of the tiles of head_dim."""
+    return State(
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros((rows, block_kv), jnp.float32),
+        tuple(jnp.zeros((rows, width), jnp.float32) for width in widths),
+    )
 
 
 def masked_logits(problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array) -> jax.Array:
@@ -124,23 +116,68 @@ def masked_logits(problem: Problem, products: jax.Array, k_scale: jax.Array | No
     return jnp.where(visible, s, -jnp.inf)
 
 
-def update(problem: Problem, state: State, s: jax.Array) -> tuple[jax.Array, jax.Array, State]:
+def update(
+    problem: Problem, state: State, s: jax.Array, v_scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array, State]:
     """Adds the logits s of a KV block to m and l.
+
+    Args:
+      problem: the call.
+      state: the state before the block.
+      s: logits from `masked_logits`.
+      v_scale: scales of the block's values, `[tokens]`, whose products with p must not exceed 1; or None.
 
     Returns:
       The weights p of the block's tokens, `[rows, tokens]`; alpha, `[rows]`, by which acc must be multiplied; and the
       new state, whose acc is still the old one.
     """
-    m_next = jnp.maximum(state.m, jnp.max(s, axis=1))
-    # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
-    shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
+    bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]
+    m_next = jnp.maximum(state.m, jnp.max(bound, axis=1))
+    shift = _finite(m_next)
     p = _power(problem, s - shift[:, None])
     alpha = _power(problem, state.m - shift)
-    return p, alpha, State(m_next, state.l * alpha + jnp.sum(p, axis=1), state.acc)
+    return p, alpha, State(m_next, state.l * alpha[:, None] + p, state.acc)
 
 
-def finish(problem: Problem, state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Returns the outputs, `[rows, width]` for each tile of head_dim, and the log-sum-exp in base e, `[rows]`."""
-    total = jnp.where(state.l == 0.0, 1.0, state.l)[:, None]
-    outs = tuple(acc / total for acc in state.acc)
-    return outs, state.m * (1 / _inverse_ln_base(problem)) + jnp.log(state.l)
+def _finite(m: jax.Array) -> jax.Array:
+    """Returns maxima to subtract: a row that has seen nothing yet has -inf, and -inf - -inf is NaN."""
+    return jnp.where(m == -jnp.inf, 0.0, m)
+
+
+def _exponent_above(x: jax.Array) -> jax.Array:
+    """Returns the least e with |x| < 2^e, float32, within bounds that keep powers of 2 representable."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return jnp.clip((bits >> 23) - 126, -60, 100).astype(jnp.float32)
+
+
+def finish(problem: Problem, state: State, sinks: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns the outputs, `[rows, width]` for each tile of head_dim, and the log-sum-exp in base e, `[rows]`.
+
+    Args:
+      problem: the call.
+      state: the state after the last KV block.
+      sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
+    """
+    m, total, acc = state.m, jnp.sum(state.l, axis=1), state.acc
+    if sinks is not None:
+        sinks = sinks * _inverse_ln_base(problem)
+        m = jnp.maximum(state.m, sinks)
+        alpha = _power(problem, state.m - _finite(m))
+        total = total * alpha + _power(problem, sinks - _finite(m))
+        acc = tuple(part * alpha[:, None] for part in acc)
+    divisor = jnp.where(total == 0.0, 1.0, total)[:, None]
+    return tuple(part / divisor for part in acc), _log_sum_exp(problem, m, total)
+
+
+def _log_sum_exp(problem: Problem, m: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns m ln b + log total.
+
+    Scales of values may move m away from the logits, and total the other way: their powers of two are added first,
+    which cancels them without a rounding.
+    """
+    if problem.q_dtype == "float32":
+        return m + jnp.log(total)
+    bits = jax.lax.bitcast_convert_type(total, jnp.int32)
+    power = jnp.maximum(bits & 0x7F800000, 0x00800000)  # of a normal number; infinity for NaN
+    mantissa = total / jax.lax.bitcast_convert_type(power, jnp.float32)
+    return (m + ((power >> 23) - 127).astype(jnp.float32)) * (1 / _inverse_ln_base(problem)) + jnp.log(mantissa)

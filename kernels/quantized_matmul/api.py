@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
+from palladion.kernels.quantized_matmul.mosaic_gpu import call as mosaic_gpu
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import call as triton
@@ -46,6 +47,15 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.Config,
         mosaic_tpu.heuristic,
         mosaic_tpu.space,
+    ),
+    Implementation(
+        "mosaic_gpu",
+        "gpu",
+        mosaic_gpu.unsupported,
+        mosaic_gpu.quantized_matmul,
+        mosaic_gpu.Config,
+        mosaic_gpu.heuristic,
+        mosaic_gpu.space,
     ),
     Implementation(
         "triton",

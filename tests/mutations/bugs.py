@@ -8,11 +8,13 @@ from .runner import Mutation
 
 ATTENTION: Final = "kernels/decode_attention"
 ATTENTION_TESTS: Final = "tests/test_decode_attention.py"
+ATTENTION_GPU_TESTS: Final = "tests/test_decode_attention_gpu.py"
 APPEND: Final = "kernels/append_kv"
 APPEND_TESTS: Final = "tests/test_append_kv.py"
 APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
+REFERENCE_TESTS: Final = "tests/test_reference.py"
 MATRIX_TESTS: Final = "tests/test_quantized_matmul_matrix.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
 ORDER: Final = "moves_its_memory_in_order or semaphore"
@@ -79,26 +81,50 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-sink-in-every-split",
         f"{ATTENTION}/triton/kernel.py",
-        "sinks = jnp.where(split == 0, sinks, -jnp.inf)",
-        "sinks = jnp.where(split >= 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(share.split == 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(share.split >= 0, sinks, -jnp.inf)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton and sinks"),
         "A sink counts once for each split of the cache.",
     ),
     Mutation(
         "attention-gpu-decay",
         f"{ATTENTION}/online_softmax.py",
-        "State(m_next, state.l * alpha + jnp.sum(p, axis=1), state.acc)",
-        "State(m_next, state.l + jnp.sum(p, axis=1), state.acc)",
+        "State(m_next, state.l * alpha[:, None] + p, state.acc)",
+        "State(m_next, state.l + p, state.acc)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "The sum of the weights so far keeps its old maximum.",
     ),
     Mutation(
         "attention-gpu-dead-tokens",
         f"{ATTENTION}/triton/kernel.py",
-        "visible_token = jnp.clip(token, rows.span.first_token, rows.span.last_token)",
+        "visible_token = jnp.clip(token, span.first_token, span.last_token)",
         "visible_token = token",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "Tokens are read that lie before the window or past the length.",
+    ),
+    Mutation(
+        "attention-gpu-merged-too-early",
+        f"{ATTENTION}/triton/merge.py",
+        "share.works & (arrived == share.slots.number - 1)",
+        "share.works & (arrived == share.slots.number - 2)",
+        (ATTENTION_GPU_TESTS, "-k", "share_and_merge and last"),
+        "The last but one of the programs merges, before the last one has stored its results.",
+    ),
+    Mutation(
+        "attention-gpu-empty-sequence",
+        f"{ATTENTION}/triton/shares.py",
+        "jnp.full_like(blocks, size)), 1)",
+        "jnp.full_like(blocks, size)), 0)",
+        (ATTENTION_GPU_TESTS, "-k", "share_and_merge and balanced"),
+        "An empty sequence has no program, and its result is not written.",
+    ),
+    Mutation(
+        "attention-gpu-weights-overflow",
+        f"{ATTENTION}/online_softmax.py",
+        "bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]",
+        "bound = s",
+        (ATTENTION_GPU_TESTS, "-k", "scales_of_values"),
+        "Weights with the scales of values overflow float16, or vanish in it.",
     ),
     # --- append_kv, append_qkv ---
     Mutation(
@@ -207,6 +233,14 @@ MUTATIONS: Final = (
         "The last split goes on past the end of `in` where shares are not equal.",
     ),
     Mutation(
+        "product-gpu-last-program",
+        f"{PRODUCT}/triton/matrix_store.py",
+        "@pl.when(arrived == config.splits - 1)",
+        "@pl.when(arrived == config.splits - 2)",
+        (MATRIX_TESTS, "-k", "last_program"),
+        "Splits are added up by a program that is not the last.",
+    ),
+    Mutation(
         "product-gpu-bias-of-ups",
         f"{PRODUCT}/triton/refs.py",
         "product = product + read(refs.bias, (columns,), real)",
@@ -230,6 +264,30 @@ MUTATIONS: Final = (
         "first = jnp.maximum(jnp.max(lengths) - q_len - sliding_window + 1, 0) // block",
         (ATTENTION_TESTS, "-k", "reference_is_right or (any_lengths and xla)"),
         "Short sequences lose what only the longest one's window is past.",
+    ),
+    Mutation(
+        "reference-gpu-window-begins-in-a-chunk",
+        "reference/decode_attention/gpu.py",
+        "whole & (start >= low[:, None]), [low, high - 1]",
+        "whole & (start >= low[:, None]), [high - 1]",
+        (REFERENCE_TESTS, "-k", "on_gpus"),
+        "What is seen of the chunk in which a window begins is left out.",
+    ),
+    Mutation(
+        "reference-gpu-window-of-pages",
+        "reference/decode_attention/gpu.py",
+        "(span - 2) // page_size + 2",
+        "(span - 1) // page_size + 1",
+        (REFERENCE_TESTS, "-k", "on_gpus"),
+        "A window that begins in the middle of a page loses its last tokens.",
+    ),
+    Mutation(
+        "reference-gpu-order-of-nibbles",
+        "reference/quantized_matmul/gpu.py",
+        "2, HALF).swapaxes(2, 3)",
+        "2, HALF)",
+        (REFERENCE_TESTS, "-k", "narrow_activations and int4"),
+        "Columns of x meet other nibbles than theirs.",
     ),
     Mutation(
         "reference-empty-partials",

@@ -199,7 +199,7 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ttir"
-        source.write_text(kernel.source)
+        source.write_text(_with_cache_policies(kernel.source))
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
         source.write_text(_simplified(source, GPUTarget("cuda", arch, 32), options))
         compiled = triton.compile(str(source), target=GPUTarget("cuda", arch, 32), options=options)
@@ -211,7 +211,7 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
     if resources is None:
         raise RuntimeError(f"cuobjdump says nothing about the registers of {kernel.name}: {usage!r}")
     instructions: dict[str, int] = {}
-    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code):
+    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code):
         instructions[name] = instructions.get(name, 0) + 1
     return CompiledKernel(
         kernel=kernel,
@@ -222,6 +222,16 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
         ptx=str(compiled.asm["ptx"]),
         code=code,
     )
+
+
+_EVICTION: Final = re.compile(r" evictionPolicy = (?P<policy>\w+) :")
+"""The eviction policy of a load or a store, as jaxlib writes it."""
+
+
+def _with_cache_policies(source: str) -> str:
+    """Rewrites eviction policies, which triton writes differently from 3.9 on."""
+    policy = r"#tt.cache_policy<cache_modifier = none, eviction_policy = \g<policy>>"
+    return _EVICTION.sub(rf" {{cachePolicy = {policy}}} :", source)
 
 
 def _simplified(source: Path, target: Any, options: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ UNKNOWN_REGISTER: Final = Opaque("it depends on a register that is not followed"
 _STATEMENT: Final = re.compile(r"(?:@(?P<not>!?)(?P<guard>%?\w+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.S)
 _LABEL: Final = re.compile(r"(\$?\w+):\s*")
 _OPERAND: Final = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]\s]+")
-_REGISTER: Final = re.compile(r"%[A-Za-z_]\w*(?:\.[xyz])?")
+REGISTER: Final = re.compile(r"%[A-Za-z_]\w*(?:\.[xyz])?")
 _TYPE: Final = re.compile(r"[subf](?:8|16|32|64)$")
 
 _NO_RESULT: Final = ("st", "bra", "ret", "exit", "bar", "barrier", "membar", "fence", "cp", "red", "prefetch", "trap")
@@ -108,9 +108,9 @@ def _statement(found: re.Match[str]) -> Statement:
     operands = tuple(part.strip() for part in _OPERAND.findall(found["operands"]))
     has_result = opcode not in _NO_RESULT and bool(operands)
     # `setp.lt.u32 %p1|%p2, …` has two results.
-    written = tuple(_REGISTER.findall(operands[0])) if has_result else ()
+    written = tuple(REGISTER.findall(operands[0])) if has_result else ()
     sources = operands[has_result:]
-    read = tuple(name for operand in sources for name in _REGISTER.findall(operand))
+    read = tuple(name for operand in sources for name in REGISTER.findall(operand))
     inputs = tuple(_input(name.strip()) for operand in sources for name in operand.strip("{} ").split(","))
     kind = next((part.replace("b", "u") for part in reversed(modifiers) if _TYPE.match(part)), "u32")
     return Statement(

@@ -1,4 +1,4 @@
-"""The report on a GPU kernel: its resources, and lower bounds of its time."""
+"""The report on a GPU kernel: facts of its compiled code, and an estimate of its time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 from typing import Final
 
 from palladion.benchmarks.static.gpu.occupancy import Occupancy
+from palladion.benchmarks.static.gpu.prediction import TIMINGS, limits, not_estimated, seconds
 from palladion.benchmarks.static.gpu.sass import WARP
-from palladion.benchmarks.static.kernel_calls import limiting_resource
+from palladion.benchmarks.static.gpu.work import Work
 from palladion.kernels.devices import Gpu
 
 SCHEDULERS: Final = 4
@@ -49,7 +50,7 @@ class LoopTrip:
 
 @dataclasses.dataclass(frozen=True)
 class GpuReport:
-    """A kernel on a GPU, examined without running it. Times are lower bounds; None if not known.
+    """A kernel on a GPU, examined without running it. Attributes are facts; only times are estimates.
 
     Attributes:
       name: the kernel's name.
@@ -66,10 +67,13 @@ class GpuReport:
       wide_copies: instructions that copy 128 bits or more per thread from global to shared memory, asynchronously.
       narrow_loads: all other loads from global memory.
       tensor: instructions of tensor cores.
+      strip_bytes: contiguous bytes of a row that a program reads together, of the array that is read most; None if not
+        known.
       bytes_needed: bytes that must move between device memory and the chip.
       trip: a trip through the loop that issues most instructions.
       cycles: cycles of each unit on the busiest multiprocessor; empty if not known.
-      unknown: why times are not known; None if they are.
+      work: what decides its time; None if not known.
+      unknown: why it is not known how often loops run; None if it is.
     """
 
     name: str
@@ -86,9 +90,11 @@ class GpuReport:
     wide_copies: int
     narrow_loads: int
     tensor: int
+    strip_bytes: int | None
     bytes_needed: int | None
     trip: LoopTrip
     cycles: dict[str, float]
+    work: Work | None
     unknown: str | None
 
     @property
@@ -159,27 +165,38 @@ class GpuReport:
         return self.bytes_needed / self.gpu.hbm_bytes_per_second
 
     @property
-    def compute_seconds(self) -> float | None:
-        """Time of the busiest unit of the busiest multiprocessor."""
-        if self.busiest is None or self.gpu.clock_hertz is None:
-            return None
-        return self.cycles[self.busiest] / self.gpu.clock_hertz
+    def not_estimated(self) -> str | None:
+        """Why the time is not estimated; None if it is."""
+        if self.unknown is not None:
+            return self.unknown
+        if self.work is None:
+            return "it is not known what programs read"
+        if self.gpu.name not in TIMINGS:
+            return f"no kernel was measured on the {self.gpu.device_kind}"
+        return not_estimated(self.work, TIMINGS[self.gpu.name])
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The estimated time of each limit by itself; empty if not known."""
+        if self.not_estimated is not None or self.work is None:
+            return {}
+        return limits(self.work, TIMINGS[self.gpu.name])
 
     @property
     def seconds(self) -> float | None:
-        """Lower bound of the kernel's time."""
-        if self.memory_seconds is None or self.compute_seconds is None:
+        """Estimated time of the kernel; None if it is not estimated."""
+        if self.not_estimated is not None or self.work is None:
             return None
-        return max(self.memory_seconds, self.compute_seconds)
+        return seconds(self.work, TIMINGS[self.gpu.name])
 
     @property
     def bound(self) -> str:
-        """The resource that takes longer, "memory" or "compute"; "UNKNOWN" if not known."""
-        return limiting_resource(self.memory_seconds, self.compute_seconds)
+        """The limit that takes longest, "memory", "strips", "issue" or "waits"; "UNKNOWN" if not estimated."""
+        return max(self.limits, key=lambda name: self.limits[name], default="UNKNOWN")
 
     @property
     def roofline(self) -> float | None:
-        """Upper bound of the share of the memory bandwidth at which the bytes that must move are moved."""
+        """Estimated share of the memory bandwidth at which the bytes that must move are moved."""
         if self.seconds is None or self.memory_seconds is None:
             return None
         return self.memory_seconds / self.seconds

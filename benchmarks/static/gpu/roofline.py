@@ -1,19 +1,12 @@
-"""Examines Triton kernels for a GPU that need not be there: estimates from compiled code, no measurements.
+"""Examines Triton kernels for a GPU that need not be there: facts of the compiled code, and estimates of times.
 
-The kernel is compiled to machine code. Its PTX gives how often its loops run (`trip_counts.py`), the machine code the
-cost of a trip (`sass.py`), registers and shared memory the number of programs on a multiprocessor (`occupancy.py`).
-From these:
+The kernel is compiled to machine code. Facts: registers, shared memory, and the programs that they leave room for
+(`occupancy.py`); instructions, widths of loads and bytes in flight (`sass.py`); how often loops run, from the PTX
+(`trip_counts.py`); which bytes a program reads together (`strips.py`). Instructions that branches skip count as if they
+were executed, and loads as if all threads took part.
 
-    memory    bytes that must move / bandwidth of the device memory
-    compute   on the busiest multiprocessor: instructions of all its programs / the rate of its schedulers, or of its
-              busiest pipe
-    at least  the longer of the two
-    roofline  memory / at least: the share of the bandwidth that the kernel can reach at most
-
-Both times are lower bounds. They leave out waits of too few programs for memory and for each other, bank conflicts in
-shared memory, bytes that are read twice and miss the L2 cache, and programs of unequal length. A kernel near 100 % here
-may be slower on a chip; one that is far from it cannot be fast. Instructions that branches skip count as if they were
-executed, and loads as if all threads took part.
+From these facts follows the kernel's work (`work.py`), and from this an estimate of its time (`prediction.py`), for
+GPUs on which such kernels were measured.
 """
 
 from __future__ import annotations
@@ -37,7 +30,9 @@ from palladion.benchmarks.static.gpu.sass import (
     bytes_awaited,
     parse,
 )
-from palladion.benchmarks.static.gpu.trip_counts import count_trips
+from palladion.benchmarks.static.gpu.strips import Reads, reads_of
+from palladion.benchmarks.static.gpu.trip_counts import TripCounts, count_trips
+from palladion.benchmarks.static.gpu.work import Trips, work_of
 from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import Gpu
@@ -106,14 +101,11 @@ def _report(
     compiled: compiler.CompiledKernel, call: KernelCall | None, gpu: Gpu, bytes_needed: int | None
 ) -> GpuReport:
     kernel, code = compiled.kernel, parse(compiled.code)
-    trips, unknown = _trips(compiled, call, code)
+    trips, reads, unknown = _evaluated(compiled, call, code)
     parts = by_loop(code)
     costs = [_use(instructions, gpu) for _, instructions in parts]
-    cycles = (
-        {}
-        if trips is None
-        else _busiest(kernel, gpu, [(loop, cost) for (loop, _), cost in zip(parts, costs, strict=True)], trips)
-    )
+    cycles = _busiest(kernel, gpu, [(loop, cost) for (loop, _), cost in zip(parts, costs, strict=True)], trips)
+    places = occupancy(gpu, registers=compiled.registers, shared_bytes=compiled.shared, num_warps=kernel.num_warps)
     loads = [one for one in code.instructions if one.thread_bytes != 0]
     wide = [one for one in loads if (one.thread_bytes or 16) >= 16]
     return GpuReport(
@@ -126,27 +118,53 @@ def _report(
         registers=compiled.registers,
         spilled=compiled.spilled,
         shared_bytes=compiled.shared,
-        occupancy=occupancy(
-            gpu, registers=compiled.registers, shared_bytes=compiled.shared, num_warps=kernel.num_warps
-        ),
+        occupancy=places,
         wide_loads=sum(not one.asynchronous for one in wide),
         wide_copies=sum(one.asynchronous for one in wide),
         narrow_loads=len(loads) - len(wide),
         tensor=sum(one.pipe == "tensor" for one in code.instructions),
+        strip_bytes=reads.arrays[0].strip_bytes if reads.arrays else None,
         bytes_needed=bytes_needed,
         trip=_trip(parts, costs, trips, kernel),
-        cycles=dict(cycles),
+        cycles=cycles,
+        work=work_of(
+            kernel,
+            multiprocessors=gpu.multiprocessors,
+            resident=places.programs,
+            reads=reads,
+            parts=parts,
+            trips=trips,
+            cycles=cycles,
+        ),
         unknown=unknown,
     )
+
+
+def _evaluated(
+    compiled: compiler.CompiledKernel, call: KernelCall | None, code: Code
+) -> tuple[Trips | None, Reads, str | None]:
+    """Returns how often loops run, what programs read, and why the former is not known if it is not."""
+    kernel = compiled.kernel
+    values = [None] * len(kernel.operands) if call is None else call.values
+    arguments = compiled.ptx, kernel.grid, values, kernel.num_warps
+    reads = Reads()
+    try:
+        counted = count_trips(*arguments)
+        reads = reads_of(*arguments, counted)
+        return _trips(counted, code), reads, None
+    except Undecided as reason:
+        return (None, reads, str(reason)) if code.loops else ({}, reads, None)
 
 
 def _busiest(
     kernel: compiler.TritonKernel,
     gpu: Gpu,
     costs: Sequence[tuple[Loop | None, dict[str, float]]],
-    trips: dict[Loop, tuple[int, int]],
+    trips: Trips | None,
 ) -> dict[str, float]:
-    """Returns the least cycles of each unit on the busiest multiprocessor."""
+    """Returns the cycles of each unit on the busiest multiprocessor; none if they are not known."""
+    if trips is None:
+        return {}
     programs = math.prod(kernel.grid)
     total: dict[str, float] = collections.defaultdict(float)
     longest: dict[str, float] = collections.defaultdict(float)
@@ -164,7 +182,7 @@ def _busiest(
 def _trip(
     parts: Sequence[tuple[Loop | None, Sequence[Instruction]]],
     costs: Sequence[dict[str, float]],
-    trips: dict[Loop, tuple[int, int]] | None,
+    trips: Trips | None,
     kernel: compiler.TritonKernel,
 ) -> LoopTrip:
     """Returns a trip of the loop that issues most instructions, in all trips if their number is known, else in one."""
@@ -185,31 +203,25 @@ def _trip(
     return LoopTrip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
 
 
-def _trips(
-    compiled: compiler.CompiledKernel, call: KernelCall | None, code: Code
-) -> tuple[dict[Loop, tuple[int, int]] | None, str | None]:
-    """Returns for each loop its trips in all programs and in the one that has most; or None and the reason."""
-    kernel = compiled.kernel
-    if not code.loops:
-        return {}, None
-    values = [None] * len(kernel.operands) if call is None else call.values
-    try:
-        counted = count_trips(compiled.ptx, kernel.grid, values, kernel.num_warps)
-    except Undecided as reason:
-        return None, str(reason)
+def _trips(counted: TripCounts, code: Code) -> Trips:
+    """Returns for each loop of the machine code its trips in all programs and in the one that has most.
+
+    Raises:
+      Undecided: it is not known which loop is which.
+    """
     loops = code.loops
     found: dict[Loop, tuple[int, int]] = {}
     if len(counted.loops) == 1 < len(loops):
         # The assembler has unrolled the loop, and runs the remaining trips in a loop of its own.
         main = max(loops, key=lambda loop: len(code.inside(loop)))
         found, loops = dict.fromkeys(loops, (0, 0)), (main,)
-    if [loop.depth for loop in counted.loops] != [loop.depth for loop in loops]:
+    if loops and [loop.depth for loop in counted.loops] != [loop.depth for loop in loops]:
         made = f"{len(counted.loops)} loops of the kernel are {len(loops)} in the machine code"
-        return None, f"it is not known which loop is which: {made}"
+        raise Undecided(f"it is not known which loop is which: {made}")
     for number, loop in enumerate(loops):
         unrolled = _unrolled(code.inside(loop), counted.loads[number], counted.products[number])
         found[loop] = math.ceil(counted.total[number] / unrolled), math.ceil(counted.most[number] / unrolled)
-    return found, None
+    return found
 
 
 def _unrolled(instructions: Sequence[Instruction], loads: int, products: int) -> float:

@@ -25,7 +25,7 @@ LOAD_STORE: Final = "load/store"
 """Name of the pipe to shared memory, and through L1 to global memory."""
 
 _INSTRUCTION: Final = re.compile(
-    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);"
+    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*);"
 )
 _LABEL: Final = re.compile(r"(?P<label>\.L\w*):")
 _TARGET: Final = re.compile(r"`\((?P<label>\.L\w*)\)")

@@ -20,34 +20,38 @@ HEADINGS: Final = (
     ("waves", 7),
     ("idle", 6),
     ("loads", 11),
+    ("strip B", 9),
     ("tensor", 8),
     ("step", 15),
     ("instr/B", 10),
     ("flight KiB", 12),
+    ("busiest", 20),
     ("memory µs", 11),
-    ("compute µs", 12),
-    ("at least µs", 13),
-    ("bound", 9),
-    ("roofline", 10),
-    ("busiest", 18),
+    ("~µs", 8),
+    ("~of memory", 12),
+    ("~limit", 8),
 )
-"""Names and widths of the columns; the kernel's name and grid follow."""
+"""Names and widths of the columns; the kernel's name and grid follow. "~" marks estimates, all others are facts."""
 
 LEGEND: Final = """\
-All of it is estimated from compiled code; nothing was measured. Times are lower bounds.
+Facts, counted in the compiled code; nothing was measured.
   programs   that a multiprocessor keeps at a time, and what allows no more
   waves      programs of the grid over those that the GPU keeps at a time; idle: empty places in the last wave
   loads      instructions that read global memory: 128-bit loads + 128-bit asynchronous copies + all narrower ones
+  strip      contiguous bytes of a row that a program reads together, of the array that is read most; a strip of 32
+             bytes takes a multiprocessor as long as one of 128
   tensor     instructions of tensor cores
   step       instructions of a warp in a trip of the innermost loop that matters, and its trips in the longest program
   instr/B    instructions of a thread in that loop for each byte that it loads, and how many the memory leaves time for
   flight     bytes that a multiprocessor's programs wait for at a time; the full bandwidth needs bandwidth x latency
              (most of a µs) / multiprocessors
+  busiest    the unit with most cycles of the busiest multiprocessor, and these cycles
   memory     bytes that must move, at the GPU's bandwidth
-  compute    what the busiest unit of the busiest multiprocessor takes for all instructions
-  at least   the longer of the two
-  roofline   memory, in parts of the longer of the two: the share of the bandwidth that can be reached at most
-  busiest    the unit that has most to do, and for which share of that time"""
+Estimates (~), fitted to kernels that were measured on an H200 (docs/gpu_model.md); "-" for GPUs and kinds of kernels
+that were not measured.
+  ~µs        time of the kernel
+  ~of memory memory, in parts of this time
+  ~limit     what takes longest: memory, its strips, issue of instructions, or waits of programs for loads"""
 
 
 def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
@@ -55,7 +59,7 @@ def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
     del found
     notes = []
     if report.unknown is not None:
-        notes.append(f"times are UNKNOWN: {report.unknown}")
+        notes.append(f"trips are UNKNOWN: {report.unknown}")
     if not report.occupancy.programs:
         notes.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
     if report.idle_multiprocessors:
@@ -79,24 +83,23 @@ def _cells(report: GpuReport) -> list[str]:
         number(report.waves),
         percent(report.idle_in_last_wave),
         f"{report.wide_loads}+{report.wide_copies}+{report.narrow_loads}",
+        "-" if report.strip_bytes is None else f"{report.strip_bytes:,}",
         f"{report.tensor}",
         f"{trip.instructions:,} x {'?' if most is None else f'{most:,}'}",
         "-" if spent is None else f"{spent:.1f}" if affordable is None else f"{spent:.1f}/{affordable:.1f}",
         "-" if flight is None else f"{flight / 1024:.1f}",
-        microseconds(report.memory_seconds),
-        microseconds(report.compute_seconds),
-        microseconds(report.seconds),
-        report.bound,
-        percent(report.roofline),
         _busiest(report),
+        microseconds(report.memory_seconds),
+        microseconds(report.seconds),
+        percent(report.roofline),
+        "-" if report.seconds is None else report.bound,
     ]
 
 
 def _busiest(report: GpuReport) -> str:
     if report.busiest is None:
         return f"{report.trip.busiest} ?"
-    share = None if report.seconds is None else (report.compute_seconds or 0.0) / report.seconds
-    return f"{report.busiest} {percent(share)}"
+    return f"{report.busiest} {report.cycles[report.busiest]:,.0f}"
 
 
 def _figures(report: GpuReport) -> dict[str, Any]:
@@ -106,12 +109,11 @@ def _figures(report: GpuReport) -> dict[str, Any]:
         "shared_bytes": report.shared_bytes,
         "programs_at_a_time": report.occupancy.programs,
         "waves": rounded(report.waves, 3),
+        "strip_bytes": report.strip_bytes,
         "instructions_per_byte": rounded(report.instructions_per_byte, 2),
         "bytes_needed": report.bytes_needed,
-        "memory_microseconds": _short(report.memory_seconds),
-        "compute_microseconds": _short(report.compute_seconds),
         "busiest": report.busiest,
-        "roofline": rounded(report.roofline, 4),
+        "estimated_microseconds": _short(report.seconds),
     }
 
 
@@ -131,13 +133,11 @@ def _record(report: GpuReport) -> dict[str, Any]:
         "affordable_instructions_per_byte",
         "busiest",
         "memory_seconds",
-        "compute_seconds",
-        "seconds",
-        "bound",
-        "roofline",
     )
+    estimates = ("seconds", "limits", "bound", "roofline", "not_estimated")
     fields = dataclasses.asdict(report) | {"gpu": report.gpu.name}
-    return fields | {name: getattr(report, name) for name in derived}
+    fields |= {name: getattr(report, name) for name in derived}
+    return fields | {"estimates": {name: getattr(report, name) for name in estimates}}
 
 
 def _intensity(report: GpuReport) -> float:
@@ -146,7 +146,7 @@ def _intensity(report: GpuReport) -> float:
 
 def _roof(chip: str) -> Roof:
     gpu = gpu_of(architectures()[chip])
-    title = f"{gpu.device_kind} ({chip}): limits estimated from compiled code, nothing measured"
+    title = f"{gpu.device_kind} ({chip}): estimated from compiled code, nothing measured"
     return Roof(title, gpu.hbm_bytes_per_second or 1.0, gpu.clock_hertz or 1.0)
 
 

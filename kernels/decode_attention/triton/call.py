@@ -1,14 +1,15 @@
-"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in splits (split-K).
+"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in shares (split-K).
 
-A program has one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
-major), and one split, an equal share of the KV blocks that these rows see. It computes their online softmax
-(`online_softmax.py`). A second, small kernel merges the splits' outputs, in float32, by their log-sum-exps; a single
-split is the output itself.
+A program has one KV head with a block of the query rows that share it (rows = q_len * group, query major), and one
+slot: a share of the KV blocks that these rows see in one sequence (`shares.py`). It computes their online softmax
+(`online_softmax.py`). The slots' outputs are merged, in float32, by their log-sum-exps (`merge.py`), in a second launch
+or by the last program; a single slot for each sequence is the output itself.
 
-Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads, and a GPU has many
-multiprocessors, which splits keep busy. A third axis, Triton's last one, is left for `jax.vmap`. The loop runs over
-the KV blocks that are filled and, with a window, visible: its bounds are read from `lengths` on the device. Page
-numbers are read as tokens are loaded, one iteration ahead; nothing is gathered before the kernel.
+Grid: (slots * KV heads * row blocks,), KV heads and row blocks innermost, so that slots without work come last. One
+decode step has few sequences and heads, and a GPU has many multiprocessors, which splits keep busy. Triton's other axes
+are left for `jax.vmap`. The loop runs over the KV blocks that are filled and, with a window, visible: its bounds are
+read from `lengths` on the device. Page numbers are read as tokens are loaded, one iteration ahead; nothing is gathered
+before the kernel.
 
 Resident in registers: q, m, l, acc. Keys and values pass through shared memory in asynchronous copies of 16 bytes, of
 which the compiler keeps `num_stages` blocks in flight. Rows are padded to a power of two of at least 16, the least that
@@ -16,25 +17,29 @@ tensor cores multiply; a head is cut into tiles (`tiles_of`). The layer of a sta
 Pallas computes a wrong one (`offsets_wrap`): there the layer is copied first.
 
 Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. The codes of a one-byte cache are
-converted in registers (`products.py`), in up to 2 instructions each; scales are folded into logits and weights.
+converted in registers (`products.py`), in up to 1.25 instructions each; scales are folded into logits and weights.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK
+from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK, Merge
 from palladion.kernels.decode_attention.triton.config import Config as Config
-from palladion.kernels.decode_attention.triton.kernel import Operands, kernel, merge_kernel, tiles_of
+from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
+from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
+from palladion.kernels.decode_attention.triton.rows import tiles_of
+from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -56,7 +61,12 @@ RESIDENT: Final = 4
 """Programs that are resident on a multiprocessor, given 128 threads with up to 128 registers each."""
 
 HIDDEN_FROM: Final = 2
-"""Least programs on a multiprocessor for which one computes while another waits for memory."""
+"""Least programs on a multiprocessor for which one computes while another waits for memory. On an H200, two programs
+of a 16-bit cache take the memory's 1.0 µs for each block of 64 tokens, at 8 x 8192 and in a model's steps."""
+
+HIDDEN_FROM_OF_CODES: Final = 4
+"""The same for a one-byte cache, which has half the bytes and more instructions: there, two programs take 1.75 µs
+(int8) or 2.1 µs (float8) for each block of 64 tokens, where the memory takes 1.0."""
 
 START: Final = 1
 """Cost of a program's queries, first block and result, in iterations of its loop."""
@@ -64,11 +74,11 @@ START: Final = 1
 MERGE: Final = 2
 """Cost of merging the splits, in iterations."""
 
+SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Splits that the tuner tries, up to a factor of four from the heuristic's."""
+
 FLOATS_FROM: Final = 100
 """Least compute capability where int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
-
-MERGE_WIDTH: Final = 32
-"""Features that a program of the merge kernel has; with 256 splits they fit into registers."""
 
 
 def block_bytes(problem: Problem, block_kv: int) -> int:
@@ -90,7 +100,7 @@ def heuristic(problem: Problem) -> Config:
     if uses_tensor_cores(p):
         most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
-        # One-byte values also pass through shared memory as bfloat16.
+        # One-byte values also pass through shared memory as float16.
         block_kv = KV_BLOCK_BYTES // (width * 2)
         num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
     else:
@@ -112,6 +122,10 @@ def heuristic(problem: Problem) -> Config:
     # Page numbers are read an iteration ahead, unless the conversion of both keys and values leaves no registers.
     paged = p.page_size is not None
     ahead = (deep or paged) and (integers or not (paged and p.has_scales))
+    # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
+    # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
+    one_block_of_rows = rows <= block_rows
+    balanced = p.batch > 1 and p.sliding_window is None and one_block_of_rows and pl.cdiv(p.max_len, block_kv) > splits
     return Config(
         block_kv,
         block_rows,
@@ -119,6 +133,7 @@ def heuristic(problem: Problem) -> Config:
         num_warps=num_warps,
         num_stages=3 if ahead else 2,
         integers=integers,
+        balanced=balanced,
     )
 
 
@@ -127,6 +142,7 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
 
     A multiprocessor goes through the KV blocks of its programs at the rate of its memory, if it has at least
     `HIDDEN_FROM` programs. More programs than are resident at a time would leave most of the chip idle at the end.
+    On an H200, a launch took 2.6 µs and the time of the busiest multiprocessor's bytes, at 4.3 TB/s for all of them.
 
     Args:
       problem: the call.
@@ -137,10 +153,11 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
     p = problem
     visible = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
     blocks = pl.cdiv(visible, block_kv)
+    hidden_from = HIDDEN_FROM_OF_CODES if p.has_scales else HIDDEN_FROM
 
     def busiest_time(splits: int) -> int:
         resident = pl.cdiv(programs * splits, gpu.multiprocessors)
-        time = max(resident, HIDDEN_FROM) * pl.cdiv(blocks, splits) + resident * START
+        time = max(resident, hidden_from) * pl.cdiv(blocks, splits) + resident * START
         return time + (MERGE if splits > 1 else 0)
 
     most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
@@ -148,16 +165,17 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
 
 
 def space(problem: Problem) -> Space:
-    """Returns what the tuner may try: KV block sizes, splits, warps and pipeline stages."""
+    """Returns what the tuner may try: KV block sizes, splits, how they are shared and merged, warps and stages."""
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
-    blocks = -(-problem.max_len // start.block_kv)
     return Space(
         start,
         {
-            "splits": [1 << n for n in range(8) if 1 << n <= blocks],
-            "block_kv": (16, 32, 64, 128, 256),
+            "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
+            "block_kv": [size for size in (start.block_kv // 2, 2 * start.block_kv) if size >= MIN_BLOCK],
             "num_warps": (2, 4, 8),
-            "num_stages": (1, 2, 3, 4, 5),
+            "num_stages": (2, 3, 4),
+            "balanced": (False, True) if problem.batch > 1 else (),
+            "merge": get_args(Merge),
         },
         lambda config: loaded_bytes(problem, config) <= most,
     )
@@ -188,34 +206,53 @@ def decode_attention(
     """
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
-    p, q, splits = problem, inputs.q, config.splits
+    p, q, slots = problem, inputs.q, slots_of(problem, config)
+    merges = slots > p.batch
     row_blocks = pl.cdiv(p.q_len * p.group, config.block_rows)
-    out, lse = pl.pallas_call(
-        fresh_kernel(kernel, problem=p, config=config, row_blocks=row_blocks),
-        grid=(p.batch, p.kv_heads * row_blocks * splits),
-        out_shape=[
-            # Splits stay in float32 until they are merged.
-            jax.ShapeDtypeStruct((splits, *q.shape), q.dtype if splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((splits, *q.shape[:3]), jnp.float32),
-        ],
+    operands = _operands(p, inputs)
+    results = Results(
+        # Splits stay in float32 until they are merged.
+        partial=_results(p, slots, jnp.float32 if merges else q.dtype),
+        merged=_results(p, p.batch, q.dtype) if merges and config.merge == "last" else None,
+        counters=None,
+    )
+    counters, aliases = None, {}
+    if results.merged is not None:
+        counters = jnp.zeros((p.batch, p.kv_heads, row_blocks), jnp.int32)
+        results = results._replace(counters=jax.ShapeDtypeStruct(counters.shape, counters.dtype))
+        aliases = {len(jax.tree.leaves(operands)): len(jax.tree.leaves(results)) - 1}
+    (written,) = pl.pallas_call(
+        fresh_kernel(kernel, problem=p, config=config, row_blocks=row_blocks, native=not interpret),
+        grid=(p.kv_heads * row_blocks * slots,),
+        out_shape=(results,),
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=pl.CostEstimate(
             flops=p.flops(), bytes_accessed=p.bytes_moved(), transcendentals=p.flops() // (4 * p.head_dim)
         ),
         interpret=interpret,
-        name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{splits}",
-    )(_operands(p, inputs))
-    if splits == 1:
-        return out[0], lse[0]
-    merged: tuple[jax.Array, jax.Array] = pl.pallas_call(
-        fresh_kernel(merge_kernel, problem=p, splits=splits, width=MERGE_WIDTH),
-        grid=(p.batch * p.q_len * p.q_heads, pl.cdiv(p.head_dim, MERGE_WIDTH)),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=1 if splits <= MIN_BLOCK else 4, num_stages=1),
+        name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{config.splits}"
+        + ("_balanced" if is_balanced(p, config) else ""),
+    )(operands, counters)
+    if not merges:
+        return written.partial
+    if written.merged is not None:
+        return written.merged
+    (merged,) = pl.pallas_call(
+        fresh_kernel(merge_kernel, problem=p, config=config),
+        grid=(p.batch * p.q_len * p.q_heads, pl.cdiv(p.head_dim, WIDTH)),
+        out_shape=(_results(p, p.batch, q.dtype),),
+        compiler_params=plgpu.CompilerParams(num_warps=merge_warps(p, config), num_stages=1),
         interpret=interpret,
-        name=f"decode_attention_merge_s{splits}",
-    )(out, lse)
+        name=f"decode_attention_merge_s{config.splits}",
+    )(inputs.lengths, written.partial)
     return merged
+
+
+def _results(problem: Problem, parts: int, dtype: DTypeLike) -> Attention:
+    """Returns shapes and dtypes of results of sequences or slots."""
+    shape = (parts, problem.q_len, problem.q_heads)
+    return Attention(jax.ShapeDtypeStruct((*shape, problem.head_dim), dtype), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _operands(problem: Problem, inputs: Inputs) -> Operands:

@@ -4,11 +4,11 @@ Tensor cores multiply 16-bit floats, or int8 with int8, and accumulate in float3
 their own dtype. The codes of a one-byte cache are converted to operands in as few instructions as possible:
 
   int8 keys      none: queries become integers, in three pieces of 7 bits below the largest number of their row
-  float8 keys    to float16, half an instruction for each code; so do queries, each row divided by a power of two
-  values         to bfloat16, exactly; so do weights, because float16 lacks their range once scales are folded in
-                 (in two pieces for float16 queries, which must lose no more than float16 would)
+  other codes    to float16, which holds them all: half an instruction for a float8 code, 1.25 for an int8 code. So do
+                 queries, each row divided by a power of two, and weights, which the online softmax keeps up to 1
 
-float32, and mixed dtypes, are multiplied in float32 without tensor cores. Everything is plain `jax.numpy`.
+float32, and mixed dtypes, are multiplied in float32 without tensor cores. Everything is plain `jax.numpy`, except the
+conversion of int8 codes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from palladion.kernels.decode_attention.problem import Problem
@@ -30,6 +31,17 @@ STEP: Final = 128
 
 LARGEST: Final = 127.0
 """Largest magnitude of a piece."""
+
+INT8_TO_FLOAT16: Final = """{
+    .reg .b32 word, bias;
+    xor.b32 word, $2, 0x80808080;
+    mov.b32 bias, 0x64806480;
+    prmt.b32 $0, word, 0x64646464, 0x4140;
+    prmt.b32 $1, word, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, bias;
+    sub.f16x2 $1, $1, bias;
+}"""
+"""PTX that converts four codes c, exactly: 0x64 above the byte c + 128 is the float16 1024 + c + 128, less 1152."""
 
 
 def uses_tensor_cores(problem: Problem) -> bool:
@@ -60,17 +72,15 @@ def prepare_queries(problem: Problem, tiles: list[jax.Array], *, integers: bool)
     """
     if not uses_tensor_cores(problem):
         return Queries(tuple((x.astype(jnp.float32),) for x in tiles), None)
-    is_int8 = problem.kv_dtype == "int8"
-    if not problem.has_scales or (is_int8 and not integers):
-        return Queries(tuple((x,) for x in tiles), None)
-    if not is_int8 and problem.q_dtype == "float16":
+    as_integers = problem.kv_dtype == "int8" and integers
+    if not problem.has_scales or (problem.q_dtype == "float16" and not as_integers):
         return Queries(tuple((x,) for x in tiles), None)
     wide = [x.astype(jnp.float32) for x in tiles]
     # A GPU's maximum of floats ignores NaN. Bits of magnitudes have the same order, with NaN above infinity.
     bits = [jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=1) for x in wide]
     largest = jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, bits), jnp.float32)
     largest = jnp.where(largest == 0.0, 1.0, largest)
-    if is_int8:
+    if as_integers:
         factor = (LARGEST / largest)[:, None]
         pieces = tuple(_pieces(x * factor) for x in wide)
         return Queries(pieces, largest * (1 / (LARGEST * STEP ** (PIECES - 1))))
@@ -102,33 +112,37 @@ def multiply_keys(queries: Queries, keys: list[jax.Array]) -> jax.Array:
     return products if queries.unit is None else products * queries.unit[:, None]
 
 
-def prepare_weights(problem: Problem, weights: jax.Array, v_scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Converts weights `[rows, tokens]` to operands, with the scales of values, `[tokens]`, folded into them."""
+def prepare_weights(problem: Problem, weights: jax.Array, v_scale: jax.Array | None) -> jax.Array:
+    """Converts weights `[rows, tokens]` to an operand, with the scales of values, `[tokens]`, folded into them."""
     if v_scale is not None:
         weights = weights * v_scale[None, :]
     if not uses_tensor_cores(problem):
-        return (weights,)
-    if not problem.has_scales:
-        return (weights.astype(problem.kv_dtype),)
-    first = weights.astype(jnp.bfloat16)
-    if problem.q_dtype == "bfloat16":
-        return (first,)
-    return first, (weights - first.astype(jnp.float32)).astype(jnp.bfloat16)
+        return weights
+    return weights.astype(jnp.float16 if problem.has_scales else problem.kv_dtype)
 
 
-def multiply_values(weights: tuple[jax.Array, ...], values: jax.Array) -> jax.Array:
+def multiply_values(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Multiplies weights with values, `[tokens, width]`; float32 `[rows, width]`."""
-    sums = _dot(weights[0], values, 0)
-    for piece in weights[1:]:
-        sums = sums + _dot(piece, values, 0)
-    return sums
+    return _dot(weights, values, 0)
 
 
-def to_operand(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Converts what the cache stores to an operand of a dtype, exactly."""
-    if codes.dtype not in (jnp.int8, jnp.dtype(dtype)) and dtype == jnp.bfloat16:
-        # Hardware converts float8 to float16 and on to float32, but not to bfloat16.
-        codes = codes.astype(jnp.float32)
+def to_operand(codes: jax.Array, dtype: DTypeLike, *, native: bool) -> jax.Array:
+    """Converts what the cache stores to an operand of a dtype, exactly.
+
+    Args:
+      codes: what was loaded.
+      dtype: of the operand.
+      native: whether the kernel is compiled for an NVIDIA GPU, not interpreted.
+    """
+    if native and codes.dtype == jnp.int8 and dtype == jnp.float16:
+        (numbers,) = plgpu.elementwise_inline_asm(
+            INT8_TO_FLOAT16,
+            args=[codes],
+            constraints="=&r,=&r,r",
+            pack=4,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, dtype)],
+        )
+        return numbers
     return codes.astype(dtype)
 
 

@@ -1,0 +1,192 @@
+"""Converts codes to 16-bit floats, in the registers out of which wgmma takes its left operand.
+
+A recipe makes two floats of two codes at a time, which lie in the halves of a 32-bit word, by masks and shifts: a code
+becomes mantissa bits of a float whose exponent is known, or a narrow float moves to the places of a wider one.
+
+wgmma wants columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16 in thread t of four. Words of four bytes are read such that even
+threads have columns 0 to 7 and odd ones 8 to 15 (`Layout.WGMMA_UPCAST_2X`):
+
+    thread             0          1          2          3
+    reads              0 1 2 3    8 9 10 11  4 5 6 7    12 13 14 15
+    after an exchange  0 8 1 9    2 10 3 11  4 12 5 13  6 14 7 15
+
+Neighbours exchange their words, and each takes its own columns out of both. Then one pair of codes is in the even
+bytes, the other in the odd ones. A byte of 4-bit codes has column j of 32 in its low and j + 16 in its high nibble: the
+nibbles go to two blocks of 16 columns, in the same places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+MANTISSA_BITS: Final = {"bfloat16": 7, "float16": 10}
+EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
+
+FLOAT8: Final = {"float8_e4m3fn": (3, 7), "float8_e5m2": (2, 15)}
+"""Mantissa bits and exponent bias of the 8-bit floats."""
+
+OWN_COLUMNS: Final = (0x5140, 0x3726)
+"""Selectors of `prmt` in even and odd threads: the lowest digit chooses the lowest byte, from 4 on the neighbour's."""
+
+SHIFTS: Final = {False: (0, 8), True: (0, 8, 4, 12)}
+"""Shifts, by whether codes are packed, that bring the codes of 8 columns after the other to the lowest bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Tells how codes become numbers: `(float of bits - float of less - offset) * factor`, exact at every step.
+
+    Attributes:
+      bits: maps a word with a code in the lowest bits of each half to the bits of two floats.
+      less: maps the same word to the bits of two floats that are subtracted; None for none.
+      offset: number that is subtracted.
+      factor: number that is multiplied by.
+    """
+
+    bits: Callable[[Any], Any]
+    less: Callable[[Any], Any] | None = None
+    offset: float = 0.0
+    factor: float = 1.0
+
+
+def recipe(format: str, dtype: str) -> Recipe:
+    """Returns how codes of a format become numbers of a dtype; those of int4 are 0 to 15."""
+    if format in FLOAT8:
+        mantissa_bits, bias = FLOAT8[format]
+        left = MANTISSA_BITS[dtype] - mantissa_bits
+        # The wider float has a larger bias: with the same exponent bits it is a power of two smaller.
+        return Recipe(
+            lambda word: ((word & 0x007F007F) << left) | ((word & 0x00800080) << 8),
+            factor=2.0 ** (EXPONENT_BIAS[dtype] - bias),
+        )
+    if format == "int4":
+        if dtype == "bfloat16":
+            return Recipe(lambda word: (word & 0x000F000F) | 0x43004300, offset=128)  # 128 + code
+        return Recipe(lambda word: (word & 0x000F000F) | 0x64006400, offset=1024)  # 1024 + code
+    if dtype == "float16":
+        return Recipe(lambda word: ((word ^ 0x00800080) & 0x00FF00FF) | 0x64006400, offset=1024 + 128)
+    # A mantissa of 7 bits: 128 + the lowest 7 bits of the code, less 128, or 256 where the highest bit is set.
+    return Recipe(lambda word: (word & 0x007F007F) | 0x43004300, lambda word: (word & 0x00800080) | 0x43004300)
+
+
+def arrange(words: np.ndarray, exchange: Callable[[Any], Any], make: Callable[[Any], Any], packed: bool) -> np.ndarray:
+    """Returns words of two floats each, in the order of wgmma's registers.
+
+    Args:
+      words: the registers of a thread, `[tiles of 64 channels, blocks of 16 bytes, ...]`.
+      exchange: returns a word of a thread with its own columns.
+      make: a function of a recipe.
+      packed: whether a byte has two codes.
+
+    Returns:
+      `[tiles of 64 channels, blocks of 8 columns, ...]`.
+    """
+    own = np.empty_like(words)
+    for index in np.ndindex(words.shape):
+        own[index] = exchange(words[index])
+    blocks = np.stack([make(own >> shift) for shift in SHIFTS[packed]], axis=2)
+    return blocks.reshape(words.shape[0], -1, *words.shape[2:])
+
+
+def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.Array:
+    """Returns codes as floats, packed ones unpacked; offset and factor of the recipe are left to the caller.
+
+    Args:
+      codes: `[64, bytes]`, in `Layout.WGMMA_UPCAST_2X`.
+      format: of a code.
+      dtype: of the floats.
+      interpret: whether the kernel is interpreted: arrays have no layouts then.
+
+    Returns:
+      `[64, in]`, in `Layout.WGMMA`.
+    """
+    packed, how = format == "int4", recipe(format, dtype)
+    makes = [how.bits] if how.less is None else [how.bits, how.less]
+    if interpret:
+        found = [_floats_of(make(_pairs(codes, packed)), dtype) for make in makes]
+    else:
+        shape = (codes.shape[0], codes.shape[1] * (2 if packed else 1))
+        floats = plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), plgpu.Layout.WGMMA)
+        types: dict[str, Any] = {"arg_types": (plgpu.Layout.WGMMA_UPCAST_2X,), "return_type": (floats,) * len(makes)}
+        found = plgpu.inline_mgpu(**types)(
+            lambda _, codes: tuple(_in_registers(codes, make, floats, packed) for make in makes)
+        )(codes)
+    return found[0] if how.less is None else found[0] - found[1]
+
+
+def _pairs(codes: jax.Array, packed: bool) -> jax.Array:
+    """Returns words with the codes of two adjacent columns in their halves, `[64, in / 2]`."""
+    is_integer = jnp.issubdtype(codes.dtype, jnp.integer)
+    numbers = (codes if is_integer else jax.lax.bitcast_convert_type(codes, jnp.uint8)).astype(jnp.int32) & 0xFF
+    if packed:
+        blocks = numbers.reshape(len(codes), -1, 16)
+        numbers = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=2).reshape(len(codes), -1)
+    return numbers[:, ::2] | (numbers[:, 1::2] << 16)
+
+
+def _floats_of(words: jax.Array, dtype: str) -> jax.Array:
+    """Returns the two floats of each word."""
+    return jax.lax.bitcast_convert_type(words, jnp.dtype(dtype)).reshape(len(words), -1)
+
+
+class _Word:
+    """A 32-bit register with the operators that recipes use; each emits an instruction."""
+
+    def __init__(self, value: ir.Value) -> None:
+        self.value = value
+
+    def __and__(self, mask: int) -> _Word:
+        return _Word(arith.andi(self.value, _in_register(mask)))
+
+    def __or__(self, other: int | _Word) -> _Word:
+        return _Word(arith.ori(self.value, other.value if isinstance(other, _Word) else _in_register(other)))
+
+    def __xor__(self, mask: int) -> _Word:
+        return _Word(arith.xori(self.value, _in_register(mask)))
+
+    def __lshift__(self, count: int) -> _Word:
+        return _Word(arith.shli(self.value, utils.c(count, self.value.type)))
+
+    def __rshift__(self, count: int) -> _Word:
+        return _Word(arith.shrui(self.value, utils.c(count, self.value.type)))
+
+
+def _in_register(constant: int) -> Any:
+    """Emits a constant that NVIDIA's assembler does not know to be one: it keeps it in a register.
+
+    It would move known ones into a register anew for every instruction that takes two: a fifth of all. The number of a
+    multiprocessor is below 2^31.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    ptx = f"{{ .reg .b32 zero; mov.u32 zero, %smid; shr.u32 zero, zero, 31; xor.b32 $0, zero, {constant}; }}"
+    return llvm.inline_asm(i32, [], ptx, "=r")
+
+
+def _in_registers(codes: Any, make: Callable[[Any], Any], floats: Any, packed: bool) -> Any:
+    """Emits `arrange` for codes in registers, a `FragmentedArray`, and returns another of the type of `floats`."""
+    i32 = ir.IntegerType.get_signless(32)
+    is_even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32))
+    columns = arith.select(is_even, *(utils.c(selector, i32) for selector in OWN_COLUMNS))
+
+    def exchange(register: ir.Value) -> _Word:
+        word = utils.bitcast(register, i32)
+        return _Word(utils.prmt(word, utils.shfl_bfly(word, 1), columns))
+
+    pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(floats.dtype))
+    layout = floats.layout.to_mgpu()
+    words: Any = arrange(codes.registers, exchange, make, packed).reshape(layout.registers_shape(floats.shape))
+    registers = np.empty_like(words)
+    for index in np.ndindex(words.shape):
+        registers[index] = utils.bitcast(words[index].value, pair)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

@@ -1,0 +1,305 @@
+"""quantized_matmul's kernel in Mosaic GPU: its maths interpreted, its registers simulated, its code compiled.
+
+jax's interpreter of Mosaic GPU runs the pipeline, the copies and the loads of a kernel, but has no registers: there the
+kernel converts codes by the same recipes with jax.numpy, and multiplies with it. So the order of codes in registers is
+proved apart, by executing `arrange` with the registers of 128 threads in NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import QUICKLY
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from scipy import special
+
+from palladion import Unsupported, quantized_matmul, record_choices
+from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.kernels.compat import gpu_interpreter
+from palladion.kernels.devices import gpus
+from palladion.kernels.quantized_matmul import Inputs, cases
+from palladion.kernels.quantized_matmul.cases import Case
+from palladion.kernels.quantized_matmul.mosaic_gpu import call, codes
+from palladion.reference import oracle
+from palladion.reference.compare import assert_right
+from palladion.reference.quantization import decode_codes, unpack_codes
+
+SILU = {jax.nn.silu: lambda y: y * special.expit(y), None: lambda y: y}
+needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
+
+
+def case_of(scheme: str, rows: int, **changes: Any) -> Case:
+    """Returns a small case: two blocks of 64 channels overlap, and the last block of 128 along `in` is cut."""
+    sizes = {"in_features": 192, "out_features": 104, "order": "out_in"}
+    return Case(**{"name": f"{scheme}-{rows}", "rows": rows, "scheme": scheme, **sizes, **changes})
+
+
+def judge(case: Case, inputs: Inputs) -> np.ndarray:
+    w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
+    kept = {name: getattr(inputs, name) for name in ("bias", "norm", "residual")}
+    return oracle.quantized_matmul(inputs.x, w, **kept, activation=SILU[case.activation], gated=case.gated)
+
+
+def run(case: Case, config: call.Config, inputs: Inputs, interpret: Any = True) -> jax.Array:
+    """Runs the kernel itself, with any number of rows."""
+    problem = case.problem()
+    function = functools.partial(call.quantized_matmul, problem, config=config, interpret=interpret)
+    return jax.jit(function, compiler_options=QUICKLY)(inputs)
+
+
+def check(case: Case, config: call.Config) -> None:
+    inputs = cases.make_inputs(case)
+    reference = quantized_matmul(**inputs._asdict(), **case.options, backend="xla")
+    assert_right(run(case, config, inputs), reference, judge(case, inputs), f"{case} {config}")
+
+
+RIGHT = [
+    # One row and more, to the last of a block; splits, of which the last has less to do.
+    (case_of("int8", 1, in_features=160), call.Config(8, block_in=64, splits=2)),
+    (case_of("int8", 3, dtype="float16", bias=True), call.Config(8, block_in=128)),
+    (case_of("int4", 8), call.Config(8, block_in=128)),
+    (case_of("int4-g32", 17, out_dtype="float32"), call.Config(32, block_in=128, num_stages=1)),
+    (case_of("int4-g32", 17), call.Config(16, block_in=64, splits=2)),
+    (case_of("int8-g16", 64, dtype="float16"), call.Config(64, block_in=128)),
+    # Groups longer than a block, groups that a block ends within, zero points and minimums.
+    (case_of("int4-g128-zeros", 5, in_features=384), call.Config(8, block_in=64, splits=2)),
+    (case_of("int8-g96-zeros", 5, in_features=288, dtype="float16"), call.Config(8, block_in=64)),
+    (case_of("int8-zeros", 5), call.Config(8, block_in=256)),
+    (case_of("int4-g32-minimums", 5), call.Config(8, block_in=128)),
+    (case_of("int8-minimums", 5, dtype="float16", scale_dtype="float16"), call.Config(8, block_in=128)),
+    (case_of("float8_e4m3fn", 5, scale_dtype="bfloat16"), call.Config(8, block_in=128)),
+    (case_of("float8_e5m2", 5, dtype="float16"), call.Config(8, block_in=128)),
+    # Gates, in the kernel and after splits; two tiles of channels; a layer; norm and residual; blocks of rows.
+    (
+        case_of("int4-g64", 9, out_features=272, gated=True, activation=jax.nn.silu, bias=True, num_layers=3),
+        call.Config(16, block_out=128, block_in=128),
+    ),
+    (
+        case_of("int8", 5, out_features=208, gated=True, activation=jax.nn.silu, bias=True),
+        call.Config(8, block_in=128, splits=2),
+    ),
+    (case_of("int8", 5, out_features=72, norm=True, residual=True), call.Config(8, block_in=128)),
+    (case_of("int4-g32", 70, out_features=64), call.Config(32, block_in=128)),
+]
+
+
+@pytest.mark.parametrize(("case", "config"), RIGHT, ids=lambda value: getattr(value, "name", None))
+def test_the_kernel_is_right(case: Case, config: call.Config):
+    check(case, config)
+
+
+def test_memory_is_awaited_before_it_is_read():
+    """Shared memory is NaN until something arrives; sizes divide blocks, since what TMA fills with zeros is NaN too."""
+    case = case_of("int4-g32", 8, in_features=512, out_features=64)
+    inputs, config = cases.make_inputs(case), call.Config(8, block_in=128, num_stages=3)
+    interpret = dataclasses.replace(gpu_interpreter(True), uninitialized_memory="nan")
+    reference = quantized_matmul(**inputs._asdict(), backend="xla")
+    assert_right(run(case, config, inputs, interpret), reference, judge(case, inputs), "NaN")
+
+
+def test_rows_have_the_same_bits_in_every_batch():
+    case = case_of("int8-g32", 70, in_features=128, out_features=64)
+    inputs = cases.make_inputs(case)
+    multiply = jax.jit(
+        functools.partial(quantized_matmul, w=inputs.w, batch_invariant=True, backend="mosaic_gpu", interpret=True)
+    )
+    together = np.asarray(multiply(inputs.x), np.float32)
+    for rows in ([0], [69, 3, 64]):
+        np.testing.assert_array_equal(np.asarray(multiply(inputs.x[jnp.array(rows)]), np.float32), together[rows])
+
+
+# ------------------------------------------------------------------------------------------------------- registers
+
+
+def in_threads(array: np.ndarray, layout: Any) -> np.ndarray:
+    """Returns what 128 threads hold of an array `[64, columns]`: `[128, *registers, numbers of a register]`.
+
+    A layout cuts an array into tiles, the tiles into smaller ones, and so on; warps and lanes are dimensions of that.
+    """
+    for tile in layout.tiling.tiles:
+        head, tail = array.shape[: -len(tile)], array.shape[-len(tile) :]
+        array = array.reshape(
+            *head, *(part for size, step in zip(tail, tile, strict=True) for part in (size // step, step))
+        )
+        cut = range(len(head), array.ndim)
+        array = array.transpose(*range(len(head)), *cut[::2], *cut[1::2])
+    rank = layout.tiled_tiling_rank
+    skip = array.ndim - rank
+    (warp,) = layout.warp_dims
+    lanes = [skip + rank + dim for dim in layout.lane_dims]
+    threads = []
+    for thread in range(128):
+        place: list[Any] = [slice(None)] * array.ndim
+        place[skip + rank + warp] = slice(thread // 32, thread // 32 + 1)
+        rest = thread % 32
+        for dim in reversed(lanes):
+            rest, index = divmod(rest, array.shape[dim])
+            place[dim] = slice(index, index + 1)
+        threads.append(array[tuple(place)])
+    return np.stack(threads)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
+def test_codes_reach_their_registers(scheme: str, dtype: str):
+    """Random codes, exchanged between threads and converted as the kernel does it, lie where wgmma expects them."""
+    case = case_of(scheme, 8, in_features=256, out_features=64)
+    w = cases.make_inputs(case, seed=3).w
+    exact = np.asarray(decode_codes(unpack_codes(w), w.scheme), np.float64).T
+    if w.scheme.implied_zero:
+        exact = exact + w.scheme.implied_zero
+    loaded = in_threads(np.asarray(w.values).view(np.uint8), plgpu.Layout.WGMMA_UPCAST_2X.to_mgpu())
+    registers = loaded.shape[1:-1]
+    words = np.empty(registers, dtype=object)
+    for index in np.ndindex(registers):
+        words[index] = np.ascontiguousarray(loaded[(slice(None), *index)]).view(np.uint32)[:, 0]
+
+    def exchange(word: np.ndarray) -> np.ndarray:
+        both = np.stack([word, word[np.arange(128) ^ 1]], axis=1).view(np.uint8)  # its own bytes, then the neighbour's
+        chosen = np.array([[selector >> 4 * byte & 0xF for byte in range(4)] for selector in codes.OWN_COLUMNS])
+        return np.take_along_axis(both, chosen[np.arange(128) % 2], axis=1).view(np.uint32)[:, 0]
+
+    how = codes.recipe(scheme, dtype)
+    layout = plgpu.Layout.WGMMA.to_mgpu()
+    expected = in_threads(exact, layout)
+
+    def floats(make: Any) -> np.ndarray:
+        arranged = codes.arrange(words, exchange, make, w.scheme.packed).reshape(expected.shape[1:-1])
+        found = np.empty(expected.shape)
+        for index in np.ndindex(arranged.shape):
+            pairs = np.ascontiguousarray(arranged[index].astype(np.uint32)[:, None]).view(jnp.dtype(dtype))
+            found[(slice(None), *index)] = pairs.astype(np.float64)
+        return found
+
+    found = floats(how.bits) - (0 if how.less is None else floats(how.less))
+    np.testing.assert_array_equal((found - how.offset) * how.factor, expected)
+
+
+# ------------------------------------------------------------------------------------------------------ block sizes
+
+LAYERS = [
+    dataclasses.replace(case, order="out_in", rows=rows, gated="gate-up" in case.name, activation=None)
+    for case in cases.SHAPES
+    if case.quantize_x is None and case.scheme != "mxfp4" and case.rows == 8 and "8b" in case.name
+    for rows in (5, 16, 64)
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: f"{case.name}-{case.rows}")
+def test_the_heuristic_suits_every_layer(case: Case):
+    """Block sizes are in the tuner's space; two programs fill a multiprocessor, and none of the splits is empty."""
+    with gpu_compiler.tracing_for(90):
+        problem = case.problem()
+        config, space = call.heuristic(problem), call.space(problem)
+        assert call.unsupported(problem) is None
+    assert config in space, config
+    blocks = -(-problem.in_features // config.block_in)
+    assert (config.splits - 1) * -(-blocks // config.splits) < blocks
+    used = config.num_stages * call.block_bytes(problem, config) + call.staged_bytes(problem, config)
+    assert 2 * used <= gpus()["h200"].shared_bytes
+    assert list(space.neighbours(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"order": "in_out"}, r"w must be stored in the order 'out_in'.*with_order"),
+        ({"dtype": "float32"}, "x must be bfloat16 or float16, not quantized, got float32"),
+        ({"scheme": "int8", "quantize_x": "int8"}, "not quantized, got int8"),
+        ({"scheme": "mxfp4"}, "codes must be int8, int4 or float8, got mxfp4"),
+        ({"rows": 4}, "x must have 5 to 64 rows unless batch_invariant, got 4"),
+        ({"rows": 65}, "got 65"),
+        ({"out_features": 112, "gated": True}, "channels of the result must be a multiple of 8, at least 64, got 56"),
+        ({"out_features": 100}, "channels of the result must be a multiple of 8, at least 64, got 100"),
+        ({"in_features": 176, "scheme": "int8"}, "in must be a multiple of 32, got 176"),
+    ],
+)
+def test_what_is_not_covered_says_why(changes: dict[str, Any], reason: str):
+    case = case_of(**{"scheme": "int4-g32", "rows": 8} | changes)
+    with pytest.raises(Unsupported, match=f"mosaic_gpu: .*{reason}.*backend='xla' covers it"):
+        jax.eval_shape(
+            lambda inputs: quantized_matmul(**inputs._asdict(), **case.options, backend="mosaic_gpu", interpret=True),
+            case.shapes(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block_rows": 24}, "config.block_rows: got 24; accepted: 8, 16, 32, 64"),
+        ({"block_out": 96}, "config.block_out: got 96; accepted: a multiple of 64, at most 256"),
+        ({"block_in": 32}, "config.block_in: got 32; accepted: a power of two of at least 64"),
+        ({"splits": 0}, "config.splits: got 0; accepted: at least 1"),
+        ({"block_out": 128}, "config.block_out: got 128; accepted: up to 104"),
+    ],
+)
+def test_wrong_block_sizes(wrong: dict[str, int], message: str):
+    case = case_of("int8", 8)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda inputs: run(case, call.Config(**{"block_rows": 8} | wrong), inputs), case.shapes())
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "backend"), [(90, 16, "mosaic_gpu"), (90, 1, "triton"), (90, 256, "triton"), (80, 16, "triton")]
+)
+def test_hopper_takes_it_for_a_few_rows(arch: int, rows: int, backend: str):
+    case = case_of("int4-g32", rows, in_features=512, out_features=256)
+    with gpu_compiler.tracing_for(arch), record_choices() as choices:
+        jax.eval_shape(lambda inputs: quantized_matmul(**inputs._asdict(), backend="pallas"), case.shapes())
+    assert [choice.backend for choice in choices] == [backend]
+    assert arch == 90 or "needs wgmma, which sm_90 has, got sm_80" in choices[0].reasons["mosaic_gpu"]
+
+
+# ---------------------------------------------------------------------------------------------------------- compiled
+
+COMPILED = [
+    # Sizes that divide no block, and rows that are no multiple of 8, which XLA pads.
+    case_of("int8", 5, in_features=160),
+    case_of("int4-g32", 17, in_features=576),
+    case_of("int8-g16", 9, in_features=96, out_features=72),
+    case_of("int8", 8, in_features=4096, out_features=6144, num_layers=2),
+    case_of("int8", 16, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu),
+    case_of("int4-g128", 16, in_features=14336, out_features=4096, residual=True, scale_dtype="bfloat16"),
+    case_of(
+        "int4-g32-minimums", 64, in_features=4096, out_features=28672, gated=True, activation=jax.nn.gelu, bias=True
+    ),
+    case_of("int4-g64-zeros", 32, in_features=4096, out_features=10240, dtype="float16"),
+    case_of("float8_e4m3fn", 64, in_features=4096, out_features=6144),
+]
+
+
+@pytest.mark.parametrize("case", COMPILED[:2], ids=lambda case: case.name)
+def test_lowers_for_hopper(case: Case):
+    """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
+    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
+    text = gpu_compiler.lowered_for_gpu(lambda inputs: call(**inputs._asdict()), case.shapes()).as_text()
+    assert "mosaic_gpu" in text
+
+
+@needs_plugin
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
+def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
+    program = gpu_program.compile_program(lambda inputs: call(**inputs._asdict()), case.shapes())
+    names = [launch.name for launch in program.launches]
+    names = [name for name in names if not name.startswith("loop_")]
+    assert len(names) == 1, names  # beside XLA's: rows are padded, splits are added up
+    (report,) = tmp_path.glob("*.ptxas")
+    spilled = re.findall(r"(\d+) bytes spill stores", report.read_text())
+    assert spilled == ["0"], report.read_text()
+    (ptx,) = tmp_path.glob("*.ptx")
+    text = ptx.read_text()
+    assert "wgmma.mma_async.sync.aligned.m64n" in text
+    assert "cp.async.bulk.tensor" in text
