@@ -144,7 +144,10 @@ def test_kernels_give_the_same_logits(request: pytest.FixtureRequest, backend: s
     ("platform", "kind", "row"), [("tpu", "TPU v6 lite", "mosaic_tpu"), ("gpu", "NVIDIA H100 80GB HBM3", "triton")]
 )
 @pytest.mark.parametrize("q_len", [1, 16])
-def test_a_backend_means_the_same_for_every_operation(judge: Judge, platform: str, kind: str, row: str, q_len: int):
+def test_a_backend_means_the_same_for_every_operation(
+    request: pytest.FixtureRequest, platform: str, kind: str, row: str, q_len: int
+):
+    judge = request.getfixturevalue("gpu_judge" if platform == "gpu" else "judge")
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     cache = jax.eval_shape(lambda: new_cache(judge.checkpoint, 3, max_len=128))
