@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+from palladion.benchmarks.static.gpu.compiler import CompiledKernel
+from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
 import jax
 
 SAME_BUT_FOR_SIZES: Final = frozenset(
@@ -48,3 +50,8 @@ QUICKLY: Final[dict[str, Any]] = UNOPTIMIZED | known_options(xla_cpu_use_fusion_
 def options_for(backend: str) -> dict[str, Any]:
     """Returns the compiler options for a backend; the reference has its users' options, except for optimization."""
     return UNOPTIMIZED if backend == "xla" else QUICKLY
+
+
+def hot_loop(kernel: CompiledKernel) -> list[Instruction]:
+    """Returns the instructions of a GPU kernel's longest loop."""
+    return max((list(instructions) for loop, instructions in by_loop(parse(kernel.code)) if loop), key=len)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from compiling import SAME_BUT_FOR_SIZES
+from compiling import SAME_BUT_FOR_SIZES, hot_loop
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.compiler import CompiledKernel
+from palladion.benchmarks.static.gpu.sass import parse
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.append_qkv import cases as joined_cases
@@ -144,7 +145,7 @@ def test_codes_become_operands_in_few_instructions(
 ):
     function, arguments = OPERATIONS[f"decode_attention-{name}"]()
     kernel, _ = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
-    loop = hot_loop(kernel)
+    loop = [instruction.opcode for instruction in hot_loop(kernel)]
     assert any(instruction.startswith(products) for instruction in loop)
     codes = 16 * sum(instruction.startswith("LDGSTS.E.BYPASS.128") for instruction in loop)  # of a thread
     found = sum(instruction.startswith(conversions) for instruction in loop)
@@ -188,7 +189,7 @@ def test_ways_to_share_and_merge_compile_without_spills(
 
 def assert_counts_after_its_results(kernel: CompiledKernel) -> None:
     """Asserts that all threads' results are in memory before a program counts itself, and read after it."""
-    names = [name for name, _ in INSTRUCTION.findall(kernel.code)]
+    names = [instruction.opcode for instruction in parse(kernel.code)]
     (counted,) = (place for place, name in enumerate(names) if name.startswith("ATOMG"))
     before, after = names[:counted], names[counted:]
     stored = max(place for place, name in enumerate(before) if name.startswith("STG"))

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import pytest
+from compiling import hot_loop
 
 from palladion import matmul, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.compiler import CompiledKernel
-from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, bytes_awaited, parse
+from palladion.benchmarks.static.gpu.sass import bytes_awaited
 from palladion.kernels.gpu_rows import LOAD_BYTES
 from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.matmul.triton import call as dense_triton
@@ -47,11 +48,6 @@ LOOPS: dict[str, tuple[str, int, str, dict[str, Any], int, float, float]] = {
     "float8-e5m2": ("float8_e5m2", 1, "qkv", {}, 80, 3.9, 0.9),
 }
 """Limits a few percent above the counts. An H200 has time for 7.2 instructions a byte, 3.6 of them on integers."""
-
-
-def hot_loop(kernel: CompiledKernel) -> list[Instruction]:
-    """Returns the instructions of the longest loop."""
-    return max((list(instructions) for loop, instructions in by_loop(parse(kernel.code)) if loop), key=len)
 
 
 def assert_streams(kernel: CompiledKernel, channels: int, bytes_of_others: int) -> Counter[str]:
