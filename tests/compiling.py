@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+import jax
+
 from palladion.benchmarks.static.gpu.compiler import CompiledKernel
 from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
-import jax
 
 SAME_BUT_FOR_SIZES: Final = frozenset(
     {
