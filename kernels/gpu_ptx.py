@@ -1,169 +1,117 @@
-"""Instructions of NVIDIA GPUs that Pallas has no operation for, written as PTX.
+"""Byte instructions of NVIDIA GPUs that Pallas has no operation for: `prmt` and `dp4a`.
 
-A program is a few lines of PTX. Compiled kernels contain it as inline assembly; interpreted kernels evaluate the same
-lines one by one, so that tests without a GPU check what a GPU executes. To Triton a program is one operation, which
-keeps its compile time down (some of its passes are quadratic in the operations). NVIDIA's assembler sees the single
-instructions: it reorders them freely and merges instructions that several programs have in common.
+Compiled kernels contain them as inline assembly. In interpreted kernels the same functions compute what the PTX manual
+defines, so that tests on a CPU check the operands that a GPU gets.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-NAME: Final = re.compile(r"(?<![.\w])[a-z]\w*(?![.\w])")
-"""Name of a register; numbers begin with a digit, and instruction names contain a dot."""
+Word = Any
+"""Four bytes, the lowest first: an int32 array, or a Python integer of 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """PTX instructions on 32-bit registers, executed for each element; the last line computes the result.
-
-    There is one result, because Pallas mistakes several results of inline assembly for one, at least up to jax 0.12.
+class Ptx:
+    """The instructions, for each element of int32 arrays of one shape.
 
     Attributes:
-      lines: instructions, "name result, operand, …"; operands are register names or numbers.
-      inputs: names of the input registers.
+      native: whether they are inline assembly, for a compiled kernel; otherwise jax.numpy computes them.
     """
 
-    lines: tuple[str, ...]
-    inputs: tuple[str, ...]
+    native: bool
 
-    def run(self, *operands: jax.Array, native: bool) -> jax.Array:
-        """Returns the result for every element, int32.
+    def prmt(self, low: Word, high: Word, selector: Word) -> jax.Array:
+        """Selects four of the eight bytes of two words.
 
         Args:
-          operands: inputs, int32 or float32, with shapes that broadcast.
-          native: whether the kernel is compiled for an NVIDIA GPU; otherwise the instructions are evaluated.
+          low: bytes 0 to 3.
+          high: bytes 4 to 7.
+          selector: the index of a byte in each of its four lowest hexadecimal digits, the lowest first. With 8 added,
+            all bits of the selected byte are its sign.
         """
-        registers = dict(zip(self.inputs, operands, strict=True))
-        return self._assemble(registers) if native else self._evaluate(registers)
+        if self.native:
+            return _assemble("prmt.b32", low, high, selector)
+        if isinstance(selector, int):
+            table = [_bytes(word)[..., place] for word in (low, high) for place in range(4)]
+            places = [selector >> (4 * place) & 15 for place in range(4)]
+            picked = [_sign(table[place & 7]) if place & 8 else table[place & 7] for place in places]
+            return jax.lax.bitcast_convert_type(jnp.stack(jnp.broadcast_arrays(*picked), axis=-1), jnp.int32)
+        digits = jnp.stack([selector >> (4 * place) & 15 for place in range(4)], axis=-1)
+        eight = jnp.concatenate(jnp.broadcast_arrays(_bytes(low), _bytes(high)), axis=-1)
+        is_selected = (digits & 7)[..., None] == jax.lax.broadcasted_iota(jnp.int32, (8,), 0)
+        selected = jnp.sum(jnp.where(is_selected, eight[..., None, :], 0), axis=-1, dtype=jnp.uint8)
+        return jax.lax.bitcast_convert_type(jnp.where(digits >= 8, _sign(selected), selected), jnp.int32)
 
-    def _assemble(self, inputs: dict[str, jax.Array]) -> jax.Array:
-        shape = jnp.broadcast_shapes(*(operand.shape for operand in inputs.values()))
-        placeholders = {name: f"${number}" for number, name in enumerate(inputs, 1)}
-        lines = [NAME.sub(lambda match: placeholders.get(match[0], match[0]), line) for line in self.lines]
-        results = [_parse(line)[1] for line in self.lines]
-        # The result may share a register with an input, so it is written after the last read.
-        text = f"{{ .reg .b32 {', '.join(dict.fromkeys(results))}; {'; '.join(lines)}; mov.b32 $0, {results[-1]}; }}"
-        (result,) = plgpu.elementwise_inline_asm(
-            text,
-            args=[jnp.broadcast_to(operand, shape) for operand in inputs.values()],
-            constraints=",".join(
-                ["=r"] + ["f" if operand.dtype == jnp.float32 else "r" for operand in inputs.values()]
-            ),
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
+    def dp4a(self, first: jax.Array, second: jax.Array, total: Word, *, signed: tuple[bool, bool]) -> jax.Array:
+        """Adds the products of four pairs of bytes to a total, in int32.
+
+        Args:
+          first: four bytes.
+          second: four bytes.
+          total: an int32.
+          signed: whether the bytes of `first`, and of `second`, are signed.
+        """
+        if self.native:
+            types = ".".join("s32" if has_sign else "u32" for has_sign in signed)
+            return _assemble(f"dp4a.{types}", first, second, total)
+        kinds = [jnp.int8 if has_sign else jnp.uint8 for has_sign in signed]
+        factors = [_bytes(word, kind).astype(jnp.int32) for word, kind in zip((first, second), kinds, strict=True)]
+        return jnp.sum(factors[0] * factors[1], axis=-1) + total
+
+    def together(self, loaded: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns its arguments unchanged, and issues all of their loads before the first result is used.
+
+        By default NVIDIA's assembler places many loads right before their use, to save registers: threads then wait for
+        memory again and again with a few loads in flight. It moves no load over a barrier. A barrier of one warp, whose
+        threads run in lockstep anyway, takes no time, and as an operation on what was loaded it comes after the loads.
+
+        Args:
+          loaded: int8 arrays of one shape, four elements of a thread side by side.
+        """
+        if not self.native:
+            return list(loaded)
+        first, *rest = loaded
+        (first,) = plgpu.elementwise_inline_asm(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            args=loaded,
+            constraints=",".join(["=r", *["r"] * len(loaded)]),
+            pack=4,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, first.dtype)],
         )
-        return result
-
-    def _evaluate(self, inputs: dict[str, jax.Array]) -> jax.Array:
-        registers: dict[str, Any] = dict(inputs)
-        result = ""
-        for line in self.lines:
-            name, result, operands = _parse(line)
-            values = [registers[operand] if NAME.match(operand) else _constant(operand) for operand in operands]
-            registers[result] = INSTRUCTIONS[name](*values)
-        last = registers[result]
-        return last if last.dtype == jnp.int32 else jax.lax.bitcast_convert_type(last, jnp.int32)
+        return [first, *rest]
 
 
-def _parse(line: str) -> tuple[str, str, list[str]]:
-    """Returns the name of an instruction, its result register and its operands."""
-    name, registers = line.split(" ", 1)
-    result, *operands = registers.split(", ")
-    return name, result, operands
+def _assemble(instruction: str, *operands: Word) -> jax.Array:
+    """Returns the result of an instruction; Python integers become constants of it."""
+    arrays = [operand for operand in operands if not isinstance(operand, int)]
+    arrays = jnp.broadcast_arrays(*arrays)
+    names = iter(range(1, len(arrays) + 1))
+    text = ", ".join(f"{operand:#x}" if isinstance(operand, int) else f"${next(names)}" for operand in operands)
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{instruction} $0, {text};",
+        args=arrays,
+        constraints=",".join(["=r", *["r"] * len(arrays)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arrays[0].shape, jnp.int32)],
+    )
+    return result
 
 
-def _constant(text: str) -> int:
-    """Returns the bits of a constant as an int32; 0f introduces the bits of a float32."""
-    bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
-    return bits - (bits >> 31 << 32)
-
-
-def _float(register: Any) -> jax.Array:
-    """Returns the bits of a register as a float32."""
-    bits = jnp.int32(register) if isinstance(register, int) else register
-    return bits if bits.dtype == jnp.float32 else jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _prmt(low: Any, high: Any, selector: Any) -> jax.Array:
-    """Evaluates `prmt`, which selects four of the eight bytes of two words.
-
-    Each hexadecimal digit of the selector, the lowest first, is the index of a byte; with 8 added, all bits of the
-    result's byte are the sign of the selected byte.
-    """
-    if isinstance(selector, int) and not selector & 0x8888:
-        table = [_bytes(word, jnp.uint8)[..., byte] for word in (low, high) for byte in range(4)]
-        selected = jnp.stack([table[(selector >> (4 * digit)) & 7] for digit in range(4)], axis=-1)
-        return jax.lax.bitcast_convert_type(selected, jnp.int32)
-    digits = jnp.stack([jnp.int32(selector) >> (4 * digit) & 15 for digit in range(4)], axis=-1)
-    eight_bytes = jnp.concatenate([_bytes(low, jnp.uint8), _bytes(high, jnp.uint8)], axis=-1).astype(jnp.int32)
-    is_selected = (digits & 7)[..., None] == jax.lax.broadcasted_iota(jnp.int32, (8,), 0)
-    selected = jnp.sum(jnp.where(is_selected, eight_bytes[..., None, :], 0), axis=-1)
-    selected = jnp.where(digits >= 8, -(selected >> 7), selected)
-    return jax.lax.bitcast_convert_type(selected.astype(jnp.uint8), jnp.int32)
-
-
-def _dp4a(dtypes: tuple[Any, Any], first: jax.Array, second: Any, total: Any) -> jax.Array:
-    """Evaluates `dp4a`, which adds the products of four pairs of bytes to a total, in int32."""
-    factors = [_bytes(word, dtype).astype(jnp.int32) for word, dtype in zip((first, second), dtypes, strict=True)]
-    return jnp.sum(factors[0] * factors[1], axis=-1) + total
-
-
-def _xor(word: jax.Array, mask: Any) -> jax.Array:
-    return word ^ jnp.int32(mask)
-
-
-def _shr_u32(word: jax.Array, bits: Any) -> jax.Array:
-    return jax.lax.shift_right_logical(word, jnp.int32(bits))
-
-
-def _bytes(word: Any, dtype: DTypeLike) -> jax.Array:
+def _bytes(word: Word, dtype: DTypeLike = jnp.uint8) -> jax.Array:
     """Returns the bytes of words, `[..., 4]`, the lowest first."""
-    return jax.lax.bitcast_convert_type(jnp.int32(word), dtype)
+    bits = jnp.int32(word - (word >> 31 << 32)) if isinstance(word, int) else word
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def _cvt_rni(number: jax.Array) -> jax.Array:
-    """Evaluates `cvt.rni`, which rounds to the nearest integer, ties to even."""
-    return jnp.round(number).astype(jnp.int32)
-
-
-def _mul(first: Any, second: Any) -> jax.Array:
-    return _float(first) * _float(second)
-
-
-def _add(first: Any, second: Any) -> jax.Array:
-    return _float(first) + _float(second)
-
-
-def _fma(first: Any, second: Any, third: Any) -> jax.Array:
-    """Evaluates `fma`, which a GPU rounds once and this function may round twice."""
-    return _float(first) * _float(second) + _float(third)
-
-
-INSTRUCTIONS: Final[dict[str, Callable[..., jax.Array]]] = {
-    "abs.f32": jnp.abs,
-    "add.f32": _add,
-    "fma.rn.f32": _fma,
-    "mul.f32": _mul,
-    "max.NaN.f32": jnp.maximum,
-    "prmt.b32": _prmt,
-    "or.b32": jnp.bitwise_or,
-    "xor.b32": _xor,
-    "shr.u32": _shr_u32,
-    "cvt.rni.s32.f32": _cvt_rni,
-    "dp4a.s32.s32": functools.partial(_dp4a, (jnp.int8, jnp.int8)),
-    "dp4a.s32.u32": functools.partial(_dp4a, (jnp.int8, jnp.uint8)),
-    "dp4a.u32.s32": functools.partial(_dp4a, (jnp.uint8, jnp.int8)),
-    "dp4a.u32.u32": functools.partial(_dp4a, (jnp.uint8, jnp.uint8)),
-}
-"""Evaluation of each instruction, as the PTX manual defines it, by its name."""
+def _sign(byte: jax.Array) -> jax.Array:
+    """Returns a byte of 255 for each negative byte, and of 0 for the others."""
+    return (byte >> 7) * jnp.uint8(0xFF)

@@ -1,126 +1,215 @@
-"""Tiling of a product of one or a few rows on a GPU, without tensor cores.
+"""Products of one to four rows of activations and a weight `[out, in]` on a GPU, without tensor cores.
 
-A program computes a block of channels over all of `in`, so that it has whole sums and no second launch adds them up. A
-thread reads chunks of up to 16 rows of the weight, 16 bytes of channels wide; neighbouring threads share a row, and the
-other threads of the program read other chunks at the same time.
+    y[r, o] = sum_i x[r, i] * w[o, i]        result = finish(y)
 
-              channels ->
-    in    ┌────────┬────────┐
-     |    │ thread │ thread │  a chunk: consecutive rows
-     v    ├────────┼────────┤
-          │ thread │ thread │  `lanes`: chunks that the program reads at the same time
-          └────────┴────────┘
+             in ->
+    out      ┌────────┬────────┬───┬────────┬────────┬───┬─      A thread reads 16 bytes of a channel at a time, a warp
+     |       │thread 0│thread 1│ … │thread 0│thread 1│ … │       512 bytes that lie side by side: whole cache lines.
+     v       ├────────┼────────┼───┼────────┼────────┼───┼─      It takes the same place along `in` in all channels of
+             │thread 0│thread 1│ … │thread 0│thread 1│ … │       the block: what it makes of x there serves all of them.
+             └────────┴────────┴───┴────────┴────────┴───┴─
+              trip 0                trip 1
+
+Grid: (blocks of channels). A program has a block of channels (of gates and of ups, where gated) and all of `in`, so its
+sums are complete and no second launch adds up splits. In registers: 16 bytes of each channel, x in the form that meets
+them, and a float32 sum for each row and channel. At the end threads are added up, once.
+
+A `Weight` says how a thread reads its share of a channel and multiplies it; `quantized_matmul` and `matmul` have one.
+
+Bound by memory as long as a byte of the weight takes fewer instructions than the GPU has time for: an H200 issues about
+7 for a thread and byte, 3.6 of them on integers.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels.devices import target_gpu
-from palladion.kernels.types import Interpret
+from palladion.kernels.devices import gpu_to_plan_for
+from palladion.kernels.linear import LinearProblem
+from palladion.kernels.types import Ref
 
-CHUNK_ROWS: Final = 16
-"""Loads that a thread has in flight, with up to eight warps: 64 KiB per multiprocessor."""
+MAX_ROWS: Final = 4
+"""Most rows of x: with more, tensor cores take less time."""
 
 LOAD_BYTES: Final = 16
-"""Bytes of one load of a thread."""
+"""Bytes of a channel that a thread reads at a time."""
 
 WARP: Final = 32
 """Threads of a warp."""
 
-REGISTERS: Final = 65536
-"""32-bit registers of a multiprocessor."""
+ENOUGH_BYTES: Final = 40 * 1024
+"""Bytes of loads of a multiprocessor that keep the memory busy. An H200 needs 29 KiB (4.8 TB/s times 0.8 µs), and the
+assembler issues about two thirds of a program's loads before it waits for the first."""
 
-MAX_WARPS: Final = 16
-"""Warps per multiprocessor that suffice to keep memory busy: they too have 64 KiB in flight."""
-
-MIN_WARPS: Final = 2
-"""Fewest warps per program, if there are chunks for them, however many programs a multiprocessor has."""
+MAX_WARPS: Final = 8
+"""Most warps of a program that `warps_for` returns; a few thousand weights along `in` keep no more of them busy."""
 
 
-def lanes(block_bytes: int, num_warps: int) -> int:
-    """Returns the chunks that a program reads at the same time.
+class Share(NamedTuple):
+    """The weights of a channel that the threads of a program read in one trip.
+
+    Attributes:
+      first: index of the first thread's share, among all shares along `in`.
+      threads: threads of the program.
+      in_features: weights of a channel.
+      ragged: whether the shares of some trip lie beyond the end of `in`.
+    """
+
+    first: jax.Array
+    threads: int
+    in_features: int
+    ragged: bool
+
+    def starts(self, per_thread: int) -> jax.Array:
+        """Returns where each thread's share begins, `[threads]`, if a share has `per_thread` places."""
+        return (self.first + jnp.arange(self.threads, dtype=jnp.int32)) * per_thread
+
+    def places(self, per_thread: int, run: int, offset: int = 0) -> jax.Array:
+        """Returns `run` places side by side of each share, from its place `offset` on: `[threads * run]`."""
+        place = jnp.arange(self.threads * run, dtype=jnp.int32)
+        if run == per_thread:
+            return self.first * per_thread + place
+        thread, inside = jax.lax.div(place, jnp.int32(run)), jax.lax.rem(place, jnp.int32(run))
+        return (self.first + thread) * per_thread + inside + offset
+
+    def exist(self, places: jax.Array, end: int) -> jax.Array | None:
+        """Returns which places come before the end; None for all of them."""
+        return places < end if self.ragged else None
+
+
+class Weight(Protocol):
+    """A weight as threads read and multiply it."""
+
+    @property
+    def per_thread(self) -> int:
+        """Weights of a channel that a thread multiplies in a trip, in one or more runs."""
+
+    @property
+    def run(self) -> int:
+        """Weights of a run, which meet numbers of x that lie side by side."""
+
+    def load(self, share: Share, channels: Sequence[jax.Array]) -> Sequence[Any]:
+        """Loads the threads' shares of channels, all of them before the first is used."""
+
+    def operand(self, runs: Sequence[jax.Array]) -> Any:
+        """Returns a row of x, float32 `[threads * run]` for each run, in the form that weights are multiplied by."""
+
+    def products(self, loaded: Any, operands: Sequence[Any]) -> list[jax.Array]:
+        """Returns for each row the sum of a thread's products, float32 `[threads]`."""
+
+
+Finish = Callable[[int, list[jax.Array], jax.Array, jax.Array | None], jax.Array]
+"""Makes the result `[block_out]` of a row, the products of its parts, the channels, and the mask of real channels."""
+
+
+def multiply(
+    x: Ref, out: Ref, weight: Weight, finish: Finish, *, problem: LinearProblem, block_out: int, num_warps: int
+) -> None:
+    """Computes a block of channels.
 
     Args:
-      block_bytes: bytes of a row of the program's block.
-      num_warps: warps per program.
+      x: `[rows, in]`.
+      out: `[rows, result_features]`.
+      weight: the weight.
+      finish: what becomes of the products.
+      problem: what is computed.
+      block_out: channels of the block.
+      num_warps: warps of the program.
     """
-    return max(1, WARP * num_warps * LOAD_BYTES // block_bytes)
+    p, threads = problem, WARP * num_warps
+    step = threads * weight.per_thread
+    ragged = p.in_features % step != 0
+    first = pl.program_id(0) * block_out
+    numbers = [first + place for place in range(block_out)]
+    if p.result_features % block_out:
+        numbers = [jnp.minimum(number, p.result_features - 1) for number in numbers]
+    channels = [number + part * p.result_features for part in range(p.parts) for number in numbers]
+
+    def trip(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        share = Share(index * threads, threads, p.in_features, ragged)
+        loaded = weight.load(share, channels)
+        operands = [weight.operand(_read_x(x, m, share, weight)) for m in range(p.rows)]
+        products = [product for one in loaded for product in weight.products(one, operands)]
+        return tuple(total + product for total, product in zip(sums, products, strict=True))
+
+    zeros = (jnp.zeros(threads, jnp.float32),) * (len(channels) * p.rows)
+    sums = jax.lax.fori_loop(0, pl.cdiv(p.in_features, step), trip, zeros)
+    channel = first + jnp.arange(block_out, dtype=jnp.int32)
+    real = None if p.result_features % block_out == 0 else channel < p.result_features
+    for m in range(p.rows):
+        of_row = sums[m :: p.rows]
+        parts = [of_row[part * block_out : (part + 1) * block_out] for part in range(p.parts)]
+        result = finish(m, [jnp.sum(_side_by_side(part), axis=0) for part in parts], channel, real)
+        plgpu.store(out.at[m, channel], result.astype(out.dtype), mask=real)
 
 
-def chunk_rows(num_warps: int, parts: int) -> int:
-    """Returns the most rows of a chunk, a power of two; with more than eight warps a thread has fewer registers.
+def _read_x(x: Ref, m: int, share: Share, weight: Weight) -> list[jax.Array]:
+    places = [share.places(weight.per_thread, weight.run, offset) for offset in range(0, weight.per_thread, weight.run)]
+    return [read(x, (m, place), share.exist(place, share.in_features)) for place in places]
+
+
+def load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+    """Returns what is stored, 0 where masked."""
+    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+
+
+def read(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+    """Returns numbers of any dtype as float32, 0 where masked."""
+    values = load(ref, place, mask)
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        values = values.astype(jnp.int32)
+    return values.astype(jnp.float32)
+
+
+def columns(x: jax.Array, count: int) -> list[jax.Array]:
+    """Returns an array `[n * count]` as `count` arrays `[n]`, the columns of `[n, count]`; a power of two of them.
+
+    Elements of a thread stay with it: Triton moves none of them.
+    """
+    if count == 1:
+        return [x]
+    even, odd = (columns(half, count // 2) for half in jnp.unstack(x.reshape(-1, 2), axis=-1))
+    return [column for pair in zip(even, odd, strict=True) for column in pair]
+
+
+def _side_by_side(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Returns arrays `[n]` as the columns of one array; a power of two of them."""
+    if len(arrays) == 1:
+        return arrays[0][:, None]
+    halves = [_side_by_side(arrays[start::2]) for start in range(2)]
+    return jnp.stack(halves, axis=-1).reshape(-1, len(arrays))
+
+
+def add_up(terms: Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum of arrays, added one after the other."""
+    return functools.reduce(operator.add, terms)
+
+
+def block_for(problem: LinearProblem, block_out: int) -> int:
+    """Returns `block_out`, or fewer channels if some multiprocessor had none: a power of two like `block_out`."""
+    while block_out > 1 and pl.cdiv(problem.result_features, block_out) < gpu_to_plan_for().multiprocessors:
+        block_out //= 2
+    return block_out
+
+
+def warps_for(problem: LinearProblem, per_thread: int) -> int:
+    """Returns warps of a program: the fewest that keep the memory busy, as long as each has weights to read.
 
     Args:
-      num_warps: warps per program.
-      parts: products per result, two if gated; each has a chunk of that many rows.
+      problem: what is computed.
+      per_thread: weights that a thread multiplies in a trip.
     """
-    return (CHUNK_ROWS if num_warps <= MAX_WARPS // 2 else CHUNK_ROWS // 2) // parts
-
-
-def busiest(channels: int, block: int, multiprocessors: int) -> int:
-    """Returns the channels of the multiprocessor that has the most, for blocks of a given width."""
-    return block * pl.cdiv(pl.cdiv(channels, block), multiprocessors)
-
-
-def even_block(channels: int, blocks: Sequence[int], multiprocessors: int, enough: float) -> int:
-    """Returns the widest block that spreads channels evenly enough over the multiprocessors.
-
-    Args:
-      channels: channels of the result.
-      blocks: block widths to choose from, the widest first.
-      multiprocessors: number of multiprocessors.
-      enough: accepted ratio of the busiest multiprocessor's channels to the fewest that any of the blocks gives it.
-    """
-    most_channels = {block: busiest(channels, block, multiprocessors) for block in blocks}
-    return next(block for block, most in most_channels.items() if most <= enough * min(most_channels.values()))
-
-
-def warps_for(trips: Callable[[int], int], programs: int, registers: int) -> int:
-    """Returns the most warps per program that all have chunks and let all programs of a multiprocessor be resident.
-
-    Args:
-      trips: returns the loop iterations that a number of warps takes.
-      programs: programs per multiprocessor.
-      registers: registers per thread, approximately.
-    """
-    most = min(REGISTERS // (WARP * registers), MAX_WARPS) // programs
-    num_warps = 1
-    while trips(num_warps) > 1 and (num_warps < MIN_WARPS or 2 * num_warps <= most):
-        num_warps *= 2
-    return num_warps
-
-
-def for_nvidia(interpret: Interpret) -> bool:
-    """Returns whether a kernel is compiled for an NVIDIA GPU, so that it may contain PTX."""
-    return not interpret and target_gpu() is not None
-
-
-def together(loaded: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns its arguments unchanged, and forces all loads to be issued before the first result is used.
-
-    By default NVIDIA's assembler places each load right before its use, to save registers: a thread then waits for
-    memory repeatedly, with two loads in flight instead of 16. The assembler does not move loads over a barrier. A
-    barrier of one warp, whose threads run in lockstep anyway, takes no time, and as an operation on loaded numbers it
-    stays after the loads. The assembler drops it if no load follows in the loop: load something small after it.
-    """
-    first, *rest = loaded
-    per_register = 4 // first.dtype.itemsize
-    (first,) = plgpu.elementwise_inline_asm(
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
-        args=loaded,
-        constraints=",".join(["=r"] + ["r"] * len(loaded)),
-        pack=per_register,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, first.dtype)],
-    )
-    return [first, *rest]
-
-
-def inverse_root(squares: jax.Array, features: int, eps: float) -> jax.Array:
-    """Returns the factor of RMS normalization, given the sum of a row's squares."""
-    return jax.lax.rsqrt(squares / features + eps)
+    warps, wanted = 1, ENOUGH_BYTES * gpu_to_plan_for().multiprocessors
+    while warps < MAX_WARPS and warps * WARP * per_thread < problem.in_features:
+        if problem.out_features * warps * WARP * LOAD_BYTES >= wanted:
+            break
+        warps *= 2
+    return warps

@@ -51,7 +51,7 @@ def matmul(case: MatmulCase, **options: Any) -> Compilable:
     def call(inputs: Any) -> Any:
         return quantized_matmul(**inputs._asdict(), **options)
 
-    return call, (case.shapes(),)
+    return call, (dataclasses.replace(case, order="out_in").shapes(),)
 
 
 def dense(case: DenseCase) -> Compilable:
@@ -183,13 +183,14 @@ def test_codes_become_operands_in_few_instructions(
 
 
 FORMS = [
-    # Cases, and what their configs change: a second sequence, more of them than a warp has threads, many rows.
+    # Among them: more sequences than a program has threads, many rows, more than one tile of features.
     ("llama-3-8b", {}, {"merge": "last"}, 90),
     ("llama-3-8b-32k", {}, {"merge": "last"}, 90),
     ("llama-3-8b-paged-int8", {}, {"merge": "last"}, 80),
     ("llama-3-8b-paged-int8", {}, {"merge": "last"}, 100),
     ("llama-3-8b", {"batch": 256, "max_len": 1024}, {"merge": "last"}, 90),
     ("llama-3-8b", {"batch": 1000, "max_len": 1024}, {}, 90),
+    ("llama-3-8b", {"batch": 4096, "max_len": 1024}, {}, 90),
     ("llama-3-8b-float8", {}, {"balanced": False, "num_warps": 2}, 90),
     ("llama-3-8b-prefill", {"batch": 2}, {"merge": "last", "balanced": True}, 90),
     ("head-dim-192", {}, {"merge": "last"}, 90),
@@ -257,7 +258,7 @@ def test_configs_that_the_tuner_leaves_out_exceed_shared_memory():
         vector = matmul_triton.space(dataclasses.replace(product, rows=1).problem())
     assert space.start in space
     for num_stages, there in ((4, True), (5, False)):
-        config = dataclasses.replace(space.start, block_out=256, tile=256, num_stages=num_stages)
+        config = dataclasses.replace(space.start, block_out=256, tile=256, num_warps=8, num_stages=num_stages)
         known = matrix_blocks.loaded_bytes(product.problem(), config)
         assert (config in space) == there == (known <= most)
         function, arguments = matmul(product, config=config)

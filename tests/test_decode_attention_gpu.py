@@ -286,6 +286,31 @@ def test_codes_are_operands_exactly():
             np.testing.assert_array_equal(became, np.asarray(stored, np.float64))
 
 
+def test_the_ptx_that_converts_int8_is_exact():
+    """Evaluates the instructions of PTX, which only compiled kernels execute, for every code."""
+    codes = np.arange(256, dtype=np.uint8).view(np.int8)
+    registers: dict[str, Any] = {"$2": codes.view(np.uint32)}  # four codes in each word
+    for line in gpu_products.INT8_TO_FLOAT16.strip("{} \n").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        result, *operands = rest.split(", ")
+        values = [registers[one] if one in registers else np.uint32(int(one, 0)) for one in operands if name[0] != "."]
+        if name == "xor.b32":
+            registers[result] = values[0] ^ values[1]
+        elif name == "mov.b32":
+            registers[result] = np.full(64, values[0])
+        elif name == "prmt.b32":
+            words = np.stack(np.broadcast_arrays(*values[:2]), axis=1).astype(np.uint32).view(np.uint8)  # [64, 8]
+            chosen = [int(values[2]) >> (4 * digit) & 7 for digit in range(4)]
+            registers[result] = np.ascontiguousarray(words[:, chosen]).view(np.uint32)[:, 0]
+        elif name == "sub.f16x2":
+            first, second = (np.ascontiguousarray(value).view(np.float16) for value in values)
+            registers[result] = (first - second).view(np.uint32)
+        else:
+            assert name in ("", ".reg"), name
+    pairs = [registers[result].view(np.float16).reshape(64, 2) for result in ("$0", "$1")]
+    np.testing.assert_array_equal(np.concatenate(pairs, axis=1).reshape(256), codes)
+
+
 # --- What is chosen for a GPU ---
 
 
@@ -320,6 +345,33 @@ def test_one_sequence_fills_the_chip(gpu: str, max_len: int, monkeypatch: pytest
     busiest = -(-programs // chip.multiprocessors) * -(-blocks // config.splits)
     assert programs >= chip.multiprocessors * 0.95
     assert 8 * blocks / chip.multiprocessors / busiest > 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "programs"),
+    [
+        # As an H200 measured it: two programs of a 16-bit cache use its whole bandwidth, two of codes half of it.
+        ("llama-3-8b", {"max_len": 8192}, 2),
+        ("llama-3-8b-32k", {"max_len": 8192}, 2),
+        ("llama-3-8b-int8", {}, 4),
+        ("llama-3-8b-float8", {}, 4),
+        ("llama-3-8b-paged-int8", {"batch": 1}, 4),
+    ],
+)
+def test_programs_of_a_multiprocessor(
+    name: str, changes: dict[str, int], programs: int, monkeypatch: pytest.MonkeyPatch
+):
+    chip = gpus()["h200"]
+    monkeypatch.setattr(triton, "gpu_to_plan_for", lambda: chip)
+    problem: Any = dataclasses.replace(MODELS[name], **changes).problem()
+    config = triton.heuristic(problem)
+    resident = problem.batch * problem.kv_heads * config.splits / chip.multiprocessors
+    assert programs * 0.95 < resident <= programs
+    assert programs * triton.loaded_bytes(problem, config) <= chip.shared_bytes
+    # Sequences differ in length, as a rule. A single one, and windows, leave nothing to balance; prompts gain little.
+    assert config.balanced == (problem.batch > 1)
+    for changed in ({"sliding_window": 1024}, {"q_len": 512}):
+        assert not triton.heuristic(dataclasses.replace(problem, **changed)).balanced
 
 
 def target(kind: str) -> Any:

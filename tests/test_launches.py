@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from palladion import append_kv, quantize, quantized_matmul
+from palladion import append_kv, decode_attention, quantize, quantized_matmul
 from palladion.benchmarks.commands import launches, main
 from palladion.benchmarks.measure import model_shapes as models
 from palladion.benchmarks.measure.decode_steps import TINY
@@ -20,6 +20,9 @@ from palladion.benchmarks.measure.timing import calls_of
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.kernels.decode_attention import Inputs
+from palladion.kernels.decode_attention import cases as attention_cases
+from palladion.kernels.decode_attention.triton import call as attention_triton
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.sampling import Sampling
 from palladion.reference import KVCache
@@ -69,7 +72,7 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
     x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
     program = gpu_program.compile_program(lambda x, w: quantized_matmul(x, w, backend="pallas"), x, w, arch=arch)
     (launch,) = program.launches
-    assert launch.name.startswith("quantized_matmul_vector")
+    assert launch.name.startswith("quantized_matmul_few_rows")
     assert launch.shared <= 1024
 
 
@@ -78,7 +81,8 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
     ("name", "case", "kernels"),
     [
         ("decode_attention", "llama-3-8b", ("decode_attention_r16", "decode_attention_merge")),
-        ("quantized_matmul", "llama-3-8b-qkv-1-int8", ("quantized_matmul_vector",)),
+        ("decode_attention", "llama-3-8b-int8", ("decode_attention_r16", "decode_attention_merge")),
+        ("quantized_matmul", "llama-3-8b-qkv-1-int8", ("quantized_matmul_few_rows",)),
         ("append_kv", "llama-3-8b", ("append_kv",)),
         ("append_qkv", "llama-3-8b", ("append_qkv",)),
     ],
@@ -98,6 +102,29 @@ def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: 
     assert program.aliased_bytes >= 0.999 * 2 * sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated)
     )
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "arch"), [("llama-3-8b", 90), ("llama-3-8b-paged-int8", 80), ("llama-3-8b-int8", 100)]
+)
+def test_counters_of_the_last_program_are_filled_before_the_first_layer(name: str, arch: int):
+    """Merging in the same launch leaves one launch a call, and counters wait for nothing that a call computes."""
+    case = next(case for case in attention_cases.MODELS if case.name == name)
+    with gpu_compiler.tracing_for(arch):
+        config = dataclasses.replace(attention_triton.heuristic(case.problem()), merge="last")
+
+    def layers(inputs: Inputs) -> jax.Array:
+        for _ in range(3):
+            q = decode_attention(**inputs._asdict(), **case.options, backend="pallas", config=config)
+            inputs = inputs._replace(q=q)
+        return inputs.q
+
+    program = gpu_program.compile_program(layers, case.shapes(), arch=arch)
+    names = [launch.name for launch in program.launches]
+    assert [name.startswith("decode_attention_r16") for name in names[-3:]] == [True] * 3, names
+    assert 1 <= len(names) - 3 <= 3, names
+    assert not any("attention" in name for name in names[:-3]), names
 
 
 @needs_plugin

@@ -32,8 +32,6 @@ from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer, dequantizers
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
-from palladion.kernels.quantized_matmul.triton import codes as gpu_codes
-from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, order_of_platform, unpack_codes
@@ -218,65 +216,28 @@ def test_the_memory_is_kept_busy(name: str, chip: str, least: float, examiner: E
     [
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=8, block_out=128, block_in=384, chunk=128, dequantizer="float32")),
         ("mosaic_tpu", mosaic_tpu.Config(block_rows=32, block_out=256, block_in=192, chunk=64, dequantizer="float32")),
-        ("triton", triton.Config("vector", block_rows=3, block_out=128, tile=32, splits=3, num_warps=1)),
     ],
 )
 @pytest.mark.parametrize("name", ["int4-group", "int8-minimums", "gated"])
 def test_every_config_gives_the_same(backend: str, config: Any, name: str):
-    if isinstance(config, triton.Config) and config.form == "vector" and TESTS[name].rows > gpu_vector.MAX_ROWS:
-        pytest.skip("the vector form is for few rows")
     case, (inputs, reference, exact) = TESTS[name], expected(name)
     call = functools.partial(quantized_matmul, **case.options, backend=backend, config=config, interpret=True)
+    inputs = inputs._replace(w=inputs.w.with_order(ORDER_OF[backend]))
     result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
     assert_right(result, reference, exact, f"{config}")
 
 
-@pytest.mark.parametrize(
-    ("rows", "form"),
-    [(1, "vector"), (4, "vector")] + [(rows, "tensor_core") for rows in (1, 2, 15, 16, 17, 64, 65, 300)],
-)
-def test_any_number_of_rows_on_a_gpu(rows: int, form: str):
-    """Around the blocks of each form; channels and `in` divide no block, and shares of `in` are not equal."""
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 65, 300])
+def test_any_number_of_rows_on_a_gpu(rows: int):
+    """Around the blocks; channels and `in` divide no block, and shares of `in` are not equal."""
     scheme = "int8" if rows % 2 else "int4-g32"
     case = Case(name="rows", rows=rows, in_features=160, out_features=88, scheme=scheme)
-    if form == "vector":
-        config = triton.Config("vector", block_rows=rows, block_out=64, tile=32, splits=2, num_warps=1)
-    else:
-        block_rows = min(max(16, pl.next_power_of_2(rows)), 64)
-        config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
+    block_rows = min(max(16, pl.next_power_of_2(rows)), 64)
+    config = triton.Config("tensor_core", block_rows=block_rows, block_out=64, tile=32, splits=2)
     inputs = cases.make_inputs(case)
     call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True)
     result = jax.jit(call, compiler_options=QUICKLY)(inputs.x, inputs.w.with_order("out_in"))
     assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{rows} {config}")
-
-
-@pytest.mark.parametrize("name", ["int4-zeros", "mxfp4", "float8-e5m2", "float16"])
-def test_the_vector_form_reads_every_format(name: str):
-    case = dataclasses.replace(TESTS[name], rows=1)
-    inputs = cases.make_inputs(case)
-    config = triton.Config("vector", case.rows, 256, 32, 1, num_warps=1)
-    call = functools.partial(quantized_matmul, backend="triton", config=config, interpret=True, **case.options)
-    result = jax.jit(call, compiler_options=QUICKLY)(**inputs._asdict())
-    assert_right(result, multiply(case, inputs, "xla"), judge(case, inputs), f"{config}")
-
-
-@pytest.mark.parametrize(("format", "operand"), gpu_codes.PAIRS)
-def test_codes_become_floats_by_their_bits(format: str, operand: str):
-    """Every code of a format, and every other one beside it in its word, on either platform."""
-    codes = np.stack([np.arange(256), np.roll(np.arange(256), 77), np.arange(256)[::-1], np.arange(256) ^ 85])
-    word = (codes << np.array([[0], [8], [16], [24]])).sum(axis=0).astype(np.uint32).view(np.int32)
-    scheme, pairs = Scheme.parse(format), gpu_codes.PAIRS[format, operand]
-    for shift in (0, 4, 8, 12) if scheme.packed else (0, 8):
-        stored = codes[[shift // 8, 2 + shift // 8]].astype(np.uint8)
-        stored = (stored >> (shift % 8)) & 15 if scheme.packed else stored.view(np.dtype(CODE_DTYPE[format]))
-        exact = np.asarray(decode_e2m1(stored) if format == "mxfp4" else stored).astype(np.float64)
-        finite = np.isfinite(exact)
-        found = np.stack(gpu_codes.floats(jnp.asarray(word), shift, format, operand, lambda constant: constant))
-        np.testing.assert_array_equal(found.astype(np.float64)[finite], exact[finite])
-        if pairs.times != 1:  # as a GPU does it, with subnormal numbers
-            bits = np.asarray(pairs.bits(jnp.asarray(word), shift, lambda constant: constant)).view(np.uint16)
-            halves = bits.view(np.dtype(operand)).reshape(256, 2).T
-            np.testing.assert_array_equal((halves.astype(np.float64) * pairs.times)[finite], exact[finite])
 
 
 DEQUANTIZERS = [
@@ -537,6 +498,7 @@ def replaced(**changes: Any) -> QuantizedArray:
     return dataclasses.replace(cases.make_inputs(TESTS["int4-group"]).w, **changes)
 
 
+OUT_IN = quantize(jnp.ones((384, 512)), "int4-g32", order="out_in")
 SCALING = mosaic_tpu.Config(8, 128, 384, 128, "words", scales_weights=True)
 
 
@@ -568,7 +530,10 @@ SCALING = mosaic_tpu.Config(8, 128, 384, 128, "words", scales_weights=True)
             {"backend": "mosaic_tpu", "interpret": True, "config": SCALING},
             "config.scales_weights: got True; accepted: False for int4-g32 by words to float32",
         ),
-        ({"backend": "triton", "interpret": True, "config": 7}, "config: got 7; accepted: triton.Config or None"),
+        (
+            {"w": OUT_IN, "backend": "triton", "interpret": True, "config": 7},
+            "config: got 7; accepted: triton.Config or None",
+        ),
     ],
 )
 def test_wrong_calls(arguments: dict[str, Any], message: str):
@@ -598,7 +563,7 @@ SOUND: dict[str, Any] = {"block_rows": 8, "block_out": 128, "block_in": 64, "chu
         (
             triton.Config,
             TENSOR_CORE | {"form": "matrix"},
-            "config.form: got matrix; accepted: 'vector' or 'tensor_core'",
+            "config.form: got matrix; accepted: 'few_rows' or 'tensor_core'",
         ),
     ],
 )
@@ -642,19 +607,18 @@ def test_every_float16_is_decoded():
     np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))
 
 
-@pytest.mark.parametrize(("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", 1), ("triton", 16)])
+@pytest.mark.parametrize(
+    ("backend", "form"), [("xla", None), ("mosaic_tpu", None), ("triton", "few_rows"), ("triton", "tensor_core")]
+)
 @pytest.mark.parametrize(("x", "first"), [(2.0**60, 0), (1.0, 100)])
-def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: int | None, x: float, first: int):
+def test_every_scale_of_mxfp4_is_the_same_on_all_backends(backend: str, form: Any, x: float, first: int):
     """A channel of one group for each byte; a weight of 1 shows its scale times x, and no product underflows."""
     scales = np.arange(256, dtype=np.uint8)
     ones = np.zeros((16, 256), np.uint8)
     ones[0] = 2  # e2m1 of 1, in the low nibble of row 0
     factors = jax.lax.bitcast_convert_type(jnp.asarray(scales)[None], jnp.float8_e8m0fnu)
     w = QuantizedArray(jnp.asarray(ones), factors, None, None, Scheme.parse("mxfp4")).with_order(ORDER_OF[backend])
-    config = None
-    if form is not None:
-        name = "vector" if form == 1 else "tensor_core"
-        config = triton.Config(name, form, 128, 32, 1, num_warps=1)
+    config = None if form is None else triton.Config(form, block_out=16, tile=64, num_warps=1)
     options = {"backend": backend, "config": config, "interpret": None if backend == "xla" else True}
     row = jnp.zeros((1, 32)).at[0, 0].set(x)
     result = np.asarray(jax.jit(functools.partial(quantized_matmul, **options))(row, w), np.float64)[0]

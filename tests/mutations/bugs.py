@@ -233,6 +233,14 @@ MUTATIONS: Final = (
         "The last split goes on past the end of `in` where shares are not equal.",
     ),
     Mutation(
+        "product-gpu-last-program",
+        f"{PRODUCT}/triton/matrix_store.py",
+        "@pl.when(arrived == config.splits - 1)",
+        "@pl.when(arrived == config.splits - 2)",
+        (MATRIX_TESTS, "-k", "last_program"),
+        "Splits are added up by a program that is not the last.",
+    ),
+    Mutation(
         "product-gpu-bias-of-ups",
         f"{PRODUCT}/triton/refs.py",
         "product = product + read(refs.bias, (columns,), real)",
@@ -243,8 +251,8 @@ MUTATIONS: Final = (
     Mutation(
         "matmul-gpu-residual-row",
         "kernels/matmul/triton/kernel.py",
-        "result = result + _read(refs.residual, (m, channel), in_result)",
-        "result = result + _read(refs.residual, (0, channel), in_result)",
+        "result + read(refs.residual, (m, channel), real)",
+        "result + read(refs.residual, (0, channel), real)",
         ("tests/test_matmul.py", "-k", "kernels_are_right or explicit_blocks"),
         "Every row gets the residual of the first.",
     ),

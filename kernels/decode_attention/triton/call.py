@@ -1,14 +1,15 @@
-"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in splits (split-K).
+"""decode_attention on a GPU: attention of a few queries over a long cache, with the cache cut in shares (split-K).
 
-A program has one sequence, one KV head with a block of the query rows that share it (rows = q_len * group, query
-major), and one split, an equal share of the KV blocks that these rows see. It computes their online softmax
-(`online_softmax.py`). A second, small kernel merges the splits' outputs, in float32, by their log-sum-exps; a single
-split is the output itself.
+A program has one KV head with a block of the query rows that share it (rows = q_len * group, query major), and one
+slot: a share of the KV blocks that these rows see in one sequence (`shares.py`). It computes their online softmax
+(`online_softmax.py`). The slots' outputs are merged, in float32, by their log-sum-exps (`merge.py`), in a second launch
+or by the last program; a single slot for each sequence is the output itself.
 
-Grid: (batch, KV heads * row blocks * splits). One decode step has few sequences and heads, and a GPU has many
-multiprocessors, which splits keep busy. A third axis, Triton's last one, is left for `jax.vmap`. The loop runs over
-the KV blocks that are filled and, with a window, visible: its bounds are read from `lengths` on the device. Page
-numbers are read as tokens are loaded, one iteration ahead; nothing is gathered before the kernel.
+Grid: (slots * KV heads * row blocks,), KV heads and row blocks innermost, so that slots without work come last. One
+decode step has few sequences and heads, and a GPU has many multiprocessors, which splits keep busy. Triton's other axes
+are left for `jax.vmap`. The loop runs over the KV blocks that are filled and, with a window, visible: its bounds are
+read from `lengths` on the device. Page numbers are read as tokens are loaded, one iteration ahead; nothing is gathered
+before the kernel.
 
 Resident in registers: q, m, l, acc. Keys and values pass through shared memory in asynchronous copies of 16 bytes, of
 which the compiler keeps `num_stages` blocks in flight. Rows are padded to a power of two of at least 16, the least that
@@ -16,7 +17,7 @@ tensor cores multiply; a head is cut into tiles (`tiles_of`). The layer of a sta
 Pallas computes a wrong one (`offsets_wrap`): there the layer is copied first.
 
 Bound by memory: each number of the cache is read once, for 2 * group * q_len FLOPs. The codes of a one-byte cache are
-converted in registers (`products.py`), in up to 2 instructions each; scales are folded into logits and weights.
+converted in registers (`products.py`), in up to 1.25 instructions each; scales are folded into logits and weights.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK, Merge
 from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
-from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel
+from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
 from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
 from palladion.kernels.decode_attention.triton.rows import tiles_of
-from palladion.kernels.decode_attention.triton.shares import is_balanced, most_slots, slots_of
+from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -73,8 +74,8 @@ START: Final = 1
 MERGE: Final = 2
 """Cost of merging the splits, in iterations."""
 
-SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Splits that the tuner tries: powers of two, and what is between them, where multiprocessors have one program more."""
+SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Splits that the tuner tries, up to a factor of four from the heuristic's."""
 
 FLOATS_FROM: Final = 100
 """Least compute capability where int8 keys become floats: a B300 multiplies integers at a thirtieth of the rate."""
@@ -99,7 +100,7 @@ def heuristic(problem: Problem) -> Config:
     if uses_tensor_cores(p):
         most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
-        # One-byte values also pass through shared memory as bfloat16.
+        # One-byte values also pass through shared memory as float16.
         block_kv = KV_BLOCK_BYTES // (width * 2)
         num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
     else:
@@ -118,11 +119,13 @@ def heuristic(problem: Problem) -> Config:
         and 2 * stage_bytes + operands <= gpu.program_shared_bytes
     )
     integers = gpu.compute_capability < FLOATS_FROM
-    # With a window, sequences see equally much; where a program has one block, there is nothing to share out.
-    balanced = p.batch > 1 and p.sliding_window is None and pl.cdiv(p.max_len, block_kv) > splits
     # Page numbers are read an iteration ahead, unless the conversion of both keys and values leaves no registers.
     paged = p.page_size is not None
     ahead = (deep or paged) and (integers or not (paged and p.has_scales))
+    # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
+    # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
+    one_block_of_rows = rows <= block_rows
+    balanced = p.batch > 1 and p.sliding_window is None and one_block_of_rows and pl.cdiv(p.max_len, block_kv) > splits
     return Config(
         block_kv,
         block_rows,
@@ -164,14 +167,13 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
 def space(problem: Problem) -> Space:
     """Returns what the tuner may try: KV block sizes, splits, how they are shared and merged, warps and stages."""
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
-    blocks = -(-problem.max_len // start.block_kv)
     return Space(
         start,
         {
-            "splits": [splits for splits in SPLITS if splits <= blocks],
-            "block_kv": (16, 32, 64, 128, 256),
+            "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
+            "block_kv": [size for size in (start.block_kv // 2, 2 * start.block_kv) if size >= MIN_BLOCK],
             "num_warps": (2, 4, 8),
-            "num_stages": (2, 3, 4, 5),
+            "num_stages": (2, 3, 4),
             "balanced": (False, True) if problem.batch > 1 else (),
             "merge": get_args(Merge),
         },
@@ -240,7 +242,7 @@ def decode_attention(
         fresh_kernel(merge_kernel, problem=p, config=config),
         grid=(p.batch * p.q_len * p.q_heads, pl.cdiv(p.head_dim, WIDTH)),
         out_shape=(_results(p, p.batch, q.dtype),),
-        compiler_params=plgpu.CompilerParams(num_warps=1 if most_slots(p, config) <= MIN_BLOCK else 4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=merge_warps(p, config), num_stages=1),
         interpret=interpret,
         name=f"decode_attention_merge_s{config.splits}",
     )(inputs.lengths, written.partial)

@@ -1,35 +1,22 @@
-"""The Triton kernel of matmul: a few rows of activations times a dense weight, in one launch with what surrounds it.
+"""The dense weight `[out, in]` of matmul, as threads read and multiply it: `gpu_rows.py` has the kernel.
 
-    y[r, o] = sum_i x[r, i] * norm[i] * w[i, o] / rms(x[r])        result = residual + finish(y + bias)
-
-Grid: (blocks of channels); `gpu_rows.py` draws a block. A program reads all of `in` for its channels, so its sums are
-complete and no split-K reduction follows. Weights are converted to float32 in registers and multiplied by one scalar of
-x for each row, so one more row costs one more multiply-add per weight. Squares of x are summed alongside the products,
-and the result is divided by the root of their mean: the norm needs no launch of its own.
-
-In registers: the sums, `[lanes, block_out]` for each row and each of gate and up, and 16 bytes of each row of a chunk.
-At the end the lanes are added up through shared memory.
-
-Bound by memory: each weight is read once, for 2 * rows FLOPs.
+A thread's 16 bytes of a channel are 8 weights of 16 bits, or 4 of 32. They become float32 and meet as many numbers of
+x; 16 bytes take about 28 instructions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
+from palladion.kernels.gpu_rows import LOAD_BYTES, Share, add_up, columns, load, read
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.types import Ref
-
-Sums = tuple[tuple[jax.Array, ...], ...]
-"""Running sums of a program: for each row its products, one each for gate and up; then the rows' sums of squares."""
 
 
 class Refs(NamedTuple):
@@ -38,9 +25,8 @@ class Refs(NamedTuple):
     Attributes:
       layer: int32 `[1]`.
       x: `[rows, in]`.
-      w: `[num_layers, in, out]`.
+      w: `[num_layers, out, in]`.
       bias: `[out]` or None.
-      norm: `[in]` or None.
       residual: `[rows, result_features]` or None.
     """
 
@@ -48,130 +34,68 @@ class Refs(NamedTuple):
     x: Ref
     w: Ref
     bias: Ref
-    norm: Ref
     residual: Ref
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a program walks over the weight.
+class Dense:
+    """The weight of `gpu_rows.multiply`.
 
     Attributes:
-      block_out: output channels per program.
-      chunk_rows: rows of w that a thread loads at a time.
-      chunks: chunks that make up `in`.
-      lanes: chunks that a program works on at the same time.
+      ref: inputs of the kernel.
+      per_thread: weights of a channel that a thread multiplies in a trip.
     """
 
-    block_out: int
-    chunk_rows: int
-    chunks: int
-    lanes: int
+    ref: Refs
+    per_thread: int
 
     @property
-    def trips(self) -> int:
-        """Iterations of a program's loop."""
-        return pl.cdiv(self.chunks, self.lanes)
+    def run(self) -> int:
+        """Weights that meet numbers of x side by side: all of a thread's."""
+        return self.per_thread
+
+    def load(self, share: Share, channels: Sequence[jax.Array]) -> list[jax.Array]:
+        """Loads the threads' weights of channels, `[threads * per_thread]` each."""
+        place = share.places(self.per_thread, self.per_thread)
+        mask = share.exist(place, share.in_features)
+        return [load(self.ref.w, (self.ref.layer[0], channel, place), mask) for channel in channels]
+
+    def operand(self, runs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns the numbers of x for each of a thread's weights, float32 `[threads]`."""
+        (run,) = runs
+        return columns(run, self.per_thread)
+
+    def products(self, loaded: jax.Array, operands: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+        """Returns the sum of a thread's products for each row of x."""
+        weights = columns(loaded.astype(jnp.float32), self.per_thread)
+        return [
+            add_up([weight * number for weight, number in zip(weights, operand, strict=True)]) for operand in operands
+        ]
 
 
-def tiling_for(problem: Problem, block_out: int, num_warps: int) -> Tiling:
-    """Returns the tiling of a problem for given block sizes."""
-    chunk_rows = math.gcd(problem.in_features, gpu_rows.chunk_rows(num_warps, problem.parts))
-    lanes = gpu_rows.lanes(block_out * jnp.dtype(problem.w_dtype).itemsize, num_warps)
-    return Tiling(block_out, chunk_rows, problem.in_features // chunk_rows, lanes)
+def per_thread(problem: Problem) -> int:
+    """Returns the weights of a channel that a thread multiplies in a trip: 16 bytes of them."""
+    return LOAD_BYTES // jnp.dtype(problem.w_dtype).itemsize
 
 
-def _read(ref: Ref, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
-    """Loads entries of an array as float32, 0 where masked."""
-    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0).astype(jnp.float32)
-
-
-def kernel(refs: Refs, out: Any, *, problem: Problem, tiling: Tiling, loads_first: bool) -> None:
-    """Computes `block_out` channels of the result.
+def kernel(refs: Refs, out: Ref, *, problem: Problem, block_out: int, num_warps: int) -> None:
+    """Computes a block of channels.
 
     Args:
       refs: the inputs.
       out: `[rows, result_features]`.
       problem: shapes and options.
-      tiling: how the program walks over the weight.
-      loads_first: whether all loads of an iteration are issued before the first use, by an instruction of NVIDIA's.
+      block_out: channels of the block.
+      num_warps: warps of the program.
     """
-    p, features = problem, problem.result_features
-    channel = pl.program_id(0) * tiling.block_out + jnp.arange(tiling.block_out, dtype=jnp.int32)
-    in_result = None if features % tiling.block_out == 0 else channel < features
-    zeros = (jnp.zeros((tiling.lanes, tiling.block_out), jnp.float32),) * p.parts
-    zero_squares = (jnp.zeros(tiling.lanes, jnp.float32),) * (p.rows if refs.norm is not None else 0)
+    p = problem
 
-    def body(trip: jax.Array, sums: Sums) -> Sums:
-        return _accumulate(refs, trip, sums, channel, in_result, p, tiling, loads_first)
-
-    *totals, squares = jax.lax.fori_loop(0, tiling.trips, body, (*((zeros,) * p.rows), zero_squares))
-    for m in range(p.rows):
-        products = [jnp.sum(total, axis=0) for total in totals[m]]
-        if p.norm_eps is not None:
-            factor = gpu_rows.inverse_root(jnp.sum(squares[m]), p.in_features, p.norm_eps)
-            products = [product * factor for product in products]
+    def finish(m: int, products: list[jax.Array], channel: jax.Array, real: jax.Array | None) -> jax.Array:
         if refs.bias is not None:
-            products = [
-                product + _read(refs.bias, (channel + index * features,), in_result)
-                for index, product in enumerate(products)
-            ]
+            columns_of = [channel + part * p.result_features for part in range(p.parts)]
+            products = [x + read(refs.bias, (place,), real) for x, place in zip(products, columns_of, strict=True)]
         result = p.finish(products)
-        if refs.residual is not None:
-            result = result + _read(refs.residual, (m, channel), in_result)
-        plgpu.store(out.at[m, channel], result.astype(out.dtype), mask=in_result)
+        return result if refs.residual is None else result + read(refs.residual, (m, channel), real)
 
-
-def _accumulate(
-    refs: Refs,
-    trip: jax.Array,
-    sums: Sums,
-    channel: jax.Array,
-    in_result: jax.Array | None,
-    p: Problem,
-    tiling: Tiling,
-    loads_first: bool,
-) -> Sums:
-    """Adds the products of `lanes` chunks of w to the sums.
-
-    Args:
-      refs: the inputs.
-      trip: the iteration.
-      sums: running sums.
-      channel: int32 `[block_out]`, channels of the program.
-      in_result: bool `[block_out]`, which of them exist; None where all do.
-      p: shapes and options.
-      tiling: how the program walks over the weight.
-      loads_first: as for `kernel`.
-    """
-    *totals, squares = [list(row) for row in sums]
-    layer = refs.layer[0]
-    chunk = trip * tiling.lanes + jnp.arange(tiling.lanes, dtype=jnp.int32)
-    in_weight = None if tiling.chunks % tiling.lanes == 0 else chunk < tiling.chunks
-    mask = None if in_weight is None else in_weight[:, None]
-    if in_result is not None:
-        mask = in_result[None, :] if mask is None else mask & in_result[None, :]
-    feature = [chunk * tiling.chunk_rows + row for row in range(tiling.chunk_rows)]  # [lanes] each
-
-    # All loads from memory are issued before the first use; x is in a cache and arrives sooner.
-    weights = [
-        plgpu.load(
-            refs.w.at[layer, rows[:, None], (channel + index * p.result_features)[None, :]],
-            mask=mask,
-            other=None if mask is None else 0,
-        )
-        for rows in feature
-        for index in range(p.parts)
-    ]
-    weights = gpu_rows.together(weights) if loads_first else weights
-    x = [[_read(refs.x, (m, rows), in_weight) for rows in feature] for m in range(p.rows)]
-    norms = None if refs.norm is None else [_read(refs.norm, (rows,), in_weight) for rows in feature]
-    for m in range(p.rows):
-        for row, factor in enumerate(x[m]):
-            if norms is not None:
-                squares[m] = squares[m] + factor * factor
-            scaled = factor if norms is None else factor * norms[row]
-            for index in range(p.parts):
-                product = scaled[:, None] * weights[row * p.parts + index].astype(jnp.float32)
-                totals[m][index] = totals[m][index] + product
-    return (*map(tuple, totals), tuple(squares))
+    weight = Dense(refs, per_thread(p))
+    gpu_rows.multiply(refs.x, out, weight, finish, problem=p, block_out=block_out, num_warps=num_warps)

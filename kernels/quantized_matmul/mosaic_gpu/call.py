@@ -231,7 +231,7 @@ def _refs(inputs: Inputs, with_bias: bool) -> Refs:
     w, layer = inputs.w, inputs.layer
     stacked = w if layer is not None else jax.tree.map(lambda part: part[None], w)
     return Refs(
-        layer=jnp.zeros(1, jnp.int32) if layer is None else layer[None],
+        layer=None if layer is None else layer[None],
         x=inputs.x,
         codes=stacked.values,
         scales=stacked.scales,

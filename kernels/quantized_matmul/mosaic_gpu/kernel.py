@@ -54,7 +54,7 @@ class Refs(NamedTuple):
     """The inputs, in device memory; None where the call has no such array.
 
     Attributes:
-      layer: `[1]`.
+      layer: `[1]`; None for a single matrix.
       x: `[rows, in]`.
       codes: `[num_layers, out, in or in / 2]`.
       scales: `[num_layers, out, groups]`.
@@ -63,7 +63,7 @@ class Refs(NamedTuple):
       bias: `[out]`; None where sums of splits are returned.
     """
 
-    layer: Ref
+    layer: Any
     x: Ref
     codes: Ref
     scales: Ref
@@ -73,16 +73,16 @@ class Refs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Numbers that belong to a unit, one for each of 64 channels.
+    """Numbers that belong to a unit, one for each of 64 channels, as they are stored: to convert is to wait for them.
 
     Attributes:
-      scale: float32.
-      offset: number that is subtracted from converted codes, in the dtype of x; None where it is a constant.
-      minimum: float32, or None.
+      scale: the scale.
+      zero: the zero point, or None.
+      minimum: the minimum, or None.
     """
 
     scale: jax.Array
-    offset: jax.Array | None
+    zero: jax.Array | None
     minimum: jax.Array | None
 
 
@@ -107,7 +107,7 @@ class Program:
         self.unit = unit_of(problem, config.block_in)
         # Weights of a wgmma: not more, so that the first products do not wait for the last codes.
         self.piece = swizzle_of(math.gcd(problem.in_features, self.unit), 16) // 2
-        self.layer = refs.layer[0]
+        self.layer = 0 if refs.layer is None else refs.layer[0]
         self.row, self.split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
         last = problem.result_features - config.block_out
         self.channel = jnp.minimum(jax.lax.axis_index("out") * config.block_out, last)
@@ -157,20 +157,18 @@ class Program:
         return found
 
     def _factors(self, tile: Tile, group: Scalar) -> Factors:
-        scales, zeros, minimums = self.refs.scales, self.refs.zeros, self.refs.minimums
-        offset = minimum = None
-        if zeros is not None:
-            zero = self.of_channels(zeros, tile, group).astype(jnp.float32)
-            offset = (zero + self.recipe.offset).astype(self.problem.x_dtype)
-        if minimums is not None:
-            minimum = self.of_channels(minimums, tile, group).astype(jnp.float32)
-        return Factors(self.of_channels(scales, tile, group).astype(jnp.float32), offset, minimum)
+        zeros, minimums = (
+            None if part is None else self.of_channels(part, tile, group)
+            for part in (self.refs.zeros, self.refs.minimums)
+        )
+        return Factors(self.of_channels(self.refs.scales, tile, group), zeros, minimums)
 
-    def numbers(self, floats: jax.Array, offset: jax.Array | None) -> jax.Array:
+    def numbers(self, floats: jax.Array, zero: jax.Array | None) -> jax.Array:
         """Returns the weights of a unit without their scales, given the converted codes `[64, unit]`."""
         how, dtype = self.recipe, self.problem.x_dtype
         constant = how.offset + self.problem.scheme.implied_zero
-        if offset is not None:
+        if zero is not None:
+            offset = (zero.astype(jnp.float32) + how.offset).astype(dtype)  # exact, as all of these numbers are
             floats = floats - jax.lax.broadcast_in_dim(offset, floats.shape, (0,))
         elif constant:
             floats = floats - jnp.asarray(constant, dtype)
@@ -190,7 +188,7 @@ class Program:
         floats = convert(floats, p.scheme.format, p.x_dtype, self.interpret)
         starts = range(0, self.config.block_in, unit)
         weights = [
-            (start, self.numbers(floats[:, start : start + unit], own.offset))
+            (start, self.numbers(floats[:, start : start + unit], own.zero))
             for start, own in zip(starts, factors, strict=True)
         ]
         rounds = [(weights, [own.scale for own in factors])]
@@ -201,7 +199,7 @@ class Program:
             )
         for operands, multipliers in rounds:
             for product, multiplier in zip(self.products(operands, x), multipliers, strict=True):
-                total = total + product * jax.lax.broadcast_in_dim(multiplier, product.shape, (0,))
+                total = total + product * jax.lax.broadcast_in_dim(multiplier.astype(jnp.float32), product.shape, (0,))
         return total
 
     def products(self, weights: Sequence[tuple[int, jax.Array]], x: Ref) -> list[jax.Array]:

@@ -75,7 +75,9 @@ def scales_groups(problem: Problem) -> bool:
 def can_scale_weights(problem: Problem) -> bool:
     """Returns whether there are scales or offsets for weights, and 16 bits show no more than the result's do."""
     p = problem
-    return (scales_groups(p) or p.scheme.offset == "zeros") and p.dot_dtype != "float32" and p.out_dtype != "float32"
+    # A float16 has the range of other scales neither by itself nor, to a compiler that narrows, in a product.
+    in_range = operand(p) != "float16" or p.scale_dtype == "float16"
+    return (scales_groups(p) or p.scheme.offset == "zeros") and in_range and p.out_dtype != "float32"
 
 
 def reorders(problem: Problem, config: Config, gpu: Gpu) -> bool:
@@ -247,21 +249,18 @@ class Program:
         ref, dtype = self.ref, weights.dtype
         each = max(self.shared // self.per_byte, HALF) if self.per_byte == 2 else self.shared
         group = self.groups(first, weights.shape[1] // each, each * self.per_byte)
-        # float16 may not have the scale, nor the product before the next of them.
-        wide = jnp.float32 if dtype == jnp.float16 else dtype
 
         def spread(factors: jax.Array) -> jax.Array:
             shape = (*factors.shape, each)
-            return jnp.broadcast_to(factors.astype(wide)[:, :, None], shape).reshape(weights.shape)
+            return jnp.broadcast_to(factors.astype(dtype)[:, :, None], shape).reshape(weights.shape)
 
-        weights = weights.astype(wide)
         if ref.zeros is not None:
             weights = weights - spread(self.factors(ref.zeros, group, channel) / self.unit)
         if scales_groups(self.problem):
             weights = weights * spread(self.factors(ref.scales, group, channel))
         if ref.minimums is not None:
             weights = weights + spread(self.factors(ref.minimums, group, channel) / self.unit)
-        return weights.astype(dtype)
+        return weights
 
     def scaled(self, pairs: list[tuple[jax.Array, jax.Array]], first: Place, channel: jax.Array) -> jax.Array:
         """Returns the products of a group, `[block_out, block_rows]`, zeros, scales and minimums applied."""

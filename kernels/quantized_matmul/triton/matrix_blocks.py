@@ -55,17 +55,19 @@ def heuristic(problem: Problem, gpu: Gpu) -> Config:
         wide = block_out * p.parts == 128 and (scales_weights or per_byte == 1)
         tile = 128 if wide else 256
     config = _config(block_rows, block_out, tile, 4, scales_weights)
-    return _with_splits(p, config, PROGRAMS, gpu)
+    return _with_splits(p, config, gpu)
 
 
 def _tiled(problem: Problem, gpu: Gpu) -> Config:
-    """Returns blocks for rows that tensor cores are busy with: narrow ones rather than splits."""
-    p, block_rows = problem, 128
+    """Returns blocks for rows that tensor cores are busy with: narrow ones before splits.
+
+    A program converts codes and waits for tensor cores in turn, so that two of them keep both busy.
+    """
+    p, block_rows = problem, 64 if problem.gated else 128  # a gated program has the sums of two products
     programs = pl.cdiv(p.rows, block_rows) * pl.cdiv(p.result_features, 128)
-    block_out = 64 if p.gated or programs < gpu.multiprocessors else 128
-    scales_weights = gpu_matrix.can_scale_weights(p)
-    config = _config(block_rows, block_out, 128, block_out // 16, scales_weights)
-    return _with_splits(p, config, 1, gpu)
+    block_out = 64 if programs < gpu.multiprocessors else 128
+    config = _config(block_rows, block_out, 128, block_out // 16, gpu_matrix.can_scale_weights(p))
+    return _with_splits(p, config, gpu)
 
 
 def _config(block_rows: int, block_out: int, tile: int, num_warps: int, scales_weights: bool) -> Config:
@@ -80,11 +82,11 @@ def _config(block_rows: int, block_out: int, tile: int, num_warps: int, scales_w
     )
 
 
-def _with_splits(problem: Problem, config: Config, programs: int, gpu: Gpu) -> Config:
-    """Returns a config with splits for so many programs of a multiprocessor, and the stages that fit."""
+def _with_splits(problem: Problem, config: Config, gpu: Gpu) -> Config:
+    """Returns a config with splits for `PROGRAMS` of a multiprocessor, and the stages that fit."""
     p = problem
     blocks = pl.cdiv(p.rows, config.block_rows) * pl.cdiv(p.result_features, config.block_out)
-    splits = splits_for(pl.cdiv(p.in_features, config.tile), blocks, programs, gpu)
+    splits = splits_for(pl.cdiv(p.in_features, config.tile), blocks, PROGRAMS, gpu)
     return dataclasses.replace(config, splits=splits, num_stages=_stages(p, config, gpu))
 
 
@@ -94,18 +96,23 @@ def space(problem: Problem, start: Config) -> Space:
     axes: dict[str, Sequence[Any]] = {
         "splits": [1 << n for n in range(5) if 1 << n <= tiles],
         "block_out": (16, 32, 64, 128, 256),
-        "tile": (64, 128, 256, 512),
+        "tile": (128, 256, 512),
         "num_warps": (1, 2, 4, 8),
-        "num_stages": (2, 3, 4, 5),
+        "num_stages": (2, 3, 4),
         "merge": ("launch", "last"),
         "scales_weights": (False, True) if gpu_matrix.can_scale_weights(problem) else (False,),
     }
 
     def fits(config: Config) -> bool:
         # A warp multiplies 16 channels at a time; warps beyond that would convert the same codes.
-        is_distinct = config.num_warps * MIN_BLOCK <= config.block_out
+        warp = config.block_out // config.num_warps
         registers = config.block_out * config.tile // (64 * config.num_warps)
-        return is_distinct and registers <= OPERAND_REGISTERS and loaded_bytes(problem, config) <= most
+        return (
+            warp in (MIN_BLOCK, 2 * MIN_BLOCK)
+            and registers <= OPERAND_REGISTERS
+            and loaded_bytes(problem, config) <= most
+            and (config.splits > 1 or config.merge == start.merge)
+        )
 
     return Space(start, axes, fits)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.gpu_rows import read as read
 from palladion.kernels.quantized_matmul.float_bits import decode_e8m0
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref
@@ -26,8 +27,7 @@ class Refs(NamedTuple):
       minimums: like scales.
       x_scale: `[rows]` float32; None where splits are added up outside.
       bias: `[out]`; None where splits are added up outside.
-      norm: `[in]`.
-      residual: `[rows, result_features]`.
+      residual: `[rows, result_features]`; None where it is added outside.
     """
 
     layer: Ref
@@ -38,16 +38,7 @@ class Refs(NamedTuple):
     minimums: Any = None
     x_scale: Any = None
     bias: Any = None
-    norm: Any = None
     residual: Any = None
-
-
-def read(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
-    """Numbers of any dtype in float32; zeros where masked."""
-    values = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
-    if jnp.issubdtype(values.dtype, jnp.integer):
-        values = values.astype(jnp.int32)
-    return values.astype(jnp.float32)
 
 
 def read_scales(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
