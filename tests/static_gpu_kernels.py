@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.reference.platforms import target_platform
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 
@@ -167,6 +168,12 @@ def nested() -> Workload:
     shape = jax.ShapeDtypeStruct((4, BLOCK[1]), jnp.float32)
     call = pl.pallas_call(kernel, grid=(4,), out_shape=shape, compiler_params=TRITON, name="nested")
     return call, (np.asarray([*LENGTHS, 3], np.int32), jax.ShapeDtypeStruct((4, 1024, BLOCK[1]), jnp.float32))
+
+
+def made_for_a_gpu() -> Workload:
+    """Returns `doubles`, if it is made for a GPU."""
+    assert target_platform() == "gpu"
+    return doubles()
 
 
 def refused() -> Workload:

@@ -90,9 +90,9 @@ def test_xlas_own_triton_keeps_a_row_of_bytes_in_registers(scheme: str, arch: in
 def test_a_timed_program_launches_only_the_calls(name: str, case: str, kernels: tuple[str, ...]):
     """A program of three calls launches only them; two copies of the donated array take turns and are not copied."""
     operation = OPERATIONS[name]
-    with gpu_compiler.tracing_for(90):
-        donated, inputs = operation.split(operation.named_cases()[case].shapes())
-    function = operation.function(operation.named_cases()[case], backend="triton")
+    stored = operation.stored_for(operation.named_cases()[case], "gpu")
+    donated, inputs = operation.split(stored.shapes())
+    function = operation.function(stored, backend="triton")
     arguments = ((inputs,) * 3,) if donated is None else ((donated,) * 2, (inputs,) * 3)
     program = gpu_program.compile_program(calls_of(function, donates=donated is not None), *arguments)
     names = [launch.name for launch in program.launches]

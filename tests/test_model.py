@@ -144,7 +144,10 @@ def test_kernels_give_the_same_logits(request: pytest.FixtureRequest, backend: s
     ("platform", "kind", "row"), [("tpu", "TPU v6 lite", "mosaic_tpu"), ("gpu", "NVIDIA H100 80GB HBM3", "triton")]
 )
 @pytest.mark.parametrize("q_len", [1, 16])
-def test_a_backend_means_the_same_for_every_operation(judge: Judge, platform: str, kind: str, row: str, q_len: int):
+def test_a_backend_means_the_same_for_every_operation(
+    request: pytest.FixtureRequest, platform: str, kind: str, row: str, q_len: int
+):
+    judge = request.getfixturevalue("gpu_judge" if platform == "gpu" else "judge")
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     cache = jax.eval_shape(lambda: new_cache(judge.checkpoint, 3, max_len=128))
@@ -159,8 +162,11 @@ def test_a_backend_means_the_same_for_every_operation(judge: Judge, platform: st
                 judge.checkpoint.parameters,
                 *arrays,
             )
-        assert {choice.operation for choice in choices} == {"append_qkv", "decode_attention", "matmul"}
-        assert {choice.backend for choice in choices} == {expected}
+        taken = {choice.operation: choice.backend for choice in choices}
+        assert set(taken) == {"append_qkv", "decode_attention", "matmul"}
+        if (platform, backend) == ("gpu", "auto"):
+            assert taken.pop("matmul") == "xla"  # no slower than the kernel, where it was measured
+        assert set(taken.values()) == {expected}
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "float8_e4m3fn"])

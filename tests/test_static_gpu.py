@@ -322,6 +322,9 @@ class TestExamine:
     def test_bytes_needed(self):
         assert report("with_bytes").bytes_needed == 12345
 
+    def test_workloads_are_made_for_the_chip(self):
+        assert report("made_for_a_gpu").name == "doubles"
+
     def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused").failure or "")
         assert "no Pallas-Triton kernel in it: pallas_call takes Triton where" in (examined("no_kernel").failure or "")

@@ -15,9 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.benchmarks.static.gpu import compiler, measured
 from palladion.benchmarks.static.gpu.prediction import TIMINGS, limits, not_estimated, seconds
-from palladion.benchmarks.static.gpu.strips import Read, reads_of
+from palladion.benchmarks.static.gpu.strips import Read, Reads, reads_of
 from palladion.benchmarks.static.gpu.trip_counts import count_trips
-from palladion.benchmarks.static.gpu.work import Work
+from palladion.benchmarks.static.gpu.work import Work, work_of
 
 ROOT = Path(__file__).parents[1]
 PROVENANCE, KERNELS = measured.read(ROOT / "benchmarks" / "results" / "h200_kernels.jsonl")
@@ -72,6 +72,50 @@ class TestMeasured:
             assert table in page, table
 
 
+class TestWork:
+    def work(self, *arrays: Read, total: int = 400, most: int = 4, programs: int = 100) -> Work:
+        kernel = compiler.TritonKernel(
+            "kernel", (programs, 1, 1), 4, 3, ((2**20, "bf16"), (64, "f32"), (100, "i8")), ""
+        )
+        reads = Reads(arrays, total, most)
+        found = work_of(kernel, multiprocessors=50, resident=2, reads=reads, parts=[], trips={}, cycles={"issue": 7.4})
+        assert found is not None
+        return found
+
+    def test_bytes_and_strips(self):
+        found = self.work(Read(0, strips=16, strip_bytes=128, bytes=2048))
+        assert (found.memory_bytes, found.strip_bytes, found.strips, found.cycles) == (
+            400 * 2048,
+            128,
+            16 * 400 // 50,
+            7,
+        )
+
+    def test_what_programs_read_again_comes_from_caches(self):
+        codes = Read(0, strips=16, strip_bytes=128, bytes=2048)
+        found = self.work(codes, Read(1, strips=1, strip_bytes=256, bytes=256))
+        assert (found.memory_bytes, found.strips) == (400 * 2048 + 256, 16 * 400 // 50)
+
+    def test_idle_programs_read_nothing(self):
+        # Programs of twice as many trips as there are bytes for.
+        found = self.work(Read(0, strips=16, strip_bytes=128, bytes=2048), total=2048, most=4, programs=512)
+        assert (found.memory_bytes, found.strips) == (2**21, round(16 * 1024 * 11 / 512))
+
+    def test_narrow_strips_share_sectors(self):
+        found = self.work(Read(0, strips=64, strip_bytes=8, bytes=512))
+        assert found.strips == 64 * 400 // 4 // 50
+
+    def test_the_longest_program_counts(self):
+        # 97 of 100 programs have one trip, the others 100 together.
+        found = self.work(Read(0, strips=16, strip_bytes=128, bytes=2048), total=197, most=98)
+        assert found.strips == 16 * 98
+
+    def test_unknown_reads(self):
+        kernel = compiler.TritonKernel("kernel", (1, 1, 1), 4, 3, (), "")
+        for reads, trips in ((Reads(), {}), (Reads((Read(0, 1, 4, 4),), 1, 1), None)):
+            assert work_of(kernel, multiprocessors=1, resident=1, reads=reads, parts=[], trips=trips, cycles={}) is None
+
+
 class TestTimes:
     def test_limits(self):
         apart = {name: value * 1e6 for name, value in limits(WORK, TIMING).items()}
@@ -93,7 +137,7 @@ class TestTimes:
         assert not_estimated(WORK, TIMING) is None
         small = dataclasses.replace(WORK, memory_bytes=3_000_000)
         assert "launch is most of its time" in (not_estimated(small, TIMING) or "")
-        prefill = dataclasses.replace(WORK, tensor_cycles=1980 * 6)
+        prefill = dataclasses.replace(WORK, tensor_cycles=1980 * 11)
         assert "tensor cores" in (not_estimated(prefill, TIMING) or "")
 
 

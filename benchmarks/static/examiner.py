@@ -194,7 +194,9 @@ def serve() -> None:
 def _examine(workload: workloads.WorkloadName, chip: str) -> Examination:
     try:
         arch = architectures().get(chip)
-        made = workloads.load(workload, "tpu" if arch is None else "gpu")
+        # What a case stores, and in which order, may depend on the platform.
+        with contextlib.nullcontext() if arch is None else gpu_compiler.tracing_for(arch):
+            made = workloads.load(workload, "tpu" if arch is None else "gpu")
         found: Sequence[Report]
         if arch is None:
             found = examine(made.function, *made.arguments, chip=chip, bytes_needed=made.bytes_needed)

@@ -233,6 +233,14 @@ MUTATIONS: Final = (
         "The last split goes on past the end of `in` where shares are not equal.",
     ),
     Mutation(
+        "product-gpu-last-program",
+        f"{PRODUCT}/triton/matrix_store.py",
+        "@pl.when(arrived == config.splits - 1)",
+        "@pl.when(arrived == config.splits - 2)",
+        (MATRIX_TESTS, "-k", "last_program"),
+        "Splits are added up by a program that is not the last.",
+    ),
+    Mutation(
         "product-gpu-bias-of-ups",
         f"{PRODUCT}/triton/refs.py",
         "product = product + read(refs.bias, (columns,), real)",

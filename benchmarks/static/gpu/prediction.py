@@ -33,9 +33,6 @@ OVERLAP: Final = 1.4
 LEAST_BYTES: Final = 4_000_000
 """A kernel that reads less takes hardly longer than a launch, and finds its data in the caches."""
 
-MOST_TENSOR: Final = 0.5
-"""Share of the time of the memory beyond which tensor cores make a kernel one of another kind: a prefill."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -99,7 +96,6 @@ def not_estimated(work: Work, timing: Timing) -> str | None:
     """Returns why a kernel's time is not estimated; None if it is of a kind that was measured."""
     if work.memory_bytes < LEAST_BYTES:
         return f"it reads less than {LEAST_BYTES / 1e6:g} MB, and the launch is most of its time"
-    memory = work.memory_bytes / timing.bytes_per_second
-    if work.tensor_cycles / timing.clock_hertz > MOST_TENSOR * memory:
-        return "the tensor cores take as much of its time as the memory"
+    if work.tensor_cycles / timing.clock_hertz > work.memory_bytes / timing.bytes_per_second:
+        return "the tensor cores take longer than the memory"
     return None

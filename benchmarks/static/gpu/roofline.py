@@ -146,10 +146,11 @@ def _evaluated(
     """Returns how often loops run, what programs read, and why the former is not known if it is not."""
     kernel = compiled.kernel
     values = [None] * len(kernel.operands) if call is None else call.values
-    reads = Reads((), math.prod(kernel.grid), 1)
+    arguments = compiled.ptx, kernel.grid, values, kernel.num_warps
+    reads = Reads()
     try:
-        counted = count_trips(compiled.ptx, kernel.grid, values, kernel.num_warps)
-        reads = reads_of(compiled.ptx, kernel.grid, values, kernel.num_warps, counted)
+        counted = count_trips(*arguments)
+        reads = reads_of(*arguments, counted)
         return _trips(counted, code), reads, None
     except Undecided as reason:
         return (None, reads, str(reason)) if code.loops else ({}, reads, None)

@@ -49,9 +49,9 @@ class Reads:
       most: trips of the longest program.
     """
 
-    arrays: tuple[Read, ...]
-    total: int
-    most: int
+    arrays: tuple[Read, ...] = ()
+    total: int = 0
+    most: int = 0
 
 
 def reads_of(
@@ -71,7 +71,7 @@ def reads_of(
     try:
         kernel.follow(counted.longest, grid)
     except Undecided:
-        return Reads((), programs, 1)
+        return Reads()
     numbers: dict[Loop | None, tuple[int, int]] = {None: (programs, 1)}
     numbers |= dict(zip(counted.loops, zip(counted.total, counted.most, strict=True), strict=True))
     found = [Reads(kernel.arrays(loop), *trips) for loop, trips in numbers.items()]
@@ -84,8 +84,8 @@ class _Reader(Kernel):
     def __init__(self, ptx: str, values: Sequence[np.ndarray | None], num_warps: int, counted: TripCounts) -> None:
         super().__init__(ptx, values, num_warps, followed=True)
         weights = {
-            loop: most * sum(_size(self.statements[number]) for number in loop.body)
-            for loop, most in zip(self.loops, counted.most, strict=True)
+            loop: times * sum(_size(self.statements[number]) for number in self._inside(loop))
+            for loop, times in zip(self.loops, counted.most, strict=True)
         }
         self._last = max(weights, key=lambda loop: weights[loop], default=None)
         self._pieces: dict[int, collections.Counter[tuple[int, int]]] = collections.defaultdict(collections.Counter)
@@ -99,20 +99,19 @@ class _Reader(Kernel):
 
     def arrays(self, loop: Loop | None) -> tuple[Read, ...]:
         """Returns what was read in a loop, or outside of loops, without inner loops."""
-        inside = set(range(len(self.statements))) if loop is None else set(loop.body)
-        for other in self.loops:
-            if loop is None or loop.contains(other):
-                inside -= other.body
         pieces: collections.Counter[tuple[int, int]] = collections.Counter()
-        for number in inside & self._pieces.keys():
+        for number in self._inside(loop) & self._pieces.keys():
             pieces.update(self._pieces[number])
-        if self._supposed and max(pieces.values(), default=1) > 1:
-            return ()  # what lies in different pages seems to lie at the same place
         arrays: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
-        for address, size in sorted(pieces):
+        loaded: collections.Counter[int] = collections.Counter()
+        for (address, size), times in sorted(pieces.items()):
             argument, offset = divmod(address, ARGUMENT_STRIDE)
             arrays[argument - 1].append((offset, size))
-        return tuple(sorted(itertools.starmap(_read, arrays.items()), key=lambda one: -one.bytes))
+            loaded[argument - 1] += times * size
+        found = sorted(itertools.starmap(_read, arrays.items()), key=lambda one: -loaded[one.argument])
+        if found and self._supposed and loaded[found[0].argument] > found[0].bytes:
+            return ()  # what lies in different pages seems to lie at the same place
+        return tuple(sorted(found, key=lambda one: -one.bytes))
 
     def _ends(self, head: int, times: int) -> bool:
         return self._last is not None and head == self._last.first and times > 1

@@ -197,8 +197,12 @@ class Kernel:
 
     def _count(self, loop: Loop, kind: Callable[[Statement], bool]) -> int:
         """Counts the statements of a kind in a loop, without inner loops."""
-        numbers = loop.body.difference(*(other.body for other in self.loops if loop.contains(other)))
-        return sum(kind(self.statements[number]) for number in numbers)
+        return sum(kind(self.statements[number]) for number in self._inside(loop))
+
+    def _inside(self, loop: Loop | None) -> set[int]:
+        """Returns the statements of a loop without its inner loops; None means those outside of all loops."""
+        inside = set(range(len(self.statements))) if loop is None else set(loop.body)
+        return inside.difference(*(other.body for other in self.loops if loop is None or loop.contains(other)))
 
     # Evaluation.
 

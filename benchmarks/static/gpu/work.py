@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from palladion.benchmarks.static.gpu.compiler import TritonKernel
 from palladion.benchmarks.static.gpu.loops import Loop
@@ -15,6 +16,9 @@ from palladion.benchmarks.static.gpu.strips import Reads
 
 Trips = Mapping[Loop, tuple[int, int]]
 """Trips of each loop of the machine code, in all programs together and in the one that has most."""
+
+SECTOR: Final = 32
+"""Bytes that the caches ask the memory for at least."""
 
 Parts = Sequence[tuple[Loop | None, Sequence[Instruction]]]
 """The instructions of each loop without inner loops, and those outside of loops (None)."""
@@ -83,7 +87,8 @@ def work_of(
         total, size = array.bytes * reads.total, _operand_bytes(kernel, array.argument)
         memory_bytes += min(total, size)
         if total < 4 * size:  # programs do not read the same bytes
-            strips += array.strips * reads.total * min(size / total, 1.0)
+            sectors = min(array.strip_bytes / SECTOR, 1.0)  # narrower strips of several trips share one
+            strips += array.strips * reads.total * min(size / total, 1.0) * sectors
     programs = math.prod(kernel.grid)
     longest = strips * reads.most / max(reads.total, 1)
     alike = reads.total == programs * reads.most

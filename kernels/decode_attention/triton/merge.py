@@ -1,9 +1,8 @@
 """Merging of the partial results that the slots of a sequence leave, in float32.
 
 A second kernel does it, with programs for each query of each head; or, in the same launch, the last of the programs of
-a sequence, KV head and block of rows: each counts itself with an atomic addition after its results, and the one that
-finds all others counted reads theirs. The addition releases what the program wrote before it and acquires what the
-others did, at the scope of the GPU; a barrier before it makes that the whole program's.
+a sequence, KV head and block of rows: each counts itself after its results, and the one that finds all others counted
+reads theirs.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from palladion.kernels.decode_attention.triton import shares
 from palladion.kernels.decode_attention.triton.config import Config
 from palladion.kernels.decode_attention.triton.rows import Rows, Tile
 from palladion.kernels.decode_attention.triton.shares import Slots
+from palladion.kernels.gpu_merge import arrive
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
@@ -100,9 +100,8 @@ def merge_if_last(
       tiles: tiles of head_dim.
       native: whether the kernel is compiled for an NVIDIA GPU, not interpreted.
     """
-    if native:
-        plgpu.debug_barrier()
-    arrived = plgpu.atomic_add(counters, (share.sequence, head, row_block), share.works.astype(jnp.int32))
+    place = (share.sequence, head, row_block)
+    arrived = arrive(counters, place, share.works.astype(jnp.int32), native=native)
 
     @pl.when(share.works & (arrived == share.slots.number - 1))
     def _() -> None:

@@ -96,18 +96,23 @@ def space(problem: Problem, start: Config) -> Space:
     axes: dict[str, Sequence[Any]] = {
         "splits": [1 << n for n in range(5) if 1 << n <= tiles],
         "block_out": (16, 32, 64, 128, 256),
-        "tile": (64, 128, 256, 512),
+        "tile": (128, 256, 512),
         "num_warps": (1, 2, 4, 8),
-        "num_stages": (2, 3, 4, 5),
+        "num_stages": (2, 3, 4),
         "merge": ("launch", "last"),
         "scales_weights": (False, True) if gpu_matrix.can_scale_weights(problem) else (False,),
     }
 
     def fits(config: Config) -> bool:
         # A warp multiplies 16 channels at a time; warps beyond that would convert the same codes.
-        is_distinct = config.num_warps * MIN_BLOCK <= config.block_out
+        warp = config.block_out // config.num_warps
         registers = config.block_out * config.tile // (64 * config.num_warps)
-        return is_distinct and registers <= OPERAND_REGISTERS and loaded_bytes(problem, config) <= most
+        return (
+            warp in (MIN_BLOCK, 2 * MIN_BLOCK)
+            and registers <= OPERAND_REGISTERS
+            and loaded_bytes(problem, config) <= most
+            and (config.splits > 1 or config.merge == start.merge)
+        )
 
     return Space(start, axes, fits)
 

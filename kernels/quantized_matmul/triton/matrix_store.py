@@ -1,9 +1,8 @@
 """Stores the products of the tensor-core form: results, or sums of splits that XLA or the last program adds up.
 
 The last program of a block of rows and channels adds up its splits where `Config.merge` is "last": each program counts
-itself with an atomic addition after it has stored its sums, and the one that finds all others counted reads theirs.
-The addition releases what the program wrote before it and acquires what the others did, at the scope of the GPU; a
-barrier before it makes that the whole program's. Sums are added in the order of the splits, whoever is last.
+itself after it has stored its sums, and the one that finds all others counted reads theirs. Sums are added in the order
+of the splits, whoever is last.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.gpu_merge import arrive
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, finish, read
@@ -87,9 +87,7 @@ def store(
         plgpu.store(out.sums.at[pl.program_id(1), part, *block.place], product, mask=block.mask)
     if out.counters is None:
         return
-    if native:
-        plgpu.debug_barrier()
-    arrived = plgpu.atomic_add(out.counters, (block.number,), jnp.int32(1))
+    arrived = arrive(out.counters, (block.number,), jnp.int32(1), native=native)
 
     @pl.when(arrived == config.splits - 1)
     def _() -> None:
