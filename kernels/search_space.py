@@ -98,7 +98,11 @@ class Space:
                 seen.add(chosen)
                 yield from self._changed(self.start, {**fixed, **dict(zip(axes, chosen, strict=True))})
 
-    def neighbours(self, config: Any) -> Iterator[Iterator[Any]]:
+    def neighbours(self, config: Any) -> Iterator[Any]:
+        """Yields the configs of all rings around one."""
+        return itertools.chain.from_iterable(self.rings(config))
+
+    def rings(self, config: Any) -> Iterator[Iterator[Any]]:
         """Yields rings of configs around one, the closest first.
 
         The first ring is a step along one axis. The second is a step along each of two axes: where two fields only

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scipy import special
 from palladion import Unsupported, quantized_matmul, record_choices
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.benchmarks.static.gpu.sass import by_loop, parse
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.devices import gpus
 from palladion.kernels.quantized_matmul import Inputs, cases
@@ -285,21 +287,45 @@ def test_lowers_for_hopper(case: Case):
     assert "mosaic_gpu" in text
 
 
+def compile_and_dump(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str, Path]:
+    """Returns what a call launches, what NVIDIA's assembler says of the kernel, and the file with its PTX."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    function = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
+    program = gpu_program.compile_program(lambda inputs: function(**inputs._asdict()), case.shapes())
+    (report,), (ptx,) = folder.glob("*.ptxas"), folder.glob("*.ptx")
+    return [launch.name for launch in program.launches], report.read_text(), ptx
+
+
 @needs_plugin
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
-    program = gpu_program.compile_program(lambda inputs: call(**inputs._asdict()), case.shapes())
-    names = [launch.name for launch in program.launches]
+    names, report, ptx = compile_and_dump(case, tmp_path, monkeypatch)
     names = [name for name in names if not name.startswith("loop_")]
     assert len(names) == 1, names  # beside XLA's: rows are padded, splits are added up
-    (report,) = tmp_path.glob("*.ptxas")
-    spilled = re.findall(r"(\d+) bytes spill stores", report.read_text())
-    assert spilled == ["0"], report.read_text()
-    (ptx,) = tmp_path.glob("*.ptx")
-    text = ptx.read_text()
-    assert "wgmma.mma_async.sync.aligned.m64n" in text
-    assert "cp.async.bulk.tensor" in text
+    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report
+    assert "wgmma.mma_async.sync.aligned.m64n" in ptx.read_text()
+    assert "cp.async.bulk.tensor" in ptx.read_text()
+
+
+@needs_plugin
+@pytest.mark.skipif(not gpu_compiler.installed(), reason="triton, which has NVIDIA's tools, is not installed")
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 4.0), ("int4-g128", 5.6), ("int4-g32", 8.1)])
+def test_codes_are_multiplied_in_few_instructions(
+    scheme: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An H200 has time for 7.2 instructions a byte; groups of 32 take a little more."""
+    import triton
+
+    case = case_of(scheme, 8, in_features=4096, out_features=6144, scale_dtype="bfloat16")
+    _, _, ptx = compile_and_dump(case, tmp_path, monkeypatch)
+    tools, binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", tmp_path / "kernel.cubin"
+    subprocess.run([tools / "ptxas-blackwell", "-arch=sm_90a", ptx, "-o", binary], check=True)
+    code = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
+    loops = [loop for _, loop in by_loop(parse(code)) if any(one.opcode.startswith("HGMMA") for one in loop)]
+    config = call.heuristic(case.problem())
+    codes_of_a_thread = call.block_bytes(case.problem(), config) - config.block_rows * config.block_in * 2
+    per_byte = min(map(len, loops)) / (codes_of_a_thread / 128)
+    print(f"{per_byte:.2f} instructions a byte")
+    assert per_byte <= most

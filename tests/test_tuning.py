@@ -186,5 +186,5 @@ def test_values_that_a_config_rejects_are_passed_over():
 
     found = Space(Pair(2, 4), {"first": (1, 2, 4), "second": (2, 4, 8)})
     assert set(found.spread()) == {Pair(1, 2), Pair(1, 4), Pair(1, 8), Pair(2, 2), Pair(2, 4), Pair(4, 2)}
-    rings = [set(ring) for ring in found.neighbours(Pair(2, 4))]
+    rings = [set(ring) for ring in found.rings(Pair(2, 4))]
     assert rings == [{Pair(1, 4), Pair(2, 2)}, {Pair(1, 2), Pair(1, 8), Pair(4, 2)}, set()]

@@ -192,7 +192,7 @@ def _untried(configs: Iterator[Any], trials: Mapping[Any, Trial]) -> list[Any]:
 
 def _around(space: Space, trials: Mapping[Any, Trial]) -> Iterator[Any]:
     """Yields configs around the best few, ring by ring, and then from all over the space."""
-    rings = [space.neighbours(trial.config) for trial in best_of(trials.values(), FEW)]
+    rings = [space.rings(trial.config) for trial in best_of(trials.values(), FEW)]
     for together in zip(*rings, strict=True):
         yield from itertools.chain(*together)
     yield from space.spread()

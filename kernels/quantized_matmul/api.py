@@ -49,15 +49,6 @@ IMPLEMENTATIONS: Final = (
         mosaic_tpu.space,
     ),
     Implementation(
-        "mosaic_gpu",
-        "gpu",
-        mosaic_gpu.unsupported,
-        mosaic_gpu.quantized_matmul,
-        mosaic_gpu.Config,
-        mosaic_gpu.heuristic,
-        mosaic_gpu.space,
-    ),
-    Implementation(
         "triton",
         "gpu",
         triton.unsupported,
@@ -66,9 +57,20 @@ IMPLEMENTATIONS: Final = (
         triton.heuristic,
         triton.space,
     ),
+    Implementation(
+        "mosaic_gpu",
+        "gpu",
+        mosaic_gpu.unsupported,
+        mosaic_gpu.quantized_matmul,
+        mosaic_gpu.Config,
+        mosaic_gpu.heuristic,
+        mosaic_gpu.space,
+    ),
     Implementation("xla", None, lambda _: None, _reference),
 )
-"""The implementations: each takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`."""
+"""The implementations: each takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`.
+
+Triton comes before Mosaic GPU, whose kernel no chip has run yet: "auto" takes that one where measurements say so."""
 
 
 def quantized_matmul(

@@ -5,15 +5,17 @@ tokens, 8192 take 2.2 ms where their bytes take 8 us. So all tokens are one bloc
 
     s = q k^T          a product, batched over sequences and heads
     p = exp(s - m)     two reductions, with which scales, soft cap and mask are fused
-    o = p v            a product, batched over chunks of tokens too: a sequence's heads alone would be few programs
+    o = p v            a product, batched over chunks of tokens too: the heads of one sequence would be few programs
 
-The cost follows max_len, or the window where that is much shorter. The bytes of the cache bound it, each read once: a
-product converts codes to 16-bit floats, or narrow floats to float32, as it reads them. A 16-bit cache meets 16-bit
-queries, which is exact in float32, and weights that are rounded to 16 bits.
+The cost follows max_len, or the window where that is much shorter. It is bound by the bytes of the cache, each of which
+is read once: products convert codes to bfloat16, or narrow floats to float32, as they read them (float8 from sm_90 on;
+before, XLA writes a copy). A 16-bit cache is multiplied by 16-bit queries, whose products are exact in float32, and by
+weights that are rounded to 16 bits.
 
-Tokens that no query sees may be NaN, and 0 * NaN is NaN. XLA fuses a conversion into a product, but not a selection: it
-would write a copy of v. So the sums of chunks are selected, of which every token is seen or none; the chunks in which
-what is seen begins and ends are copied, and multiplied by themselves.
+Tokens that no query sees may be NaN, and 0 * NaN is NaN. XLA fuses a conversion into a product, but no selection: it
+would write a copy of v. So chunks of tokens are summed separately, and a chunk's sum counts only if all of its tokens
+are seen. Chunks that are seen in part, where the visible range begins and ends, are copied without their other tokens
+and summed by products of their own.
 
 XLA copies what it cannot multiply in place: pages, windows, and one layer of a stack. Where such copies and the logits
 take more than `MOST_BYTES`, for prompts and long caches in pages, a loop reads blocks of as many tokens as take that,
@@ -91,7 +93,7 @@ def decode_attention(
 
 
 def _operands(q_dtype: Any, cache_dtype: Any) -> Any:
-    """Returns the dtype in which queries meet keys and weights meet values: only weights are rounded to it."""
+    """Returns the dtype of both products' operands; only weights are rounded to it, all else is exact."""
     if jnp.dtype(cache_dtype).name in QUANTIZED_CACHE_DTYPES:
         # Every code is a bfloat16. A weight times the scale of a value may be too small for a float16.
         return jnp.bfloat16 if q_dtype == jnp.bfloat16 else jnp.float32
@@ -137,14 +139,14 @@ def _weigh_in_place(
     """
     batch, kv_heads, rows, tokens = weights.shape
     size = math.gcd(tokens, CHUNK)
-    # A chunk's sums are written in float32 and read, a copy of its values would be written and read.
+    # A chunk's sums, in float32, are written and read, as a copy of its values would be.
     if size < FEWEST or rows * 4 > size * values.dtype.itemsize:
         return blocked.weigh_zeroed(weights, values, seen)
-    # [batch, chunks, kv_heads, ...], without moving anything
+    # [batch, kv_heads, chunks, ...]
     weights = jnp.moveaxis(weights.reshape(batch, kv_heads, rows, -1, size), 3, 2)
     values = values.reshape(batch, kv_heads, -1, size, values.shape[-1])
     sums = dot("bhcrt,bhctd->bhcrd", weights, values.astype(weights.dtype))
-    if jnp.issubdtype(values.dtype, jnp.integer):  # which no NaN is
+    if jnp.issubdtype(values.dtype, jnp.integer):  # never NaN
         return jnp.sum(sums, axis=2)
     start = jnp.arange(0, tokens, size, dtype=jnp.int32)
 

@@ -7,14 +7,14 @@ Either way scales, zero points and minimums follow, for each group g of channel 
 
     y[o] = sum_g scale[g, o] * (x_g . code[g, o]) + sum_g (minimum - scale * zero)[g, o] * sum(x_g)
 
-Every code is exact in 16 bits, so that tensor cores multiply narrow x. XLA fuses conversions of int8, float8 and int4
-into a product, but no other arithmetic: not the unpacking of nibbles. A byte of the order "out_in" is therefore read as
-two int4 numbers, in whose order the columns of x are brought; they are signed, the codes less 8, which costs a copy of
-the packed bytes with their highest bits flipped.
+Every code is exact in 16 bits, so tensor cores multiply narrow x. XLA fuses conversions of int8, int4 and (from sm_90
+on) float8 into a product, but no other arithmetic, such as the unpacking of nibbles. A byte of the order "out_in" is
+therefore read as two int4 numbers, and the columns of x are put in the order of the nibbles. An int4 number is signed:
+it is the code less 8 if the highest bits of the nibbles are flipped, which costs a copy of the packed bytes.
 
-A product for each group writes a sum for each row and channel, in float32. Where these are more bytes than the weight
-is in the dtype of x, and where XLA cannot convert the codes, the weight is dequantized once, in the dtype of x. It is
-exact where a channel has one scale; else it is rounded, relative to the largest scale of its channel.
+A product for each group writes a float32 sum for each row and channel. Where these sums are more bytes than the weight
+in the dtype of x, and where XLA cannot convert the codes, the weight is dequantized in the dtype of x. That is exact
+where a channel has one scale; otherwise weights are rounded, relative to the largest scale of their channel.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ from typing import Final, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palladion.reference.quantization import (
-    INT4_ZERO,
-    PACK_BLOCK,
-    QuantizedArray,
-    decode_codes,
-    dequantize,
-)
+from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, decode_codes, dequantize
 from palladion.reference.quantized_matmul import streaming
 from palladion.reference.quantized_matmul.definition import dot, select_layer
 
