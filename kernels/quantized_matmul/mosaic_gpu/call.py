@@ -1,9 +1,15 @@
 """quantized_matmul for a few rows on Hopper: TMA brings codes, tensor cores take them out of registers.
 
-`heuristic` chooses blocks by what an H200 measured of a prototype without scales, int8 and 8 or 16 rows: 256 weights
-along `in` and 4 blocks in flight took 9.5 to 35.6 µs where XLA's product in bfloat16 takes 10.6 to 55; two programs for
-each multiprocessor were best where channels are few (down, 64 blocks: 20.0 µs with 2 splits, 17.7 with 4, 21.0 with 7).
-More rows, other formats and groups have not been measured.
+`heuristic` takes the block sizes that were the best of a prototype on an H200, without scales, for int8 and 8 rows:
+
+    layers of Llama-3-8B                          µs    others
+    qkv       128 weights, 6 blocks, 4 splits    9.5    256 weights, 4 blocks: 10.7 (2 splits), 11.3 (4 splits)
+    output    256 weights, 4 blocks, 4 splits    7.1
+    gate-up   256 weights, 4 blocks, 1 split    35.6    128 weights, 6 blocks: 43.2
+    down      256 weights, 4 blocks, 4 splits   17.7    2 splits: 20.0; 7 splits: 21.0; 128 weights, 6 blocks: 17.8
+
+They have in common that programs fill the multiprocessors evenly, two or three on each; what does not fit at first runs
+alone at the end. Other rows, formats and groups have not been measured.
 
 Splits write float32 sums, which XLA adds up, together with bias, activation and gate; where there is one split, the
 kernel does all of it. Norm and residual are XLA's.
@@ -30,6 +36,9 @@ from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
 
+THREADS: Final = 128
+"""Threads of a program: a warpgroup."""
+
 HOPPER: Final = 90
 """Compute capability whose tensor cores take the left operand out of registers, by wgmma."""
 
@@ -49,35 +58,28 @@ BLOCKS_IN: Final = (512, 256, 128, 64)
 BLOCK_BYTES: Final = 256
 """Bytes of codes of a channel in the best block that was measured."""
 
-STAGES: Final = range(3, 6 + 1)
-"""Blocks in the ring: fewer leave too few bytes on their way."""
+LEAST_STAGES: Final = {8: 4, 16: 4, 32: 3, 64: 3}
+"""Blocks in the ring, by rows of x, below which too few bytes are on their way; those of more rows are larger."""
+
+MOST_STAGES: Final = 6
 
 REGISTERS: Final = 168
 """Registers of a thread, of 255, that sums, converted codes and factors may take; with 192 some are spilled."""
 
-PROGRAMS: Final = 2
-"""Programs of a multiprocessor that together keep enough bytes on their way, and one multiplies while one waits."""
+OTHER_REGISTERS: Final = 48
+"""Registers of a thread for all else, where they must leave room for other programs."""
+
+PROGRAMS: Final = (2, 3, 4)
+"""Programs of a multiprocessor at a time: one multiplies while others wait, and their blocks are on the way."""
+
+EVEN: Final = 0.9
+"""Share of the programs that multiprocessors have room for, at which more of them are not tried."""
 
 TMA_ROWS: Final = 8
 """Rows that TMA reads together: channels, and rows of x beyond these, must be multiples of them."""
 
 ELEMENTWISE: Final = frozenset(
-    (
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "max",
-        "min",
-        "neg",
-        "abs",
-        "exp",
-        "logistic",
-        "tanh",
-        "rsqrt",
-        "integer_pow",
-        "square",
-    )
+    "add sub mul div max min neg abs exp logistic tanh rsqrt integer_pow square".split()  # noqa: SIM905
 )
 """Primitives that Mosaic GPU compiles in registers, in all versions of jax."""
 
@@ -110,23 +112,45 @@ class Config:
 
 
 def heuristic(problem: Problem) -> Config:
-    """Returns the widest blocks of `in` that registers and shared memory allow, and two programs a multiprocessor."""
-    p, gpu = problem, gpu_to_plan_for()
-    block_rows = next(size for size in BLOCK_ROWS if size >= min(p.rows, MOST_ROWS))
+    """Returns the widest blocks with which programs fill the multiprocessors evenly, two on each or more."""
+    p = problem
+    rows = next(size for size in BLOCK_ROWS if size >= min(p.rows, MOST_ROWS))
+    fewer = max(rows // 2, BLOCK_ROWS[0])  # where registers do not suffice for all rows
+    found = _fitting(p, rows) or _fitting(p, fewer) or [(PROGRAMS[0], Config(fewer, block_in=BLOCKS_IN[-1]))]
+    shares = [_filled(p, config, count) for count, config in found]
+    best = next((place for place, share in enumerate(shares) if share >= EVEN), shares.index(max(shares)))
+    return found[best][1]
+
+
+def _fitting(problem: Problem, block_rows: int) -> list[tuple[int, Config]]:
+    """Returns numbers of programs of a multiprocessor, and block sizes with which it has room for them."""
+    p, gpu, least, found = problem, gpu_to_plan_for(), LEAST_STAGES[block_rows], []
     # Every program reads its rows of x: where they are many, more channels share them.
     share = block_rows >= 32 and p.parts == 1 and p.result_features >= 2 * CHANNELS
     block_outs = (2 * CHANNELS, CHANNELS) if share else (CHANNELS,)
-    some_rows = (block_rows, max(block_rows // 2, BLOCK_ROWS[0]))
-    for rows, block_out, block_in in itertools.product(some_rows, block_outs, BLOCKS_IN):
-        config = Config(rows, block_out, min(block_in, BLOCK_BYTES * (2 if p.scheme.packed else 1)))
-        stages = (gpu.shared_bytes // PROGRAMS - staged_bytes(p, config)) // block_bytes(p, config)
-        if registers(p, config) <= REGISTERS and stages >= STAGES[0]:
-            break
-    programs = pl.cdiv(p.rows, config.block_rows) * pl.cdiv(p.result_features, config.block_out)
-    blocks = pl.cdiv(p.in_features, config.block_in)
-    splits = max(min(PROGRAMS * gpu.multiprocessors // programs, blocks // STAGES[0]), 1)
-    splits = pl.cdiv(blocks, pl.cdiv(blocks, splits))  # none of them empty
-    return dataclasses.replace(config, splits=splits, num_stages=min(max(stages, STAGES[0]), STAGES[-1]))
+    blocks_in = [size for size in BLOCKS_IN if size <= BLOCK_BYTES * (2 if p.scheme.packed else 1)]
+    for count, block_out, block_in in itertools.product(PROGRAMS, block_outs, blocks_in):
+        config = Config(block_rows, block_out, block_in)
+        most = min(REGISTERS, gpu.registers // (THREADS * count) - OTHER_REGISTERS)
+        stages = (gpu.shared_bytes // count - staged_bytes(p, config)) // block_bytes(p, config)
+        if registers(p, config) > most or stages < least:
+            continue
+        blocks = pl.cdiv(p.in_features, block_in)
+        splits = max(min(count * gpu.multiprocessors // _programs(p, config), blocks // least), 1)
+        splits = pl.cdiv(blocks, pl.cdiv(blocks, splits))  # none of them empty
+        found.append((count, dataclasses.replace(config, splits=splits, num_stages=min(stages, MOST_STAGES))))
+    return found
+
+
+def _programs(problem: Problem, config: Config) -> int:
+    """Returns the programs of a split."""
+    return pl.cdiv(problem.rows, config.block_rows) * pl.cdiv(problem.result_features, config.block_out)
+
+
+def _filled(problem: Problem, config: Config, count: int) -> float:
+    """Returns the share of places for programs that are taken, `count` on each multiprocessor, until all have run."""
+    programs, places = config.splits * _programs(problem, config), count * gpu_to_plan_for().multiprocessors
+    return programs / (pl.cdiv(programs, places) * places)
 
 
 def registers(problem: Problem, config: Config) -> int:

@@ -20,7 +20,7 @@ next one is converted. Scales, zero points and minimums of the next block come f
 TMA fills with zeros what lies beyond the end of an array: zeros of x make it harmless. The last block of channels ends
 with the last channel, and overlaps the one before, which writes the same.
 
-Bound by memory: each code is read once, for 2 * rows FLOPs. Arithmetic in registers is 4 to 6 instructions a byte of
+Bound by memory: each code is read once, for 2 * rows FLOPs. Arithmetic in registers is 4 to 8 instructions a byte of
 codes, where a multiprocessor of an H200 has time for 7.
 """
 
