@@ -8,8 +8,8 @@ by a table. `Config.multiply` names the way, and the tuner compares them:
              Where the result is float32, which would show what that rounds, they are subtracted from each weight.
     Bytes    A segment of x, the 16 or 32 numbers that meet a thread's weights, is made integers of 16 bits in units of
              a power of two, once for all channels: x = unit * (low + 256 * high). `dp4a` multiplies four bytes by four
-             and adds them up, exactly. What is lost is 2^-16 of the segment's largest number, which results of 16 bits
-             do not show.
+             and adds them up, exactly. A number is off by up to 2^-15 of the segment's largest, which results of 16
+             bits do not show.
 
 For 16 bytes of a channel, x aside, int8 takes 43 instructions as floats and 16 as bytes, int4 90 and 39.
 """
