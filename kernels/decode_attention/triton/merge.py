@@ -3,7 +3,8 @@
 A second kernel does it, with programs for each query of each head; or, in the same launch, the last of the programs of
 a sequence, KV head and block of rows: each counts itself with an atomic addition after its results, and the one that
 finds all others counted reads theirs. The addition releases what the program wrote before it and acquires what the
-others did, at the scope of the GPU; a barrier before it makes that the whole program's.
+others did, at the scope of the GPU; a barrier before it makes that the whole program's. Every call gets counters that
+are zero, an input that it overwrites, so nothing has to reset them.
 """
 
 from __future__ import annotations
