@@ -34,9 +34,11 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS, Probl
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE
+from palladion.reference.quantization import CODE_DTYPE, Order
 
 BACKENDS = ("xla", "mosaic_tpu", "triton")
+ORDERS: dict[str, Order] = {"xla": "in_out", "mosaic_tpu": "in_out", "triton": "out_in"}
+"""Storage order of weights in calls of a backend."""
 
 
 def normal(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
@@ -92,11 +94,21 @@ CALLS = {
 }
 
 
+def call_for(name: str, backend: str) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns a call and its arguments, with weights in the storage order of a backend."""
+    function, arguments = CALLS[name]()
+    order = ORDERS[backend]
+    if function is matmul:
+        x, w = arguments
+        return functools.partial(matmul, order=order), [x, w if order == "in_out" else w.T]
+    return function, [x.with_order(order) if isinstance(x, QuantizedArray) else x for x in arguments]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_constants_of_a_program_are_arguments(name: str, backend: str):
     """An array that jit closes over gives what it gives as an argument, up to the order in which XLA adds."""
-    function, arguments = CALLS[name]()
+    function, arguments = call_for(name, backend)
     call = functools.partial(function, **how(backend))
     expected = jax.jit(call, compiler_options=options_for(backend))(*arguments)
     every = set(range(len(arguments)))
@@ -123,7 +135,7 @@ def test_xla_has_no_bits_of_another_width_to_fold(name: str, backend: str):
     A kernel also reads every array in memory that it gets: with an unread operand, some TPU compilers read zeros from
     others.
     """
-    function, arguments = CALLS[name]()
+    function, arguments = call_for(name, backend)
     traced = jax.make_jaxpr(functools.partial(function, backend=backend, interpret=False))(*arguments)
     kernels = 0
     for equation in _equations(traced.jaxpr):
@@ -213,7 +225,7 @@ def test_no_sequences_are_refused(backend: str | None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheme", ["int4-g32", "float8_e5m2", "mxfp4"])
 def test_activations_up_to_the_documented_bound(scheme: str, backend: str):
-    w = quantize(normal(64, 128), scheme)
+    w = quantize(normal(64, 128), scheme, order=ORDERS[backend])
     x = normal(2, 64, seed=1)
     x = x / jnp.max(jnp.abs(x)) * 1e27
     call = functools.partial(quantized_matmul, **how(backend))
@@ -388,6 +400,7 @@ def test_heuristics_of_products_choose_what_their_kernel_takes(backend: str, dat
     }
     x = jax.ShapeDtypeStruct((draw(st.sampled_from([1, 3, 16, 100, 700])), in_features), draw(st.sampled_from(FLOATS)))
     w = _schemed(scheme, in_features, out_features, draw(st.sampled_from(FLOATS)))
+    w = jax.eval_shape(functools.partial(QuantizedArray.with_order, order=ORDERS[backend]), w)
     shape = (x.shape[0], out_features // (2 if gated else 1))
     arrays = {"norm": (in_features,), "bias": (out_features,), "residual": shape}
     given = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in arrays.items() if draw(st.booleans())}
@@ -469,6 +482,7 @@ def test_heuristics_of_products_pass_their_own_check(backend: str):
             scale_dtype="float8_e8m0fnu" if scheme.format == "mxfp4" else any_of(*FLOATS),
             quantize_x=any_of(None, quantizable),
             batch_invariant=any_of(True, False),
+            order=ORDERS[backend],
         )
         with planned_for(*any_of(*DEVICES[backend])):
             if module.unsupported(problem) is None:
