@@ -7,6 +7,9 @@ from typing import Any, Final
 
 import jax
 
+from palladion.benchmarks.static.gpu.compiler import CompiledKernel
+from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
+
 SAME_BUT_FOR_SIZES: Final = frozenset(
     {
         *(f"llama-3-8b-output-{scheme}" for scheme in ("1-int8", "1-int4-g32", "16-int4-g128-zeros")),
@@ -48,3 +51,8 @@ QUICKLY: Final[dict[str, Any]] = UNOPTIMIZED | known_options(xla_cpu_use_fusion_
 def options_for(backend: str) -> dict[str, Any]:
     """Returns the compiler options for a backend; the reference has its users' options, except for optimization."""
     return UNOPTIMIZED if backend == "xla" else QUICKLY
+
+
+def hot_loop(kernel: CompiledKernel) -> list[Instruction]:
+    """Returns the instructions of a GPU kernel's longest loop."""
+    return max((list(instructions) for loop, instructions in by_loop(parse(kernel.code)) if loop), key=len)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
-from compiling import SAME_BUT_FOR_SIZES
+from compiling import SAME_BUT_FOR_SIZES, hot_loop
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.compiler import CompiledKernel
-from palladion.benchmarks.static.gpu.sass import by_loop, bytes_awaited, parse
-from palladion.kernels import gpu_rows
+from palladion.benchmarks.static.gpu.sass import parse
 from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.append_qkv import cases as joined_cases
@@ -31,7 +28,6 @@ from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.kernels.quantized_matmul.triton import call as matmul_triton
 from palladion.kernels.quantized_matmul.triton import matrix_blocks
-from palladion.kernels.quantized_matmul.triton import vector as gpu_vector
 
 pytestmark = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
 
@@ -55,12 +51,8 @@ def matmul(case: MatmulCase, **options: Any) -> Compilable:
 
 
 def dense(case: DenseCase) -> Compilable:
+    case = dataclasses.replace(case, order="out_in")
     return lambda inputs: dense_matmul(**inputs._asdict(), **case.options, backend="pallas"), (case.shapes(),)
-
-
-def dense_rows(name: str) -> int:
-    """Returns the rows of x in a case of `matmul`."""
-    return next(case.rows for case in dense_cases.MODELS if name == f"matmul-{case.name}")
 
 
 def append(case: AppendCase) -> Compilable:
@@ -119,26 +111,6 @@ def test_compiles_without_spills(name: str, arch: int):
         assert_streams(kernels[0])
     if name.startswith("append"):
         assert kernels[0].count("STG.E.128") >= 2
-    if name.startswith("matmul"):
-        assert_reads_rows(kernels[0], dense_rows(name))
-
-
-def assert_reads_rows(kernel: CompiledKernel, rows: int) -> None:
-    """Asserts loads of 128 bits, and per byte at most a conversion and a multiply-add for each row."""
-    loop = hot_loop(kernel)
-    wide = sum(name.startswith("LDG.E.128") for name in loop)
-    print(f"{len(loop) / (16 * wide):.2f} instructions a byte")
-    assert len(loop) <= (2 + rows) * 16 * wide
-    assert_loads_together(kernel)
-
-
-def assert_loads_together(kernel: CompiledKernel) -> None:
-    """Asserts enough bytes in flight to use the whole bandwidth: 29 KiB per multiprocessor of an H200, at 0.8 µs."""
-    thread = max(bytes_awaited(instructions) for _, instructions in by_loop(parse(kernel.code)))
-    warp, warps = 32 * thread, kernel.kernel.num_warps
-    print(f"a thread waits for {thread} bytes, {warps} warps for {warp * warps >> 10} KiB")
-    assert thread >= 8 * 16
-    assert warp * warps >= min(32 * 1024, 16 * 16 * 32 * warps)
 
 
 def assert_streams(kernel: CompiledKernel) -> None:
@@ -173,7 +145,7 @@ def test_codes_become_operands_in_few_instructions(
 ):
     function, arguments = OPERATIONS[f"decode_attention-{name}"]()
     kernel, _ = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
-    loop = hot_loop(kernel)
+    loop = [instruction.opcode for instruction in hot_loop(kernel)]
     assert any(instruction.startswith(products) for instruction in loop)
     codes = 16 * sum(instruction.startswith("LDGSTS.E.BYPASS.128") for instruction in loop)  # of a thread
     found = sum(instruction.startswith(conversions) for instruction in loop)
@@ -217,7 +189,7 @@ def test_ways_to_share_and_merge_compile_without_spills(
 
 def assert_counts_after_its_results(kernel: CompiledKernel) -> None:
     """Asserts that all threads' results are in memory before a program counts itself, and read after it."""
-    names = [name for name, _ in INSTRUCTION.findall(kernel.code)]
+    names = [instruction.opcode for instruction in parse(kernel.code)]
     (counted,) = (place for place, name in enumerate(names) if name.startswith("ATOMG"))
     before, after = names[:counted], names[counted:]
     stored = max(place for place, name in enumerate(before) if name.startswith("STG"))
@@ -278,38 +250,6 @@ def test_half_precision_is_multiplied_by_tensor_cores():
         assert kernel.count("LDGSTS") > 0, "no load is asynchronous"
 
 
-@pytest.mark.parametrize(
-    ("scheme", "rows", "arch"),
-    [("int8", 1, arch) for arch in gpu_compiler.ARCHITECTURES]
-    + [("int4-g32", 1, 90), ("int4-g32", 1, 100), ("float8_e4m3fn", 1, 80), ("float8_e4m3fn", 1, 90)]
-    + [("int8", 3, 90), ("int8", 2, 100), ("int4-g128", 2, 100)],
-)
-def test_norm_and_residual_are_fused_with_a_product(scheme: str, rows: int, arch: int):
-    """A row's norm and residual cost no launch and no spill, and few instructions per byte of codes."""
-    silu: dict[str, Any] = {"gated": True, "activation": jax.nn.silu, "in_features": 4096, "out_features": 28672}
-    cases = [
-        MatmulCase(name="gate-up", rows=rows, scheme=scheme, norm=True, **silu),
-        MatmulCase(name="down", rows=rows, scheme=scheme, residual=True, in_features=14336, out_features=4096),
-    ]
-    for case in cases:
-        with gpu_compiler.tracing_for(arch):
-            config = matmul_triton.heuristic(case.problem())
-        if config.splits > 1 or config.form != "vector":
-            continue  # a sum of splits takes a launch, and XLA normalizes in another
-        function, arguments = matmul(case, config=config, backend="triton", interpret=False)
-        plain = dataclasses.replace(case, norm=False, residual=False)
-        plain_function, plain_arguments = matmul(plain, config=config, backend="triton", interpret=False)
-        (kernel,) = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
-        (without,) = gpu_compiler.compile_for_gpu(plain_function, *plain_arguments, arch=arch)
-        assert kernel.spilled == 0
-        assert len(kernel.kernel.operands) == len(without.kernel.operands) + 1
-        assert kernel.count("LDG.E.128") >= without.count("LDG.E.128")
-        assert_loads_together(kernel)
-        longer = len(hot_loop(kernel)) / len(hot_loop(without))
-        print(f"{case.name}: {kernel.registers} registers, a trip is {longer:.2f} times as long")
-        assert longer < 1.25
-
-
 def test_offsets_fit_into_32_bits():
     """Pallas uses 64-bit offsets only beyond 4 GiB, so reads of one-byte codes of 2 to 4 GiB would go astray."""
     case = {case.name: case for case in matmul_cases.MODELS}["llama-3-8b-gate-up-1-int8"]
@@ -317,66 +257,6 @@ def test_offsets_fit_into_32_bits():
         function, arguments = matmul(dataclasses.replace(case, num_layers=num_layers))
         (kernel,) = gpu_compiler.lower_for_gpu(function, *arguments)
         assert (passed_on * 4096 * 28672, "i8") in kernel.operands
-
-
-HOT_LOOPS = {
-    # name: case, architecture, most instructions per byte of codes, prefix of the multiplying instruction
-    "vector-int8": (MatmulCase(name="", rows=1, scheme="int8", **QKV), 90, 2.5, "IDP"),
-    "vector-int8-3": (MatmulCase(name="", rows=3, scheme="int8", **QKV), 90, 5.8, "IDP"),
-    "vector-int4": (MatmulCase(name="", rows=1, scheme="int4-g32", **QKV | {"in_features": 8192}), 90, 4.8, "IDP"),
-    "vector-int4-2": (MatmulCase(name="", rows=2, scheme="int4-g128", **QKV), 90, 9.0, "IDP"),
-    "vector-mxfp4": (MatmulCase(name="", rows=1, scheme="mxfp4", **QKV), 90, 6.3, "IDP"),
-    "vector-int4-by-float32": (MatmulCase(name="", rows=1, scheme="int4", dtype="float32", **QKV), 90, 8.6, "FFMA"),
-    "vector-float8": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 90, 5.5, "FFMA"),
-    "vector-float8-80": (MatmulCase(name="", rows=1, scheme="float8_e4m3fn", **QKV), 80, 5.5, "FFMA"),
-}
-"""Limits a few percent above the counts; the operation's README.md says how many instructions a GPU has time for."""
-
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
-
-
-def hot_loop(kernel: gpu_compiler.CompiledKernel) -> list[str]:
-    """Returns the names of the instructions of a kernel's longest loop."""
-    listing: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    for line in kernel.code.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(listing)
-        listing += INSTRUCTION.findall(line)
-    loops = [range(0)]
-    for end, (name, operands) in enumerate(listing):
-        target = re.search(r"\.L_\w+", operands)
-        if name.startswith("BRA") and target is not None and labels.get(target[0], end) < end:
-            loops.append(range(labels[target[0]], end + 1))
-    return [listing[place][0] for place in max(loops, key=len)]
-
-
-@pytest.mark.parametrize("name", HOT_LOOPS)
-def test_codes_are_dequantized_in_few_instructions(name: str):
-    case, arch, most, multiplies = HOT_LOOPS[name]
-    problem = case.problem()
-    with gpu_compiler.tracing_for(arch):
-        config = matmul_triton.heuristic(problem)
-    lanes = gpu_rows.lanes(config.block_out, config.num_warps)
-    codes = gpu_vector.chunk_rows(problem, config.num_warps) * lanes * config.block_out
-    function, arguments = matmul(case)
-    (kernel,) = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
-    loop = hot_loop(kernel)
-    per_byte = len(loop) / (codes / (32 * config.num_warps))
-    print(
-        f"{kernel.kernel.name}: {per_byte:.2f} instructions a byte, {kernel.registers} registers, {kernel.shared} bytes"
-    )
-    assert kernel.spilled == 0
-    assert per_byte < most
-    assert any(instruction.startswith(multiplies) for instruction in loop)
-    assert_loads_together(kernel)
-    loads = [i for i in loop if i.startswith("LDG.E.128")]
-    assert len(loads) * 16 * 32 * config.num_warps >= codes, loads
-    assert sum(instruction.startswith("I2F") for instruction in loop) <= 4, "codes are converted by number"
-    if multiplies == "IDP":
-        assert not any(name.startswith(("BAR", "STS", "LDS")) for name in loop), "threads exchange what they have"
-        assert "max.NaN.f32" in kernel.ptx
-        assert "max.f32" not in kernel.ptx, "which leaves NaN out"
 
 
 def test_unknown_architectures():

@@ -24,6 +24,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "qkv": {"in_features": 4096, "out_features": 6144},
     "gate-up": {"in_features": 4096, "out_features": 28672, "gated": True, "activation": jax.nn.silu},
     "down": {"in_features": 14336, "out_features": 4096},
+    "odd": {"in_features": 4080, "out_features": 8000},
     "smollm2": {"in_features": 576, "out_features": 3072, "gated": True, "activation": jax.nn.silu},
 }
 
@@ -56,6 +57,7 @@ LOOPS: dict[str, tuple[str, int, str, dict[str, Any], int, float]] = {
     "int4-minimums": ("int4-g32-minimums", 16, "qkv", {"scale_dtype": "float32"}, 90, 7.1),
     "int4-float16": ("int4-g128", 64, "qkv", {"dtype": "float16", "scale_dtype": "float16"}, 90, 9.5),
     "float8": ("float8_e4m3fn", 16, "down", {}, 90, 4.8),
+    "float8-odd": ("float8_e4m3fn", 17, "odd", {}, 90, 6),
     "mxfp4": ("mxfp4", 16, "down", {"scale_dtype": "float32"}, 90, 9.9),
     "int8-by-int8": ("int8", 16, "down", INT8, 90, 1.1),
     "int4-by-int8": ("int4", 16, "down", INT8, 90, 3.5),

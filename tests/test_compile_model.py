@@ -19,6 +19,8 @@ from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.parameters import Layer, Parameters
 from palladion.model.sampling import Sampling
+from palladion.reference.platforms import target_platform
+from palladion.reference.quantization import order_of_platform
 
 LLAMA_3_8B = ModelConfig(
     vocab_size=128256,
@@ -42,11 +44,13 @@ WRITTEN_BY_XLA = re.compile(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast\(|custom
 
 def parameters(scheme: str | None) -> Parameters:
     """Returns the shapes of all weights; `scheme` None leaves them dense."""
-    config = LLAMA_3_8B
+    config, order = LLAMA_3_8B, order_of_platform(target_platform())
 
     def weight(*shape: int) -> Any:
         dense = jnp.zeros(shape, jnp.bfloat16)
-        return dense if scheme is None else quantize(dense, scheme, scale_dtype=jnp.bfloat16)
+        if scheme is not None:
+            return quantize(dense, scheme, scale_dtype=jnp.bfloat16)
+        return dense if order == "in_out" else jnp.swapaxes(dense, -1, -2)
 
     def make() -> Parameters:
         layers, hidden, wide = config.num_layers, config.hidden_size, config.intermediate_size
@@ -66,6 +70,7 @@ def parameters(scheme: str | None) -> Parameters:
             final_norm=jnp.ones(hidden),
             head=weight(hidden, config.vocab_size),
             inverse_frequencies=jnp.ones(config.head_dim // 2),
+            order=order,
         )
 
     shapes: Parameters = jax.eval_shape(make)
@@ -115,10 +120,12 @@ def test_decoding_on_a_gpu_is_one_program_that_moves_neither_weights_nor_cache(a
         here = engine(apart(parameters(scheme)), "bfloat16", backend="pallas")
         loop, arguments = here.decode_loop()
         module = gpu_compiler.stablehlo_for_gpu(loop, *arguments, arch=arch)
-    names = " ".join(kernel.name for kernel in gpu_compiler.kernels_in(module))
+    operations = list(gpu_compiler.operations_in(module.operation))
+    # Triton's kernels and Mosaic's.
+    kernels = [one for one in operations if one.name == "stablehlo.custom_call"]
+    names = " ".join(str(one.location).split('"')[1] for one in kernels)
     assert "decode_attention" in names
     assert ("quantized_matmul" in names) == (scheme is not None)
-    operations = list(gpu_compiler.operations_in(module.operation))
     # One dispatch runs many steps, as many as a constant says: the host has nothing to read back in between.
     (steps,) = (one for one in operations if one.name == "stablehlo.while")
     condition = [one.operation.name for one in steps.regions[0].blocks[0].operations]
@@ -151,6 +158,8 @@ def _size(value: Any) -> int:
 
 
 def _is_view(operation: Any) -> bool:
-    """Returns whether an operation only gives an array another shape."""
+    """Returns whether an operation only gives an array another shape, or is a transposition that a product takes in."""
+    if operation.name == "stablehlo.transpose":
+        return all(use.owner.name == "stablehlo.dot_general" for use in operation.results[0].uses)
     reshapes = operation.name in ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
     return reshapes and _size(operation.operands[0]) == _size(operation.results[0])

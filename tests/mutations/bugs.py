@@ -419,6 +419,22 @@ MUTATIONS: Final = (
         ("tests/test_generator.py", "-k", "stop or batch"),
         "Tokens follow a sequence's stop token.",
     ),
+    Mutation(
+        "model-steps-beyond-the-dispatch-count",
+        "model/engine.py",
+        "jnp.where(counts, lengths, state.lengths),",
+        "lengths,",
+        ("tests/test_engine.py", "-k", "trace"),
+        "On a GPU the steps that a dispatch runs beyond those asked for lengthen the sequences.",
+    ),
+    Mutation(
+        "measure-host-copies-count",
+        "benchmarks/measure/device_time.py",
+        "[event for event in trace(take_turns) if event.name not in HOST_COPIES]",
+        "trace(take_turns)",
+        ("tests/test_device_time.py",),
+        "Copies from the host belong to a call's device time.",
+    ),
     # --- Tuning ---
     Mutation(
         "tuning-any-kind",

@@ -41,12 +41,15 @@ from palladion.kernels.types import Interpret
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import quantize_rows
 
-ROWS: Final = {"int8": 4, "int4": 1, "mxfp4": 1, "float8_e4m3fn": 2, "float8_e5m2": 2}
-"""Most rows that the heuristic multiplies without tensor cores, by format: for more, instructions take longer than
-memory."""
+ROWS: Final = {"int8": 2}
+"""Most rows that the heuristic multiplies without tensor cores, by format, and 1 for others: for more, instructions
+take longer than memory (README.md)."""
 
 CHANNELS: Final = {"float": 8, "bytes": 16}
 """Channels whose sums, for one row, leave registers for what else a thread needs; more rows have fewer channels."""
+
+LEAST_CHANNELS: Final = 4
+"""Channels among which the conversion of x is divided, however many rows there are."""
 
 MOST_SUMS: Final = 64
 """Most sums of a thread that the tuner tries."""
@@ -55,13 +58,13 @@ MOST_SUMS: Final = 64
 def heuristic(problem: Problem) -> Config:
     """Returns the form that suits the rows, with blocks that keep the memory busy."""
     p = problem
-    if p.rows > ROWS[p.scheme.format] or not few_rows.covers(p):
+    if p.rows > ROWS.get(p.scheme.format, 1) or not few_rows.covers(p):
         return matrix_blocks.heuristic(p, gpu_to_plan_for())
     # int8 codes are read in time either way. Four-bit ones take more instructions than the GPU has time for as floats.
     packed = p.scheme.packed and few_rows.can_multiply_bytes(p)
     multiply: Literal["float", "bytes"] = "bytes" if packed else "float"
-    channels = CHANNELS[multiply] // (p.parts * pl.next_power_of_2(p.rows))
-    block_out = gpu_rows.block_for(p, max(channels, 1))
+    channels = max(CHANNELS[multiply] // pl.next_power_of_2(p.rows), LEAST_CHANNELS)
+    block_out = gpu_rows.block_for(p, channels // p.parts)
     num_warps = gpu_rows.warps_for(p, few_rows.per_thread(p))
     return Config("few_rows", block_out, num_warps, multiply)
 

@@ -39,9 +39,8 @@ from palladion.kernels.quantized_matmul.float_bits import bfloat16_pieces
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.kernels.quantized_matmul.triton.matrix_store import Block, Outputs, store
-from palladion.kernels.quantized_matmul.triton.operands import unit, widen
+from palladion.kernels.quantized_matmul.triton.operands import raw_bytes, unit, widen
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, read, read_scales
-from palladion.kernels.types import Ref
 from palladion.reference.quantization import PACK_BLOCK
 
 HALF: Final = PACK_BLOCK // 2
@@ -216,15 +215,19 @@ class Program:
             begin = jax.lax.div(begin, half_block) * PACK_BLOCK + jax.lax.rem(begin, half_block) + half * HALF
         element = self.weight(first) + begin + offset
         mask = both(_column(self.block.real_row), self.exists(element, self.problem.in_features))
-        return _load(self.ref.x, (self.block.row[:, None], element[None, :]), mask)
+        window = self.ref.x.at[self.block.row[:, None], element[None, :]]
+        return plgpu.load(window, mask=mask, other=None if mask is None else 0)
 
     def weights(self, first: Place, channel: jax.Array) -> list[jax.Array]:
         """Returns the operands `[block_out, bytes]` of a span, one for each half of packed codes."""
         scheme = self.problem.scheme
         start, count = jax.lax.div(self.weight(first), jnp.int32(self.per_byte)), self.span // self.per_byte
         byte = start + jnp.arange(count, dtype=jnp.int32)
-        mask = both(_column(self.block.real), self.exists(byte, self.problem.in_features // self.per_byte))
-        codes = _load(self.ref.codes, (self.ref.layer[0], channel[:, None], byte[None, :]), mask)
+        exists = self.exists(byte, self.problem.in_features // self.per_byte)
+        window = self.ref.codes.at[self.ref.layer[0], channel[:, None], byte[None, :]]
+        mask = both(_column(self.block.real), exists)
+        other = None if mask is None else jnp.zeros((), self.ref.codes.dtype)
+        codes = raw_bytes(plgpu.load(window, mask=mask, other=other))
         found = []
         for half in range(self.per_byte):
             weights = widen(codes, scheme.format, operand(self.problem), half, scheme.implied_zero, native=self.native)
@@ -351,10 +354,6 @@ def reorder(weights: jax.Array, pair: int) -> jax.Array:
     of_thread = run(count)
     shape = (channels, count // (QUAD * of_thread), QUAD, of_thread // pair, pair)
     return weights.reshape(shape).transpose(0, 1, 3, 2, 4).reshape(channels, count)
-
-
-def _load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
-    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
 
 
 def _column(mask: jax.Array | None) -> jax.Array | None:

@@ -46,18 +46,22 @@ def unit(format: str, operand: str) -> float:
     return 64.0 if format in ("int8", "int4") and operand == "bfloat16" else 1.0
 
 
+def raw_bytes(codes: jax.Array) -> jax.Array:
+    """Returns codes of any 8-bit dtype as uint8."""
+    return codes if codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(codes, jnp.uint8)
+
+
 def widen(codes: jax.Array, format: str, operand: str, half: int, zero: int, *, native: bool) -> jax.Array:
     """Returns codes less an integer zero, over their `unit`, in the dtype of an operand.
 
     Args:
-      codes: stored bytes, `[channels, bytes]`.
+      codes: stored bytes, uint8 `[channels, bytes]`.
       format: format of the codes, a `WeightFormat`.
       operand: "bfloat16", "float16" or "int8".
       half: 1 for the high nibbles of packed formats, otherwise 0.
       zero: integer that is subtracted from integer codes.
       native: whether the kernel is compiled for an NVIDIA GPU, so that it may contain PTX.
     """
-    codes = codes if codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(codes, jnp.uint8)
     if native and format != operand:
         text, registers = assembly(format, operand, half, zero), 1 if operand == "int8" else 2
         (found,) = plgpu.elementwise_inline_asm(
