@@ -342,3 +342,23 @@ def test_codes_are_multiplied_in_few_instructions(
     per_byte = min(map(len, loops)) / (codes_of_a_thread / 128)
     print(f"{per_byte:.2f} instructions a byte")
     assert per_byte <= most
+
+
+@needs_plugin
+def test_xla_records_the_kernel_in_a_cuda_graph(tmp_path: Path):
+    """A step of a loop is launched whole; a kernel that is not recorded costs the host two launches more."""
+    case = case_of("int8", 8, in_features=4096, out_features=4096)
+
+    def loop(inputs: Inputs) -> jax.Array:
+        multiply = functools.partial(quantized_matmul, w=inputs.w, backend="mosaic_gpu")
+        return jax.lax.fori_loop(0, 9, lambda _, x: jnp.tanh(multiply(jnp.tanh(multiply(x)))), inputs.x)
+
+    sharding = jax.sharding.SingleDeviceSharding(gpu_program.device(90))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), case.shapes())
+    gpu_compiler.lowered_for_gpu(loop, shapes).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    (listing,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    _, _, body = listing.read_text().partition("body:")
+    graph, *calls = [line for line in body.splitlines() if "kCommandBuffer" in line or "kCustomCall" in line]
+    assert "kCommandBuffer" in graph
+    assert len(calls) == 2, body
+    assert all("kCustomCall" in call for call in calls), body
