@@ -22,6 +22,9 @@ from palladion.reference.caches import FLOAT_CACHE_DTYPES
 from palladion.reference.quantization import Order
 from palladion.reference.rms_norm import rms_norm
 
+Normalize = Callable[[jax.Array, jax.Array, float], jax.Array]
+"""RMS norm of rows `[rows, in]`, given the norm's weight `[in]` and eps."""
+
 
 class Inputs(NamedTuple):
     """Arrays of a call, in the shapes that all implementations take.
@@ -230,12 +233,20 @@ class LinearProblem(abc.ABC):
         first = parts[0] if self.activation is None else self.activation(parts[0])
         return first * parts[1] if self.gated else first
 
-    def plain(self, inputs: Inputs) -> tuple[Self, Inputs]:
-        """Returns the call without norm and residual, x normalized by XLA, for kernels that fuse neither."""
+    def plain(self, inputs: Inputs, normalize: Normalize | None = None) -> tuple[Self, Inputs]:
+        """Returns the call without norm and residual, x normalized, for kernels that fuse neither.
+
+        Args:
+          inputs: arrays of the call.
+          normalize: normalizes each row by itself, given x, the norm's weight and eps; None leaves it to XLA.
+        """
         x = inputs.x
         if self.norm_eps is not None and inputs.norm is not None:
-            normalize = functools.partial(rms_norm, weight=inputs.norm, eps=self.norm_eps)
-            x = jax.lax.map(normalize, x) if self.row_by_row else normalize(x)
+            if normalize is not None:
+                x = normalize(x, inputs.norm, self.norm_eps)
+            else:
+                by_xla = functools.partial(rms_norm, weight=inputs.norm, eps=self.norm_eps)
+                x = jax.lax.map(by_xla, x) if self.row_by_row else by_xla(x)
         problem = dataclasses.replace(self, norm_eps=None, has_residual=False)
         return problem, inputs._replace(x=x, norm=None, residual=None)
 

@@ -37,7 +37,7 @@ from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLO
 from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
 from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
-from palladion.kernels.decode_attention.triton.products import uses_tensor_cores
+from palladion.kernels.decode_attention.triton.products import PIECES, uses_tensor_cores
 from palladion.kernels.decode_attention.triton.rows import tiles_of
 from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
@@ -54,19 +54,27 @@ MAX_HEAD_DIM: Final = 256
 """Widest supported head."""
 
 KV_BLOCK_BYTES: Final = 16 * 2**10
-"""Bytes of a block's keys in 16-bit operands. With values, and four programs on each multiprocessor, 128 KiB are in
-flight there: three times what an H200 needs to cover its memory latency of 1 µs."""
+"""Bytes of a block's keys, as the cache stores them. With values, a block ahead and two programs on a multiprocessor,
+64 KiB are in flight there, with which an H200 read a 16-bit cache at its whole bandwidth."""
+
+LATENCY: Final = 1.75e-6
+"""Seconds from a load to its data while memory is busy, on an H200: where one-byte blocks of 64 tokens had 33 KiB in
+flight on a multiprocessor, each of them read 19 GB/s."""
+
+MAX_BUFFERS: Final = 4
+"""Most blocks that a program has in shared memory."""
+
+PROGRAM_RESERVED_BYTES: Final = 1024
+"""Shared memory that the GPU itself takes for each program."""
+
+MAX_LOGITS: Final = 16
+"""Most logits of a block for each thread, where codes are converted in registers."""
 
 RESIDENT: Final = 4
 """Programs that are resident on a multiprocessor, given 128 threads with up to 128 registers each."""
 
 HIDDEN_FROM: Final = 2
-"""Least programs on a multiprocessor for which one computes while another waits for memory. On an H200, two programs
-of a 16-bit cache take the memory's 1.0 µs for each block of 64 tokens, at 8 x 8192 and in a model's steps."""
-
-HIDDEN_FROM_OF_CODES: Final = 4
-"""The same for a one-byte cache, which has half the bytes and more instructions: there, two programs take 1.75 µs
-(int8) or 2.1 µs (float8) for each block of 64 tokens, where the memory takes 1.0."""
+"""Least programs on a multiprocessor for which one computes while another waits for memory."""
 
 START: Final = 1
 """Cost of a program's queries, first block and result, in iterations of its loop."""
@@ -82,14 +90,29 @@ FLOATS_FROM: Final = 100
 
 
 def block_bytes(problem: Problem, block_kv: int) -> int:
-    """Returns the bytes of shared memory that the keys and values of a block take."""
+    """Returns the bytes of shared memory that the keys and values of a block take, with their scales."""
     width = sum(tile.width for tile in tiles_of(problem.head_dim))
-    return 2 * block_kv * width * jnp.dtype(problem.kv_dtype).itemsize
+    scale_bytes = 4 if problem.has_scales else 0
+    return 2 * block_kv * (width * jnp.dtype(problem.kv_dtype).itemsize + scale_bytes)
+
+
+def operand_bytes(problem: Problem, block_rows: int, block_kv: int) -> int:
+    """Returns the bytes of shared memory that operands of tensor cores take: queries, weights, converted values."""
+    width = sum(tile.width for tile in tiles_of(problem.head_dim))
+    weights = 2 * block_rows * block_kv
+    if not problem.has_scales:
+        return weights + 2 * block_rows * width
+    return weights + PIECES * block_rows * width + 2 * block_kv * width
+
+
+def buffers_of(problem: Problem, num_stages: int) -> int:
+    """Returns the blocks in shared memory: page numbers are loaded as many iterations ahead as tokens."""
+    return max((num_stages - 1) // (1 if problem.page_size is None else 2), 1)
 
 
 def loaded_bytes(problem: Problem, config: Config) -> int:
-    """Returns the bytes of shared memory that loads take at least: a block for each stage but one."""
-    return (config.num_stages - 1) * block_bytes(problem, config.block_kv)
+    """Returns the bytes of shared memory that loads take at least."""
+    return buffers_of(problem, config.num_stages) * block_bytes(problem, config.block_kv)
 
 
 def heuristic(problem: Problem) -> Config:
@@ -100,28 +123,16 @@ def heuristic(problem: Problem) -> Config:
     if uses_tensor_cores(p):
         most_rows = max(MAX_ROWS_TIMES_WIDTH // pl.next_power_of_2(width), MIN_BLOCK)
         block_rows = min(max(pl.next_power_of_2(rows), MIN_BLOCK), most_rows)
-        # One-byte values also pass through shared memory as float16.
-        block_kv = KV_BLOCK_BYTES // (width * 2)
+        block_kv = KV_BLOCK_BYTES // (width * jnp.dtype(p.kv_dtype).itemsize)
         num_warps = 4 if block_rows * width <= MAX_ROWS_TIMES_WIDTH // 2 else 8
+        if p.has_scales:
+            block_kv = min(block_kv, MAX_LOGITS * 32 * num_warps // block_rows)
     else:
         # Operands are kept in registers, where large blocks would spill.
         block_rows, block_kv, num_warps = MIN_BLOCK, KV_BLOCK_BYTES // 2 // (width * 4), 8
     block_kv = min(max(1 << (block_kv.bit_length() - 1), MIN_BLOCK), MAX_BLOCK_KV)
     programs = p.batch * p.kv_heads * pl.cdiv(rows, block_rows)
     splits = splits_of(p, programs, block_kv, gpu)
-    # Where few programs share a multiprocessor, each loads two blocks ahead. With pages, it loads the next page number.
-    resident = pl.cdiv(programs * splits, gpu.multiprocessors)
-    stage_bytes = block_bytes(p, block_kv)
-    operands = 2 * (block_kv * width + block_rows * (width + block_kv))  # in shared memory, for tensor cores
-    deep = (
-        uses_tensor_cores(p)
-        and resident * (2 * stage_bytes + 2 * KV_BLOCK_BYTES) <= gpu.shared_bytes
-        and 2 * stage_bytes + operands <= gpu.program_shared_bytes
-    )
-    integers = gpu.compute_capability < FLOATS_FROM
-    # Page numbers are read an iteration ahead, unless the conversion of both keys and values leaves no registers.
-    paged = p.page_size is not None
-    ahead = (deep or paged) and (integers or not (paged and p.has_scales))
     # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
     # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
     one_block_of_rows = rows <= block_rows
@@ -131,10 +142,43 @@ def heuristic(problem: Problem) -> Config:
         block_rows,
         splits,
         num_warps=num_warps,
-        num_stages=3 if ahead else 2,
-        integers=integers,
+        num_stages=stages_of(p, programs, splits, block_rows, block_kv, gpu),
+        integers=gpu.compute_capability < FLOATS_FROM,
         balanced=balanced,
     )
+
+
+def stages_of(problem: Problem, programs: int, splits: int, block_rows: int, block_kv: int, gpu: Gpu) -> int:
+    """Returns the pipeline stages with which loads keep the memory busy, as far as shared memory allows.
+
+    A program computes on one buffer while the others are loaded; a single one is loaded half of the time.
+
+    Args:
+      problem: the call.
+      programs: programs without splits.
+      splits: splits of each.
+      block_rows: query rows of a program.
+      block_kv: tokens of a KV block.
+      gpu: the device.
+    """
+    p = problem
+    resident = min(pl.cdiv(programs * splits, gpu.multiprocessors), RESIDENT)
+    block, buffers = block_bytes(p, block_kv), 1
+    if uses_tensor_cores(p):  # without them, operands are in registers, of which more loads would take too many
+        needed = LATENCY * (gpu.hbm_bytes_per_second or 0) / gpu.multiprocessors
+        room = min(gpu.shared_bytes // resident - PROGRAM_RESERVED_BYTES, gpu.program_shared_bytes)
+        room -= operand_bytes(p, block_rows, block_kv)
+        most = max(min(room // block, pl.cdiv(visible_blocks(p, block_kv), splits), MAX_BUFFERS), 1)
+        enough = (n for n in range(1, most) if resident * block * max(n - 1, 0.5) >= needed)
+        buffers = next(enough, most)
+    return 1 + buffers * (1 if p.page_size is None else 2)
+
+
+def visible_blocks(problem: Problem, block_kv: int) -> int:
+    """Returns the KV blocks that the queries of a full sequence see."""
+    p = problem
+    visible = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
+    return pl.cdiv(visible, block_kv)
 
 
 def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
@@ -150,14 +194,11 @@ def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
       block_kv: tokens of a KV block.
       gpu: the device.
     """
-    p = problem
-    visible = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
-    blocks = pl.cdiv(visible, block_kv)
-    hidden_from = HIDDEN_FROM_OF_CODES if p.has_scales else HIDDEN_FROM
+    blocks = visible_blocks(problem, block_kv)
 
     def busiest_time(splits: int) -> int:
         resident = pl.cdiv(programs * splits, gpu.multiprocessors)
-        time = max(resident, hidden_from) * pl.cdiv(blocks, splits) + resident * START
+        time = max(resident, HIDDEN_FROM) * pl.cdiv(blocks, splits) + resident * START
         return time + (MERGE if splits > 1 else 0)
 
     most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
@@ -173,7 +214,7 @@ def space(problem: Problem) -> Space:
             "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
             "block_kv": [size for size in (start.block_kv // 2, 2 * start.block_kv) if size >= MIN_BLOCK],
             "num_warps": (2, 4, 8),
-            "num_stages": (2, 3, 4),
+            "num_stages": (2, 3, 4, 5),
             "balanced": (False, True) if problem.batch > 1 else (),
             "merge": get_args(Merge),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Final
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels import gpu_rows
+from palladion.kernels import gpu_norm, gpu_rows
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
 from palladion.kernels.compat import fresh_kernel
 from palladion.kernels.linear import Inputs
@@ -56,7 +57,7 @@ def matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     residual = inputs.residual
-    problem, inputs = problem.plain(inputs)  # XLA normalizes
+    problem, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=interpret))
     stacked = inputs.layer is not None
     refs = Refs(
         layer=inputs.layer[None] if inputs.layer is not None else jnp.zeros(1, jnp.int32),

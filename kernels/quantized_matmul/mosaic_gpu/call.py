@@ -12,12 +12,13 @@ They have in common that programs fill the multiprocessors evenly, two or three 
 alone at the end. Other rows, formats and groups have not been measured.
 
 Splits write float32 sums, which XLA adds up, together with bias, activation and gate; where there is one split, the
-kernel does all of it. Norm and residual are XLA's.
+kernel does all of it. x is normalized in a launch of its own (`gpu_norm.py`), and XLA adds the residual.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Final
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from palladion.kernels import gpu_norm
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
@@ -218,7 +220,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem.planned())
     residual = inputs.residual
-    p, inputs = problem.plain(inputs)
+    p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=bool(interpret)))
     check(config.block_out <= p.result_features, "config.block_out", config.block_out, f"up to {p.result_features}")
     if p.rows > TMA_ROWS and p.rows % TMA_ROWS:
         inputs = inputs._replace(x=jnp.pad(inputs.x, ((0, -p.rows % TMA_ROWS), (0, 0))))

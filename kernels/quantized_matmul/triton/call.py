@@ -6,7 +6,7 @@ Two forms, by the rows of x. Up to four rows are multiplied as they are, without
 program has all of `in` for its channels, and adds bias and residual, activates and gates. More rows are padded to the
 16 and more of a tensor core's block (`matrix.py`), with shares of `in` where channels do not fill the multiprocessors:
 XLA adds their float32 sums, bias, activation and gate, together with what follows. Both read weights that are stored
-`[out, in]`, each code once for every block of rows. x is normalized by XLA.
+`[out, in]`, each code once for every block of rows. x is normalized in a launch of its own (`gpu_norm.py`).
 
 In device memory there is nothing but inputs, result and the sums of splits; quantized rows where `quantize_x` asks for
 them. The layer of a stacked weight is an offset, but where Pallas miscounts it (`offsets_wrap`): there it is copied.
@@ -17,6 +17,7 @@ Bound by memory for few rows: each code is read once for 2 * rows FLOPs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from palladion.kernels import gpu_rows
+from palladion.kernels import gpu_norm, gpu_rows
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.devices import gpu_to_plan_for, target_device_kind, target_gpu
@@ -114,7 +115,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     config = config or heuristic(problem)
     check_config(problem, config)
     residual = inputs.residual
-    p, inputs = problem.plain(inputs)
+    p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=interpret))
     w, layer = inputs.w, inputs.layer
     if layer is not None and offsets_wrap(w.values.size):
         index = layer
