@@ -14,6 +14,7 @@ APPEND_TESTS: Final = "tests/test_append_kv.py"
 APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
+HOPPER_TESTS: Final = "tests/test_quantized_matmul_mosaic_gpu.py"
 REFERENCE_TESTS: Final = "tests/test_reference.py"
 MATRIX_TESTS: Final = "tests/test_quantized_matmul_matrix.py"
 SEMAPHORES: Final = "tests/test_semaphores.py"
@@ -247,6 +248,38 @@ MUTATIONS: Final = (
         "product = product + read(refs.bias, (channel,), real)",
         (MATRIX_TESTS, "-k", "every_scheme and int4-group"),
         "Ups of a gated call get the bias of the gates.",
+    ),
+    Mutation(
+        "product-hopper-columns",
+        f"{PRODUCT}/mosaic_gpu/codes.py",
+        "OWN_COLUMNS: Final = (0x5140, 0x3726)",
+        "OWN_COLUMNS: Final = (0x5140, 0x7362)",
+        (HOPPER_TESTS, "-k", "registers"),
+        "Odd threads take their codes out of the exchanged words in another order.",
+    ),
+    Mutation(
+        "product-hopper-groups",
+        f"{PRODUCT}/mosaic_gpu/kernel.py",
+        "group = block * (size // self.unit) + start // self.unit",
+        "group = block * (size // self.unit)",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
+        "All groups of a block are scaled by the scale of its first.",
+    ),
+    Mutation(
+        "product-hopper-ahead",
+        f"{PRODUCT}/mosaic_gpu/kernel.py",
+        "program.factors(tile, indices[0] + 1)",
+        "program.factors(tile, indices[0])",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
+        "From its second block on a program takes the scales of the block before.",
+    ),
+    Mutation(
+        "product-hopper-last-channels",
+        f"{PRODUCT}/mosaic_gpu/kernel.py",
+        "last = problem.result_features - config.block_out",
+        "last = problem.result_features - 2 * config.block_out",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
+        "The last block of channels does not end with the last channel.",
     ),
     Mutation(
         "matmul-gpu-residual-row",

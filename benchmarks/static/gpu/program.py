@@ -169,6 +169,9 @@ def _target(gpu: Gpu) -> str:
         "registers_per_core_limit": gpu.registers,
         "registers_per_block_limit": gpu.registers,
     }
+    # Of a current driver: XLA records libraries' calls and custom calls in CUDA graphs from 12.3 on.
+    versions = ("driver_version", "runtime_version", "compile_time_toolkit_version")
+    figures |= dict.fromkeys(versions, '"12.9.0"')
     capability = f"cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}"
     lines = "\n".join(f"{name}: {value}" for name, value in figures.items())
     described = f'platform_name: "CUDA"\ndevice_description_str: "{gpu.device_kind}"'
