@@ -82,7 +82,8 @@ def append_kv(
 
     Raises:
       ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
-      Unsupported: the chosen backend does not support this call.
+      Unsupported: the chosen backend does not support this call; or a kernel is differentiated, which only
+        backend="xla" allows.
 
     """
     check(isinstance(cache, KVCache), "cache", type(cache).__name__, "a KVCache")

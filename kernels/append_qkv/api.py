@@ -77,7 +77,8 @@ def append_qkv(
 
     Raises:
       ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
-      Unsupported: the chosen backend does not support this call.
+      Unsupported: the chosen backend does not support this call; or a kernel is differentiated, which only
+        backend="xla" allows.
 
     Source: RoFormer (arXiv 2104.09864).
     """

@@ -179,7 +179,8 @@ def decode_attention(
 
     Raises:
       ValueError: an argument is wrong; the message names it, what was given and what is accepted.
-      Unsupported: the chosen backend cannot run this call.
+      Unsupported: the chosen backend cannot run this call; or a kernel is differentiated, which only
+        backend="xla" allows.
     """
     q = as_array("q", q)
     check(q.ndim in (3, 4), "q", f"shape {q.shape}", "[batch, (q_len,) q_heads, head_dim]")
