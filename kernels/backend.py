@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
 
 from palladion.kernels.compat import hide_constants
-from palladion.kernels.implementation import Implementation, Problem, Unsupported
+from palladion.kernels.derivatives import without_derivatives
+from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
+from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -96,17 +98,37 @@ def dispatch(
     backend: str | None,
     config: Any,
     interpret: Interpret,
+    differentiable: bool = False,
 ) -> Any:
-    """Chooses the implementation of a call and its block sizes, and runs it; arguments and errors as for `choose`.
+    """Chooses the implementation of a call and its block sizes, and runs it; raises what `choose` raises.
 
     Profiles show the operation with the origin of its block sizes: "decode_attention.triton.tuned".
+
+    Args:
+      operation: name of the operation.
+      table: its implementations.
+      problem: shapes and options of the call.
+      inputs: arrays of the call.
+      backend: the caller's argument.
+      config: the caller's argument.
+      interpret: the caller's argument.
+      differentiable: whether kernels have the derivatives of the reference; differentiating them is an error otherwise.
     """
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
+
+    def implementation(inputs: Any) -> Any:
+        inputs = hide_constants(inputs) if interpret else inputs
+        return row.run(problem, inputs, config=choice.config, interpret=interpret)
+
+    run: Callable[[Any], Any] = implementation
+    if row.has_kernel and differentiable:
+        reference = find_implementation(table, "xla")
+        run = with_derivatives_of(lambda inputs: reference.run(problem, inputs, config=None, interpret=False), run)
+    elif row.has_kernel:
+        run = without_derivatives(f"{operation}({problem}): {row.name}", run)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
-        return row.run(
-            problem, hide_constants(inputs) if interpret else inputs, config=choice.config, interpret=interpret
-        )
+        return run(inputs)
 
 
 def choose(

@@ -51,12 +51,49 @@ def is_integer(value: Any) -> bool:
 
 def check_lengths(lengths: jax.Array, batch: int, max_len: int) -> None:
     """Raises ValueError unless lengths are int32 `[batch]` and, where their values are known, in 0 to max_len."""
-    check_shape("lengths", lengths, (batch,), "[batch]")
+    check_shape("lengths", lengths, (batch,), "[batch], or a scalar for all sequences")
     check(lengths.dtype == jnp.int32, "lengths", lengths.dtype, "int32")
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
         outside = values[(values < 0) | (values > max_len)]
         check(outside.size == 0, "lengths", outside.tolist(), f"0 to {max_len}, the tokens that the cache has room for")
+
+
+def check_written(lengths: jax.Array, new_tokens: jax.Array | None) -> None:
+    """Raises ValueError where an append is known to write nothing although it has new tokens.
+
+    Args:
+      lengths: `[batch]`.
+      new_tokens: `[batch]`; None means that all are new.
+    """
+    if isinstance(lengths, jax.core.Tracer) or isinstance(new_tokens, jax.core.Tracer):
+        return
+    has_new = new_tokens is None or bool(np.any(np.asarray(new_tokens) > 0))
+    accepted = (
+        "tokens in the cache after this call, the new ones included: with no length above 0 nothing would be written"
+    )
+    check(not has_new or bool(np.any(np.asarray(lengths) > 0)), "lengths", np.asarray(lengths).tolist(), accepted)
+
+
+def swapped_layout(name: str, shape: tuple[int, ...], are_kv_heads: Callable[[int], bool], paged: bool) -> str:
+    """Returns the end of a message about heads that do not fit: that tokens and heads of the cache were swapped.
+
+    Args:
+      name: the caller's name of the cache's keys.
+      shape: `[..., kv_heads, max_len or page_size, head_dim]`, as given.
+      are_kv_heads: whether a number of KV heads fits the other arguments.
+      paged: whether the cache has pages.
+
+    Returns:
+      The end of the message; empty where swapping would not help either.
+    """
+    if not are_kv_heads(shape[-2]):
+        return ""
+    slabs, tokens = ("num_pages", "page_size") if paged else ("batch", "max_len")
+    return (
+        f". {name} of shape {shape} is probably [{slabs}, {tokens}, kv_heads, head_dim], but [{slabs}, kv_heads, "
+        f"{tokens}, head_dim] is meant: jnp.swapaxes({name}, -3, -2), and so for the values, makes it that"
+    )
 
 
 def check_layer(layer: jax.Array, num_layers: int) -> None:
@@ -69,6 +106,20 @@ def check_layer(layer: jax.Array, num_layers: int) -> None:
 def dtype_name(array: jax.Array) -> str:
     """Returns the name of an array's dtype, for example "bfloat16"."""
     return jnp.dtype(array.dtype).name
+
+
+def as_int32(argument: str, x: Any) -> jax.Array:
+    """Returns numbers as a jax.Array, and 64-bit integers, which are Python's with x64, as int32; see `as_array`."""
+    array = as_array(argument, x)
+    with jax.ensure_compile_time_eval():  # known values stay known
+        return array.astype(jnp.int32) if array.dtype == jnp.int64 else array
+
+
+def as_lengths(lengths: Any, batch: int) -> jax.Array:
+    """Returns lengths as a jax.Array; one length is that of each sequence of the batch."""
+    array = as_int32("lengths", lengths)
+    with jax.ensure_compile_time_eval():
+        return jnp.broadcast_to(array, (batch,)) if array.ndim == 0 else array
 
 
 def as_array(argument: str, x: Any, dtype: Any = None) -> jax.Array:

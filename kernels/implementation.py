@@ -35,6 +35,11 @@ class Implementation:
     heuristic: Callable[[Any], Any] | None = None
     space: Callable[[Any], Space] | None = None
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it runs a kernel; what runs XLA's own operations has no block sizes."""
+        return self.config_class is not None
+
 
 def find_implementation(table: Sequence[Implementation], name: str) -> Implementation:
     """Returns the row of an operation's table with this backend name.

@@ -87,12 +87,22 @@ def multiply(
 ) -> jax.Array:
     """Runs the implementation that `dispatch` chooses and restores the leading dimensions of x.
 
-    A product without rows or channels is empty, as in NumPy, and runs no implementation.
+    Every implementation has the derivatives of the reference. A product without rows or channels is empty, as in NumPy,
+    and runs no implementation.
     """
     shape = (*leading, problem.result_features)
     if math.prod(shape) == 0:
         return jnp.zeros(shape, problem.out_dtype)
-    out = dispatch(operation, table, problem, inputs, backend=backend, config=config, interpret=interpret)
+    out = dispatch(
+        operation,
+        table,
+        problem,
+        inputs,
+        backend=backend,
+        config=config,
+        interpret=interpret,
+        differentiable=True,
+    )
     return out.reshape(shape)
 
 

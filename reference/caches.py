@@ -83,6 +83,8 @@ class KVCache:
             dtype.
         """
         page_table = jnp.asarray(page_table)
+        if page_table.dtype == jnp.int64:  # of Python's integers, with x64
+            page_table = page_table.astype(jnp.int32)
         if page_table.ndim != 2 or page_table.dtype != jnp.int32:
             given = f"{page_table.dtype} {page_table.shape}"
             raise ValueError(f"KVCache: page_table: got {given}; accepted: int32 [batch, pages_per_seq]")

@@ -10,7 +10,7 @@ from palladion.kernels.append_kv.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.append_kv.problem import Inputs, Problem
 from palladion.kernels.append_kv.triton import call as triton
 from palladion.kernels.backend import dispatch
-from palladion.kernels.checks import as_array, check
+from palladion.kernels.checks import as_array, as_int32, as_lengths, check
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.types import Interpret
 from palladion.reference import append_kv as reference
@@ -50,7 +50,7 @@ def append_kv(
     cache: KVCache,
     k: jax.Array,
     v: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array | int,
     *,
     new_tokens: jax.Array | None = None,
     layer: jax.Array | int | None = None,
@@ -58,19 +58,20 @@ def append_kv(
     config: Any = None,
     interpret: Interpret = None,
 ) -> KVCache:
-    """Writes the newest tokens of each sequence into its cache, and quantizes them if the cache is quantized.
+    """Writes the newest tokens of each sequence into its cache; `lengths` count the new tokens.
 
-    Token i of q_len goes to position lengths - q_len + i: `lengths` counts the tokens in the cache after this call, as
-    in the call of `decode_attention` that follows. Prompts of different lengths are padded in front: tokens at
-    positions below 0 are not written. Lengths outside 0 to max_len are an error if their values are known; under jit, a
-    token whose position, page or layer does not exist is not written, and nothing else changes. The cache is updated
-    in place if it is donated. A page may take new tokens of one sequence only.
+    Token i of q_len goes to position lengths - q_len + i: a sequence with 10 cached tokens and a new one has length 11,
+    here and in the call of `decode_attention` that follows. Prompts of different lengths are padded in front: tokens
+    at positions below 0 are not written. Lengths outside 0 to max_len, and lengths with which nothing would be written,
+    are an error if their values are known; under jit, a token whose position, page or layer does not exist is not
+    written, and nothing else changes. A quantized cache takes its tokens quantized. The cache is updated in place if it
+    is donated. A page may take new tokens of one sequence only.
 
     Args:
       cache: dense or paged; see `KVCache`.
       k: new keys, `[batch, kv_heads, head_dim]` or `[batch, q_len, kv_heads, head_dim]`; float32, bfloat16 or float16.
       v: new values, with the shape and dtype of k.
-      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included.
+      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included; a scalar for all sequences.
       new_tokens: int32 `[batch]`, number of real tokens among each sequence's q_len, the last ones; None means all.
       layer: int32 scalar, the layer to write if the cache's arrays have a leading `[num_layers]`.
       backend: one of `palladion.BACKENDS`; None means the backend of `using_backend`, or "auto".
@@ -82,7 +83,8 @@ def append_kv(
 
     Raises:
       ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
-      Unsupported: the chosen backend does not support this call.
+      Unsupported: the chosen backend does not support this call; or a kernel is differentiated, which only
+        backend="xla" allows.
 
     """
     check(isinstance(cache, KVCache), "cache", type(cache).__name__, "a KVCache")
@@ -93,8 +95,8 @@ def append_kv(
         cache=cache,
         k=k[:, None] if k.ndim == 3 else k,
         v=v[:, None] if v.ndim == 3 else v,
-        lengths=as_array("lengths", lengths),
-        new_tokens=None if new_tokens is None else as_array("new_tokens", new_tokens),
+        lengths=as_lengths(lengths, k.shape[0]),
+        new_tokens=None if new_tokens is None else as_int32("new_tokens", new_tokens),
         layer=None if layer is None else as_array("layer", layer, "int32"),
     )
     problem = Problem.of(inputs)

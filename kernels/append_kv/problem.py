@@ -8,7 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palladion.kernels.checks import check, check_layer, check_lengths, check_shape, dtype_name
+from palladion.kernels.checks import (
+    check,
+    check_layer,
+    check_lengths,
+    check_shape,
+    check_written,
+    dtype_name,
+    swapped_layout,
+)
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache, bytes_per_token
 
@@ -92,7 +100,9 @@ class Problem:
         batch, q_len, kv_heads, head_dim = k.shape
         slabs, cache_heads, rows, cache_dim = cache.k.shape[-4:]
         given = f"{kv_heads} heads of {head_dim}"
-        check((kv_heads, head_dim) == (cache_heads, cache_dim), "k", given, f"{cache_heads} heads of {cache_dim}")
+        hint = swapped_layout("cache.k", cache.k.shape, lambda heads: heads == kv_heads, cache.page_table is not None)
+        accepted = f"{cache_heads} heads of {cache_dim}{hint}"
+        check((kv_heads, head_dim) == (cache_heads, cache_dim), "k", given, accepted)
         sequences = slabs if cache.page_table is None else cache.page_table.shape[0]
         check(batch == sequences, "k", f"a batch of {batch}", f"{sequences}, that of the cache")
         needs_scales = dtype_name(cache.k) in QUANTIZED_CACHE_DTYPES
@@ -104,6 +114,7 @@ class Problem:
         if new_tokens is not None:
             check_shape("new_tokens", new_tokens, (batch,), "[batch]")
             check(new_tokens.dtype == jnp.int32, "new_tokens", new_tokens.dtype, "int32")
+        check_written(lengths, new_tokens)
         if layer is not None:
             check_layer(layer, cache.k.shape[0])
         return cls(

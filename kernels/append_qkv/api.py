@@ -10,7 +10,7 @@ from palladion.kernels.append_qkv.problem import Inputs, Problem
 from palladion.kernels.append_qkv.triton import call as triton
 from palladion.kernels.append_qkv.xla_rotation import RotationInXla
 from palladion.kernels.backend import dispatch
-from palladion.kernels.checks import as_array, check
+from palladion.kernels.checks import as_array, as_int32, as_lengths, check
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.types import Interpret
 from palladion.reference import KVCache
@@ -42,7 +42,7 @@ IMPLEMENTATIONS: Final = (
 def append_qkv(
     cache: KVCache,
     qkv: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array | int,
     cosine: jax.Array,
     sine: jax.Array,
     *,
@@ -52,7 +52,7 @@ def append_qkv(
     config: Any = None,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Rotates the queries and keys of the newest tokens, and writes keys and values into each sequence's cache.
+    """Rotates queries and keys of the newest tokens, and writes keys and values; `lengths` count the new tokens.
 
     This is everything between a joined projection and attention: rotary positions (halves of a head paired), then
     `append_kv`, whose contract holds for the cache, `lengths`, `new_tokens` and `layer`.
@@ -61,7 +61,7 @@ def append_qkv(
       cache: dense or paged; see `KVCache`.
       qkv: queries, then keys, then values, `[batch, (q_len,) q_heads + 2 * kv_heads, head_dim]`; float32, bfloat16 or
         float16.
-      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included.
+      lengths: int32 `[batch]`, tokens in the cache of each sequence, new ones included; a scalar for all sequences.
       cosine: cosines of each new token's position times the frequencies, float32 `[batch, (q_len,) rotary_dim / 2]`.
         Feature i of a head is paired with feature i + rotary_dim / 2; features from rotary_dim on stay unchanged.
       sine: sines, like cosine.
@@ -77,7 +77,8 @@ def append_qkv(
 
     Raises:
       ValueError: shapes, dtypes or lengths do not fit together; the message names the argument.
-      Unsupported: the chosen backend does not support this call.
+      Unsupported: the chosen backend does not support this call; or a kernel is differentiated, which only
+        backend="xla" allows.
 
     Source: RoFormer (arXiv 2104.09864).
     """
@@ -91,10 +92,10 @@ def append_qkv(
     inputs = Inputs(
         cache=cache,
         qkv=qkv[:, None] if one else qkv,
-        lengths=as_array("lengths", lengths),
+        lengths=as_lengths(lengths, qkv.shape[0]),
         cosine=cosine[:, None] if one else cosine,
         sine=sine[:, None] if one else sine,
-        new_tokens=None if new_tokens is None else as_array("new_tokens", new_tokens),
+        new_tokens=None if new_tokens is None else as_int32("new_tokens", new_tokens),
         layer=None if layer is None else as_array("layer", layer, "int32"),
     )
     problem = Problem.of(inputs)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.append_kv import problem as append
-from palladion.kernels.checks import check, check_shape
+from palladion.kernels.checks import check, check_shape, swapped_layout
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.append_qkv import split_qkv
 from palladion.reference.caches import KVCache
@@ -62,7 +62,11 @@ class Problem:
         q_heads = heads - 2 * kv_heads
         grouped = q_heads >= 1 and q_heads % kv_heads == 0
         given = f"{heads} heads for a cache of {kv_heads}"
-        check(grouped, "qkv", given, "a multiple of kv_heads for queries, and twice kv_heads for keys and values")
+        accepted = "a multiple of kv_heads for queries, and twice kv_heads for keys and values"
+        if cache.k.ndim >= 3:
+            paged = cache.page_table is not None
+            accepted += swapped_layout("cache.k", cache.k.shape, lambda n: heads > 2 * n and heads % n == 0, paged)
+        check(grouped, "qkv", given, accepted)
         check(cosine.ndim == 3, "cosine", f"shape {cosine.shape}", "[batch, q_len, rotary_dim / 2]")
         pairs = cosine.shape[-1]
         check_shape("cosine", cosine, (batch, q_len, pairs), "[batch, q_len, rotary_dim / 2]")

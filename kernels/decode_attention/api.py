@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, overload
 import jax
 
 from palladion.kernels.backend import dispatch
-from palladion.kernels.checks import as_array, check
+from palladion.kernels.checks import as_array, as_int32, as_lengths, check
 from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton import call as triton
@@ -61,19 +61,19 @@ def _inputs(
 ) -> Inputs:
     """Returns the arguments as arrays; raises ValueError for one that is not an array."""
 
-    def optional(name: str, x: Any, dtype: Any = None) -> jax.Array | None:
-        return None if x is None else as_array(name, x, dtype)
+    def optional(name: str, x: Any) -> jax.Array | None:
+        return None if x is None else as_array(name, x)
 
     return Inputs(
         q=q,
         k=as_array("k", k),
         v=as_array("v", v),
-        lengths=as_array("lengths", lengths),
-        page_table=optional("page_table", page_table),
+        lengths=as_lengths(lengths, q.shape[0]),
+        page_table=None if page_table is None else as_int32("page_table", page_table),
         sinks=optional("sinks", sinks),
         k_scale=optional("k_scale", k_scale),
         v_scale=optional("v_scale", v_scale),
-        layer=optional("layer", layer, "int32"),
+        layer=None if layer is None else as_array("layer", layer, "int32"),
     )
 
 
@@ -82,7 +82,7 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array | int,
     *,
     page_table: jax.Array | None = None,
     scale: float | None = None,
@@ -103,7 +103,7 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array | int,
     *,
     page_table: jax.Array | None = None,
     scale: float | None = None,
@@ -123,7 +123,7 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array | int,
     *,
     page_table: jax.Array | None = None,
     scale: float | None = None,
@@ -139,12 +139,12 @@ def decode_attention(
     config: Any = None,
     interpret: Interpret = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Computes attention of the newest tokens of each sequence over its KV cache, causal among the new ones.
+    """Computes attention of each sequence's newest tokens over its KV cache; `lengths` count the new tokens.
 
-    The cache already holds the new tokens: call `append_kv` first. Query i of q_len has position lengths - q_len + i
-    and sees the tokens up to its own; a query with a negative position is padding. Accumulation and softmax are
-    float32. Nothing at or past `lengths` reaches the result, NaN included. Lengths outside of 0 to max_len are an error
-    where their values are known; under jit they are clamped.
+    Attention is causal among the new tokens, which the cache already holds: call `append_kv` first, with the same
+    lengths. Query i of q_len has position lengths - q_len + i and sees the tokens up to its own; a query with a
+    negative position is padding. Accumulation and softmax are float32. Nothing at or past `lengths` reaches the result,
+    NaN included. Lengths outside of 0 to max_len are an error where their values are known; under jit they are clamped.
 
     Args:
       q: queries `[batch, q_heads, head_dim]` or `[batch, q_len, q_heads, head_dim]`; float32, bfloat16 or float16.
@@ -152,7 +152,8 @@ def decode_attention(
         `page_table`; float32, bfloat16, float16, or int8, float8_e4m3fn, float8_e5m2 with `k_scale` and `v_scale`.
         q_heads is a multiple of kv_heads; query heads h * group to (h + 1) * group - 1 read KV head h.
       v: cached values, in shape and dtype like k.
-      lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included; 0 is allowed.
+      lengths: int32 `[batch]`, tokens in each sequence's cache, new ones included; a scalar for all sequences. 0 is
+        allowed.
       page_table: int32 `[batch, pages_per_seq]`; entry i is the page of a sequence's tokens i * page_size to
         (i + 1) * page_size - 1. Entries past the last filled page may have any value; a page that does not exist is
         read as the nearest that does.
@@ -179,7 +180,8 @@ def decode_attention(
 
     Raises:
       ValueError: an argument is wrong; the message names it, what was given and what is accepted.
-      Unsupported: the chosen backend cannot run this call.
+      Unsupported: the chosen backend cannot run this call; or a kernel is differentiated, which only
+        backend="xla" allows.
     """
     q = as_array("q", q)
     check(q.ndim in (3, 4), "q", f"shape {q.shape}", "[batch, (q_len,) q_heads, head_dim]")

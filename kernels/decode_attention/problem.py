@@ -17,6 +17,7 @@ from palladion.kernels.checks import (
     check_shape,
     dtype_name,
     is_integer,
+    swapped_layout,
 )
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
@@ -111,7 +112,9 @@ class Problem:
         check(v.dtype == k.dtype, "v", v.dtype, f"the dtype of k, {k.dtype}")
         check(k.shape[-1] == head_dim, "k", k.shape, f"head_dim = {head_dim}, that of q")
         slabs, kv_heads, rows = k.shape[-4:-1]
-        check(q_heads % kv_heads == 0, "q", f"{q_heads} heads", f"a multiple of the cache's {kv_heads} KV heads")
+        hint = swapped_layout("k", k.shape, lambda heads: q_heads % heads == 0, page_table is not None)
+        accepted = f"a multiple of the cache's {kv_heads} KV heads{hint}"
+        check(q_heads % kv_heads == 0, "q", f"{q_heads} heads", accepted)
         if page_table is None:
             check(slabs == batch, "k", f"a batch of {slabs}", f"{batch}, that of q; a paged cache needs page_table")
             max_len = rows

@@ -98,6 +98,9 @@ def quantized_matmul(
     |x| times the largest code (127; 448 for float8_e4m3fn, 57,344 for float8_e5m2) must stay below 3.4e38: activations
     below 1e27 are safe.
 
+    Derivatives are those of x @ dequantize(w), by every backend: codes are constants, and the rounding of `quantize_x`
+    passes derivatives straight through.
+
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
       w: the weights, a `QuantizedArray` `[in, out]`.

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import jax
 import jax.numpy as jnp
 
+from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.quantization import QuantizedArray, dequantize, quantize_rows
 from palladion.reference.rms_norm import rms_norm
 
@@ -63,12 +64,14 @@ def quantized_matmul(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if norm is not None:
         x = rms_norm(x, norm, norm_eps)
-    if quantize_x is None:
-        y = multiply(x, w, layer)
-    else:
+
+    def multiply_codes(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
         codes, scales = quantize_rows(x, quantize_x)
-        y = multiply(codes.astype(jnp.bfloat16), w, layer) * scales[..., None]  # exact
-    return _epilogue(y, bias, activation, gated, residual).astype(out_dtype)
+        return multiply(codes.astype(jnp.bfloat16), w, layer) * scales[..., None]  # exact
+
+    # Rounding has a derivative of 0: that of the product passes straight through it.
+    product = multiply if quantize_x is None else with_derivatives_of(multiply, multiply_codes)
+    return _epilogue(product(x, w, layer), bias, activation, gated, residual).astype(out_dtype)
 
 
 def matmul(
