@@ -99,18 +99,16 @@ ON_EVERY_GPU = (
 def test_compiles_without_spills(name: str, arch: int):
     function, arguments = OPERATIONS[name]()
     kernels = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
-    assert len(kernels) == 1 or [kernel.kernel.name.startswith("decode_attention_merge") for kernel in kernels] == [
-        0,
-        1,
-    ]
+    *before, main = [kernel for kernel in kernels if not kernel.kernel.name.startswith("decode_attention_merge")]
+    assert all(kernel.kernel.name.startswith("rms_norm") for kernel in before), "a call is one kernel"
     for kernel in kernels:
         print(f"{kernel.kernel.name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
         assert kernel.spilled == 0
         assert kernel.count("EXIT") >= 1
     if name.startswith("decode_attention"):
-        assert_streams(kernels[0])
+        assert_streams(main)
     if name.startswith("append"):
-        assert kernels[0].count("STG.E.128") >= 2
+        assert main.count("STG.E.128") >= 2
 
 
 def assert_streams(kernel: CompiledKernel) -> None:
