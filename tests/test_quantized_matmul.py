@@ -385,7 +385,9 @@ def test_any_option_on_a_tpu(
 
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])
 def test_leading_dimensions_and_no_rows(backend: str):
-    case = Case(name="leading", rows=1, in_features=40, out_features=128, scheme="float8_e4m3fn")
+    case = Case(
+        name="leading", rows=1, in_features=40, out_features=128, scheme="float8_e4m3fn", order=ORDER_OF[backend]
+    )
     inputs = cases.make_inputs(case)
     x = jnp.stack([inputs.x, 2 * inputs.x])[None]
     call = functools.partial(quantized_matmul, backend=backend, interpret=None if backend == "xla" else True)
@@ -399,7 +401,8 @@ def test_leading_dimensions_and_no_rows(backend: str):
 
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])
 def test_vmap_and_scan(backend: str):
-    case = dataclasses.replace(TESTS["int4-minimums"], num_layers=None, in_features=64, out_features=128)
+    sizes = {"num_layers": None, "in_features": 64, "out_features": 128, "order": ORDER_OF[backend]}
+    case = dataclasses.replace(TESTS["int4-minimums"], **sizes)
     several = [cases.make_inputs(case, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *several)
     call = functools.partial(quantized_matmul, backend=backend, interpret=None if backend == "xla" else True)
@@ -469,7 +472,7 @@ def test_a_layer_that_triton_cannot_reach_is_copied(monkeypatch: pytest.MonkeyPa
 
 
 def test_matrices_that_triton_cannot_reach_are_refused():
-    case = Case(name="large", rows=1, in_features=2**16, out_features=2**15 + 128, scheme="int8")
+    case = Case(name="large", rows=1, in_features=2**16, out_features=2**15 + 128, scheme="int8", order="out_in")
     assert triton.unsupported(case.problem()) == (
         "codes of a matrix must take up to 2 GiB, or more than 4, got 2155872256 bytes"
     )
