@@ -21,6 +21,7 @@ from palladion.kernels.implementation import Implementation, Problem, Unsupporte
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.reference.derivatives import with_derivatives_of
+from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -118,12 +119,18 @@ def dispatch(
 
     def implementation(inputs: Any) -> Any:
         inputs = hide_constants(inputs) if interpret else inputs
-        return row.run(problem, inputs, config=choice.config, interpret=interpret)
+        with usual_modes():
+            return row.run(problem, inputs, config=choice.config, interpret=interpret)
 
     run: Callable[[Any], Any] = implementation
     if row.has_kernel and differentiable:
         reference = find_implementation(table, "xla")
-        run = with_derivatives_of(lambda inputs: reference.run(problem, inputs, config=None, interpret=False), run)
+
+        def definition(inputs: Any) -> Any:
+            with usual_modes():
+                return reference.run(problem, inputs, config=None, interpret=False)
+
+        run = with_derivatives_of(definition, run)
     elif row.has_kernel:
         run = without_derivatives(f"{operation}({problem}): {row.name}", run)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
