@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
+from jax.export import is_symbolic_dim
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
+from palladion.kernels.lowering import guard_platform
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.reference.derivatives import with_derivatives_of
@@ -115,7 +118,17 @@ def dispatch(
       interpret: the caller's argument.
       differentiable: whether kernels have the derivatives of the reference; differentiating them is an error otherwise.
     """
+    by_platform = interpret is None and (backend or _default_backend.value) in ("auto", "pallas")
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
+    if by_platform and (interpret or not row.has_kernel):
+        rows = table if row.has_kernel else itertools.takewhile(lambda other: other.name != row.name, table)
+        able = tuple(
+            (other.platform, other.name)
+            for other in rows
+            if other.platform is not None and other.has_kernel and _reason(other, problem) is None
+        )
+        name = f"{operation}({problem}): {row.name}{', interpreted,' if interpret else ''}"
+        inputs = guard_platform(inputs, name=name, platform=target_platform(), kernels=able)
 
     def implementation(inputs: Any) -> Any:
         inputs = hide_constants(inputs) if interpret else inputs
@@ -183,7 +196,7 @@ def choose(
         if row.platform not in (None, platform) and not interpreted and not cross_lowered:
             reason: str | None = f"runs on {row.platform}, not on {platform} (interpret=True runs it anywhere)"
         else:
-            reason = row.unsupported(problem)
+            reason = _reason(row, problem)
         if reason is None:
             able.append((row, interpreted))
             if explicit:
@@ -200,6 +213,26 @@ def choose(
     for choices in _recorders.get():
         choices.append(choice)
     return row, choice, interpreted
+
+
+def _reason(row: Implementation, problem: Problem) -> str | None:
+    """Returns why an implementation cannot run a problem, or None."""
+    if not row.has_kernel:
+        return row.unsupported(problem)
+    symbolic = [str(size) for size in _leaves(problem) if is_symbolic_dim(size)]
+    if symbolic:
+        return f"sizes must be known while tracing, got {', '.join(symbolic)}"
+    return row.unsupported(problem)
+
+
+def _leaves(problem: Any) -> Iterator[Any]:
+    """Yields the attributes of a problem, and those of a problem in it."""
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _fastest(
