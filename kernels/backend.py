@@ -120,15 +120,8 @@ def dispatch(
     """
     by_platform = interpret is None and (backend or _default_backend.value) in ("auto", "pallas")
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
-    if by_platform and (interpret or not row.has_kernel):
-        rows = table if row.has_kernel else itertools.takewhile(lambda other: other.name != row.name, table)
-        able = tuple(
-            (other.platform, other.name)
-            for other in rows
-            if other.platform is not None and other.has_kernel and _reason(other, problem) is None
-        )
-        name = f"{operation}({problem}): {row.name}{', interpreted,' if interpret else ''}"
-        inputs = guard_platform(inputs, name=name, platform=target_platform(), kernels=able)
+    if by_platform:
+        inputs = _guarded(inputs, table, row, choice)
 
     def implementation(inputs: Any) -> Any:
         inputs = hide_constants(inputs) if interpret else inputs
@@ -149,6 +142,21 @@ def dispatch(
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
         return run(inputs)
+
+
+def _guarded(inputs: Any, table: Sequence[Implementation], row: Implementation, choice: Choice) -> Any:
+    """Returns inputs that fail to be lowered for a platform with a kernel, if the platform traced for has none."""
+    if row.has_kernel and not choice.interpret:
+        return inputs
+    # "auto" prefers the kernels that come before the reference.
+    preferred = table if row.has_kernel else itertools.takewhile(lambda other: other.name != row.name, table)
+    kernels = tuple(
+        (other.platform, other.name)
+        for other in preferred
+        if other.platform is not None and other.has_kernel and _reason(other, choice.problem) is None
+    )
+    name = f"{choice.operation}({choice.problem}): {row.name}{', interpreted,' if choice.interpret else ''}"
+    return guard_platform(inputs, name=name, platform=target_platform(), kernels=kernels) if kernels else inputs
 
 
 def choose(

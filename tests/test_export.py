@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from palladion import (
     quantized_matmul,
     tracing_for,
 )
+from palladion.kernels.compat import PALLAS_TRITON_WARNING
 
 TPU_CALL, GPU_CALL = "tpu_custom_call", "__gpu$xla.gpu.triton"
 
@@ -66,7 +68,9 @@ def export(function: Any, *arguments: Any, platform: str, **how: Any) -> str:
     """Exports a call, and returns its program."""
     checks = [jax.export.DisabledSafetyCheck.custom_call(GPU_CALL)]
     call = jax.jit(functools.partial(function, **how))
-    return jax.export.export(call, platforms=[platform], disabled_checks=checks)(*arguments).mlir_module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=PALLAS_TRITON_WARNING)
+        return jax.export.export(call, platforms=[platform], disabled_checks=checks)(*arguments).mlir_module()
 
 
 @pytest.mark.parametrize(
