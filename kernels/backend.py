@@ -10,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
+from jax.export import is_symbolic_dim
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
+from palladion.kernels.lowering import guard_platform
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.reference.derivatives import with_derivatives_of
+from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -114,21 +118,45 @@ def dispatch(
       interpret: the caller's argument.
       differentiable: whether kernels have the derivatives of the reference; differentiating them is an error otherwise.
     """
+    by_platform = interpret is None and (backend or _default_backend.value) in ("auto", "pallas")
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
+    if by_platform:
+        inputs = _guarded(inputs, table, row, choice)
 
     def implementation(inputs: Any) -> Any:
         inputs = hide_constants(inputs) if interpret else inputs
-        return row.run(problem, inputs, config=choice.config, interpret=interpret)
+        with usual_modes():
+            return row.run(problem, inputs, config=choice.config, interpret=interpret)
 
     run: Callable[[Any], Any] = implementation
     if row.has_kernel and differentiable:
         reference = find_implementation(table, "xla")
-        run = with_derivatives_of(lambda inputs: reference.run(problem, inputs, config=None, interpret=False), run)
+
+        def definition(inputs: Any) -> Any:
+            with usual_modes():
+                return reference.run(problem, inputs, config=None, interpret=False)
+
+        run = with_derivatives_of(definition, run)
     elif row.has_kernel:
         run = without_derivatives(f"{operation}({problem}): {row.name}", run)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
         return run(inputs)
+
+
+def _guarded(inputs: Any, table: Sequence[Implementation], row: Implementation, choice: Choice) -> Any:
+    """Returns inputs that fail to be lowered for a platform with a kernel, if the platform traced for has none."""
+    if row.has_kernel and not choice.interpret:
+        return inputs
+    # "auto" prefers the kernels that come before the reference.
+    preferred = table if row.has_kernel else itertools.takewhile(lambda other: other.name != row.name, table)
+    kernels = tuple(
+        (other.platform, other.name)
+        for other in preferred
+        if other.platform is not None and other.has_kernel and _reason(other, choice.problem) is None
+    )
+    name = f"{choice.operation}({choice.problem}): {row.name}{', interpreted,' if choice.interpret else ''}"
+    return guard_platform(inputs, name=name, platform=target_platform(), kernels=kernels) if kernels else inputs
 
 
 def choose(
@@ -176,7 +204,7 @@ def choose(
         if row.platform not in (None, platform) and not interpreted and not cross_lowered:
             reason: str | None = f"runs on {row.platform}, not on {platform} (interpret=True runs it anywhere)"
         else:
-            reason = row.unsupported(problem)
+            reason = _reason(row, problem)
         if reason is None:
             able.append((row, interpreted))
             if explicit:
@@ -193,6 +221,26 @@ def choose(
     for choices in _recorders.get():
         choices.append(choice)
     return row, choice, interpreted
+
+
+def _reason(row: Implementation, problem: Problem) -> str | None:
+    """Returns why an implementation cannot run a problem, or None."""
+    if not row.has_kernel:
+        return row.unsupported(problem)
+    symbolic = [str(size) for size in _leaves(problem) if is_symbolic_dim(size)]
+    if symbolic:
+        return f"sizes must be known while tracing, got {', '.join(symbolic)}"
+    return row.unsupported(problem)
+
+
+def _leaves(problem: Any) -> Iterator[Any]:
+    """Yields the attributes of a problem, and those of a problem in it."""
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _fastest(

@@ -17,6 +17,11 @@ def check(right: bool, argument: str, given: Any, accepted: str) -> None:
         raise ValueError(f"{argument}: got {given}; accepted: {accepted}")
 
 
+def has_entries(array: jax.Array) -> bool:
+    """Returns whether no size of an array is 0; a symbolic size is at least 1."""
+    return all(size >= 1 for size in array.shape)
+
+
 def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
     """Raises ValueError unless an array has this shape."""
     check(array.shape == shape, argument, f"shape {array.shape}", f"{shape}, {meaning}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
@@ -92,6 +93,29 @@ def target_chip() -> Chip | None:
     """
     kind = target_device_kind()
     return next((chip for chip in tpu_chips().values() if chip.device_kind == kind), None)
+
+
+def tracing_for(chip: str) -> contextlib.AbstractContextManager[Any]:
+    """Makes calls traced inside a `with` block those of a chip that need not be here, to export or to inspect them.
+
+    Example:
+      with tracing_for("v6e"):
+          exported = jax.export.export(jax.jit(step), platforms=["tpu"])(*arguments)
+
+    Args:
+      chip: name of a chip in `chips.json` or `gpus.json`, such as "v6e" or "h200", or JAX's name of its kind.
+
+    Raises:
+      ValueError: the chip is not known.
+    """
+    tpus = {name: ("tpu", known.device_kind, known.cores) for name, known in tpu_chips().items()}
+    chips = tpus | {name: ("gpu", known.device_kind, None) for name, known in gpus().items()}
+    found = next((known for name, known in chips.items() if chip in (name, known[1])), None)
+    if found is None:
+        raise ValueError(f"chip: got {chip!r}; accepted: {', '.join(chips)}, or JAX's name of their kind")
+    platform, kind, cores = found
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def vmem_budget(chip: Chip | None = None) -> int:

@@ -23,6 +23,7 @@ from palladion.model.config import ModelConfig
 from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.reference import KVCache, QuantizedArray, dequantize, rms_norm
 from palladion.reference.bits import from_bits, to_bits
+from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order
 
@@ -67,6 +68,7 @@ def empty_cache(parameters: Parameters, config: ModelConfig, batch: int, max_len
     return tuple(KVCache.dense(*sizes, dtype) for _ in parameters.layers)
 
 
+@usual_modes()
 def forward(
     parameters: Parameters,
     config: ModelConfig,
@@ -103,6 +105,7 @@ def forward(
       ValueError: one of cache and layers is stacked and the other is not.
       Unsupported: the chosen backend does not cover an operation of this model.
     """
+    tokens, lengths = tokens.astype(jnp.int32), lengths.astype(jnp.int32)  # a caller with x64 has int64
     rotation = rotate(lengths, tokens.shape[1], parameters.inverse_frequencies)
     decoder = _Decoder(config, lengths, rotation, parameters.order, backend, interpret, adapt)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]

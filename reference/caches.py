@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.export import register_pytree_node_serialization
 
 from palladion.reference.quantization import quantize_rows
 
@@ -106,6 +107,15 @@ class KVCache:
     def bytes_per_token(self) -> int:
         """Bytes of one cached token in all layers held here: a step reads so many for each token of context."""
         return self.nbytes // (self.k.shape[-4] * self.k.shape[-2])
+
+
+register_pytree_node_serialization(
+    KVCache,
+    serialized_name="palladion.KVCache",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+    from_children=lambda _, parts: KVCache(*parts),
+)
 
 
 def _empty(

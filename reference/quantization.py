@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.export import register_pytree_node_serialization
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
@@ -224,6 +226,15 @@ class QuantizedArray:
             )
         minimums = None if self.minimums is None else self.minimums.astype(dtype)
         return dataclasses.replace(self, scales=self.scales.astype(dtype), minimums=minimums)
+
+
+register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="palladion.QuantizedArray",
+    serialize_auxdata=lambda static: json.dumps([str(static[0]), static[1]]).encode(),
+    deserialize_auxdata=lambda text: (Scheme.parse(json.loads(text)[0]), json.loads(text)[1]),
+    from_children=lambda static, parts: QuantizedArray(*parts, *static),
+)
 
 
 def in_axis(order: Order) -> int:

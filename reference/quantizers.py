@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import (
     CODE_DTYPE,
@@ -126,6 +127,7 @@ def quantize(
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method", "scale_dtype", "order"))
+@usual_modes()
 def _quantize(
     weight: jax.Array, importance: jax.Array | None, scheme: Scheme, method: Method, scale_dtype: Any, order: Order
 ) -> QuantizedArray:

@@ -15,6 +15,7 @@ from palladion.kernels.checks import (
     check_shape,
     check_written,
     dtype_name,
+    has_entries,
     swapped_layout,
 )
 from palladion.kernels.search_space import TuningKey
@@ -93,7 +94,7 @@ class Problem:
             given = f"{table.dtype} {table.shape}"
             is_table = table.ndim == 2 and table.dtype == jnp.int32
             check(is_table, "cache.page_table", given, "int32 [batch, pages_per_seq]")
-        check(k.ndim == 4 and min(k.shape) >= 1, "k", k.shape, "[batch, (q_len,) kv_heads, head_dim], each at least 1")
+        check(k.ndim == 4 and has_entries(k), "k", k.shape, "[batch, (q_len,) kv_heads, head_dim], each at least 1")
         check_shape("v", v, k.shape, "the shape of k")
         check(dtype_name(k) in FLOAT_CACHE_DTYPES, "k", k.dtype, ", ".join(FLOAT_CACHE_DTYPES))
         check(v.dtype == k.dtype, "v", v.dtype, f"the dtype of k, {k.dtype}")

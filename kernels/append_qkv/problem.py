@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from palladion.kernels.append_kv import problem as append
-from palladion.kernels.checks import check, check_shape, swapped_layout
+from palladion.kernels.checks import check, check_shape, has_entries, swapped_layout
 from palladion.kernels.search_space import TuningKey
 from palladion.reference.append_qkv import split_qkv
 from palladion.reference.caches import KVCache
@@ -56,7 +56,7 @@ class Problem:
         """Returns the problem of a call; raises ValueError, naming the argument, if its arrays do not fit together."""
         cache, qkv, _, cosine, sine, _, _ = inputs
         shape = "[batch, (q_len,) q_heads + 2 * kv_heads, head_dim], each at least 1"
-        check(qkv.ndim == 4 and min(qkv.shape) >= 1, "qkv", f"shape {qkv.shape}", shape)
+        check(qkv.ndim == 4 and has_entries(qkv), "qkv", f"shape {qkv.shape}", shape)
         batch, q_len, heads, head_dim = qkv.shape
         kv_heads = cache.k.shape[-3] if cache.k.ndim >= 3 else 1
         q_heads = heads - 2 * kv_heads

@@ -16,6 +16,7 @@ from palladion.kernels.checks import (
     check_number,
     check_shape,
     dtype_name,
+    has_entries,
     is_integer,
     swapped_layout,
 )
@@ -102,12 +103,12 @@ class Problem:
     ) -> Problem:
         """Returns the problem of a call; raises ValueError, naming the argument, where an argument is wrong."""
         q, k, v, lengths, page_table, sinks, k_scale, v_scale, layer = inputs
-        check(q.ndim == 4 and min(q.shape) >= 1, "q", q.shape, "[batch, (q_len,) q_heads, head_dim], each at least 1")
+        check(q.ndim == 4 and has_entries(q), "q", q.shape, "[batch, (q_len,) q_heads, head_dim], each at least 1")
         batch, q_len, q_heads, head_dim = q.shape
         cache = "[num_layers, " if layer is not None else "["
         cache += "batch, kv_heads, max_len" if page_table is None else "num_pages, kv_heads, page_size"
         rank = 4 if layer is None else 5
-        check(k.ndim == rank and min(k.shape) >= 1, "k", k.shape, f"{cache}, head_dim], each at least 1")
+        check(k.ndim == rank and has_entries(k), "k", k.shape, f"{cache}, head_dim], each at least 1")
         check_shape("v", v, k.shape, "the shape of k")
         check(v.dtype == k.dtype, "v", v.dtype, f"the dtype of k, {k.dtype}")
         check(k.shape[-1] == head_dim, "k", k.shape, f"head_dim = {head_dim}, that of q")

@@ -143,7 +143,7 @@ def one_by_one(
         out, lse = attend(own(q), own_cache, own(lengths), sinks, layer)
         return out[0], lse[0]
 
-    out, lse = jax.lax.map(attend_to, jnp.arange(len(q), dtype=jnp.int32))
+    out, lse = jax.lax.map(attend_to, jnp.arange(q.shape[0], dtype=jnp.int32))
     return out, lse
 
 

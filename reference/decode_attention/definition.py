@@ -98,7 +98,7 @@ def visible_range(lengths: jax.Array, q_len: int, position: jax.Array, sliding_w
 
 def zero_unseen(part: jax.Array, seen: jax.Array) -> jax.Array:
     """Zeroes the tokens of `[batch, kv_heads, tokens, ...]` where `seen` `[batch, tokens]` is False."""
-    return jnp.where(seen.reshape(len(seen), 1, -1, *(1,) * (part.ndim - 3)), part, 0.0)
+    return jnp.where(seen.reshape(seen.shape[0], 1, -1, *(1,) * (part.ndim - 3)), part, 0.0)
 
 
 def dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from palladion.reference.caches import QUANTIZED_CACHE_DTYPES, KVCache
 from palladion.reference.decode_attention import blocked
@@ -69,7 +70,7 @@ def decode_attention(
     token_bytes = 8 * batch * q_len * q_heads  # of logits and weights
     if copied:
         token_bytes += 2 * batch * kv_heads * head_dim * cache.k.dtype.itemsize
-    block = max(MOST_BYTES // token_bytes, FEWEST)
+    block = FEWEST if is_symbolic_dim(token_bytes) else max(MOST_BYTES // token_bytes, FEWEST)
     if sliding_window is not None:
         span = sliding_window + q_len - 1
         low = jnp.maximum(lengths - span, 0)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.platforms import target_platform
@@ -129,7 +130,7 @@ def _multiply_quantized(x: jax.Array, w: QuantizedArray, layer: jax.Array | None
     rows = rows.astype(jnp.float32)
     chunks = streaming.divides_into_chunks(w)
     multiply = streaming.multiply_nibbles if chunks and w.scheme.packed else definition.multiply_quantized
-    if chunks and 1 <= len(rows) <= _streamed_rows(w, packed=w.scheme.packed):
+    if chunks and _are_few(rows, _streamed_rows(w, packed=w.scheme.packed)):
         y = jnp.stack([streaming.stream_quantized(row, w, layer) for row in rows])
     elif target_platform() == "cpu":
         y = cpu.multiply_by_blocks(functools.partial(multiply, rows), w, layer)
@@ -144,11 +145,16 @@ def _multiply_dense(x: jax.Array, w: jax.Array, layer: jax.Array | None) -> jax.
         return definition.multiply_dense(x, w, layer)
     in_features, out_features = w.shape[-2:]
     rows = x.astype(jnp.float32).reshape(-1, in_features)
-    if in_features % streaming.CHUNK == 0 and 1 <= len(rows) <= _streamed_rows(w):
+    if in_features % streaming.CHUNK == 0 and _are_few(rows, _streamed_rows(w)):
         y = jnp.stack([streaming.stream_dense(row, w, layer) for row in rows])
     else:
         y = cpu.multiply_by_blocks(functools.partial(definition.multiply_dense, rows), w, layer)
     return y.reshape(*x.shape[:-1], out_features)
+
+
+def _are_few(rows: jax.Array, limit: int) -> bool:
+    """Returns whether there are 1 to `limit` rows; a symbolic number of them may be any."""
+    return not is_symbolic_dim(rows.shape[0]) and 1 <= rows.shape[0] <= limit
 
 
 def _streamed_rows(w: Weight, packed: bool = False) -> int:

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, decode_codes, dequantize
 from palladion.reference.quantized_matmul import streaming
@@ -34,6 +35,10 @@ HALF: Final = PACK_BLOCK // 2
 
 HIGHEST_BITS: Final = 0x88
 """The highest bit of each nibble of a byte: flipping it turns a code into the signed number code - 8."""
+
+
+MANY_ROWS: Final = 2**20
+"""Rows that a symbolic number of them is taken for."""
 
 
 class _Factors(NamedTuple):
@@ -47,14 +52,15 @@ class _Factors(NamedTuple):
 def multiply(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
     """Returns x `[rows, in]`, of any float dtype, @ one layer of w: float32 `[rows, out]`."""
     chunks = streaming.divides_into_chunks(w)
-    if len(x) == 1 and chunks:
+    if chunks and not is_symbolic_dim(x.shape[0]) and x.shape[0] == 1:
         row = x[0].astype(jnp.float32)
         if w.order == "in_out":
             return streaming.stream_quantized(row, w, layer)[None]
         return _reduce(row, select_layer(w, layer))[None]
     w = select_layer(w, layer)
     converted = not w.scheme.packed or (w.scheme.format == "int4" and w.order == "out_in" and chunks)
-    sums = 0 if w.scheme.group_size is None else 4 * len(x) * w.scheme.groups(w.in_features)
+    rows = MANY_ROWS if is_symbolic_dim(x.shape[0]) else x.shape[0]
+    sums = 0 if w.scheme.group_size is None else 4 * rows * w.scheme.groups(w.in_features)
     if converted and sums <= x.dtype.itemsize * w.in_features:
         return _convert(x, w)
     return _dequantize(x, w)
@@ -81,8 +87,8 @@ def _convert(x: jax.Array, w: QuantizedArray) -> jax.Array:
     numbers, factors = w.values, _factors(w, INT4_ZERO if w.scheme.packed else 0)
     if w.scheme.packed:
         numbers = jax.lax.bitcast_convert_type(numbers ^ HIGHEST_BITS, jnp.int4).reshape(w.out_features, -1)
-        x = x.reshape(len(x), w.in_features // PACK_BLOCK, 2, HALF).swapaxes(2, 3)
-    x = x.reshape(len(x), groups, w.in_features // groups)
+        x = x.reshape(x.shape[0], w.in_features // PACK_BLOCK, 2, HALF).swapaxes(2, 3)
+    x = x.reshape(x.shape[0], groups, w.in_features // groups)
     numbers = numbers.astype(x.dtype)
     if w.order == "out_in":
         subscripts, numbers = "rgi,ogi->gro", numbers.reshape(w.out_features, groups, -1)
@@ -100,7 +106,7 @@ def _dequantize(x: jax.Array, w: QuantizedArray) -> jax.Array:
     scales = relative if w.order == "in_out" else relative.T
     weights = dequantize(dataclasses.replace(w, scales=scales, minimums=None), x.dtype)
     groups = len(relative)
-    x_groups = x.reshape(len(x), groups, w.in_features // groups)
+    x_groups = x.reshape(x.shape[0], groups, w.in_features // groups)
     return _apply(_Factors(largest[None], 0, factors.minimum), x_groups, dot(x, weights)[None])
 
 

@@ -87,7 +87,7 @@ def multiply_nibbles(x: jax.Array, w: QuantizedArray) -> jax.Array:
     product = jnp.zeros((), jnp.float32)
     for half, codes in enumerate((stored & 0xF, stored >> 4)):
         weights = (_decode(codes, w.scheme.format) - zero) * scale + minimum
-        product += dot(halves[:, :, half].reshape(len(x), -1), weights.reshape(-1, w.out_features))
+        product += dot(halves[:, :, half].reshape(x.shape[0], -1), weights.reshape(-1, w.out_features))
     return product
 
 

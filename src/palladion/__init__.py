@@ -11,7 +11,7 @@ Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
 
-Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `Unsupported`.
+Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 
@@ -19,6 +19,7 @@ from palladion.kernels.append_kv import append_kv
 from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.backend import BACKENDS, Choice, record_choices, using_backend
 from palladion.kernels.decode_attention import decode_attention
+from palladion.kernels.devices import tracing_for
 from palladion.kernels.implementation import Unsupported
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
@@ -41,5 +42,6 @@ __all__ = [
     "quantize_kv",
     "quantized_matmul",
     "record_choices",
+    "tracing_for",
     "using_backend",
 ]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 
+from palladion.kernels import devices
 from palladion.kernels.devices import Gpu, gpus
 
 ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NVIDIA B200"}
@@ -105,8 +105,7 @@ def tracing_for(arch: int) -> Iterator[None]:
     Raises:
       ValueError: there is no such architecture.
     """
-    device = AbstractDevice(device_kind=gpu_of(arch).device_kind, num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with devices.tracing_for(gpu_of(arch).device_kind):
         yield
 
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from palladion.kernels import devices
 from palladion.kernels.devices import Chip, tpu_chips
 
 ENVIRONMENT: Final = {
@@ -129,9 +130,7 @@ def tracing_for(chip: str) -> Iterator[None]:
     Raises:
       ValueError: there is no such chip.
     """
-    known = _chip(chip)
-    device = jax.sharding.AbstractDevice(device_kind=known.device_kind, num_cores=known.cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with devices.tracing_for(_chip(chip).device_kind):
         yield
 
 
