@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ import jax
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.implementation import Implementation, Problem, Unsupported
+from palladion.kernels.sharding import call_unchecked
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.reference.platforms import target_platform
@@ -104,9 +106,10 @@ def dispatch(
     row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
     name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
     with jax.named_scope(name):
-        return row.run(
-            problem, hide_constants(inputs) if interpret else inputs, config=choice.config, interpret=interpret
-        )
+        run = functools.partial(row.run, problem, config=choice.config, interpret=interpret)
+        inputs = hide_constants(inputs) if interpret else inputs
+        is_kernel = row.config_class is not None and isinstance(choice.config, row.config_class)
+        return call_unchecked(run, inputs) if is_kernel else run(inputs)
 
 
 def choose(
