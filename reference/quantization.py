@@ -23,11 +23,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from palladion.reference.mesh import check_pieces, padded
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
@@ -209,6 +213,32 @@ class QuantizedArray:
         if order == self.order:
             return self
         return dataclasses.replace(jax.tree.map(lambda part: jnp.swapaxes(part, -1, -2), self), order=order)
+
+    def specs(self, spec: PartitionSpec, mesh: Mesh | AbstractMesh | None = None) -> QuantizedArray:
+        """Returns a QuantizedArray that holds the PartitionSpec of each part, for `in_specs`, `NamedSharding`s and jit.
+
+        A device has whole groups then, and whole blocks of packed codes. Scales per channel have one group, which every
+        device has where `in` is sharded.
+
+        Args:
+          spec: PartitionSpec of the logical shape `(..., in, out)`, whatever the storage order.
+          mesh: mesh whose axes the spec names; None takes the current one, and checks nothing where there is none.
+
+        Raises:
+          ValueError: the spec has too many dimensions, or the mesh does not divide the shape into whole groups.
+        """
+        *lead, over_in, over_out = padded(spec, self.shape)
+        piece = math.lcm(self.scheme.group_size or 1, PACK_BLOCK if self.scheme.packed else 1)
+        check_pieces("in", self.in_features, piece, over_in, mesh)
+        check_pieces("out", self.out_features, 1, over_out, mesh)
+        over_groups = None if self.scheme.groups(self.in_features) == 1 else over_in
+
+        def stored(along_in: Any) -> PartitionSpec:
+            axes = (along_in, over_out) if self.order == "in_out" else (over_out, along_in)
+            return PartitionSpec(*lead, *axes)
+
+        parts = jax.tree.map(lambda _: stored(over_groups), self)
+        return dataclasses.replace(parts, values=stored(over_in))
 
     def with_scale_dtype(self, dtype: Any) -> QuantizedArray:
         """Returns the same array with scales and minimums in another float dtype, rounded to it.

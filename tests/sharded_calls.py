@@ -60,7 +60,7 @@ def append(backend: str) -> Case:
     k, v = (normal(seed, BATCH, KV_HEADS, HEAD_DIM) for seed in (3, 4))
     arguments = (cache, k, v, jnp.asarray([3, MAX_LEN, 1, 130], jnp.int32))
     sharded = P("data", "model")
-    specs = (KVCache(sharded, sharded), sharded, sharded, P("data"))  # type: ignore[arg-type]
+    specs = (cache.specs(sharded), sharded, sharded, P("data"))
 
     def call(*arrays: Any) -> KVCache:
         return palladion.append_kv(*arrays, **options(backend))
@@ -77,13 +77,12 @@ def weight(scheme: str, backend: str) -> QuantizedArray:
 def columns(backend: str) -> Case:
     """Multiplies rows over "data" by a weight with `out` over "model"."""
     x, w = normal(6, ROWS, IN), weight("int8", backend)
-    sharded = P("model", None) if w.order == "out_in" else P(None, "model")
 
     def call(x: jax.Array, w: QuantizedArray) -> jax.Array:
         return palladion.quantized_matmul(x, w, **options(backend))
 
     right = palladion.quantized_matmul(x, w, backend="xla")
-    return call, (x, w), (P("data"), jax.tree.map(lambda _: sharded, w)), P("data", "model"), right
+    return call, (x, w), (P("data"), w.specs(P(None, "model"))), P("data", "model"), right
 
 
 def under_vmap(backend: str) -> Case:
