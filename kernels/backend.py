@@ -18,9 +18,10 @@ import jax
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.implementation import Implementation, Problem, Unsupported
-from palladion.kernels.sharding import call_unchecked
+from palladion.kernels.sharding import run_sharded
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
+from palladion.kernels.unchecked import call_unchecked
 from palladion.reference.platforms import target_platform
 
 BACKENDS: Final = ("auto", "xla", "pallas", "mosaic_tpu", "triton", "mosaic_gpu")
@@ -103,13 +104,24 @@ def dispatch(
 
     Profiles show the operation with the origin of its block sizes: "decode_attention.triton.tuned".
     """
-    row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
-    name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
-    with jax.named_scope(name):
-        run = functools.partial(row.run, problem, config=choice.config, interpret=interpret)
-        inputs = hide_constants(inputs) if interpret else inputs
-        is_kernel = row.config_class is not None and isinstance(choice.config, row.config_class)
-        return call_unchecked(run, inputs) if is_kernel else run(inputs)
+    # XLA may trace a device's share of the call while it compiles, when the default may be another.
+    known = backend if backend is not None else _default_backend.value
+
+    def run(problem: Problem, inputs: Any) -> Any:
+        row, choice, interpreted = choose(operation, table, problem, known, interpret, config)
+        name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
+        with jax.named_scope(name):
+            call = functools.partial(row.run, problem, config=choice.config, interpret=interpreted)
+            inputs = hide_constants(inputs) if interpreted else inputs
+            is_kernel = row.config_class is not None and isinstance(choice.config, row.config_class)
+            return call_unchecked(call, inputs) if is_kernel else call(inputs)
+
+    return run_sharded(
+        problem.sharding_rule(inputs),
+        inputs,
+        functools.partial(run, problem),
+        functools.partial(problem.run_share, run),
+    )
 
 
 def choose(

@@ -34,14 +34,12 @@ def outcomes() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("backend", sharded_calls.BACKENDS)
-@pytest.mark.parametrize("case", sharded_calls.CASES)
-def test_inside_shard_map(outcomes: dict[str, Any], case: str, backend: str, check_vma: bool) -> None:
-    """Inside `jax.shard_map`, with and without its checks, the results are right and nothing is communicated."""
-    outcome = outcomes[f"shard_map {case} {backend} check_vma={check_vma}"]
-    assert outcome["error"] < 1e-4
-    assert outcome["collectives"] == {}
+@pytest.mark.parametrize(("how", "case", "backend"), sharded_calls.combinations())
+def test_results_and_collectives(outcomes: dict[str, Any], how: str, case: str, backend: str) -> None:
+    """Results on sharded arrays are right, and nothing is communicated that need not be."""
+    outcome = outcomes[f"{how} {case} {backend}"]
+    assert outcome["collectives"] == sharded_calls.needed(how, case)
+    assert outcome["error"] < 1e-6
 
 
 @pytest.mark.parametrize("order", ["in_out", "out_in"])

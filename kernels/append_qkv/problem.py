@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from palladion.kernels.append_kv import problem as append
 from palladion.kernels.checks import check, check_shape
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.sharding import Share
 from palladion.reference.append_qkv import split_qkv
 from palladion.reference.caches import KVCache
 
@@ -99,6 +101,15 @@ class Problem:
     def planned(self) -> Problem:
         """Returns the problem that block sizes are chosen for: this one."""
         return self
+
+    def sharding_rule(self, inputs: Inputs) -> None:
+        """Returns None: the heads of queries, keys and values are joined, and no sharding cuts all three alike."""
+        del inputs
+
+    def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
+        """Runs the whole call: it has no rule to be sharded by."""
+        del share
+        return run(self, inputs)
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
