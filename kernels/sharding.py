@@ -38,16 +38,22 @@ class Share:
     """Describes what one device computes.
 
     Attributes:
+      axes: mesh axes over which each sharded factor is sharded.
       shards: number of shards of each sharded factor.
       summed: mesh axes over which the device's result must be summed.
     """
 
+    axes: Axes
     shards: Mapping[str, int]
     summed: tuple[str, ...]
 
     def of(self, size: int, *factors: str) -> int:
         """Returns this device's part of a size that is cut by the shards of factors."""
         return size // math.prod(self.shards.get(factor, 1) for factor in factors)
+
+    def index(self, factor: str) -> jax.Array | int:
+        """Returns which of the shards of a factor this device has."""
+        return jax.lax.axis_index(self.axes[factor]) if factor in self.axes else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +150,7 @@ def _specs(names: list[Dims], axes: Axes) -> list[PartitionSpec]:
 
 def _share(rule: ShardingRule, axes: Axes, mesh: Mesh | AbstractMesh) -> Share:
     shards = {factor: math.prod(mesh.shape[axis] for axis in over) for factor, over in axes.items()}
-    return Share(shards, tuple(axis for factor in rule.summed for axis in axes.get(factor, ())))
+    return Share(axes, shards, tuple(axis for factor in rule.summed for axis in axes.get(factor, ())))
 
 
 def _explicit_mesh(inputs: Any) -> AbstractMesh | None:
@@ -180,12 +186,14 @@ def _run_in_shard_map(rule: ShardingRule, inputs: Any, mesh: AbstractMesh, run_s
     def run(*shares: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(run_share(jax.tree.unflatten(structure, shares), share))
 
+    explicit = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     mapped = jax.shard_map(
         run,
         mesh=mesh,
         in_specs=tuple(_specs(names, axes)),
         out_specs=_specs(results, axes),
-        axis_names={a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit},
+        # All axes are named by none: under vmap, JAX takes away the axis over which the mapped dimension is sharded.
+        axis_names=set() if len(explicit) == len(mesh.axis_names) else explicit,
         check_vma=False,
     )
     outputs = jax.jit(mapped)(*(jax.reshard(leaf, sharding) for leaf, sharding in zip(leaves, wanted, strict=True)))

@@ -68,6 +68,20 @@ def append(backend: str) -> Case:
     return call, arguments, specs, specs[0], palladion.append_kv(*arguments, backend="xla")
 
 
+def joined(backend: str) -> Case:
+    """Rotates and appends joined heads, which all devices of "model" have, to a cache with heads over "model"."""
+    cache = KVCache(*(normal(seed, BATCH, KV_HEADS, MAX_LEN, HEAD_DIM) for seed in (1, 2)))
+    qkv, angles = normal(7, BATCH, Q_HEADS + 2 * KV_HEADS, HEAD_DIM), normal(8, BATCH, HEAD_DIM // 4)
+    arguments = (cache, qkv, jnp.asarray([3, MAX_LEN, 1, 130], jnp.int32), jnp.cos(angles), jnp.sin(angles))
+    sharded = P("data", "model")
+    specs = (cache.specs(sharded), *[P("data")] * 4)
+
+    def call(*arrays: Any) -> tuple[jax.Array, KVCache]:
+        return palladion.append_qkv(*arrays, **options(backend))
+
+    return call, arguments, specs, sharded, palladion.append_qkv(*arguments, backend="xla")
+
+
 def weight(scheme: str, backend: str) -> QuantizedArray:
     """Returns a quantized weight in the storage order of a backend."""
     order = "out_in" if backend == "triton" else "in_out"
@@ -161,6 +175,7 @@ NEEDED: Final[dict[str, dict[str, int]]] = {
     "append": {},
     "columns": {},
     "paged": {},
+    "joined": {},
     "rows": {"all-reduce": 1},
     "fused_rows": {"all-reduce": 2},  # the mean square of the norm, and the product
     "dense_rows": {"all-reduce": 1},
