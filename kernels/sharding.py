@@ -13,6 +13,7 @@ factors are sharded over them, the largest array first; whatever disagrees is re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,17 @@ class ShardingRule:
         """Returns the factors of each dimension of all arrays, without factors of size 1 among several."""
         return [self._parse(name) for name in jax.tree.leaves(names)]
 
+    def mapped(self, in_batched: Sequence[bool]) -> ShardingRule:
+        """Returns the rule of the same call under vmap, with a leading dimension in inputs and in all results."""
+        inputs = jax.tree.leaves(self.inputs)
+        name = f"mapped{sum(factor.startswith('mapped') for factor in self.sharded)}"
+        return dataclasses.replace(
+            self,
+            inputs=[f"{name} {dims}" if batched else dims for dims, batched in zip(inputs, in_batched, strict=True)],
+            results=[f"{name} {dims}" for dims in jax.tree.leaves(self.results)],
+            sharded=self.sharded | {name},
+        )
+
     def _parse(self, name: str) -> Dims:
         groups = [(inside or alone).split() for inside, alone in re.findall(r"\(([^)]*)\)|(\S+)", name)]
         return [tuple(f for f in group if self.sizes.get(f) != 1) or (group[0],) for group in groups]
@@ -135,12 +147,41 @@ def run_sharded(rule: ShardingRule | None, inputs: Any, run: Run, run_share: Run
       run: runs the whole call.
       run_share: runs a device's share.
     """
-    if rule is None:
-        return run(inputs)
     mesh = _explicit_mesh(inputs)
-    if mesh is not None:
-        return _run_in_shard_map(rule, inputs, mesh, run_share)
-    return _run_partitioned(rule, inputs, run, run_share) if _may_be_sharded(inputs) else run(inputs)
+    if rule is None or (mesh is None and not _may_be_sharded(inputs)):
+        return run(inputs)
+    leaves, structure = jax.tree.flatten(inputs)
+
+    def whole(*arrays: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(run(jax.tree.unflatten(structure, arrays)))
+
+    def part(share: Share, *shares: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(run_share(jax.tree.unflatten(structure, shares), share))
+
+    def sharded(*arrays: jax.Array) -> list[jax.Array]:
+        if mesh is not None:
+            return _run_in_shard_map(rule, arrays, mesh, part)
+        return _run_partitioned(rule, arrays, whole, part)
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: jax.Array) -> list[jax.Array]:
+        return sharded(*arrays)
+
+    @call.def_vmap
+    def _(axis_size: int, in_batched: Sequence[bool], *arrays: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+        del axis_size
+        in_axes = [0 if batched else None for batched in in_batched]
+        outputs = run_sharded(
+            rule.mapped(in_batched),
+            arrays,
+            lambda arrays: jax.vmap(whole, in_axes)(*arrays),
+            lambda shares, share: jax.vmap(functools.partial(part, share), in_axes)(*shares),
+        )
+        return outputs, [True] * len(outputs)
+
+    # Reverse mode does not pass through custom_vmap.
+    outputs = with_derivatives_of(whole if mesh is None else sharded, call)(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(rule.results), outputs)
 
 
 def _specs(names: list[Dims], axes: Axes) -> list[PartitionSpec]:
@@ -172,41 +213,51 @@ def _may_be_sharded(inputs: Any) -> bool:
     return mesh.size > 1 and AxisType.Manual not in mesh.axis_types
 
 
-def _run_in_shard_map(rule: ShardingRule, inputs: Any, mesh: AbstractMesh, run_share: RunShare) -> Any:
-    """Runs a call on arrays whose types say how they are sharded."""
-    leaves, structure = jax.tree.flatten(inputs)
-    specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
+def _run_in_shard_map(
+    rule: ShardingRule, arrays: Sequence[jax.Array], mesh: AbstractMesh, part: Callable[..., list[jax.Array]]
+) -> list[jax.Array]:
+    """Runs a call on arrays whose types say how they are sharded.
+
+    Args:
+      rule: how the call can be sharded.
+      arrays: the inputs.
+      mesh: their mesh.
+      part: runs a device's share, given the `Share` and the shares of the inputs.
+    """
     names, results = rule.dims(rule.inputs), rule.dims(rule.results)
-    axes = rule.axes(
-        [leaf.shape for leaf in leaves] + [()] * len(results), specs + [PartitionSpec()] * len(results), mesh
-    )
-    share = _share(rule, axes, mesh)
-    wanted = [NamedSharding(mesh, spec) for spec in _specs(names, axes)]
-
-    def run(*shares: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(run_share(jax.tree.unflatten(structure, shares), share))
-
+    shapes = [array.shape for array in arrays] + [()] * len(results)
+    specs = [jax.typeof(array).sharding.spec for array in arrays] + [PartitionSpec()] * len(results)
+    axes = rule.axes(shapes, specs, mesh)
+    in_specs = tuple(_specs(names, axes))
     explicit = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     mapped = jax.shard_map(
-        run,
+        functools.partial(part, _share(rule, axes, mesh)),
         mesh=mesh,
-        in_specs=tuple(_specs(names, axes)),
+        in_specs=in_specs,
         out_specs=_specs(results, axes),
-        # All axes are named by none: under vmap, JAX takes away the axis over which the mapped dimension is sharded.
-        axis_names=set() if len(explicit) == len(mesh.axis_names) else explicit,
+        axis_names=explicit,
         check_vma=False,
     )
-    outputs = jax.jit(mapped)(*(jax.reshard(leaf, sharding) for leaf, sharding in zip(leaves, wanted, strict=True)))
-    return jax.tree.unflatten(jax.tree.structure(rule.results), outputs)
+    placed = [jax.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, in_specs, strict=True)]
+    outputs: list[jax.Array] = jax.jit(mapped)(*placed)
+    return outputs
 
 
-def _run_partitioned(rule: ShardingRule, inputs: Any, run: Run, run_share: RunShare) -> Any:
-    """Runs a call that XLA partitions by the rule; its derivatives and vmap are those of the whole call."""
-    leaves, structure = jax.tree.flatten(inputs)
+def _run_partitioned(
+    rule: ShardingRule,
+    arrays: Sequence[jax.Array],
+    whole: Callable[..., list[jax.Array]],
+    part: Callable[..., list[jax.Array]],
+) -> list[jax.Array]:
+    """Runs a call that XLA partitions by the rule.
+
+    Args:
+      rule: how the call can be sharded.
+      arrays: the inputs.
+      whole: runs the call on one device, given the inputs.
+      part: runs a device's share, given the `Share` and the shares of the inputs.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-
-    def whole(*arrays: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(run(jax.tree.unflatten(structure, arrays)))
 
     def partition(mesh: Mesh, arguments: Any, results: Any) -> Any:
         described = [*arguments, *results]
@@ -216,26 +267,14 @@ def _run_partitioned(rule: ShardingRule, inputs: Any, run: Run, run_share: RunSh
         def run_one(*shares: jax.Array) -> list[jax.Array]:
             # XLA calls this while it compiles: what the call was traced for must be said again.
             with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-                return jax.tree.leaves(run_share(jax.tree.unflatten(structure, shares), share))
+                return part(share, *shares)
 
         def shardings(names: Any) -> list[NamedSharding]:
             return [NamedSharding(mesh, spec) for spec in _specs(rule.dims(names), axes)]
 
         return mesh, run_one, shardings(rule.results), tuple(shardings(rule.inputs))
 
-    partitioned = custom_partitioning(jax.jit(whole))  # which keeps constants, that custom_partitioning refuses
+    partitioned = custom_partitioning(jax.jit(whole))  # jit keeps constants, which custom_partitioning refuses
     partitioned.def_partition(partition, sharding_rule=rule.shardy())
-
-    @jax.custom_batching.custom_vmap
-    def call(*arrays: jax.Array) -> list[jax.Array]:
-        outputs: list[jax.Array] = jax.jit(partitioned)(*arrays)
-        return outputs
-
-    @call.def_vmap
-    def _(axis_size: int, in_batched: Any, *arrays: jax.Array) -> tuple[list[jax.Array], list[bool]]:
-        in_axes = [0 if batched else None for batched in in_batched]
-        outputs = jax.vmap(whole, in_axes, axis_size=axis_size)(*arrays)
-        return outputs, [True] * len(outputs)
-
-    outputs = with_derivatives_of(whole, call)(*leaves)
-    return jax.tree.unflatten(jax.tree.structure(rule.results), outputs)
+    outputs: list[jax.Array] = jax.jit(partitioned)(*arrays)
+    return outputs

@@ -176,6 +176,7 @@ NEEDED: Final[dict[str, dict[str, int]]] = {
     "columns": {},
     "paged": {},
     "joined": {},
+    "under_vmap": {},
     "rows": {"all-reduce": 1},
     "fused_rows": {"all-reduce": 2},  # the mean square of the norm, and the product
     "dense_rows": {"all-reduce": 1},
