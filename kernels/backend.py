@@ -18,7 +18,7 @@ import jax
 
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.implementation import Implementation, Problem, Unsupported
-from palladion.kernels.sharding import run_sharded
+from palladion.kernels.sharding import run_sharded, unpartitionable
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
 from palladion.kernels.unchecked import call_unchecked
@@ -169,7 +169,8 @@ def choose(
         if row.platform not in (None, platform) and not interpreted and not cross_lowered:
             reason: str | None = f"runs on {row.platform}, not on {platform} (interpret=True runs it anywhere)"
         else:
-            reason = row.unsupported(problem)
+            compiled = row.config_class is not None and not interpreted
+            reason = (unpartitionable() if compiled else None) or row.unsupported(problem)
         if reason is None:
             able.append((row, interpreted))
             if explicit:

@@ -184,6 +184,19 @@ def run_sharded(rule: ShardingRule | None, inputs: Any, run: Run, run_share: Run
     return jax.tree.unflatten(jax.tree.structure(rule.results), outputs)
 
 
+def unpartitionable() -> str | None:
+    """Returns why no kernel can run on the current mesh, or None; without a current mesh nothing is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    auto = [name for name in auto if mesh.shape[name] > 1]
+    if target_platform() != "tpu" or not auto:
+        return None
+    return (
+        f"XLA partitions no kernels over Auto axes, here {', '.join(auto)}; jax.make_mesh(..., axis_types=) with "
+        "AxisType.Explicit, jax.sharding.explicit_axes, or jax.shard_map"
+    )
+
+
 def _specs(names: list[Dims], axes: Axes) -> list[PartitionSpec]:
     """Returns the PartitionSpec of each array."""
     return [PartitionSpec(*(axes.get(factors[0]) for factors in dims)) for dims in names]

@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import sharded_calls
-from jax.sharding import AbstractMesh
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palladion import KVCache, quantize
+from palladion import KVCache, Unsupported, append_kv, decode_attention, quantize, quantized_matmul, record_choices
+from palladion.benchmarks.static.tpu import compiler as tpu_compiler
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,47 @@ def test_specs_of_a_cache() -> None:
     assert specs.k == specs.v == P(None, None, "x", None, "y")
     assert specs.k_scale == specs.v_scale == P(None, None, "x", None)
     assert specs.page_table == P()
+
+
+def test_no_tpu_kernel_is_chosen_on_auto_axes() -> None:
+    """XLA cannot partition kernels for a TPU: "auto" takes the reference, and naming a kernel says what to do."""
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    x, w = jnp.ones((8, 256)), quantize(sharded_calls.normal(0, 256, 256), "int8", order="in_out")
+    for kind, chosen in ((AxisType.Auto, "xla"), (AxisType.Manual, "mosaic_tpu")):
+        mesh = AbstractMesh((2,), ("x",), axis_types=(kind,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh), record_choices() as choices:
+            jax.eval_shape(quantized_matmul, x, w)
+        assert [choice.backend for choice in choices] == [chosen]
+    auto = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(auto), pytest.raises(Unsupported, match=r"Auto axes, here x; .*explicit_axes"):
+        jax.eval_shape(lambda: quantized_matmul(x, w, backend="mosaic_tpu"))
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu compiles for TPUs")
+def test_tpu_kernels_on_explicit_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step for eight TPUs: a kernel on each for its sequences and heads, and one all-reduce of the last product."""
+    for name, value in tpu_compiler.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def step(cache: KVCache, q: Any, k: Any, lengths: Any, w: Any) -> Any:
+        cache = append_kv(cache, k, k, lengths, backend="pallas")
+        out = decode_attention(q, cache.k, cache.v, lengths, backend="pallas")
+        out = jax.lax.reshape(out, (8, 4096), out_sharding=P("data", "model"))
+        return cache, quantized_matmul(out, w, backend="pallas")
+
+    def placed(array: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+    heads = P("data", "model")
+    q, k = (jax.ShapeDtypeStruct((8, heads, 128), jnp.bfloat16) for heads in (32, 8))
+    cache = jax.eval_shape(lambda: KVCache.dense(8, 8, 2048, 128))
+    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8", order="in_out"))
+    lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
+    specs = (cache.specs(heads), heads, heads, P("data"), w.specs(P("model"), mesh))
+    arguments = jax.tree.map(placed, (cache, q, k, lengths, w), specs)
+    with jax.set_mesh(mesh):
+        program = jax.jit(step, donate_argnums=0).lower(*arguments).compile().as_text() or ""
+    assert program.count('custom_call_target="tpu_custom_call"') == 3
+    assert sharded_calls.COLLECTIVES.findall(program) == ["all-reduce"]
