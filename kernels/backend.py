@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -21,8 +22,10 @@ from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
 from palladion.kernels.lowering import guard_platform
+from palladion.kernels.sharding import run_sharded, unpartitionable
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
+from palladion.kernels.unchecked import call_unchecked
 from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
@@ -118,30 +121,43 @@ def dispatch(
       interpret: the caller's argument.
       differentiable: whether kernels have the derivatives of the reference; differentiating them is an error otherwise.
     """
-    by_platform = interpret is None and (backend or _default_backend.value) in ("auto", "pallas")
-    row, choice, interpret = choose(operation, table, problem, backend, interpret, config)
-    if by_platform:
-        inputs = _guarded(inputs, table, row, choice)
+    # XLA may trace a device's share of the call while it compiles, when the default may be another.
+    known = backend if backend is not None else _default_backend.value
+
+    def run(problem: Problem, inputs: Any) -> Any:
+        row, choice, interpreted = choose(operation, table, problem, known, interpret, config)
+        if interpret is None and known in ("auto", "pallas"):
+            inputs = _guarded(inputs, table, row, choice)
+        call = _implementation(row, choice, interpreted)
+        if row.has_kernel and differentiable:
+            reference = find_implementation(table, "xla")
+            call = with_derivatives_of(
+                _implementation(reference, dataclasses.replace(choice, config=None), False), call
+            )
+        elif row.has_kernel:
+            call = without_derivatives(f"{operation}({problem}): {row.name}", call)
+        name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
+        with jax.named_scope(name):
+            return call(inputs)
+
+    return run_sharded(
+        problem.sharding_rule(inputs),
+        inputs,
+        functools.partial(run, problem),
+        functools.partial(problem.run_share, run),
+    )
+
+
+def _implementation(row: Implementation, choice: Choice, interpret: Any) -> Callable[[Any], Any]:
+    """Returns the function of a call's inputs that an implementation runs."""
 
     def implementation(inputs: Any) -> Any:
         inputs = hide_constants(inputs) if interpret else inputs
         with usual_modes():
-            return row.run(problem, inputs, config=choice.config, interpret=interpret)
+            return row.run(choice.problem, inputs, config=choice.config, interpret=interpret)
 
-    run: Callable[[Any], Any] = implementation
-    if row.has_kernel and differentiable:
-        reference = find_implementation(table, "xla")
-
-        def definition(inputs: Any) -> Any:
-            with usual_modes():
-                return reference.run(problem, inputs, config=None, interpret=False)
-
-        run = with_derivatives_of(definition, run)
-    elif row.has_kernel:
-        run = without_derivatives(f"{operation}({problem}): {row.name}", run)
-    name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
-    with jax.named_scope(name):
-        return run(inputs)
+    is_kernel = row.config_class is not None and isinstance(choice.config, row.config_class)
+    return functools.partial(call_unchecked, implementation) if is_kernel else implementation
 
 
 def _guarded(inputs: Any, table: Sequence[Implementation], row: Implementation, choice: Choice) -> Any:
@@ -204,7 +220,8 @@ def choose(
         if row.platform not in (None, platform) and not interpreted and not cross_lowered:
             reason: str | None = f"runs on {row.platform}, not on {platform} (interpret=True runs it anywhere)"
         else:
-            reason = _reason(row, problem)
+            compiled = row.has_kernel and not interpreted
+            reason = (unpartitionable() if compiled else None) or _reason(row, problem)
         if reason is None:
             able.append((row, interpreted))
             if explicit:

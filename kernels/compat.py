@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import jax
+from jax._src import config
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -78,3 +80,8 @@ def gpu_interpreter(interpret: Any) -> Any:
     if not interpret:
         return None
     return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+
+
+def without_varying_types() -> contextlib.AbstractContextManager[None]:
+    """Stops JAX from following over which mesh axes arrays vary, as `jax.shard_map(..., check_vma=False)` does."""
+    return config._check_vma(False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from palladion.kernels.search_space import Space, TuningKey
+from palladion.kernels.sharding import ShardingRule, Share
 
 
 class Unsupported(NotImplementedError):  # noqa: N818  # not an error of the caller: another backend covers the call
@@ -58,6 +59,18 @@ class Problem(Protocol):
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
+
+    def sharding_rule(self, inputs: Any) -> ShardingRule | None:
+        """Returns which dimensions of the inputs and results are sharded together; None leaves that to JAX."""
+
+    def run_share(self, run: Callable[[Any, Any], Any], inputs: Any, share: Share) -> Any:
+        """Runs a device's share of the call.
+
+        Args:
+          run: runs a problem with its inputs.
+          inputs: the device's shares of the inputs.
+          share: how the call is sharded.
+        """
 
     def __str__(self) -> str:
         """Formats shapes and options on one line."""

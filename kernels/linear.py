@@ -17,6 +17,7 @@ from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.sharding import ShardingRule, Share
 from palladion.kernels.types import Interpret
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
 from palladion.reference.quantization import Order
@@ -237,6 +238,55 @@ class LinearProblem(abc.ABC):
     @abc.abstractmethod
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
+
+    @abc.abstractmethod
+    def weight_dims(self, inputs: Inputs, out: str) -> tuple[list[str], dict[str, int]]:
+        """Returns names of the dimensions of each array of the weight, and sizes of the factors along `in`.
+
+        Args:
+          inputs: arrays of the call.
+          out: name of the output channels; along `in` there are "(pieces piece)".
+        """
+
+    def sharding_rule(self, inputs: Inputs) -> ShardingRule:
+        """Returns the rule of a product: a device has rows and output channels, or its part of all sums.
+
+        The channels of a gated product are whole on each device, because a gate and its up are half of them apart.
+        """
+        out, result = ("gates_and_ups", "result") if self.gated else ("out", "out")
+        weight, sizes = self.weight_dims(inputs, out)
+        features = "(pieces piece)"
+        _, _, bias, layer, norm, residual = inputs
+        names = [f"rows {features}", *weight]
+        options = ((bias, out), (layer, ""), (norm, features), (residual, f"rows {result}"))
+        names += [name for array, name in options if array is not None]
+        return ShardingRule(names, f"rows {result}", frozenset({"rows", "out"}), frozenset({"pieces"}), sizes)
+
+    def run_share(self, run: Callable[[LinearProblem, Inputs], Any], inputs: Inputs, share: Share) -> jax.Array:
+        """Multiplies some of the rows and channels; sums of parts of `in` are finished once they are whole."""
+        local = dataclasses.replace(
+            self,
+            rows=share.of(self.rows, "rows"),
+            in_features=share.of(self.in_features, "pieces"),
+            out_features=share.of(self.out_features, "out"),
+        )
+        if not share.summed:
+            result: jax.Array = run(local, inputs)
+            return result
+        x = inputs.x
+        if self.norm_eps is not None and inputs.norm is not None:
+            wide = x.astype(jnp.float32)
+            squares = jax.lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), share.summed)
+            normalized = wide * jax.lax.rsqrt(squares / self.in_features + self.norm_eps)
+            x = (normalized * inputs.norm.astype(jnp.float32)).astype(x.dtype)
+        product = dataclasses.replace(
+            local, out_dtype="float32", has_bias=False, activation=None, gated=False, norm_eps=None, has_residual=False
+        )
+        y = run(product, Inputs(x, inputs.w, bias=None, layer=inputs.layer))
+        y = jax.lax.psum(y, share.summed)
+        if inputs.bias is not None:
+            y = y + inputs.bias.astype(jnp.float32)
+        return self.add(inputs.residual, self.finish(jnp.split(y, self.parts, axis=-1)))
 
     def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
         """Returns the float32 products (biases included) after activation and gate."""

@@ -8,6 +8,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.export import register_pytree_node_serialization
+from jax.sharding import PartitionSpec
 
 from palladion.reference.quantization import quantize_rows
 
@@ -107,6 +108,16 @@ class KVCache:
     def bytes_per_token(self) -> int:
         """Bytes of one cached token in all layers held here: a step reads so many for each token of context."""
         return self.nbytes // (self.k.shape[-4] * self.k.shape[-2])
+
+    def specs(self, spec: PartitionSpec) -> KVCache:
+        """Returns a KVCache that holds the PartitionSpec of each array, for `in_specs`, `NamedSharding`s and jit.
+
+        Args:
+          spec: PartitionSpec of k and v. Scales have the same without head_dim, and every device has the page table.
+        """
+        scales = PartitionSpec(*spec[: self.k.ndim - 1])
+        specs = jax.tree.map(lambda array: spec if array.ndim == self.k.ndim else scales, self)
+        return specs if self.page_table is None else dataclasses.replace(specs, page_table=PartitionSpec())
 
 
 register_pytree_node_serialization(

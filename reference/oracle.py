@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.reference.quantization import E2M1_LEVELS, INT4_ZERO, PACK_BLOCK, QuantizedArray, quantize_rows
+from palladion.reference.e2m1 import E2M1_LEVELS
+from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, quantize_rows
 
 Array = np.ndarray
 

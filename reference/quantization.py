@@ -24,12 +24,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.export import register_pytree_node_serialization
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from palladion.reference.e2m1 import decode_e2m1
+from palladion.reference.mesh import check_pieces, padded
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
@@ -46,9 +51,6 @@ MXFP4_GROUP: Final = 32
 
 INT4_ZERO: Final = 8
 """Code of 0 in a symmetric int4 scheme."""
-
-E2M1_LEVELS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitudes of the 4-bit e2m1 floats, indexed by the low three bits of a code; bit 3 is the sign."""
 
 CODE_DTYPE: Final[dict[str, Any]] = {
     "int8": jnp.int8,
@@ -212,6 +214,32 @@ class QuantizedArray:
             return self
         return dataclasses.replace(jax.tree.map(lambda part: jnp.swapaxes(part, -1, -2), self), order=order)
 
+    def specs(self, spec: PartitionSpec, mesh: Mesh | AbstractMesh | None = None) -> QuantizedArray:
+        """Returns a QuantizedArray that holds the PartitionSpec of each part, for `in_specs`, `NamedSharding`s and jit.
+
+        A device has whole groups then, and whole blocks of packed codes. Scales per channel have one group, which every
+        device has where `in` is sharded.
+
+        Args:
+          spec: PartitionSpec of the logical shape `(..., in, out)`, whatever the storage order.
+          mesh: mesh whose axes the spec names; None takes the current one, and checks nothing where there is none.
+
+        Raises:
+          ValueError: the spec has too many dimensions, or the mesh does not divide the shape into whole groups.
+        """
+        *lead, over_in, over_out = padded(spec, self.shape)
+        piece = math.lcm(self.scheme.group_size or 1, PACK_BLOCK if self.scheme.packed else 1)
+        check_pieces("in", self.in_features, piece, over_in, mesh)
+        check_pieces("out", self.out_features, 1, over_out, mesh)
+        over_groups = None if self.scheme.groups(self.in_features) == 1 else over_in
+
+        def stored(along_in: Any) -> PartitionSpec:
+            axes = (along_in, over_out) if self.order == "in_out" else (over_out, along_in)
+            return PartitionSpec(*lead, *axes)
+
+        parts = jax.tree.map(lambda _: stored(over_groups), self)
+        return dataclasses.replace(parts, values=stored(over_in))
+
     def with_scale_dtype(self, dtype: Any) -> QuantizedArray:
         """Returns the same array with scales and minimums in another float dtype, rounded to it.
 
@@ -271,26 +299,6 @@ def unpack_nibbles(packed: jax.Array) -> jax.Array:
     *lead, half, out_features = packed.shape
     blocks = packed.reshape(*lead, half * 2 // PACK_BLOCK, PACK_BLOCK // 2, out_features)
     return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, half * 2, out_features)
-
-
-def decode_e2m1(codes: jax.Array) -> jax.Array:
-    """Converts e2m1 codes (integers 0 to 15) to float32: sign, two exponent bits, one mantissa bit, no infinities."""
-    mantissa = (codes & 1).astype(jnp.float32)
-    exponent = (codes >> 1) & 3
-    # 2 ** (exponent - 1) for normal numbers, without computing a power: 1, 2 or 4.
-    power = jnp.where(exponent == 3, 4.0, jnp.where(exponent == 2, 2.0, 1.0))
-    magnitude = jnp.where(exponent == 0, 0.5 * mantissa, (1.0 + 0.5 * mantissa) * power)
-    return jnp.where(codes & 8 != 0, -magnitude, magnitude)
-
-
-def encode_e2m1(x: jax.Array) -> jax.Array:
-    """Rounds to the nearest e2m1 number (ties to even, saturating at ±6) and returns its code in uint8."""
-    magnitude = jnp.minimum(jnp.abs(x), E2M1_LEVELS[-1])
-    # Below 2 numbers are 0.5 apart, below 4 they are 1 apart, above 2 apart.
-    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
-    rounded = jnp.round(magnitude / step) * step
-    code = jnp.searchsorted(jnp.asarray(E2M1_LEVELS, x.dtype), rounded).astype(jnp.uint8)
-    return code | jnp.where(jnp.signbit(x) & (code > 0), 8, 0).astype(jnp.uint8)
 
 
 def unpack_codes(w: QuantizedArray) -> jax.Array:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palladion.reference.e2m1 import encode_e2m1
 from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import (
@@ -36,7 +37,6 @@ from palladion.reference.quantization import (
     check_in_features,
     check_order,
     decode_codes,
-    encode_e2m1,
     flush_subnormals,
     largest_code,
     order_of_platform,

@@ -16,15 +16,8 @@ import pytest
 from palladion import QuantizedArray, Scheme, dequantize, quantize
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.reference import oracle
-from palladion.reference.quantization import (
-    E2M1_LEVELS,
-    ORDERS,
-    decode_e2m1,
-    encode_e2m1,
-    pack_nibbles,
-    quantize_rows,
-    unpack_nibbles,
-)
+from palladion.reference.e2m1 import E2M1_LEVELS, decode_e2m1, encode_e2m1
+from palladion.reference.quantization import ORDERS, pack_nibbles, quantize_rows, unpack_nibbles
 
 SCHEMES = [
     "int8",

@@ -34,7 +34,8 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1, order_of_platform, unpack_codes
+from palladion.reference.e2m1 import decode_e2m1
+from palladion.reference.quantization import CODE_DTYPE, Scheme, order_of_platform, unpack_codes
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")

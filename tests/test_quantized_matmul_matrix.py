@@ -24,7 +24,8 @@ from palladion.kernels.quantized_matmul.triton import matrix, matrix_blocks, ope
 from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Scheme, decode_e2m1
+from palladion.reference.e2m1 import decode_e2m1
+from palladion.reference.quantization import CODE_DTYPE, Scheme
 
 BITWISE = {
     "mov.b32": lambda a: a,

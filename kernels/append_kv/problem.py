@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from palladion.kernels.checks import (
     swapped_layout,
 )
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.sharding import ShardingRule, Share
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, KVCache, bytes_per_token
 
 
@@ -150,6 +152,27 @@ class Problem:
     def planned(self) -> Problem:
         """Returns the problem that block sizes are chosen for: this one."""
         return self
+
+    def sharding_rule(self, inputs: Inputs) -> ShardingRule:
+        """Returns the rule of append_kv: heads are apart, and so are the sequences of a dense cache."""
+        cache = inputs.cache
+        slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
+        scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
+        token = f"{scale} head_dim"
+        given = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.page_table)
+        names = (token, token, scale, scale, "batch pages_per_seq")
+        parts = [name for name, array in zip(names, given, strict=True) if array is not None]
+        written = jax.tree.unflatten(jax.tree.structure(cache), parts)
+        new, new_tokens = "batch q_len kv_heads head_dim", "batch" if self.has_new_tokens else None
+        layer = None if self.num_layers is None else ""
+        # Every device that holds a page writes it, so it must have the new tokens of all sequences.
+        sharded = frozenset({"kv_heads"} if self.page_size is not None else {"batch", "kv_heads"})
+        return ShardingRule((written, new, new, "batch", new_tokens, layer), written, sharded)
+
+    def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
+        """Writes the new tokens of some of the sequences and heads."""
+        batch, kv_heads = share.of(self.batch, "batch"), share.of(self.kv_heads, "kv_heads")
+        return run(dataclasses.replace(self, batch=batch, kv_heads=kv_heads), inputs)
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from palladion.kernels.append_kv import problem as append
 from palladion.kernels.checks import check, check_shape, has_entries, swapped_layout
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.sharding import ShardingRule, Share
 from palladion.reference.append_qkv import split_qkv
 from palladion.reference.caches import KVCache
 
@@ -103,6 +105,31 @@ class Problem:
     def planned(self) -> Problem:
         """Returns the problem that block sizes are chosen for: this one."""
         return self
+
+    def sharding_rule(self, inputs: Inputs) -> ShardingRule:
+        """Returns append_kv's rule for the cache; a device has all of qkv and takes its heads."""
+        cache, qkv, lengths, _, _, new_tokens, layer = inputs
+        new: Any = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
+        rule = self.append.sharding_rule(append.Inputs(cache, new, new, lengths, new_tokens, layer))
+        written, _, _, *rest = rule.inputs
+        angles = "batch q_len pairs"
+        heads = "batch q_len (kv_heads group) head_dim"
+        sizes = {"kv_heads": self.append.kv_heads, "group": self.q_heads // self.append.kv_heads}
+        joined = (written, "batch q_len joined_heads head_dim", rest[0], angles, angles, *rest[1:])
+        return ShardingRule(joined, (heads, written), rule.sharded, sizes=sizes)
+
+    def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
+        """Rotates and writes some of the sequences and heads."""
+        p = self.append
+        kv_heads, q_heads = share.of(p.kv_heads, "kv_heads"), share.of(self.q_heads, "kv_heads")
+        index = share.index("kv_heads")
+        parts = [
+            jax.lax.dynamic_slice_in_dim(inputs.qkv, start + index * heads, heads, axis=2)
+            for start, heads in ((0, q_heads), (self.q_heads, kv_heads), (self.q_heads + p.kv_heads, kv_heads))
+        ]
+        local = dataclasses.replace(p, batch=share.of(p.batch, "batch"), kv_heads=kv_heads)
+        qkv = inputs.qkv if kv_heads == p.kv_heads else jnp.concatenate(parts, axis=2)
+        return run(dataclasses.replace(self, append=local, q_heads=q_heads), inputs._replace(qkv=qkv))
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from palladion.kernels.checks import (
     swapped_layout,
 )
 from palladion.kernels.search_space import TuningKey
+from palladion.kernels.sharding import ShardingRule, Share
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
 
 
@@ -200,6 +202,29 @@ class Problem:
     def planned(self) -> Problem:
         """Returns the problem that block sizes are chosen for; a batch-invariant one is planned for one sequence."""
         return dataclasses.replace(self, batch=1, batch_invariant=False) if self.batch_invariant else self
+
+    def sharding_rule(self, inputs: Inputs) -> ShardingRule:
+        """Returns the rule of attention, which is apart for each sequence and each KV head."""
+        slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
+        scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
+        heads = "(kv_heads group)"
+        q, token = f"batch q_len {heads} head_dim", f"{scale} head_dim"
+        names = (q, token, token, "batch", "batch pages_per_seq", heads, scale, scale, "")
+        given = [name for name, array in zip(names, inputs, strict=True) if array is not None]
+        sizes = {"kv_heads": self.kv_heads, "group": self.group}
+        # One KV head that all query heads share is on every device, and they are sharded.
+        sharded = frozenset({"batch", "kv_heads" if self.kv_heads > 1 else "group"})
+        return ShardingRule(given, (q, f"batch q_len {heads}"), sharded, sizes=sizes)
+
+    def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
+        """Runs attention for some of the sequences and heads."""
+        local = dataclasses.replace(
+            self,
+            batch=share.of(self.batch, "batch"),
+            q_heads=share.of(self.q_heads, "kv_heads", "group"),
+            kv_heads=share.of(self.kv_heads, "kv_heads"),
+        )
+        return run(local, inputs)
 
     def tuning_key(self) -> TuningKey:
         """Returns the key under which tuned block sizes are stored."""

@@ -64,6 +64,12 @@ class Problem(LinearProblem):
             order=order,
         )
 
+    def weight_dims(self, inputs: Inputs, out: str) -> tuple[list[str], dict[str, int]]:
+        """Returns names of the dimensions of w, in its order; any part of `in` may be summed apart."""
+        layers = "" if inputs.layer is None else "num_layers "
+        axes = f"(pieces piece) {out}" if self.order == "in_out" else f"{out} (pieces piece)"
+        return [layers + axes], {"pieces": self.in_features, "piece": 1}
+
     def bytes_moved(self) -> int:
         """Returns the bytes that must move between memory and chip: all inputs and the result, once each."""
         return self.in_features * self.out_features * jnp.dtype(self.w_dtype).itemsize + self.bytes_beside()

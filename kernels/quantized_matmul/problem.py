@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ import jax
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
-from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
+from palladion.reference.quantization import CODE_DTYPE, PACK_BLOCK, QuantizedArray, Scheme
 from palladion.reference.quantized_matmul import NORM_EPS
 
 ACTIVATION_FORMATS: Final = {
@@ -76,6 +77,21 @@ class Problem(LinearProblem):
                 w.scheme.format in formats, "quantize_x", f"{quantize_x} with {w.scheme} weights", " or ".join(formats)
             )
         return problem
+
+    def weight_dims(self, inputs: Inputs, out: str) -> tuple[list[str], dict[str, int]]:
+        """Returns names of the dimensions of codes, scales and offsets; a piece has whole groups and blocks."""
+        layers = "" if inputs.layer is None else "num_layers "
+        scheme, group = self.scheme, "all_in" if self.groups == 1 else "(pieces groups)"
+        piece = math.lcm(scheme.group_size or 1, PACK_BLOCK if scheme.packed else 1)
+        pieces = self.in_features // piece
+
+        def stored(along_in: str) -> str:
+            return layers + (f"{along_in} {out}" if self.order == "in_out" else f"{out} {along_in}")
+
+        names = [stored("(pieces codes)"), stored(group), *([] if scheme.offset == "none" else [stored(group)])]
+        codes = piece // 2 if scheme.packed else piece
+        sizes = {"pieces": pieces, "piece": piece, "codes": codes, "groups": max(1, self.groups // pieces)}
+        return names, sizes
 
     @property
     def group_size(self) -> int:

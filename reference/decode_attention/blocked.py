@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.caches import KVCache
 from palladion.reference.decode_attention.definition import dot, join_pages, visible_range, zero_unseen
+from palladion.reference.varying import vary_over, varying_axes
 
 BLOCK: Final = 128
 """Cached tokens that one iteration of the loop reads, where nothing else is asked for."""
@@ -105,7 +106,7 @@ def decode_attention(
 
         return _update(state, queries, cache, read, visible, options)
 
-    state = _initial(queries, sinks, q_len)
+    state = vary_over(_initial(queries, sinks, q_len), varying_axes((q, cache, lengths, sinks, layer)))
     if block == max_len:
         state = step(jnp.int32(0), state)
     else:

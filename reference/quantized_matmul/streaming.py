@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.reference.bits import to_bits
-from palladion.reference.quantization import QuantizedArray, decode_e2m1
+from palladion.reference.e2m1 import decode_e2m1
+from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul.definition import dot, select_layer
 
 CHUNK: Final = 32
