@@ -187,7 +187,7 @@ def test_ways_to_share_and_merge_compile_without_spills(
 
 def assert_counts_after_its_results(kernel: CompiledKernel) -> None:
     """Asserts that all threads' results are in memory before a program counts itself, and read after it."""
-    names = [instruction.opcode for instruction in parse(kernel.code)]
+    names = [instruction.opcode for instruction in parse(kernel.code).instructions]
     (counted,) = (place for place, name in enumerate(names) if name.startswith("ATOMG"))
     before, after = names[:counted], names[counted:]
     stored = max(place for place, name in enumerate(before) if name.startswith("STG"))

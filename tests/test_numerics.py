@@ -18,9 +18,8 @@ from palladion import KVCache, append_kv, decode_attention, dequantize, merge_pa
 from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
-from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
-from palladion.reference.quantization import Scheme, quantize_rows
+from palladion.reference.quantization import Scheme, order_of_platform, quantize_rows
 
 SCHEMES = ["int8", "int8-g32-zeros", "int4-g32", "int4-g32-zeros", "int4-g64-minimums", "float8_e4m3fn-g32", "mxfp4"]
 METHODS = [*((scheme, "absmax") for scheme in SCHEMES), ("int4-g32", "mse"), ("mxfp4", "mse"), ("int4-minimums", "hqq")]
@@ -42,6 +41,7 @@ def implementations(operation: Any) -> list[str]:
 
 
 MATMUL = [name for name in implementations(quantized_matmul_operation) if name != "mosaic_gpu"]
+ORDERS = {row.name: order_of_platform(row.platform or "cpu") for row in quantized_matmul_operation.IMPLEMENTATIONS}
 ATTENTION = implementations(decode_attention_operation)
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -126,9 +126,9 @@ def test_every_append_kv_stores_bad_tokens_in_the_same_way(dtype: str):
 def test_quantized_matmul_keeps_bad_numbers_in_their_row_and_their_channel(backend: str, rows: int, scheme: str):
     dtype = jnp.float32 if scheme == "int4-g32" else jnp.bfloat16
     x, weight = normal(rows, 128, seed=1, dtype=dtype), normal(128, 256)
-    multiply = _multiplication(backend)
-    clean = np.asarray(multiply(x, quantize(weight, scheme)), np.float32)
-    w = quantize(weight.at[70, 7].set(jnp.nan), scheme)
+    multiply, order = _multiplication(backend), ORDERS[backend]
+    clean = np.asarray(multiply(x, quantize(weight, scheme, order=order)), np.float32)
+    w = quantize(weight.at[70, 7].set(jnp.nan), scheme, order=order)
     found = np.array(multiply(x.at[1, 3].set(jnp.nan).at[2, 127].set(jnp.inf), w), np.float32)
     assert np.isnan(found[1]).all()
     assert not np.isfinite(found[2]).any()
@@ -180,7 +180,9 @@ def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtyp
         affected = slice(None) if dtype == "int8" else 9
         assert not np.isfinite(out[2, 2:, affected]).any()
         np.testing.assert_array_equal(out[:2], clean_out[:2])
-        np.testing.assert_array_equal(lse, clean_lse)
+        np.testing.assert_array_equal(lse[:2], clean_lse[:2])
+        # The scale of a value may be a part of the shift of its head's softmax, which moves the rounding of the lse.
+        np.testing.assert_allclose(lse[2], clean_lse[2], rtol=2**-18)
 
     out, lse = run(q, k.at[0, 1, 10, 3].set(jnp.nan), v)
     assert np.isnan(out[0, 2:]).all()
@@ -303,27 +305,6 @@ def test_quantized_matmul_is_within_its_bound(case: tuple[str, int, str], spread
     assert (error <= bound_of_matmul(wide, w, dtype)).all()
 
 
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
-@hypothesis.given(scheme=st.sampled_from(["int8", "int4-g32"]), seed=st.integers(0, 2**16))
-def test_rows_that_are_bytes_are_within_their_bound(scheme: str, seed: int):
-    """The vector form of a GPU rounds the activations of a chunk relative to the largest of them."""
-    generator = np.random.default_rng(seed)
-    w = quantize(jnp.asarray(generator.standard_normal((192, 144)) * 192**-0.5, jnp.float32), scheme)
-    x = generator.standard_normal((1, 192)) * np.exp(4 * generator.standard_normal((1, 192)))
-    x = jnp.asarray(x, jnp.bfloat16)
-    wide, weights = oracle.to_float64(x), oracle.dequantize(w)
-    error = np.abs(oracle.to_float64(_in_bytes(x, w)) - wide @ weights)
-    per_chunk = 32 if w.scheme.packed else 16
-    largest = np.abs(wide).reshape(1, -1, per_chunk).max(axis=-1).repeat(per_chunk, axis=1)
-    assert (error <= arithmetic_of_matmul(wide, w) + 2.0**-23 * (largest @ np.abs(weights))).all()
-
-
-@functools.partial(jax.jit, compiler_options=QUICKLY)
-def _in_bytes(x: jax.Array, w: Any) -> jax.Array:
-    config = triton.Config("vector", block_rows=1, block_out=64, tile=32, splits=1, num_warps=1)
-    return quantized_matmul(x, w, out_dtype=jnp.float32, backend="triton", config=config, interpret=True)
-
-
 def bound_of_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: int) -> tuple[float, np.ndarray]:
     """Returns the error bounds of the lse and the float32 outputs of one query and head; see docs/numerics.md."""
     head_dim, blocks = len(q), -(-length // 128)
@@ -435,7 +416,7 @@ def test_attention_is_deterministic_and_independent_of_other_sequences(backend: 
 
 @pytest.mark.parametrize("backend", MATMUL)
 def test_products_are_deterministic_and_independent_of_other_rows(backend: str):
-    x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32")
+    x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32", order=ORDERS[backend])
     multiply = _multiplication(backend)
     first = multiply(x, w)
     _equal(multiply(x, w), first)
