@@ -44,7 +44,7 @@ LOOPS: dict[str, tuple[str, int, str, dict[str, Any], int, float, float]] = {
     "int4-minimums": ("int4-g32-minimums", 1, "qkv", {}, 80, 3.6, 2.6),
     "int4-float32": ("int4-g32", 1, "qkv", {"dtype": "float32"}, 90, 7.8, 3.1),
     "mxfp4": ("mxfp4", 1, "qkv", {"scale_dtype": "float32"}, 90, 5.2, 4.4),
-    "float8": ("float8_e4m3fn", 2, "qkv", {}, 90, 7.5, 3.1),
+    "float8": ("float8_e4m3fn", 1, "qkv", {}, 90, 5.3, 2.4),
     "float8-e5m2": ("float8_e5m2", 1, "qkv", {}, 80, 3.9, 0.9),
 }
 """Limits a few percent above the counts. An H200 has time for 7.2 instructions a byte, 3.6 of them on integers."""
