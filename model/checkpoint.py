@@ -19,7 +19,6 @@ from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
 
@@ -143,7 +142,7 @@ def load_checkpoint(
     if weights not in ("keep", "dequantize"):
         raise ValueError(f"load_checkpoint: weights must be 'keep' or 'dequantize', got {weights!r}")
     scheme = None if quantize is None else Scheme.parse(quantize)
-    order = order_of_platform(target_platform()) if order is None else order
+    order = order_of_platform() if order is None else order
     check_order(order)
     reader = _open(find_model(path))
     loader = _Loader(reader, _find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)

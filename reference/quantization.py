@@ -35,6 +35,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from palladion.reference.e2m1 import decode_e2m1
 from palladion.reference.mesh import check_pieces, padded
+from palladion.reference.platforms import target_platform
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
 Offset = Literal["none", "zeros", "minimums"]
@@ -275,9 +276,12 @@ def out_axis(order: Order) -> int:
     return -1 if order == "in_out" else -2
 
 
-def order_of_platform(platform: str) -> Order:
-    """Returns the storage order that the kernels of a platform read: "out_in" for "gpu", "in_out" for others."""
-    return "out_in" if platform == "gpu" else "in_out"
+def order_of_platform(platform: str | None = None) -> Order:
+    """Returns the storage order that the kernels of a platform read: "out_in" for "gpu", "in_out" for others.
+
+    None means the platform that is being traced for.
+    """
+    return "out_in" if (platform or target_platform()) == "gpu" else "in_out"
 
 
 def check_order(order: str) -> None:

@@ -27,7 +27,6 @@ import numpy as np
 
 from palladion.reference.e2m1 import encode_e2m1
 from palladion.reference.modes import usual_modes
-from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import (
     CODE_DTYPE,
     INTEGER_RANGE,
@@ -120,7 +119,7 @@ def quantize(
     """
     scheme = Scheme.parse(scheme)
     weight = jnp.asarray(weight)
-    order = order_of_platform(target_platform()) if order is None else order
+    order = order_of_platform() if order is None else order
     check_order(order)
     _check(weight, scheme, method, importance)
     return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype), order)

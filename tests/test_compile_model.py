@@ -19,7 +19,6 @@ from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, EngineOptions
 from palladion.model.parameters import Layer, Parameters
 from palladion.model.sampling import Sampling
-from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import order_of_platform
 
 LLAMA_3_8B = ModelConfig(
@@ -44,7 +43,7 @@ WRITTEN_BY_XLA = re.compile(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast\(|custom
 
 def parameters(scheme: str | None) -> Parameters:
     """Returns the shapes of all weights; `scheme` None leaves them dense."""
-    config, order = LLAMA_3_8B, order_of_platform(target_platform())
+    config, order = LLAMA_3_8B, order_of_platform()
 
     def weight(*shape: int) -> Any:
         dense = jnp.zeros(shape, jnp.bfloat16)

@@ -59,7 +59,7 @@ def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positio
         final_norm=jnp.ones(config.hidden_size),
         head=linear("head", config.num_layers),
         inverse_frequencies=frequencies,
-        order=order_of_platform(target_platform()),
+        order=order_of_platform(),
     )
 
 
@@ -73,4 +73,4 @@ def _weight(key: jax.Array, in_features: int, out_features: int, scheme: str, dt
     dense = jax.random.normal(key, (in_features, out_features)) * in_features**-0.5
     if scheme not in DENSE:
         return quantize(dense, scheme, scale_dtype=jnp.dtype(dtype))
-    return (dense if order_of_platform(target_platform()) == "in_out" else dense.T).astype(scheme)
+    return (dense if order_of_platform() == "in_out" else dense.T).astype(scheme)

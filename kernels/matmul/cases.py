@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul.problem import Problem
-from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order, order_of_platform
 from palladion.reference.quantized_matmul import NORM_EPS
 
@@ -55,7 +54,7 @@ class Case:
     @property
     def stored_order(self) -> Order:
         """Storage order of w."""
-        return order_of_platform(target_platform()) if self.order is None else self.order
+        return order_of_platform() if self.order is None else self.order
 
     @property
     def options(self) -> dict[str, Any]:
