@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from product_oracle import ORDER_OF
 
 from palladion import decode_attention, quantize, quantized_matmul
 from palladion.kernels.backend import record_choices
@@ -18,14 +19,12 @@ from palladion.kernels.decode_attention.api import IMPLEMENTATIONS as ATTENTION
 from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS
 from palladion.reference import oracle, quantize_kv
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import order_of_platform
 
 BATCH = 5
 MAX_LEN = 256
 ROWS = 70  # more than one block of rows, whose size does not depend on the number of rows
 BACKENDS = tuple(row.name for row in ATTENTION)
 MATMUL = [row.name for row in IMPLEMENTATIONS if row.name != "mosaic_gpu"]  # which has tests of its own
-ORDERS = {row.name: order_of_platform(row.platform or "cpu") for row in IMPLEMENTATIONS}
 SCHEMES = ("int8", "int4-g32-zeros", "int4-g64-minimums")
 
 
@@ -86,7 +85,7 @@ def test_attention_over_pages_of_int8(backend: str):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("backend", MATMUL)
 def test_products(backend: str, scheme: str):
-    x, w = normal(ROWS, 128, seed=1, dtype=jnp.bfloat16), quantize(normal(128, 256), scheme, order=ORDERS[backend])
+    x, w = normal(ROWS, 128, seed=1, dtype=jnp.bfloat16), quantize(normal(128, 256), scheme, order=ORDER_OF[backend])
     multiply = multiplication(backend)
     together = multiply(x, w)
     for rows in ([0], [ROWS - 1], [66, 3, 64]):
@@ -95,7 +94,7 @@ def test_products(backend: str, scheme: str):
 
 @pytest.mark.parametrize("backend", MATMUL)
 def test_gated_products_of_quantized_rows(backend: str):
-    x, w = normal(9, 128, seed=1), quantize(normal(128, 256), "int8", order=ORDERS[backend])
+    x, w = normal(9, 128, seed=1), quantize(normal(128, 256), "int8", order=ORDER_OF[backend])
     multiply = multiplication(backend, gated=True, activation=jax.nn.silu, quantize_x="int8")
     equal(multiply(x[5:6], w), multiply(x, w)[5:6])
 
@@ -103,7 +102,7 @@ def test_gated_products_of_quantized_rows(backend: str):
 @pytest.mark.parametrize("backend", MATMUL)
 def test_products_with_norm_and_residual(backend: str):
     x, residual = normal(9, 200, seed=1, dtype=jnp.bfloat16), normal(9, 64, seed=2, dtype=jnp.bfloat16)
-    w, norm = quantize(normal(200, 64), "int8", order=ORDERS[backend]), normal(200, seed=3)
+    w, norm = quantize(normal(200, 64), "int8", order=ORDER_OF[backend]), normal(200, seed=3)
     multiply = functools.partial(multiplication(backend), w=w, norm=norm)
     together = multiply(x, residual=residual)
     for rows in ([4], [8, 0, 4]):
@@ -134,6 +133,6 @@ def test_it_is_right(backend: str):
     reference = decode_attention(q, k, v, lengths, backend="xla", return_lse=True)
     for part, of_reference, of_oracle in zip(attention(backend)(q, k, v, lengths), reference, exact, strict=True):
         assert_right(part, of_reference, of_oracle)
-    x, w = normal(3, 128), quantize(normal(128, 64), "int4-g32", order=ORDERS[backend])
+    x, w = normal(3, 128), quantize(normal(128, 64), "int4-g32", order=ORDER_OF[backend])
     products = multiplication(backend)(x, w)
     assert_right(products, quantized_matmul(x, w, backend="xla"), oracle.quantized_matmul(x, w))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import options_for
+from product_oracle import ORDER_OF
 
 from palladion import (
     KVCache,
@@ -34,11 +35,9 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS, Probl
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE, Order
+from palladion.reference.quantization import CODE_DTYPE
 
 BACKENDS = ("xla", "mosaic_tpu", "triton")
-ORDERS: dict[str, Order] = {"xla": "in_out", "mosaic_tpu": "in_out", "triton": "out_in"}
-"""Storage order of weights in calls of a backend."""
 
 
 def normal(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
@@ -97,7 +96,7 @@ CALLS = {
 def call_for(name: str, backend: str) -> tuple[Callable[..., Any], list[Any]]:
     """Returns a call and its arguments, with weights in the storage order of a backend."""
     function, arguments = CALLS[name]()
-    order = ORDERS[backend]
+    order = ORDER_OF[backend]
     if function is matmul:
         x, w = arguments
         return functools.partial(matmul, order=order), [x, w if order == "in_out" else w.T]
@@ -225,7 +224,7 @@ def test_no_sequences_are_refused(backend: str | None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheme", ["int4-g32", "float8_e5m2", "mxfp4"])
 def test_activations_up_to_the_documented_bound(scheme: str, backend: str):
-    w = quantize(normal(64, 128), scheme, order=ORDERS[backend])
+    w = quantize(normal(64, 128), scheme, order=ORDER_OF[backend])
     x = normal(2, 64, seed=1)
     x = x / jnp.max(jnp.abs(x)) * 1e27
     call = functools.partial(quantized_matmul, **how(backend))
@@ -400,7 +399,7 @@ def test_heuristics_of_products_choose_what_their_kernel_takes(backend: str, dat
     }
     x = jax.ShapeDtypeStruct((draw(st.sampled_from([1, 3, 16, 100, 700])), in_features), draw(st.sampled_from(FLOATS)))
     w = _schemed(scheme, in_features, out_features, draw(st.sampled_from(FLOATS)))
-    w = jax.eval_shape(functools.partial(QuantizedArray.with_order, order=ORDERS[backend]), w)
+    w = jax.eval_shape(functools.partial(QuantizedArray.with_order, order=ORDER_OF[backend]), w)
     shape = (x.shape[0], out_features // (2 if gated else 1))
     arrays = {"norm": (in_features,), "bias": (out_features,), "residual": shape}
     given = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in arrays.items() if draw(st.booleans())}
@@ -482,7 +481,7 @@ def test_heuristics_of_products_pass_their_own_check(backend: str):
             scale_dtype="float8_e8m0fnu" if scheme.format == "mxfp4" else any_of(*FLOATS),
             quantize_x=any_of(None, quantizable),
             batch_invariant=any_of(True, False),
-            order=ORDERS[backend],
+            order=ORDER_OF[backend],
         )
         with planned_for(*any_of(*DEVICES[backend])):
             if module.unsupported(problem) is None:

@@ -354,7 +354,7 @@ def test_one_sequence_fills_the_chip(gpu: str, max_len: int, monkeypatch: pytest
     ],
 )
 def test_memory_is_kept_busy(name: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
-    """What reached an H200's bandwidth with a 16-bit cache holds for all: two programs, 64 KiB in flight."""
+    """Two programs, and 64 KiB in flight, are chosen for every cache: they reached an H200's bandwidth at 16 bits."""
     chip = gpus()["h200"]
     monkeypatch.setattr(triton, "gpu_to_plan_for", lambda: chip)
     problem: Any = dataclasses.replace(MODELS[name], **changes).problem()

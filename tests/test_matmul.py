@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import options_for
+from product_oracle import judge
 
 from palladion import Unsupported, matmul, quantized_matmul, record_choices
-from palladion.benchmarks.measure.operations.products import IN_NUMPY
 from palladion.kernels.gpu_rows import MAX_ROWS
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul import IMPLEMENTATIONS, XlaProduct, cases
 from palladion.kernels.matmul.cases import Case
 from palladion.kernels.matmul.triton import call as triton
-from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 
 TESTS = {case.name: case for case in cases.TESTS}
@@ -42,18 +41,6 @@ def multiply(case: Case, inputs: Inputs, backend: str, **options: Any) -> jax.Ar
     arrays = {name: given.pop(name) for name in Inputs._fields}
     call = functools.partial(matmul, **given, backend=backend, interpret=backend != "xla")
     return jax.jit(call, compiler_options=options_for(backend))(**arrays)
-
-
-def judge(case: Case, inputs: Inputs) -> np.ndarray:
-    return oracle.quantized_matmul(
-        inputs.x,
-        inputs.w if inputs.layer is None else inputs.w[int(inputs.layer)],
-        bias=inputs.bias,
-        activation=IN_NUMPY[case.activation],
-        gated=case.gated,
-        norm=inputs.norm,
-        residual=inputs.residual,
-    )
 
 
 @functools.cache

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import QUICKLY
+from product_oracle import ORDER_OF
 
 from palladion import KVCache, append_kv, decode_attention, dequantize, merge_partials, quantize, quantized_matmul
 from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
 from palladion.reference import oracle
-from palladion.reference.quantization import Scheme, order_of_platform, quantize_rows
+from palladion.reference.quantization import Scheme, quantize_rows
 
 SCHEMES = ["int8", "int8-g32-zeros", "int4-g32", "int4-g32-zeros", "int4-g64-minimums", "float8_e4m3fn-g32", "mxfp4"]
 METHODS = [*((scheme, "absmax") for scheme in SCHEMES), ("int4-g32", "mse"), ("mxfp4", "mse"), ("int4-minimums", "hqq")]
@@ -41,7 +42,6 @@ def implementations(operation: Any) -> list[str]:
 
 
 MATMUL = [name for name in implementations(quantized_matmul_operation) if name != "mosaic_gpu"]
-ORDERS = {row.name: order_of_platform(row.platform or "cpu") for row in quantized_matmul_operation.IMPLEMENTATIONS}
 ATTENTION = implementations(decode_attention_operation)
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -126,7 +126,7 @@ def test_every_append_kv_stores_bad_tokens_in_the_same_way(dtype: str):
 def test_quantized_matmul_keeps_bad_numbers_in_their_row_and_their_channel(backend: str, rows: int, scheme: str):
     dtype = jnp.float32 if scheme == "int4-g32" else jnp.bfloat16
     x, weight = normal(rows, 128, seed=1, dtype=dtype), normal(128, 256)
-    multiply, order = _multiplication(backend), ORDERS[backend]
+    multiply, order = _multiplication(backend), ORDER_OF[backend]
     clean = np.asarray(multiply(x, quantize(weight, scheme, order=order)), np.float32)
     w = quantize(weight.at[70, 7].set(jnp.nan), scheme, order=order)
     found = np.array(multiply(x.at[1, 3].set(jnp.nan).at[2, 127].set(jnp.inf), w), np.float32)
@@ -180,9 +180,11 @@ def test_decode_attention_keeps_bad_numbers_in_their_sequence(backend: str, dtyp
         affected = slice(None) if dtype == "int8" else 9
         assert not np.isfinite(out[2, 2:, affected]).any()
         np.testing.assert_array_equal(out[:2], clean_out[:2])
-        np.testing.assert_array_equal(lse[:2], clean_lse[:2])
-        # The scale of a value may be a part of the shift of its head's softmax, which moves the rounding of the lse.
-        np.testing.assert_allclose(lse[2], clean_lse[2], rtol=2**-18)
+        if (backend, dtype) == ("triton", "int8"):
+            # The scale of a value is a part of the shift of its head's softmax, and moves the rounding of the lse.
+            np.testing.assert_allclose(lse[2, 2:], clean_lse[2, 2:], rtol=2**-19)
+            lse[2, 2:] = clean_lse[2, 2:]
+        np.testing.assert_array_equal(lse, clean_lse)
 
     out, lse = run(q, k.at[0, 1, 10, 3].set(jnp.nan), v)
     assert np.isnan(out[0, 2:]).all()
@@ -416,7 +418,7 @@ def test_attention_is_deterministic_and_independent_of_other_sequences(backend: 
 
 @pytest.mark.parametrize("backend", MATMUL)
 def test_products_are_deterministic_and_independent_of_other_rows(backend: str):
-    x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32", order=ORDERS[backend])
+    x, w = normal(6, 128, seed=1), quantize(normal(128, 256), "int4-g32", order=ORDER_OF[backend])
     multiply = _multiplication(backend)
     first = multiply(x, w)
     _equal(multiply(x, w), first)

@@ -18,7 +18,7 @@ import tpu_interpreter
 from compiling import QUICKLY, options_for
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from scipy import special
+from product_oracle import ORDER_OF, judge
 
 from palladion import QuantizedArray, Unsupported, dequantize, quantize, quantized_matmul, record_choices
 from palladion.benchmarks.static import Examiner, WorkloadName
@@ -32,30 +32,18 @@ from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.mosaic_tpu.dequantize import Dequantizer, dequantizers
 from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
-from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.e2m1 import decode_e2m1
-from palladion.reference.quantization import CODE_DTYPE, Scheme, order_of_platform, unpack_codes
+from palladion.reference.quantization import CODE_DTYPE, Scheme, unpack_codes
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
 # mosaic_gpu has tests of its own: jax's interpreter of such kernels is slow.
 KERNELS = [row.name for row in IMPLEMENTATIONS if row.platform is not None and row.name != "mosaic_gpu"]
-ORDER_OF = {row.name: order_of_platform(row.platform or "cpu") for row in IMPLEMENTATIONS}
-"""Storage order that a backend's weights have in tests."""
-
 TESTS = {case.name: case for case in cases.TESTS}
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
 REFUSED: dict[str, set[str]] = {"mosaic_tpu": set(), "triton": set()}
-
-IN_NUMPY = {
-    None: lambda y: y,
-    jax.nn.relu: lambda y: np.maximum(y, 0),
-    jax.nn.silu: lambda y: y * special.expit(y),
-    jax.nn.gelu: lambda y: 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))),
-}
-"""Activations in float64."""
 
 
 def multiply(case: Case, inputs: Inputs, backend: str, interpret: Any = None) -> jax.Array:
@@ -69,20 +57,6 @@ def _compiled(case: Case, backend: str, interpret: Any) -> Any:
     return jax.jit(
         lambda inputs: call(**inputs._asdict()),
         compiler_options=options_for(backend),
-    )
-
-
-def judge(case: Case, inputs: Inputs) -> np.ndarray:
-    w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
-    return oracle.quantized_matmul(
-        inputs.x,
-        w,
-        bias=inputs.bias,
-        norm=inputs.norm,
-        residual=inputs.residual,
-        activation=IN_NUMPY[case.activation],
-        gated=case.gated,
-        quantize_x=case.quantize_x,
     )
 
 

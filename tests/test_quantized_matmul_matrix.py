@@ -13,16 +13,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compiling import QUICKLY, options_for
+from product_oracle import judge
 
 from palladion import quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.kernels.devices import gpu_to_plan_for
-from palladion.kernels.quantized_matmul import Inputs, cases
+from palladion.kernels.quantized_matmul import cases
 from palladion.kernels.quantized_matmul.cases import Case
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.kernels.quantized_matmul.triton import matrix, matrix_blocks, operands
 from palladion.kernels.quantized_matmul.triton.config import Config
-from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.e2m1 import decode_e2m1
 from palladion.reference.quantization import CODE_DTYPE, Scheme
@@ -109,21 +109,6 @@ def test_x_has_the_order_of_codes(count: int, pair: int):
     np.testing.assert_array_equal(begin + offset, np.arange(count))
 
 
-def judge(case: Case, inputs: Inputs) -> np.ndarray:
-    w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
-    activation = None if case.activation is None else lambda y: y / (1 + np.exp(-y))
-    return oracle.quantized_matmul(
-        inputs.x,
-        w,
-        bias=inputs.bias,
-        norm=inputs.norm,
-        residual=inputs.residual,
-        activation=activation,
-        gated=case.gated,
-        quantize_x=case.quantize_x,
-    )
-
-
 def assert_multiplies(case: Case, config: Config) -> None:
     """Asserts that a config's result is right, with NaN in all layers but one."""
     case = dataclasses.replace(case, order="out_in")
@@ -185,7 +170,7 @@ def test_every_scheme_is_multiplied(name: str, scales_weights: bool):
 
 @pytest.mark.parametrize("name", ["int8", "int4-group", "int8-by-int8", "float8"])
 def test_the_last_program_adds_up_splits(name: str):
-    """With bias, gate, residual, and scales of rows: all of a result is then left to it."""
+    """The last program also applies bias, gate, residual and the scales of rows."""
     assert_multiplies(RIGHT[name][0], dataclasses.replace(SPLIT, merge="last"))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from scipy import special
+from product_oracle import judge
 
 from palladion import Unsupported, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
@@ -31,11 +31,9 @@ from palladion.kernels.devices import gpus
 from palladion.kernels.quantized_matmul import Inputs, cases
 from palladion.kernels.quantized_matmul.cases import Case
 from palladion.kernels.quantized_matmul.mosaic_gpu import call, codes
-from palladion.reference import oracle
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import decode_codes, unpack_codes
 
-SILU = {jax.nn.silu: lambda y: y * special.expit(y), None: lambda y: y}
 needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
 
 
@@ -43,12 +41,6 @@ def case_of(scheme: str, rows: int, **changes: Any) -> Case:
     """Returns a small case: two blocks of 64 channels overlap, and the last block of 128 along `in` is cut."""
     sizes = {"in_features": 192, "out_features": 104, "order": "out_in"}
     return Case(**{"name": f"{scheme}-{rows}", "rows": rows, "scheme": scheme, **sizes, **changes})
-
-
-def judge(case: Case, inputs: Inputs) -> np.ndarray:
-    w = inputs.w if inputs.layer is None else jax.tree.map(lambda part: part[int(inputs.layer)], inputs.w)
-    kept = {name: getattr(inputs, name) for name in ("bias", "norm", "residual")}
-    return oracle.quantized_matmul(inputs.x, w, **kept, activation=SILU[case.activation], gated=case.gated)
 
 
 def run(case: Case, config: call.Config, inputs: Inputs, interpret: Any = True) -> jax.Array:
