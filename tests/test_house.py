@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("reference", "kernels", "model", "benchmarks")
+FLOORS = ("reference", "kernels", "frameworks", "model", "benchmarks")
 """Folders from the ground up: each imports itself and those before it."""
 
 BENCHMARKS = {

@@ -14,7 +14,7 @@ import pytest
 import palladion
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("benchmarks", "kernels", "model", "reference")
+FOLDERS = ("benchmarks", "frameworks", "kernels", "model", "reference")
 
 
 def sources() -> set[str]:

@@ -1,0 +1,1 @@
+"""Palladion in other frameworks: functions that put quantized weights and decode attention into their modules."""
