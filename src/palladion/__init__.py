@@ -10,6 +10,7 @@ Operations, each with `backend=`:
 Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
+  TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
@@ -23,7 +24,16 @@ from palladion.kernels.devices import tracing_for
 from palladion.kernels.implementation import Unsupported
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
-from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv
+from palladion.reference import (
+    KVCache,
+    QuantizedArray,
+    Scheme,
+    TransposedWeight,
+    dequantize,
+    merge_partials,
+    quantize,
+    quantize_kv,
+)
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +41,7 @@ __all__ = [
     "KVCache",
     "QuantizedArray",
     "Scheme",
+    "TransposedWeight",
     "Unsupported",
     "append_kv",
     "append_qkv",
