@@ -28,6 +28,11 @@ class MatrixStack(abc.ABC):
         """Returns the matrices that an index of leading dimensions selects."""
 
     @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zero points and minimums."""
+
+    @property
     def ndim(self) -> int:
         """Number of dimensions, the two of a matrix included."""
         return len(self.shape)

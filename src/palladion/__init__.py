@@ -10,6 +10,7 @@ Operations, each with `backend=`:
 Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
+  quantize_tree       quantizes the matrices of a model, and reports what became of each array
   TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
@@ -26,6 +27,7 @@ from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
 from palladion.reference import (
     KVCache,
+    QuantizationReport,
     QuantizedArray,
     Scheme,
     TransposedWeight,
@@ -33,12 +35,14 @@ from palladion.reference import (
     merge_partials,
     quantize,
     quantize_kv,
+    quantize_tree,
 )
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "KVCache",
+    "QuantizationReport",
     "QuantizedArray",
     "Scheme",
     "TransposedWeight",
@@ -51,6 +55,7 @@ __all__ = [
     "merge_partials",
     "quantize",
     "quantize_kv",
+    "quantize_tree",
     "quantized_matmul",
     "record_choices",
     "tracing_for",
