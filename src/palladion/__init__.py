@@ -11,6 +11,7 @@ Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
   quantize_tree       quantizes the matrices of a model, and reports what became of each array
+  save_tree           saves nested dicts of arrays and QuantizedArrays as safetensors; `load_tree` loads them
   TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
@@ -32,10 +33,12 @@ from palladion.reference import (
     Scheme,
     TransposedWeight,
     dequantize,
+    load_tree,
     merge_partials,
     quantize,
     quantize_kv,
     quantize_tree,
+    save_tree,
 )
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "load_tree",
     "matmul",
     "merge_partials",
     "quantize",
@@ -58,6 +62,7 @@ __all__ = [
     "quantize_tree",
     "quantized_matmul",
     "record_choices",
+    "save_tree",
     "tracing_for",
     "using_backend",
 ]
