@@ -68,10 +68,12 @@ _product: Product
 class QuantizedArray(MatrixStack):
     """A weight matrix, logically `[in, out]`, stored in few bits. A pytree; `scheme` and `order` are static.
 
-    It behaves as an array where it can: it has `shape`, `ndim`, `dtype`, `size` and `nbytes`; `x @ w` is
-    `palladion.quantized_matmul(x, w)`; `w.T @ x` is the same product for code that has its weights as `[out, in]`; of a
-    stack, `w[i]`, `len(w)` and a loop give matrices. `==` is one bool: scheme, order, shapes, dtypes and all numbers
-    are the same, NaN equal to NaN.
+    It behaves as an array where it can:
+
+    - `shape`, `ndim`, `dtype`, `size` and `nbytes` are those of the weights `[..., in, out]`.
+    - `x @ w` is `palladion.quantized_matmul(x, w)`; `w.T @ x` is the same for code that has weights as `[out, in]`.
+    - `w[i]` is a matrix of a stack, as a copy (`quantized_matmul(x, w, layer=i)` makes none); `for` loops over a stack.
+    - `==` is one bool: scheme, order, shapes, dtypes and all numbers are the same, NaN equal to NaN.
 
     Attributes:
       values: the codes, `[..., in, out]` in the scheme's dtype, or `[..., in / 2, out]` uint8 for packed 4-bit codes.

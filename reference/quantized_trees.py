@@ -128,7 +128,8 @@ def quantize_tree(
     A selected array that the scheme does not fit, for example because `in` is not a multiple of the group, is left as
     it is, and the report has the reason. A tree that is quantized again keeps its QuantizedArrays, so that a second
     call may give other arrays another scheme. Abstract leaves (`jax.ShapeDtypeStruct`) become abstract
-    QuantizedArrays, so that memory can be planned without weights.
+    QuantizedArrays, so that memory can be planned without weights. Arrays are quantized one after another: of NumPy's
+    arrays one at a time is on the device.
 
     Args:
       tree: any pytree: nested dicts, an NNX state, an Equinox module. What is no array stays as it is.
@@ -246,7 +247,9 @@ def _converted(
         quantized = make(layout.matrices(jnp.asarray(weight)))
         return quantized.mT if layout.transposed else quantized
 
-    return jax.eval_shape(convert, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else convert(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(convert, leaf)
+    return jax.block_until_ready(convert(leaf))  # before the next array needs memory
 
 
 def _nbytes(leaf: Any) -> int:

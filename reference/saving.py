@@ -62,7 +62,8 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
     Args:
       path: path of the file, usually "….safetensors".
       tree: nested dicts (keys are strings or integers), lists and tuples of arrays, `QuantizedArray`s,
-        `TransposedWeight`s, numbers, strings and None. `flax.nnx.to_pure_dict` makes that of an NNX state.
+        `TransposedWeight`s, numbers, strings and None. `flax.nnx.to_pure_dict` makes that of an NNX state, and
+        `jax.tree.leaves(tree)` of any pytree, which `jax.tree.unflatten` restores.
 
     Raises:
       ValueError: the tree holds something else, or an array of a dtype that the format does not have; the message
@@ -143,7 +144,7 @@ def _describe(node: Any, keys: tuple[str, ...], arrays: dict[str, Any]) -> dict[
         return {type(node).__name__: items}
     raise ValueError(
         f"save_tree: {name}: got {type(node).__name__}; accepted: dicts, lists and tuples of arrays, QuantizedArrays, "
-        "numbers, strings and None (flax.nnx.to_pure_dict makes dicts of an NNX state)"
+        "numbers, strings and None; flax.nnx.to_pure_dict makes that of an NNX state, jax.tree.leaves of any pytree"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from palladion import QuantizedArray, load_tree, quantize, save_tree
+from palladion import QuantizedArray, load_tree, quantize, quantize_tree, save_tree
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.frameworks.serialization import register_flax_serialization
 from palladion.reference.quantization import ORDERS
@@ -100,6 +101,14 @@ def test_an_nnx_state(tmp_path: Path):
     pure = nnx.to_pure_dict(jax.tree.map(lambda x: quantize(x, "mxfp4") if x.ndim == 2 else x, state))
     save_tree(tmp_path / "state.safetensors", pure)
     assert bits(load_tree(tmp_path / "state.safetensors")) == bits(pure)
+
+
+def test_the_leaves_of_an_equinox_module(tmp_path: Path):
+    layer = equinox.nn.Linear(64, 8, key=jax.random.key(0))
+    layer, _ = quantize_tree(layer, "int4-g32", where="weight", transposed=True)
+    save_tree(tmp_path / "leaves.safetensors", jax.tree.leaves(layer))
+    leaves = load_tree(tmp_path / "leaves.safetensors")
+    assert bits(jax.tree.unflatten(jax.tree.structure(layer), leaves)) == bits(layer)
 
 
 @pytest.mark.parametrize(
