@@ -191,3 +191,10 @@ def test_modes(mode: str):
         tree, report = quantize_tree(given, "int4-g32-zeros", transposed=True)
     assert quantize(given["w"].T, "int4-g32-zeros") == tree["w"].T
     assert report.bytes_before == 128 * 128 * 12
+
+
+def test_only_kernels_without_in_axes_are_transposed():
+    given = {"attention": normal(4, 32, 64), "linear": normal(64, 128)}
+    tree, _ = quantize_tree(given, "int8", where="", in_axes={"attention": 2}, transposed=True)
+    assert tree["attention"] == quantize(given["attention"], "int8", in_axes=2)
+    assert tree["linear"].T == quantize(given["linear"].T, "int8")
