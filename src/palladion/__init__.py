@@ -6,12 +6,14 @@ Operations, each with `backend=`:
   append_qkv          splits a joined projection, rotates queries and keys, and appends keys and values
   quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside the kernel
   matmul              x @ w with a dense w
+  merge_partials      one result from attention over parts of a cache
 
 Data:
-  KVCache             a dense or paged cache, plain or quantized
-  QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
+  KVCache             a dense or paged cache, plain or quantized; `quantize_kv` makes codes and scales for one
+  QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, `dequantize` undoes it, a `Scheme` names its format
 
-Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
+Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices` (a `Choice` for each call), `tracing_for`,
+`Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 
