@@ -52,6 +52,14 @@ def use_compilation_cache(option: str | None = None) -> str | None:
     return None if known else f"compiled programs are kept in {folder} for the next start ({OPTION}=off keeps none)"
 
 
+def inherited() -> dict[str, str]:
+    """Returns environment variables with which processes that this one starts use the same folder, or none."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return {"JAX_COMPILATION_CACHE_DIR": folder} if folder else {}
+
+
 def _default_folder() -> Path:
     """Returns the folder of `$PALLADION_CACHE`, otherwise that of the user's home."""
     own = os.environ.get(CACHE)
