@@ -11,7 +11,7 @@ Operations, each with `backend=`:
 Data:
   KVCache             a dense or paged cache, plain or quantized; `quantize_kv` makes codes and scales for one
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, `dequantize` undoes it, a `Scheme` names its format
-  quantize_tree       quantizes the matrices of a model, and reports what became of each array
+  quantize_tree       quantizes the matrices of a model; its `QuantizationReport` says what became of each array
   save_tree           saves nested dicts of arrays and QuantizedArrays as safetensors; `load_tree` loads them
   TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
