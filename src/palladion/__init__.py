@@ -6,6 +6,7 @@ Operations, each with `backend=`:
   append_qkv          splits a joined projection, rotates queries and keys, and appends keys and values
   quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside the kernel
   matmul              x @ w with a dense w
+  dot_product_attention   `jax.nn.dot_product_attention` in a decode loop, computed by decode_attention
 
 Data:
   KVCache             a dense or paged cache, plain or quantized
@@ -15,6 +16,7 @@ Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tr
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 
+from palladion.frameworks.attention import dot_product_attention
 from palladion.kernels.append_kv import append_kv
 from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.backend import BACKENDS, Choice, record_choices, using_backend
@@ -36,6 +38,7 @@ __all__ = [
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "dot_product_attention",
     "matmul",
     "merge_partials",
     "quantize",
