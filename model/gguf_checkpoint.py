@@ -22,7 +22,8 @@ from palladion.model.checkpoint_files import (
 from palladion.model.checkpoint_reader import StoredTensor, cast, rotary_frequencies
 from palladion.model.config import ModelConfig
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
+from palladion.reference.quantization import QuantizedArray
+from palladion.reference.scheme import CODE_DTYPE, Scheme
 
 ARCHITECTURE: Final = "llama"
 """The one supported architecture; Llama, Mistral, SmolLM and similar models all have this name."""

@@ -43,8 +43,9 @@ from small_checkpoints import (
 from palladion.model import checkpoint as checkpoint_module
 from palladion.model.checkpoint import CheckpointError, find_model, load_checkpoint
 from palladion.model.parameters import Weight
-from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
+from palladion.reference.quantization import QuantizedArray, dequantize
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
 NUMPY_DOMAIN = np.lib.tracemalloc_domain
 

@@ -12,8 +12,9 @@ import jax
 from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
-from palladion.reference.quantization import CODE_DTYPE, PACK_BLOCK, QuantizedArray, Scheme
+from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul import NORM_EPS
+from palladion.reference.scheme import CODE_DTYPE, PACK_BLOCK, Scheme
 
 ACTIVATION_FORMATS: Final = {
     "int8": ("int8", "int4"),
@@ -143,7 +144,7 @@ def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
     """Checks that the arrays of a QuantizedArray agree with its scheme; returns in and out."""
     check(isinstance(w, QuantizedArray), "w", type(w).__name__, "a QuantizedArray; palladion.quantize makes one")
     if layer is None:
-        check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
+        check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; of a stack say which by layer=, or take w[i]")
     else:
         check(w.values.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
         check_layer(layer, w.values.shape[0])

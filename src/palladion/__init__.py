@@ -11,6 +11,8 @@ Operations, each with `backend=`:
 Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
+  quantize_tree       quantizes the matrices of a model, and reports what became of each array
+  TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
@@ -25,14 +27,27 @@ from palladion.kernels.devices import tracing_for
 from palladion.kernels.implementation import Unsupported
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
-from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv
+from palladion.reference import (
+    KVCache,
+    QuantizationReport,
+    QuantizedArray,
+    Scheme,
+    TransposedWeight,
+    dequantize,
+    merge_partials,
+    quantize,
+    quantize_kv,
+    quantize_tree,
+)
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "KVCache",
+    "QuantizationReport",
     "QuantizedArray",
     "Scheme",
+    "TransposedWeight",
     "Unsupported",
     "append_kv",
     "append_qkv",
@@ -43,6 +58,7 @@ __all__ = [
     "merge_partials",
     "quantize",
     "quantize_kv",
+    "quantize_tree",
     "quantized_matmul",
     "record_choices",
     "tracing_for",
