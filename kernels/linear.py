@@ -124,20 +124,19 @@ def _with_mapped_rows(
     product = jax.custom_batching.custom_vmap(single)
 
     @product.def_vmap
-    def _(axis_size: int, in_batched: list[Inputs], inputs: Inputs) -> tuple[jax.Array, bool]:
+    def _(axis_size: int, in_batched: Any, inputs: Inputs) -> tuple[jax.Array, bool]:
         (batched,) = in_batched
         by_row = batched._replace(x=None, residual=None)
         if any(jax.tree.leaves(by_row)) or _has_explicit_axes(inputs):
             in_axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
             return jax.vmap(single, (in_axes,), axis_size=axis_size)(inputs), True
 
-        def merge(part: jax.Array | None, mapped: bool | None) -> jax.Array | None:
-            if part is None:
-                return None
+        def merge(part: jax.Array, mapped: bool) -> jax.Array:
             every = part if mapped else jnp.broadcast_to(part, (axis_size, *part.shape))
             return every.reshape(-1, every.shape[-1])
 
-        x, residual = merge(inputs.x, batched.x), merge(inputs.residual, batched.residual)
+        x = merge(inputs.x, batched.x)
+        residual = None if inputs.residual is None else merge(inputs.residual, batched.residual)
         rows = dataclasses.replace(problem, rows=axis_size * problem.rows)
         out = _with_mapped_rows(rows, run)(inputs._replace(x=x, residual=residual))
         return out.reshape(axis_size, problem.rows, -1), True
