@@ -7,6 +7,8 @@ Operations, each with `backend=`:
   quantized_matmul    x @ w with w in 8 or 4 bits, scales applied inside the kernel
   matmul              x @ w with a dense w
   merge_partials      one result from attention over parts of a cache
+  dot_product_attention
+                      `jax.nn.dot_product_attention` in a decode loop, computed by decode_attention
 
 Data:
   KVCache             a dense or paged cache, plain or quantized; `quantize_kv` makes codes and scales for one
@@ -20,6 +22,7 @@ Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices` (a `
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
 """
 
+from palladion.frameworks.attention import dot_product_attention
 from palladion.kernels.append_kv import append_kv
 from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.backend import BACKENDS, Choice, record_choices, using_backend
@@ -56,6 +59,7 @@ __all__ = [
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "dot_product_attention",
     "load_tree",
     "matmul",
     "merge_partials",
