@@ -33,13 +33,13 @@ from jax.typing import DTypeLike
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.decode_attention.problem import Inputs, Problem
+from palladion.kernels.decode_attention.shares import is_balanced, slots_of
 from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK, Merge
 from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
 from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
 from palladion.kernels.decode_attention.triton.products import PIECES, uses_tensor_cores
 from palladion.kernels.decode_attention.triton.rows import tiles_of
-from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
