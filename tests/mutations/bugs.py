@@ -251,7 +251,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-columns",
-        f"{PRODUCT}/mosaic_gpu/codes.py",
+        "kernels/gpu_codes.py",
         "OWN_COLUMNS: Final = (0x5140, 0x3726)",
         "OWN_COLUMNS: Final = (0x5140, 0x7362)",
         (HOPPER_TESTS, "-k", "registers"),
