@@ -125,6 +125,14 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
     return found[0] if how.less is None else found[0] - found[1]
 
 
+def numbers(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.Array:
+    """Returns the numbers that codes stand for, offset and factor included; for arguments see `convert`."""
+    how, floats = recipe(format, dtype), convert(codes, format, dtype, interpret)
+    if how.offset:
+        floats = floats - jnp.asarray(how.offset, dtype)
+    return floats * jnp.asarray(how.factor, dtype) if how.factor != 1 else floats
+
+
 def _pairs(codes: jax.Array, packed: bool) -> jax.Array:
     """Returns words with the codes of two adjacent columns in their halves, `[64, in / 2]`."""
     is_integer = jnp.issubdtype(codes.dtype, jnp.integer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -11,11 +10,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palladion.kernels.compat import load_to_registers, store_from_registers
-from palladion.kernels.decode_attention import online_softmax
+from palladion.kernels.decode_attention import online_softmax, shares
 from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
+from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch
+from palladion.kernels.decode_attention.mosaic_gpu.registers import OF_COLUMNS, OF_ROWS, Registers
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.shares import share_of
+from palladion.kernels.gpu_codes import numbers
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
@@ -23,231 +23,175 @@ TOKENS: Final = 0
 """Axis of tokens in products of keys and queries, which are `[tokens, rows]`."""
 
 
-class Refs(NamedTuple):
-    """The inputs, in device memory; None where the call has no such array.
+class Results(NamedTuple):
+    """Results of attention, or parts of them that are merged.
 
     Attributes:
-      layer: `[1]`, or None for the cache of one layer.
-      lengths: `[batch]`.
-      q: `[batch, kv_heads, rows, head_dim]`.
-      k: `[num_layers, batch or num_pages, kv_heads, max_len or page_size, head_dim]`.
-      v: like k.
+      out: `[batch, kv_heads, rows, head_dim]`; parts are float32 and turned, as they are in registers, `[slots,
+        kv_heads, row blocks, head_dim, block_rows]`.
+      lse: float32 `[batch or slots, kv_heads, rows]`, rows up to a multiple of block_rows.
     """
 
-    layer: Any
-    lengths: Ref
-    q: Ref
-    k: Ref
-    v: Ref
-
-
-class Scratch(NamedTuple):
-    """Shared memory of a program, and the barriers that TMA arrives at.
-
-    Attributes:
-      q: queries, `[block_rows, head_dim]`.
-      k: ring of keys, `[num_stages, block_kv, head_dim]`.
-      v: ring of values, like k.
-      p: weights, `[block_rows, block_kv]`.
-      out: what is written, `[block_rows, head_dim]`.
-      q_arrived: the queries have arrived.
-      k_arrived: a block of keys has arrived, one barrier for each place of the ring.
-      v_arrived: a block of values has arrived.
-    """
-
-    q: Ref
-    k: Ref
-    v: Ref
-    p: Ref
     out: Ref
-    q_arrived: Ref
-    k_arrived: Ref
-    v_arrived: Ref
+    lse: Ref
 
 
-def chunk_of(problem: Problem, block_kv: int) -> int:
-    """Returns the tokens of a block that one transfer brings: they lie on one page."""
-    return block_kv if problem.page_size is None else math.gcd(problem.page_size, block_kv)
-
-
-def scratch_types(problem: Problem, config: Config, out_dtype: Any, interpret: bool) -> Scratch:
-    """Returns the types of `Scratch`."""
-    p, c = problem, config
-    swizzled = () if interpret else (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
-
-    def operand(*shape: int) -> Any:
-        return plgpu.SMEM(shape, jnp.dtype(p.q_dtype), transforms=swizzled)
-
-    copies = c.block_kv // chunk_of(p, c.block_kv)
-    arrivals = plgpu.Barrier(num_arrivals=copies, num_barriers=c.num_stages)
-    return Scratch(
-        q=operand(c.block_rows, p.head_dim),
-        k=operand(c.num_stages, c.block_kv, p.head_dim),
-        v=operand(c.num_stages, c.block_kv, p.head_dim),
-        p=operand(c.block_rows, c.block_kv),
-        out=plgpu.SMEM((c.block_rows, p.head_dim), out_dtype),
-        q_arrived=plgpu.Barrier(),
-        k_arrived=arrivals,
-        v_arrived=arrivals,
-    )
+def share_of(problem: Problem, config: Config, refs: Refs, row_block: Scalar, slot: Scalar) -> shares.Share:
+    """Returns the share of a slot; a balanced one has been computed before the kernel."""
+    p = problem
+    if refs.shares is None:
+        return shares.share_of(p, config, refs.lengths, row_block, slot)
+    sequence, begin, end = (refs.shares[row_block, slot, index] for index in range(3))
+    length = jnp.clip(refs.lengths[sequence], 0, p.max_len)
+    span = shares.span_of(p, config, length, row_block)
+    return shares.Share(sequence, length, span, 0, begin, end, shares.Slots(0, 0), begin < end)
 
 
 class Program:
-    """A program's place in the grid, its transfers and its products.
+    """A program's share of the cache, and its online softmax.
 
     Args:
       problem: the call.
       config: block sizes.
       refs: the inputs.
       scratch: shared memory and barriers.
-      interpret: whether the kernel is interpreted: arrays have no layouts then, and products are those of jax.numpy.
+      interpret: whether the kernel is interpreted.
     """
 
     def __init__(self, problem: Problem, config: Config, refs: Refs, scratch: Scratch, interpret: bool) -> None:
-        self.problem, self.config, self.refs, self.scratch, self.interpret = problem, config, refs, scratch, interpret
+        self.problem, self.config, self.refs, self.scratch = problem, config, refs, scratch
+        self.registers = Registers(interpret)
         self.slot, self.head, self.row_block = (jax.lax.axis_index(name) for name in ("slot", "head", "row"))
-        self.share = share_of(problem, config, refs.lengths, self.row_block, self.slot)
-        self.layer = 0 if refs.layer is None else refs.layer[0]
+        self.share = share_of(problem, config, refs, self.row_block, self.slot)
+        layer = 0 if refs.layer is None else refs.layer[0]
+        self.ring = Ring(problem, config, refs, scratch, self.share, layer, self.head)
         self.first_row = self.row_block * config.block_rows
 
-    def constant(self, shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
-        """Returns a constant float32 array in registers of a layout."""
-        array = jnp.full(shape, value, jnp.float32)
-        return array if self.interpret else plgpu.layout_cast(array, layout)
+    def numbers(self, codes: Ref) -> jax.Array:
+        """Loads codes of a one-byte cache as numbers of the queries' dtype, `[block_kv, head_dim]`."""
+        loaded = self.registers.load(codes, plgpu.Layout.WGMMA_UPCAST_2X)
+        return numbers(loaded, self.problem.kv_dtype, self.problem.q_dtype, self.registers.interpret)
 
-    def indices(self, shape: tuple[int, ...], axis: int) -> jax.Array:
-        """Returns the indices along an axis of a matrix, in registers of products."""
-        if self.interpret:
-            return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+    def scale(self, ref: Any, place: jax.Array) -> jax.Array | None:
+        """Loads the scales of a KV block, `[block_kv]`, if there are any."""
+        return None if ref is None else self.registers.load(ref.at[place], OF_ROWS, optimized=False)
 
-    def load(self, ref: Ref, layout: Any) -> jax.Array:
-        """Loads a reference to registers of a layout."""
-        return ref[...] if self.interpret else load_to_registers(ref, layout)
-
-    def fetch(self, block: Scalar) -> None:
-        """Starts the transfers of a KV block to its place in the ring."""
-        p, config, share, scratch = self.problem, self.config, self.share, self.scratch
-        place = jax.lax.rem(block - share.begin, jnp.int32(config.num_stages))
-        chunk = chunk_of(p, config.block_kv)
-        for start in range(0, config.block_kv, chunk):
-            slab, token = share.sequence, block * config.block_kv + start
-            source = (self.layer, slab, self.head, pl.ds(token, chunk))
-            target = (place, pl.ds(start, chunk))
-            plgpu.copy_gmem_to_smem(self.refs.k.at[source], scratch.k.at[target], scratch.k_arrived.at[place])
-            plgpu.copy_gmem_to_smem(self.refs.v.at[source], scratch.v.at[target], scratch.v_arrived.at[place])
-
-    def multiply(self, left: Ref, right: Ref, *, turned: bool) -> jax.Array:
-        """Multiplies two operands in shared memory, float32 `[m, rows]`.
-
-        Args:
-          left: `[m, depth]`, or `[depth, m]` where `turned`.
-          right: `[rows, depth]`.
-          turned: whether the left operand lies with its depth along the first axis.
-        """
-        if self.interpret:
-            a, b = left[...], right[...]
-            return jnp.dot(a.T if turned else a, b.T, preferred_element_type=jnp.float32)
-        left = left.transpose((1, 0)) if turned else left
-
-        def on_tensor_cores(sums: Ref) -> jax.Array:
-            plgpu.wgmma(sums, left, right.transpose((1, 0)))
-            return sums[...]
-
-        shape = (left.shape[0], right.shape[0])
-        result: jax.Array = pl.run_scoped(on_tensor_cores, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        return result
-
-    def store_turned(self, ref: Ref, value: jax.Array) -> None:
-        """Stores a matrix in registers to shared memory, turned."""
-        if self.interpret:
-            ref[...] = value.T
-        else:
-            store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED))
-
-    def commit(self) -> None:
-        """Makes what was stored to shared memory visible to tensor cores and TMA."""
-        if not self.interpret:
-            plgpu.commit_smem()
+    def visible(self, block: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Returns which tokens of a KV block each row sees, `[block_kv, block_rows]`."""
+        p = self.problem
+        token = block * self.config.block_kv + self.registers.indices(shape, TOKENS)
+        query: Any = 0
+        if p.q_len > 1:
+            row = self.first_row + self.registers.indices(shape, 1 - TOKENS)
+            query = divide_with_remainder(row, p.group)[0]
+        return online_softmax.visible_mask(p, token, self.share.length - p.q_len + query)
 
     def clear_unseen(self, values: Ref, first_token: Scalar) -> None:
         """Replaces values of a block that no row sees by zeros: they may be NaN, and 0 * NaN is NaN."""
         span = self.share.span
         for start in range(0, self.problem.head_dim, TILE):
             tile = values.at[:, pl.ds(start, TILE)]
-            loaded = self.load(tile, plgpu.Layout.WGMMA)
-            token = first_token + self.indices(loaded.shape, TOKENS)
+            loaded = self.registers.load(tile, plgpu.Layout.WGMMA)
+            token = first_token + self.registers.indices(loaded.shape, TOKENS)
             seen = (token >= span.first_token) & (token <= span.last_token)
             tile[...] = jnp.where(seen, loaded, jnp.zeros((), loaded.dtype))
-        self.commit()
+        self.registers.commit()
 
     def attend(self, block: jax.Array, state: online_softmax.State) -> online_softmax.State:
         """Adds a KV block to the online softmax."""
-        p, config, share, scratch = self.problem, self.config, self.share, self.scratch
-        place = jax.lax.rem(block - share.begin, jnp.int32(config.num_stages))
+        p, config, share, scratch, ring = self.problem, self.config, self.share, self.scratch, self.ring
+        place, ahead = ring.place(block), block + config.num_stages
+        located = ring.locate(ahead)  # long before it is needed: page numbers are awaited
         plgpu.barrier_wait(scratch.k_arrived.at[place])
-        products = self.multiply(scratch.k.at[place], scratch.q, turned=False)  # [block_kv, block_rows]
-        token = block * config.block_kv + self.indices(products.shape, TOKENS)
-        query = divide_with_remainder(self.first_row + self.indices(products.shape, 1 - TOKENS), p.group)[0]
-        visible = online_softmax.visible_mask(p, token, share.length - p.q_len + query)
-        s = online_softmax.masked_logits(p, products, None, visible, TOKENS)
-        weights, alpha, state = online_softmax.update(p, state, s, None, TOKENS)
-        self.store_turned(scratch.p, weights.astype(p.q_dtype))
-        self.commit()
+        keys = scratch.k.at[place]
+        products = self.registers.multiply(self.numbers(keys) if p.has_scales else keys, scratch.q)
+        k_scale, v_scale = self.scale(scratch.k_scale, place), self.scale(scratch.v_scale, place)
+        visible = self.visible(block, products.shape)
+        s = online_softmax.masked_logits(p, products, k_scale, visible, TOKENS)
+        bounded = v_scale if p.q_dtype == "float16" else None
+        weights, alpha, state = online_softmax.update(p, state, s, bounded, TOKENS)
+        if v_scale is not None:  # that of a token which no row sees may be NaN
+            weights = weights * jax.lax.broadcast_in_dim(v_scale, weights.shape, (TOKENS,))
+            weights = jnp.where(visible, weights, 0.0)
+        self.registers.store_turned(scratch.weights, weights.astype(p.q_dtype))
         plgpu.barrier_wait(scratch.v_arrived.at[place])
+        values = scratch.v.at[place]
+        if p.has_scales:
+            self.registers.store(scratch.floats, self.numbers(values))
+            values = scratch.floats
+        self.registers.commit()
         first, last = block * config.block_kv, (block + 1) * config.block_kv - 1
-        pl.when((first < share.span.first_token) | (last > share.span.last_token))(
-            lambda: self.clear_unseen(scratch.v.at[place], first)
-        )
-        (acc,) = state.acc
-        added = self.multiply(scratch.v.at[place], scratch.p, turned=True)  # [head_dim, block_rows]
-        acc = acc * jax.lax.broadcast_in_dim(alpha, acc.shape, (1 - TOKENS,)) + added
-
-        @pl.when(block + config.num_stages < share.end)
-        def _() -> None:
-            self.fetch(block + config.num_stages)
-
+        is_outermost = (first < share.span.first_token) | (last > share.span.last_token)
+        pl.when(is_outermost)(functools.partial(self.clear_unseen, values, first))
+        (acc,) = state.acc  # [head_dim, block_rows]
+        acc = acc * jax.lax.broadcast_in_dim(alpha, acc.shape, (1 - TOKENS,))
+        acc = self.registers.add_product(acc, values, scratch.weights)
+        pl.when(ahead < share.end)(functools.partial(ring.fetch, ahead, located))
         return state._replace(acc=(acc,))
 
     def run(self) -> online_softmax.State:
         """Returns the state after all KV blocks of the program's share."""
-        p, config, share, scratch = self.problem, self.config, self.share, self.scratch
+        p, config, share, scratch, ring = self.problem, self.config, self.share, self.scratch, self.ring
         queries = self.refs.q.at[share.sequence, self.head, pl.ds(self.first_row, config.block_rows)]
         plgpu.copy_gmem_to_smem(queries, scratch.q, scratch.q_arrived)
         for stage in range(config.num_stages):
             block = share.begin + stage
-            pl.when(block < share.end)(functools.partial(self.fetch, block))
+            located = ring.locate(block)
+            pl.when(block < share.end)(functools.partial(ring.fetch, block, located))
         plgpu.barrier_wait(scratch.q_arrived)
-        rows = plgpu.Layout.WGMMA.reduce(0)
         state = online_softmax.State(
-            self.constant((config.block_rows,), -jnp.inf, rows),
-            self.constant((config.block_kv, config.block_rows), 0),
-            (self.constant((p.head_dim, config.block_rows), 0),),
+            self.registers.constant((config.block_rows,), -jnp.inf, OF_COLUMNS),
+            self.registers.constant((config.block_kv, config.block_rows), 0),
+            (self.registers.constant((p.head_dim, config.block_rows), 0),),
         )
         return jax.lax.fori_loop(share.begin, share.end, self.attend, state)
 
 
+def write(
+    registers: Registers, results: Results, staged: Ref, place: tuple[Scalar, Scalar, Scalar], out: jax.Array, lse: Any
+) -> None:
+    """Writes the results of some rows.
+
+    Args:
+      registers: of the program.
+      results: the arrays.
+      staged: `[block_rows, head_dim]` in shared memory.
+      place: sequence, KV head and block of rows.
+      out: `[head_dim, block_rows]`.
+      lse: `[block_rows]`.
+    """
+    sequence, head, row_block = place
+    rows = pl.ds(row_block * staged.shape[0], staged.shape[0])
+    for start in range(0, out.shape[0], TILE):
+        part = out[start : start + TILE].astype(staged.dtype)
+        registers.store_turned(staged.at[:, pl.ds(start, TILE)], part)
+    registers.store(results.lse.at[sequence, head, rows], lse)
+    registers.commit()
+    plgpu.copy_smem_to_gmem(staged, results.out.at[sequence, head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def kernel(
-    refs: Refs, out: Ref, lse: Ref, scratch: Scratch, *, problem: Problem, config: Config, interpret: bool
+    refs: Refs, results: Results, scratch: Scratch, *, problem: Problem, config: Config, interpret: bool
 ) -> None:
     """Computes attention of a block of query rows, which share a sequence and KV head, over a share of the cache.
 
     Args:
       refs: the inputs.
-      out: `[slots, kv_heads, rows, head_dim]`.
-      lse: `[slots, kv_heads, row blocks * block_rows]`.
+      results: what is written: a part for each slot, where there are several for a sequence.
       scratch: shared memory and barriers.
       problem: the call.
       config: block sizes.
       interpret: whether the kernel is interpreted.
     """
     program = Program(problem, config, refs, scratch, interpret)
-    (found,), lse_of_rows = online_softmax.finish(problem, program.run(), None, TOKENS)
-    staged, rows = scratch.out, pl.ds(program.first_row, config.block_rows)
-    for start in range(0, problem.head_dim, TILE):
-        part = found[start : start + TILE].astype(staged.dtype)
-        program.store_turned(staged.at[:, pl.ds(start, TILE)], part)
-    store_from_registers(lse.at[program.slot, program.head, rows], lse_of_rows)
-    program.commit()
-    plgpu.copy_smem_to_gmem(staged, out.at[program.slot, program.head, rows])
-    plgpu.wait_smem_to_gmem(0)
+    registers, head, row_block = program.registers, program.head, program.row_block
+    state = program.run()
+    rows = pl.ds(program.first_row, config.block_rows)
+    sinks = None if refs.sinks is None else registers.load(refs.sinks.at[head, rows], OF_COLUMNS, optimized=False)
+    (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
+    if scratch.out is not None:
+        write(registers, results, scratch.out, (program.share.sequence, head, row_block), out, lse)
+    else:
+        registers.store(results.out.at[program.slot, head, row_block], out)
+        registers.store(results.lse.at[program.slot, head, rows], lse)
