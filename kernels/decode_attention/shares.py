@@ -141,6 +141,17 @@ def padded(problem: Problem, lengths: Ref) -> jax.Array:
     return jnp.where(exists, jnp.clip(filled, 0, problem.max_len), -1)
 
 
+def balanced_size(problem: Problem, config: Blocks, blocks: jax.Array) -> jax.Array:
+    """Returns the KV blocks of a balanced share, given those of all sequences."""
+    shares = problem.batch * config.splits
+    return jnp.maximum(divide_with_remainder(blocks + (shares - 1), shares)[0], 1)
+
+
+def balanced_slots(blocks: jax.Array, size: jax.Array) -> jax.Array:
+    """Returns the slots of a sequence with so many KV blocks, or of several, given the size of a share."""
+    return jnp.maximum(jax.lax.div(blocks + (size - 1), jnp.full_like(blocks, size)), 1)
+
+
 class Balance(NamedTuple):
     """Shares of one size for all sequences; arrays are `[batch]`, padded to a power of two.
 
@@ -169,11 +180,10 @@ class Balance(NamedTuple):
         With n blocks in a sequence and N in all, and S = ceil(N / (batch * splits)) blocks in a share, sequences have
         max(ceil(n / S), 1) slots, which are at most batch * splits + batch in all.
         """
-        exists, shares = lengths >= 0, problem.batch * config.splits
+        exists = lengths >= 0
         blocks = jnp.where(exists, span_of(problem, config, lengths, row_block).blocks, 0)
-        size = jnp.maximum(divide_with_remainder(jnp.sum(blocks) + (shares - 1), shares)[0], 1)
-        counts = jnp.maximum(jax.lax.div(blocks + (size - 1), jnp.full_like(blocks, size)), 1)
-        counts = jnp.where(exists, counts, 0)
+        size = balanced_size(problem, config, jnp.sum(blocks))
+        counts = jnp.where(exists, balanced_slots(blocks, size), 0)
         return cls(problem, config, row_block, lengths, size, counts, jnp.cumsum(counts))
 
     def share(self, slot: Scalar) -> Share:

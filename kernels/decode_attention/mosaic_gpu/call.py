@@ -12,7 +12,7 @@ operand as they lie in shared memory, and the few query rows of a step cost 8 co
 logits of a block of 64 tokens. Weights pass through shared memory, 1 KiB a block; maxima of columns do, too.
 
 Grid: (slots, KV heads, row blocks). With splits, parts are stored in float32 as they lie in registers, and merged in a
-second launch (`merge.py`). Balanced shares are computed by XLA before the kernel, once for all layers of a step.
+second launch (`merge.py`).
 
     resident in registers       m, l, acc; of a block: logits, codes that are converted
     resident in shared memory   q, the ring, weights, values that were converted
@@ -67,14 +67,20 @@ TMA_TOKENS: Final = 8
 SCALED_TOKENS: Final = 32
 """The same for pages of a one-byte cache, whose scales TMA brings by 128 bytes."""
 
-MAX_ROWS_TIMES_WIDTH: Final = 64 * 128
-"""Most float32 sums of a program: more of them spill."""
+MOST_ROWS: Final = {64: 64, 128: 64, 192: 32, 256: 24}
+"""Most query rows of a program for each width of a head: more sums spill."""
 
-KEY_BYTES: Final = {1: 8 * 2**10, 2: 16 * 2**10}
-"""Bytes of keys of a block, by those of a number; with values, twice as much is a stage of the ring."""
+MOST_ROWS_OF_CODES: Final = {64: 64, 128: 40, 192: 24, 256: 16}
+"""The same for a one-byte cache, whose codes take registers, too."""
 
-PROGRAMS: Final = {1: 3, 2: 2}
-"""Programs of a multiprocessor at a time: converting codes takes longer than waiting for them."""
+MOST_LOGITS: Final = {1: 2048, 2: 4096}
+"""Most logits of a block, by the bytes of a number of the cache, for the same reason."""
+
+KEY_BYTES: Final = 16 * 2**10
+"""Bytes of a block's keys; with values, 32 KiB are a stage of the ring."""
+
+PROGRAMS: Final = 2
+"""Programs of a multiprocessor at a time: one computes while the other waits."""
 
 MOST_STAGES: Final = 6
 
@@ -85,23 +91,26 @@ SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 def heuristic(problem: Problem) -> Config:
     """Returns blocks that fill the shared memory, and splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
-    rows, size = p.q_len * p.group, jnp.dtype(p.kv_dtype).itemsize
-    most_rows = min(MAX_ROWS_TIMES_WIDTH // p.head_dim, 64)
-    row_blocks = pl.cdiv(rows, most_rows)
-    block_rows = round_up(pl.cdiv(rows, row_blocks), 8)
-    block_kv = next((block for block in (128, 64) if block * p.head_dim * size <= KEY_BYTES[size]), 64)
+    most_rows = (MOST_ROWS_OF_CODES if p.has_scales else MOST_ROWS)[p.head_dim]
+    row_blocks = pl.cdiv(p.q_len * p.group, most_rows)
+    block_rows = round_up(pl.cdiv(p.q_len * p.group, row_blocks), 8)
+    size = jnp.dtype(p.kv_dtype).itemsize
+    most = max(min(KEY_BYTES // (p.head_dim * size), MOST_LOGITS[size] // block_rows), BLOCKS_KV[0])
+    block_kv = max(block for block in BLOCKS_KV if block <= most)
     programs = p.batch * p.kv_heads * row_blocks
-    splits = splits_of(p, programs, block_kv, gpu, PROGRAMS[size])
-    least = Config(block_kv, block_rows, splits, num_stages=1)
-    resident = min(pl.cdiv(programs * splits, gpu.multiprocessors), PROGRAMS[size])
-    room = min(gpu.shared_bytes // resident - 1024, gpu.program_shared_bytes)
-    stages = 1 + (room - shared_bytes(p, least)) // stage_bytes(p, block_kv)
+    for most_resident in (PROGRAMS, 1):
+        splits = splits_of(p, programs, block_kv, gpu, most_resident)
+        config = Config(block_kv, block_rows, splits, num_stages=1)
+        resident = min(pl.cdiv(programs * splits, gpu.multiprocessors), most_resident)
+        room = min(gpu.shared_bytes // resident - 1024, gpu.program_shared_bytes) - shared_bytes(p, config)
+        stages = 1 + room // stage_bytes(p, block_kv)
+        if stages > 1:
+            break
     blocks = pl.cdiv(visible_blocks(p, block_kv), splits)
     # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
     # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
     balanced = p.batch > 1 and p.sliding_window is None and row_blocks == 1 and blocks > 1
-    stages = max(min(stages, MOST_STAGES, blocks), 1)
-    return dataclasses.replace(least, num_stages=stages, balanced=balanced)
+    return dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES, blocks), 1), balanced=balanced)
 
 
 def space(problem: Problem) -> Space:
@@ -158,14 +167,13 @@ def decode_attention(
         jax.ShapeDtypeStruct((slots, p.kv_heads, all_rows), jnp.float32),
     )
     sinks = None if inputs.sinks is None else _by_rows(p, inputs.sinks, all_rows)
-    plan = _plan(p, config, inputs.lengths, row_blocks) if shares.is_balanced(p, config) else None
     whole = slots == p.batch
     call = _Call(p, config, bool(interpret), gpu_interpreter(interpret or False))
-    refs = _refs(p, inputs, None if plan is None else plan[0], sinks if whole else None)
+    refs = _refs(p, inputs, sinks if whole else None)
     scratch = scratch_types(p, config, whole, call.interpret)
     found = call(kernel, (slots, p.kv_heads, row_blocks), "slot", results if whole else parts, scratch, refs)
     if not whole:
-        merged = Parts(found, None if plan is None else plan[1], sinks)
+        merged = Parts(found, inputs.lengths, sinks)
         staged = plgpu.SMEM((config.block_rows, p.head_dim), jnp.dtype(p.q_dtype))
         grid = (p.batch, p.kv_heads, row_blocks)
         options = {"most_slots": shares.most_slots(p, config)}
@@ -211,7 +219,7 @@ class _Call:
         return Results(*found)
 
 
-def _refs(problem: Problem, inputs: Inputs, plan: jax.Array | None, sinks: jax.Array | None) -> Refs:
+def _refs(problem: Problem, inputs: Inputs, sinks: jax.Array | None) -> Refs:
     """Returns the inputs as the kernel takes them; without a copy for one new token of up to 8 heads a KV head."""
     p, rows = problem, problem.q_len * problem.group
     q = inputs.q.reshape(p.batch, p.q_len, p.kv_heads, p.group, p.head_dim).swapaxes(1, 2)
@@ -222,7 +230,7 @@ def _refs(problem: Problem, inputs: Inputs, plan: jax.Array | None, sinks: jax.A
     if layer is None:
         cache = jax.tree.map(lambda x: x[None], cache)
     layer = None if layer is None else layer[None]
-    return Refs(layer, inputs.lengths, q, *cache, page_table=inputs.page_table, shares=plan, sinks=sinks)
+    return Refs(layer, inputs.lengths, q, *cache, page_table=inputs.page_table, sinks=sinks)
 
 
 def _by_rows(problem: Problem, sinks: jax.Array, all_rows: int) -> jax.Array:
@@ -230,20 +238,3 @@ def _by_rows(problem: Problem, sinks: jax.Array, all_rows: int) -> jax.Array:
     p = problem
     heads = sinks.astype(jnp.float32).reshape(p.kv_heads, p.group)
     return jnp.pad(jnp.tile(heads, (1, p.q_len)), ((0, 0), (0, all_rows - p.q_len * p.group)))
-
-
-def _plan(problem: Problem, config: Config, lengths: jax.Array, row_blocks: int) -> tuple[jax.Array, jax.Array]:
-    """Returns balanced shares, as `Refs` has them, and the slots of sequences, as `Parts` has them."""
-    filled = jnp.clip(lengths, 0, problem.max_len)
-
-    def of_rows(row_block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        balance = shares.Balance.of(problem, config, filled, row_block)
-
-        def of_slot(slot: jax.Array) -> jax.Array:
-            share = balance.share(slot)
-            return jnp.stack([share.sequence, share.begin, share.end])
-
-        every = jax.vmap(of_slot)(jnp.arange(shares.slots_of(problem, config), dtype=jnp.int32))
-        return every, jnp.stack([balance.ends - balance.counts, balance.counts], axis=1)
-
-    return jax.vmap(of_rows)(jnp.arange(row_blocks, dtype=jnp.int32))

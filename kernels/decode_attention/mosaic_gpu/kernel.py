@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palladion.kernels.decode_attention import online_softmax, shares
+from palladion.kernels.decode_attention import online_softmax
+from palladion.kernels.decode_attention.mosaic_gpu.balance import find_share
 from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
 from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch
 from palladion.kernels.decode_attention.mosaic_gpu.registers import OF_COLUMNS, OF_ROWS, Registers
@@ -36,17 +37,6 @@ class Results(NamedTuple):
     lse: Ref
 
 
-def share_of(problem: Problem, config: Config, refs: Refs, row_block: Scalar, slot: Scalar) -> shares.Share:
-    """Returns the share of a slot; a balanced one has been computed before the kernel."""
-    p = problem
-    if refs.shares is None:
-        return shares.share_of(p, config, refs.lengths, row_block, slot)
-    sequence, begin, end = (refs.shares[row_block, slot, index] for index in range(3))
-    length = jnp.clip(refs.lengths[sequence], 0, p.max_len)
-    span = shares.span_of(p, config, length, row_block)
-    return shares.Share(sequence, length, span, 0, begin, end, shares.Slots(0, 0), begin < end)
-
-
 class Program:
     """A program's share of the cache, and its online softmax.
 
@@ -62,7 +52,7 @@ class Program:
         self.problem, self.config, self.refs, self.scratch = problem, config, refs, scratch
         self.registers = Registers(interpret)
         self.slot, self.head, self.row_block = (jax.lax.axis_index(name) for name in ("slot", "head", "row"))
-        self.share = share_of(problem, config, refs, self.row_block, self.slot)
+        self.share = find_share(problem, config, refs.lengths, self.row_block, self.slot)
         layer = 0 if refs.layer is None else refs.layer[0]
         self.ring = Ring(problem, config, refs, scratch, self.share, layer, self.head)
         self.first_row = self.row_block * config.block_rows

@@ -34,7 +34,6 @@ class Refs(NamedTuple):
       k_scale: k without head_dim, float32.
       v_scale: like k_scale.
       page_table: `[batch, pages_per_seq]`.
-      shares: `[row blocks, slots, 3]`, sequence, first KV block and the one after the last, of balanced shares.
       sinks: `[kv_heads, rows]`, float32, rows up to a multiple of block_rows; None also where results are merged.
     """
 
@@ -46,7 +45,6 @@ class Refs(NamedTuple):
     k_scale: Any = None
     v_scale: Any = None
     page_table: Any = None
-    shares: Any = None
     sinks: Any = None
 
 

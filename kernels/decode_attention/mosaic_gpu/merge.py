@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from palladion.kernels.decode_attention.mosaic_gpu.balance import find_slots
 from palladion.kernels.decode_attention.mosaic_gpu.config import Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results, write
 from palladion.kernels.decode_attention.mosaic_gpu.registers import MATRIX, OF_COLUMNS, Registers
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.types import Ref, Scalar
+from palladion.kernels.types import Ref
 
 REGISTERS: Final = 64
 """Registers of a thread that parts take which are read at once."""
@@ -26,13 +27,12 @@ class Parts(NamedTuple):
 
     Attributes:
       parts: what the slots left.
-      slots: int32 `[row blocks, batch, 2]`, the first slot of a sequence and their number, of balanced shares; None
-        where each sequence has `splits`.
+      lengths: int32 `[batch]`.
       sinks: `[kv_heads, rows]`, rows up to a multiple of block_rows, or None.
     """
 
     parts: Results
-    slots: Any = None
+    lengths: Ref
     sinks: Any = None
 
 
@@ -53,9 +53,7 @@ def merge_kernel(
     registers, parts, rows = Registers(interpret), inputs.parts, config.block_rows
     sequence, head, row_block = (jax.lax.axis_index(name) for name in ("sequence", "head", "row"))
     own_rows = pl.ds(row_block * rows, rows)
-    first, number = sequence * config.splits, jnp.int32(config.splits)
-    if inputs.slots is not None:
-        first, number = (inputs.slots[row_block, sequence, index] for index in range(2))
+    slots = find_slots(problem, config, inputs.lengths, row_block, sequence)
     at_once = max(min(REGISTERS // (problem.head_dim // 64 * rows // 2), most_slots), 1)
 
     def add(step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -63,10 +61,10 @@ def merge_kernel(
         loaded = []
         for place in range(at_once):
             index = step * at_once + place
-            slot = first + jnp.minimum(index, number - 1)
+            slot = slots.first + jnp.minimum(index, slots.number - 1)
             lse = registers.load(parts.lse.at[slot, head, own_rows], OF_COLUMNS, optimized=False)
             out = registers.load(parts.out.at[slot, head, row_block], MATRIX, optimized=False)
-            loaded.append((lse + jnp.where(index < number, 0.0, -jnp.inf), out))
+            loaded.append((lse + jnp.where(index < slots.number, 0.0, -jnp.inf), out))
         m_next = m
         for lse, _ in loaded:
             m_next = jnp.maximum(m_next, lse)
@@ -84,9 +82,7 @@ def merge_kernel(
         m = registers.load(inputs.sinks.at[head, own_rows], OF_COLUMNS, optimized=False)
         total = registers.constant((rows,), 1, OF_COLUMNS)
     state = (m, total, registers.constant((problem.head_dim, rows), 0))
-    steps: Scalar = pl.cdiv(config.splits, at_once)
-    if inputs.slots is not None:
-        steps = jax.lax.div(number + (at_once - 1), jnp.int32(at_once))
+    steps = jax.lax.div(slots.number + (at_once - 1), jnp.int32(at_once))
     m, total, acc = jax.lax.fori_loop(0, steps, add, state)
     divisor = jnp.where(total == 0.0, 1.0, total)
     out = acc / jax.lax.broadcast_in_dim(divisor, acc.shape, (1,))
