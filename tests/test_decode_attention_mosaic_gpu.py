@@ -21,12 +21,13 @@ from compiling import QUICKLY, options_for
 from palladion import Unsupported, decode_attention
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.kernels import gpu_codes
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.decode_attention import Inputs, cases, shares
 from palladion.kernels.decode_attention.cases import Case
-from palladion.kernels.decode_attention.mosaic_gpu import balance, call
+from palladion.kernels.decode_attention.mosaic_gpu import balance, call, turned_codes
 from palladion.kernels.decode_attention.mosaic_gpu.call import Config
-from palladion.kernels.decode_attention.mosaic_gpu.memory import shared_bytes, stage_bytes
+from palladion.kernels.decode_attention.mosaic_gpu.memory import shared_bytes, stage_bytes, swizzle_of
 from palladion.kernels.devices import gpus
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
@@ -158,6 +159,63 @@ def test_balanced_shares_are_found_one_by_one(window: int | None):
     found, expected = (jax.jit(jax.vmap(function))(blocks_of_rows) for function in (find, compute))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.broadcast_to(one, other.shape), other)
+
+
+# -------------------------------------------------------------------------------------------- registers of the values
+
+LANE = np.arange(128) % 32
+GROUP, THREAD = LANE // 4, LANE % 4
+WARP = np.arange(128) // 32
+
+
+def turn(memory: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+    """Executes `ldmatrix.m8n8.x4.trans.b16` of four warps, `[4, 128]`: what each thread gets of each matrix."""
+    rows = memory[addresses[:, None] + np.arange(16)].view(np.uint16).reshape(4, 4, 8, 8)  # [warp, matrix, row, column]
+    first, second = (rows[WARP, :, 2 * THREAD + place, GROUP].astype(np.uint32) for place in (0, 1))
+    return (first | second << 16).T
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("head_dim", call.HEAD_DIMS)
+def test_values_reach_their_registers(head_dim: int, kv_dtype: str, dtype: str):
+    """Codes that TMA has permuted, turned and converted as the kernel does it, lie where wgmma expects them."""
+    tokens, swizzle, start = 64, swizzle_of(head_dim), 4096
+    codes = cases.make_inputs(case_of(kv_dtype=kv_dtype, batch=1, lengths=None, head_dim=head_dim)).v[0, 0, :tokens]
+    chunks = np.asarray(codes).view(np.uint8).reshape(tokens, head_dim // 16, 16)
+    memory = np.zeros(start + tokens * head_dim, np.uint8)
+    for token, chunk in np.ndindex(chunks.shape[:2]):
+        tile, column = divmod(16 * chunk, swizzle)
+        row = (token // 8 * (head_dim // swizzle) + tile) * 8 * swizzle + token % 8 * swizzle
+        permuted = column // 16 ^ (token % 8 >> (0 if swizzle == 128 else 1))
+        memory[start + row + 16 * permuted :][:16] = chunks[token, chunk]
+
+    words = np.empty((head_dim // 64, tokens // 8), object)
+    first = start + turned_codes.first_row(np.arange(128), head_dim, swizzle)
+    for tile, step in np.ndindex(head_dim // 64, tokens // 32):
+        address = turned_codes.swizzled(first + turned_codes.further(tile, step, head_dim, swizzle), swizzle)
+        words[tile, 4 * step : 4 * step + 4] = list(turn(memory, address))
+    how, numbers = gpu_codes.recipe(kv_dtype, dtype), np.asarray(codes, np.float64)
+
+    def floats(make: Any, word: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(make(word).astype(np.uint32)[:, None]).view(jnp.dtype(dtype)).astype(np.float64)
+
+    for tile, block, half in np.ndindex(*words.shape, 2):
+        register = turned_codes.arrange(words, lambda word: word)[tile, block, half]
+        found = floats(how.bits, register) - (0 if how.less is None else floats(how.less, register))
+        feature = 64 * tile + 16 * WARP + 2 * GROUP + half  # of row GROUP + 8 half of 16
+        token = 8 * block + 2 * THREAD
+        expected = np.stack([numbers[token, feature], numbers[token + 1, feature]], axis=1)
+        np.testing.assert_array_equal((found - how.offset) * how.factor, expected)
+
+
+def test_features_are_put_in_order():
+    of_row = np.array([2 * row if row < 8 else 2 * row - 15 for row in range(16)])
+    held = of_row.reshape(2, 8)[:, GROUP[:32]]  # by each lane, in rows g and g + 8
+    *lanes, row = turned_codes.sources(np.arange(32))
+    for half, lane in enumerate(lanes):
+        np.testing.assert_array_equal(held[row, lane], GROUP[:32] + 8 * half)
+        np.testing.assert_array_equal(lane % 4, THREAD[:32])  # which has the same query rows
 
 
 # ------------------------------------------------------------------------------------------------------ block sizes

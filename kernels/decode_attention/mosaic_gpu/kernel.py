@@ -16,7 +16,6 @@ from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
 from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch
 from palladion.kernels.decode_attention.mosaic_gpu.registers import OF_COLUMNS, OF_ROWS, Registers
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.gpu_codes import numbers
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
@@ -57,11 +56,6 @@ class Program:
         self.ring = Ring(problem, config, refs, scratch, self.share, layer, self.head)
         self.first_row = self.row_block * config.block_rows
 
-    def numbers(self, codes: Ref) -> jax.Array:
-        """Loads codes of a one-byte cache as numbers of the queries' dtype, `[block_kv, head_dim]`."""
-        loaded = self.registers.load(codes, plgpu.Layout.WGMMA_UPCAST_2X)
-        return numbers(loaded, self.problem.kv_dtype, self.problem.q_dtype, self.registers.interpret)
-
     def scale(self, ref: Any, place: jax.Array) -> jax.Array | None:
         """Loads the scales of a KV block, `[block_kv]`, if there are any."""
         return None if ref is None else self.registers.load(ref.at[place], OF_ROWS, optimized=False)
@@ -76,16 +70,33 @@ class Program:
             query = divide_with_remainder(row, p.group)[0]
         return online_softmax.visible_mask(p, token, self.share.length - p.q_len + query)
 
-    def clear_unseen(self, values: Ref, first_token: Scalar) -> None:
-        """Replaces values of a block that no row sees by zeros: they may be NaN, and 0 * NaN is NaN."""
-        span = self.share.span
-        for start in range(0, self.problem.head_dim, TILE):
-            tile = values.at[:, pl.ds(start, TILE)]
-            loaded = self.registers.load(tile, plgpu.Layout.WGMMA)
-            token = first_token + self.registers.indices(loaded.shape, TOKENS)
+    def values(self, block: Scalar, stored: Ref) -> Ref | jax.Array:
+        """Returns the values of a block as an operand of a product with weights.
+
+        Values that no row sees become zeros where they may be NaN, since 0 * NaN is NaN. Codes become finite numbers,
+        except those of a float8 format with the exponents of float16.
+        """
+        p, config, span = self.problem, self.config, self.share.span
+        first, last = block * config.block_kv, (block + 1) * config.block_kv - 1
+
+        def clear(values: jax.Array, first: Scalar, tokens: int) -> jax.Array:
+            token = first + self.registers.indices(values.shape, tokens)
             seen = (token >= span.first_token) & (token <= span.last_token)
-            tile[...] = jnp.where(seen, loaded, jnp.zeros((), loaded.dtype))
-        self.registers.commit()
+            return jnp.where(seen, values, jnp.zeros((), values.dtype))
+
+        if p.has_scales:
+            turned = self.registers.numbers_turned(stored, p.kv_dtype, p.q_dtype)
+            may_be_nan = p.kv_dtype == "float8_e5m2" and p.q_dtype == "float16"
+            return clear(turned, first, 1 - TOKENS) if may_be_nan else turned
+
+        def clear_stored() -> None:
+            for start in range(0, p.head_dim, TILE):
+                tile = stored.at[:, pl.ds(start, TILE)]
+                tile[...] = clear(self.registers.load(tile, plgpu.Layout.WGMMA), first, TOKENS)
+            self.registers.commit()
+
+        pl.when((first < span.first_token) | (last > span.last_token))(clear_stored)
+        return stored
 
     def attend(self, block: jax.Array, state: online_softmax.State) -> online_softmax.State:
         """Adds a KV block to the online softmax."""
@@ -93,8 +104,9 @@ class Program:
         place, ahead = ring.place(block), block + config.num_stages
         located = ring.locate(ahead)  # long before it is needed: page numbers are awaited
         plgpu.barrier_wait(scratch.k_arrived.at[place])
-        keys = scratch.k.at[place]
-        products = self.registers.multiply(self.numbers(keys) if p.has_scales else keys, scratch.q)
+        keys, formats = scratch.k.at[place], (p.kv_dtype, p.q_dtype)
+        operand = self.registers.numbers(keys, *formats) if p.has_scales else keys
+        products = self.registers.multiply(operand, scratch.q)
         k_scale, v_scale = self.scale(scratch.k_scale, place), self.scale(scratch.v_scale, place)
         visible = self.visible(block, products.shape)
         s = online_softmax.masked_logits(p, products, k_scale, visible, TOKENS)
@@ -105,17 +117,12 @@ class Program:
             weights = jnp.where(visible, weights, 0.0)
         self.registers.store_turned(scratch.weights, weights.astype(p.q_dtype))
         plgpu.barrier_wait(scratch.v_arrived.at[place])
-        values = scratch.v.at[place]
-        if p.has_scales:
-            self.registers.store(scratch.floats, self.numbers(values))
-            values = scratch.floats
         self.registers.commit()
-        first, last = block * config.block_kv, (block + 1) * config.block_kv - 1
-        is_outermost = (first < share.span.first_token) | (last > share.span.last_token)
-        pl.when(is_outermost)(functools.partial(self.clear_unseen, values, first))
         (acc,) = state.acc  # [head_dim, block_rows]
         acc = acc * jax.lax.broadcast_in_dim(alpha, acc.shape, (1 - TOKENS,))
-        acc = self.registers.add_product(acc, values, scratch.weights)
+        acc = self.registers.add_product(
+            acc, self.values(block, scratch.v.at[place]), scratch.weights, turned=not p.has_scales
+        )
         pl.when(ahead < share.end)(functools.partial(ring.fetch, ahead, located))
         return state._replace(acc=(acc,))
 
@@ -134,7 +141,8 @@ class Program:
             self.registers.constant((config.block_kv, config.block_rows), 0),
             (self.registers.constant((p.head_dim, config.block_rows), 0),),
         )
-        return jax.lax.fori_loop(share.begin, share.end, self.attend, state)
+        state = jax.lax.fori_loop(share.begin, share.end, self.attend, state)
+        return state._replace(acc=(self.registers.in_order(*state.acc),)) if p.has_scales else state
 
 
 def write(

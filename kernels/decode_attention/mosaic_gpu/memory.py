@@ -57,7 +57,6 @@ class Scratch(NamedTuple):
       v: ring of values, like k.
       k_scale: ring of scales, `[num_stages, block_kv]`, or None.
       v_scale: like k_scale.
-      floats: values of a one-byte cache that were converted, `[block_kv, head_dim]`, or None.
       weights: `[block_rows, block_kv]`.
       out: what is written by TMA, `[block_rows, head_dim]`, or None.
       q_arrived: barrier of the queries.
@@ -70,7 +69,6 @@ class Scratch(NamedTuple):
     v: Ref
     k_scale: Any
     v_scale: Any
-    floats: Any
     weights: Ref
     out: Any
     q_arrived: Ref
@@ -83,6 +81,11 @@ def chunk_of(problem: Problem, block_kv: int) -> int:
     return block_kv if problem.page_size is None else math.gcd(problem.page_size, block_kv)
 
 
+def swizzle_of(row_bytes: int) -> int:
+    """Returns the bytes that TMA permutes in shared memory, of which rows are multiples."""
+    return 64 if row_bytes % 128 else 128
+
+
 def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool) -> Scratch:
     """Returns the types of `Scratch`; `whole` is whether the program writes a result, not a part to be merged."""
     p, c = problem, config
@@ -91,7 +94,7 @@ def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool
     def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
         """Returns memory whose rows TMA permutes so that tensor cores read them without collisions."""
         size = jnp.dtype(dtype).itemsize
-        swizzle = min(128, shape[-1] * size)
+        swizzle = swizzle_of(shape[-1] * size)
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
         return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=() if interpret else transforms)
 
@@ -103,7 +106,6 @@ def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool
         v=swizzled((*ring, p.head_dim), p.kv_dtype),
         k_scale=scales,
         v_scale=scales,
-        floats=swizzled((c.block_kv, p.head_dim), p.q_dtype) if p.has_scales else None,
         weights=swizzled((c.block_rows, c.block_kv), p.q_dtype),
         out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None,
         q_arrived=plgpu.Barrier(),
@@ -182,8 +184,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     """Returns the shared memory of a program: the ring, operands, what is written, and 4 KiB for all else."""
     p, c = problem, config
     rows = c.block_rows * (2 * p.head_dim * 2 + c.block_kv * 2)
-    floats = c.block_kv * p.head_dim * 2 if p.has_scales else 0
-    return c.num_stages * stage_bytes(p, c.block_kv) + rows + floats + 4096
+    return c.num_stages * stage_bytes(p, c.block_kv) + rows + 4096
 
 
 def stage_bytes(problem: Problem, block_kv: int) -> int:

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from palladion.kernels import gpu_codes
 from palladion.kernels.compat import load_to_registers, store_from_registers
+from palladion.kernels.decode_attention.mosaic_gpu import turned_codes
+from palladion.kernels.decode_attention.mosaic_gpu.memory import swizzle_of
 from palladion.kernels.types import Ref
 
 MATRIX: Final = plgpu.Layout.WGMMA
@@ -71,6 +74,22 @@ class Registers:
         if not self.interpret:
             plgpu.commit_smem()
 
+    def numbers(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads codes `[m, depth]` as numbers of a 16-bit dtype, the left operand of a product."""
+        loaded = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X)
+        return gpu_codes.numbers(gpu_codes.convert(loaded, format, dtype, self.interpret), format, dtype)
+
+    def numbers_turned(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads codes `[depth, m]` as numbers `[m, depth]`, m in another order until `in_order` is called."""
+        if self.interpret:
+            return self.numbers(codes, format, dtype).T
+        floats = turned_codes.load_turned(codes, format, dtype, swizzle_of(codes.shape[1]))
+        return gpu_codes.numbers(floats, format, dtype)
+
+    def in_order(self, product: jax.Array) -> jax.Array:
+        """Puts the rows of products of `numbers_turned` in order."""
+        return product if self.interpret else turned_codes.in_order(product)
+
     def multiply(self, left: Ref | jax.Array, right: Ref, *, turned: bool = False) -> jax.Array:
         """Multiplies two 16-bit matrices on tensor cores, float32 `[m, n]`.
 
@@ -92,19 +111,14 @@ class Registers:
         result: jax.Array = pl.run_scoped(on_tensor_cores, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         return result
 
-    def add_product(self, total: jax.Array, left: Ref, right: Ref) -> jax.Array:
-        """Adds the product of two 16-bit matrices in shared memory to a float32 matrix in registers.
-
-        Args:
-          total: `[m, n]`.
-          left: `[depth, m]`: its axes are exchanged.
-          right: `[n, depth]`.
-        """
+    def add_product(self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool) -> jax.Array:
+        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`; for the others see `multiply`."""
         if self.interpret:
-            return total + self.multiply(left, right, turned=True)
+            return total + self.multiply(left, right, turned=turned)
+        left = left.transpose((1, 0)) if turned else left
 
         def on_tensor_cores(sums: Ref) -> None:
-            plgpu.wgmma(sums, left.transpose((1, 0)), right.transpose((1, 0)))
+            plgpu.wgmma(sums, left, right.transpose((1, 0)))
 
         result: jax.Array = pl.run_state(on_tensor_cores)(plgpu.WGMMAAccumulatorRef.init(total))
         return result
