@@ -471,7 +471,7 @@ def test_gguf_metadata_errors(tmp_path: Path, metadata: dict[str, Any], message:
 
 def test_gguf_architecture(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", {}, architecture="mamba")
-    with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported; supported: .*'llama', 'qwen2'"):
+    with pytest.raises(CheckpointError, match=r"architecture 'mamba' is not supported; .*'llama', 'olmo2'"):
         load_checkpoint(path)
 
 
@@ -505,11 +505,20 @@ def test_gguf_tensor_errors(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported; supported: "),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "'rope_theta' must be above 1 for 'yarn'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rotary scaling 'dynamic' is not supported; supported: ",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+            "'rope_theta' must be above 1 for 'yarn'",
+        ),
         ({"rope_scaling": {"type": "yarn"}}, "'factor' is missing"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'short_factor' must be a list of 8 numbers"),
-        ({"rope_scaling": {"type": "su", "short_factor": [0] * 8}}, "an entry of 'short_factor' must be a positive numb"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [0] * 8}},
+            "an entry of 'short_factor' must be a positive numb",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "'factor' is missing"),
         (
             {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
