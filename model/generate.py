@@ -38,7 +38,7 @@ INTERPRET = flags.DEFINE_bool(
     "interpret", None, "Interpret kernels: slow, on any platform; by default only with --backend=pallas on a CPU."
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", "keep", ("keep", "dequantize"), "Keep a GGUF file's 4- and 8-bit weights quantized, or dequantize them."
+    "weights", "keep", ("keep", "dequantize"), "Keep a checkpoint's quantized weights as they are, or dequantize them."
 )
 QUANTIZE = flags.DEFINE_string(
     "quantize", None, "Quantize weights while loading: int8, int4-g32, int4-g128-zeros, float8_e4m3fn, mxfp4, …"
@@ -95,6 +95,7 @@ def _generate() -> None:
         interpret=INTERPRET.value,
         progress=progress.loading,
     )
+    progress.say(generator.checkpoint.summary)
     prompts = [_chat(generator, prompt) if CHAT.value else prompt for prompt in PROMPT.value]
     single = len(prompts) == 1
     progress.say(f"compiling for {jax.devices()[0].device_kind}, backend {BACKEND.value} …")

@@ -120,7 +120,7 @@ class Generator:
         Args:
           model: a .gguf file, a Hugging Face folder, or the name of a packaged model ("smollm2").
           dtype: dtype of activations and dense weights; None means float32 on a CPU, bfloat16 elsewhere.
-          weights: "keep" keeps a GGUF file's 4- and 8-bit weights quantized, "dequantize" makes them dense.
+          weights: "keep" keeps weights that a checkpoint has quantized, "dequantize" makes them dense.
           quantize: scheme to quantize the weights to instead, for example "int8" or "int4-g32".
           progress: called with the part just loaded and the fraction done.
           kv_dtype: as for `Generator`.

@@ -78,6 +78,7 @@ class HuggingFaceCheckpoint:
         check_fields(values, rope, self._family)
         self._rotary = read_rotary(values, rope, self._family)
         self._stored = _list_tensors(path)
+        self.nbytes = sum(file.stat().st_size for file in {stored.file for stored in self._stored.values()})
         self._tokenizer = Tokenizer.from_folder(path)
         tied = values.boolean("tie_word_embeddings", False) and self._has_one_table()
         stops = self._tokenizer.stop_tokens
