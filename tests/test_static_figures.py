@@ -52,18 +52,38 @@ def kept() -> tuple[dict[str, str], dict[figures.Place, list[dict[str, Any]]]]:
     return figures.read(RESULTS)
 
 
-def test_there_are_figures_of_every_case_and_chip():
+def test_figures_are_of_cases_that_exist_and_of_every_chip():
     _, found = kept()
-    assert set(found) >= {(str(case), chip) for case in workloads.select(None, None, "tpu") for chip in tpu_chips()}
+    names = {name for name, _ in found}
+    assert set(found) == {(name, chip) for name in names for chip in tpu_chips()}
+    assert names <= {f"{one}/{name}" for one in workloads.operations("tpu") for name in workloads.named_cases(one)}
 
 
-@pytest.mark.parametrize("operation", workloads.operations("tpu"))
+@pytest.mark.parametrize("operation", figures.operations(RESULTS))
 def test_the_page_has_these_figures(operation: str):
-    models = [case.name for case in workloads.select(None, operation)]
-    shapes = [name for name in figures.names(RESULTS, operation) if name not in models]
-    for cases in filter(None, (models, shapes)):
-        table = figures.markdown(RESULTS, operation, cases)
+    for table in figures.tables(RESULTS, operation):
         assert table in static_page(operation), table
+
+
+def test_new_figures_replace_those_on_the_page(tmp_path: Path):
+    """A page is written with the first figures; later ones replace its tables and nothing else."""
+    path, page = tmp_path / "figures.jsonl", tmp_path / "append_kv_static.md"
+
+    def take(name: str, microseconds: float) -> None:
+        entry = {"kernel": "k", "microseconds": microseconds, "roofline": 0.5}
+        entries = [entry | {"workload": f"append_kv/{name}", "chip": chip} for chip in tpu_chips()]
+        figures.write(path, {"libtpu": "1"}, entries, pages=tmp_path)
+
+    take("llama-3-8b", 1.0)
+    page.write_text(page.read_text() + "\nMore to say.\n")
+    take("llama-3-8b", 2.0)
+    take("one-token", 3.0)
+    text = page.read_text()
+    assert all(table in text for table in figures.tables(path, "append_kv"))
+    assert "| `llama-3-8b` | 2, 50% |" in text
+    assert "| 1, 50% |" not in text
+    assert "| `one-token` | 3, 50% |" in text
+    assert text.count("More to say.") == 1
 
 
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu is not installed")

@@ -269,7 +269,7 @@ class TestWorkloads:
             (lambda: workloads.select(None, "product"), "--operation: got product; accepted: .*decode_attention"),
             (
                 lambda: workloads.select(None, "matmul", "tpu"),
-                "--operation: got matmul; accepted: append_kv, decode_attention",
+                "--operation: got matmul; accepted: append_kv, append_qkv, decode_attention",
             ),
             (lambda: workloads.from_argument("file.py"), "--file: got file.py; accepted: path/to/file.py:function"),
             (lambda: workloads.from_argument("none.py:f"), "none.py; accepted: a Python file that exists"),
