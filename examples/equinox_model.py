@@ -2,8 +2,8 @@
 
     python examples/equinox_model.py
 
-The model is a small transformer with random weights. Its linear layers are written for one token, as Equinox' layers
-are, and applied to all tokens by `jax.vmap`: the quantized product is one product of all rows nevertheless.
+The model is a transformer of one layer with random weights. Layers of Equinox are written for one token and applied to
+many by `jax.vmap`: the quantized product is one product of all rows nevertheless.
 """
 
 import equinox as eqx
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from palladion import KVCache, append_kv, decode_attention
 from palladion.frameworks.equinox import quantize_model
 
-VOCABULARY, WIDTH, Q_HEADS, KV_HEADS, HEAD_DIM, LAYERS, MAX_LEN = 256, 128, 4, 2, 32, 2, 64
+VOCABULARY, WIDTH, Q_HEADS, KV_HEADS, HEAD_DIM, LAYERS, MAX_LEN = 256, 128, 4, 2, 32, 1, 64
 
 
 def every_token(layer):

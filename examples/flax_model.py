@@ -2,8 +2,9 @@
 
     python examples/flax_model.py
 
-The model is a small transformer with random weights, written with layers of Flax. `quantize_model` replaces the kernels
-of its linear layers, and leaves embeddings and norms.
+The model is a transformer of one layer with random weights, written with modules of Flax. `quantize_model` replaces the
+kernels of its linear layers, and leaves embeddings and norms. Where two tokens are about as likely, the quantized model
+may choose the other.
 """
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from palladion import KVCache, append_kv, decode_attention
 from palladion.frameworks.nnx import quantize_model
 
-VOCABULARY, WIDTH, Q_HEADS, KV_HEADS, HEAD_DIM, LAYERS, MAX_LEN = 256, 128, 4, 2, 32, 2, 64
+VOCABULARY, WIDTH, Q_HEADS, KV_HEADS, HEAD_DIM, LAYERS, MAX_LEN = 256, 128, 4, 2, 32, 1, 64
 
 
 class Block(nnx.Module):
