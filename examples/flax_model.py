@@ -65,7 +65,7 @@ def generate(model, prompt, new_tokens):
     return jnp.concatenate(found, axis=1)
 
 
-model = Transformer(nnx.Rngs(0))
+model = Transformer(nnx.Rngs(1))
 prompt = jnp.array([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
 print("float32:", generate(model, prompt, 8).tolist())
 

@@ -15,6 +15,7 @@ from palladion.reference.quantized_trees import QuantizationReport, quantize_tre
 from palladion.reference.quantizers import quantize
 from palladion.reference.rms_norm import rms_norm
 from palladion.reference.rotary import rotate
+from palladion.reference.saving import load_tree, save_tree
 from palladion.reference.scheme import Scheme
 from palladion.reference.transposed import TransposedWeight
 
@@ -28,6 +29,7 @@ __all__ = [
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "load_tree",
     "matmul",
     "merge_partials",
     "quantize",
@@ -36,4 +38,5 @@ __all__ = [
     "quantized_matmul",
     "rms_norm",
     "rotate",
+    "save_tree",
 ]

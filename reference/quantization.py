@@ -39,9 +39,11 @@ from palladion.reference.leading import MatrixStack
 from palladion.reference.mesh import check_pieces, padded
 from palladion.reference.platforms import target_platform
 from palladion.reference.scheme import (
+    CODE_DTYPE,
     INTEGER_RANGE,
     PACK_BLOCK,
     Scheme,
+    check_in_features,
     largest_code,
 )
 from palladion.reference.transposed import TransposedWeight
@@ -235,6 +237,30 @@ def _is_same(part: Any, other: Any) -> bool:
     if (part.shape, part.dtype) != (getattr(other, "shape", None), getattr(other, "dtype", None)):
         return False
     return isinstance(other, jax.Array | np.ndarray) and np.array_equal(part, other, equal_nan=True)
+
+
+def check_parts(w: QuantizedArray) -> None:
+    """Raises ValueError where the arrays of a QuantizedArray, or stack of them, do not agree with scheme and order."""
+    code_dtype = jnp.dtype(CODE_DTYPE[w.scheme.format])
+    if w.values.dtype != code_dtype:
+        raise ValueError(f"w.values: got {w.values.dtype}; accepted: {code_dtype.name}")
+    if w.values.ndim < 2:
+        raise ValueError(f"w.values: got shape {w.values.shape}; accepted: two or more dimensions")
+    scale_dtype = jnp.float8_e8m0fnu if w.scheme.format == "mxfp4" else jnp.floating
+    if not jnp.issubdtype(w.scales.dtype, scale_dtype):
+        raise ValueError(f"w.scales: got {w.scales.dtype}; accepted: {scale_dtype.__name__} for {w.scheme}")
+    *leading, in_features, out_features = w.shape
+    check_in_features(in_features, w.scheme)
+    groups = w.scheme.groups(in_features)
+    shape = (*leading, groups, out_features) if w.order == "in_out" else (*leading, out_features, groups)
+    parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
+    for name, needed in parts:
+        part: jax.Array | None = getattr(w, name)
+        if (part is not None) != needed:
+            raise ValueError(f"w.{name}: got {part is not None}; accepted: {needed} for {w.scheme}")
+        if part is not None and part.shape != shape:
+            accepted = f"{shape}, groups and out in the order of {w.order!r}"
+            raise ValueError(f"w.{name}: got shape {part.shape}; accepted: {accepted}")
 
 
 def in_axis(order: Order) -> int:
