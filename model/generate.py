@@ -24,7 +24,8 @@ from palladion.kernels.backend import BACKENDS
 from palladion.kernels.implementation import Unsupported
 from palladion.model.checkpoint import CheckpointError
 from palladion.model.exit_status import INTERRUPTED, USER_ERROR
-from palladion.model.generator import Generation, Generator, check_seed
+from palladion.model.generation import Generation, check_seed
+from palladion.model.generator import Generator
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics
 from palladion.model.vocabulary import check_text
