@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final, NoReturn
 
+from palladion.kernels import compilation_cache
 from palladion.model.exit_status import INTERRUPTED, USER_ERROR
 
 COMMANDS: Final[dict[str, str]] = {
@@ -36,6 +37,9 @@ COMMANDS: Final[dict[str, str]] = {
     "numerics": "palladion.benchmarks.commands.numerics",
 }
 """The module of each command; it is imported when the command is called."""
+
+COMPILING: Final = ("suite", "check", "run", "model", "decode_peers", "tune", "numerics")
+"""Commands that run programs on this device, and keep them for the next start; others look at what compilers do."""
 
 PROGRAM: Final = "python -m palladion.benchmarks"
 
@@ -75,7 +79,12 @@ def main(command_line: Sequence[str]) -> int:
             prog=f"{PROGRAM} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_arguments(parser)
+        if name in COMPILING:
+            parser.add_argument(compilation_cache.OPTION, metavar="FOLDER", help=compilation_cache.HELP)
         parsed = parser.parse_args(rest)
+        said = compilation_cache.use_compilation_cache(parsed.compilation_cache) if name in COMPILING else None
+        if said:
+            print(said, file=sys.stderr)
         parsed.command_line = [name, *rest]
         status: int = command.run(parsed)
     except (ValueError, ImportError, OSError) as error:
