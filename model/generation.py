@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from palladion.kernels.devices import measured_bandwidth
+from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, Output, plan_chunks
 from palladion.model.parameters import Parameters
 from palladion.model.sampling import Logprobs, Sampling
 from palladion.model.statistics import Statistics, peak_memory
 from palladion.model.stop_strings import StopStrings, check_stop_strings
 from palladion.model.tokenizer import Tokenizer
-from palladion.model.vocabulary import check_integer
+from palladion.model.vocabulary import check_integer, check_text, token_ids
 
 MOST_LOGPROBS: Final = 100
 """Most tokens whose log probabilities may come with each token."""
@@ -274,3 +275,36 @@ def as_batch(prompts: Any) -> list[Any]:
             f"[{batch!r:.60}]"
         )
     return batch
+
+
+def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer, config: ModelConfig, max_len: int) -> list[list[int]]:
+    """Returns the tokens of each prompt.
+
+    Args:
+      prompts: texts and token lists.
+      tokenizer: the checkpoint's tokenizer.
+      config: tells which tokens there are.
+      max_len: tokens that the KV cache has room for.
+
+    Raises:
+      ValueError: there is no prompt, or one is empty, too long for the cache, or holds a token that there is not.
+    """
+    if not prompts:
+        raise ValueError("prompts: got none; give at least one")
+    token_lists = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            token_lists.append(tokenizer.encode(check_text(prompt, f"prompts[{index}]")))
+        else:
+            token_lists.append(token_ids(prompt, f"prompts[{index}]: not text, so token ids"))
+    for index, tokens in enumerate(token_lists):
+        if not tokens:
+            raise ValueError(f"prompts[{index}]: is empty; give at least one character or token")
+        if len(tokens) >= max_len:
+            raise ValueError(
+                f"prompts[{index}]: has {len(tokens)} tokens, the cache has room for {max_len} with the answer; "
+                f"shorten it or raise max_len (the model was trained for {config.max_positions})"
+            )
+        if outside := [t for t in tokens if not 0 <= t < config.vocab_size]:
+            raise ValueError(f"prompts[{index}]: token {outside[0]} is not in 0 to {config.vocab_size - 1}")
+    return token_lists

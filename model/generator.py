@@ -11,13 +11,16 @@ import jax
 
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.quantized_matmul import IMPLEMENTATIONS
-from palladion.model.checkpoint import Checkpoint, load_checkpoint
+from palladion.model.checkpoint import DTYPES, Checkpoint, load_checkpoint, open_checkpoint
+from palladion.model.checkpoint_reader import CheckpointReader
+from palladion.model.config import ModelConfig
 from palladion.model.engine import Engine, EngineOptions
-from palladion.model.generation import Generation, Prompt, Run, RunOptions, as_batch
+from palladion.model.generation import Generation, Prompt, Run, RunOptions, as_batch, tokenize
+from palladion.model.memory import cache_bytes, check_room, least_weight_bytes
 from palladion.model.parameters import Parameters, without_float16_scales
 from palladion.model.sampling import Sampling
 from palladion.model.statistics import Statistics
-from palladion.model.vocabulary import check_integer, check_text, token_ids
+from palladion.model.vocabulary import check_integer
 from palladion.reference import KVCache, Scheme
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order, order_of_platform
@@ -55,31 +58,16 @@ class Generator:
         backend: str | None = None,
         interpret: bool | None = None,
     ) -> None:
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}; accepted: None, {', '.join(BACKENDS)}")
-        dtype = dtype or default_dtype()
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: got {dtype!r}; accepted: float32, bfloat16, float16")
-        kv_dtype = kv_dtype or dtype
-        jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises for a dtype that no cache has
-        if max_len is None:
-            max_len = min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
-        max_len = check_integer(max_len, "max_len")
-        if not 2 <= max_len <= MAX_LEN_LIMIT:
-            raise ValueError(
-                f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write, and at most "
-                f"{MAX_LEN_LIMIT}"
-            )
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
-        self.options = EngineOptions(max_len, dtype, kv_dtype, backend, interpret)
+        self.options = engine_options(checkpoint.config, dtype, kv_dtype, max_len, backend, interpret)
         self._engines: dict[Any, Engine] = {}  # by what `_engine` is given, without values
 
     @classmethod
     def load(
         cls,
-        model: str | Path,
+        model: str | Path | CheckpointReader,
         *,
         dtype: str | None = None,
         weights: Literal["keep", "dequantize"] = "keep",
@@ -89,11 +77,13 @@ class Generator:
         max_len: int | None = None,
         backend: str | None = None,
         interpret: bool | None = None,
+        batch: int = 1,
     ) -> Generator:
-        """Loads a checkpoint in the form that suits the platform.
+        """Loads a checkpoint in the form that suits the platform; first checks every option, and that it has room.
 
         Args:
-          model: a .gguf file, a Hugging Face folder, or the name of a packaged model ("smollm2").
+          model: a .gguf file, a Hugging Face folder, the name of a packaged model ("smollm2"), owner/name as on the
+            Hugging Face hub, or what `open_checkpoint` returned.
           dtype: dtype of activations and dense weights; None means float32 on a CPU, bfloat16 elsewhere.
           weights: "keep" keeps a GGUF file's 4- and 8-bit weights quantized, "dequantize" makes them dense.
           quantize: scheme to quantize the weights to instead, for example "int8" or "int4-g32".
@@ -102,21 +92,30 @@ class Generator:
           max_len: as for `Generator`.
           backend: as for `Generator`.
           interpret: as for `Generator`.
+          batch: number of prompts whose keys and values must have room in memory.
 
         Raises:
           CheckpointError: the checkpoint is missing, damaged or unsupported.
-          ValueError: an option is not among those accepted.
+          ValueError: an option is not among those accepted, or weights and KV cache are larger than the free memory.
           ImportError: the packages of `palladion[models]` are not installed.
         """
-        dtype = dtype or default_dtype()
+        reader = open_checkpoint(model) if isinstance(model, str | Path) else model
+        options = engine_options(reader.config, dtype, kv_dtype, max_len, backend, interpret)
+        scheme = None if quantize is None else Scheme.parse(quantize)
+        check_room(
+            least_weight_bytes(reader, options.dtype, scheme, weights == "keep"),
+            cache_bytes(reader.config, batch, options.max_len, options.kv_dtype),
+            batch,
+            options.max_len,
+        )
         platform = target_platform()
         # A loop over stacked layers compiles in seconds and reads the weights without a copy. On a GPU, however, XLA
         # copies dense weights out of the stack for its matrix products.
         checkpoint = load_checkpoint(
-            model,
-            dtype=dtype,
+            reader,
+            dtype=options.dtype,
             weights=weights,
-            quantize=quantize,
+            quantize=scheme,
             stack=platform != "gpu",
             order=_order_for(backend),
             progress=progress,
@@ -212,7 +211,7 @@ class Generator:
 
     def run(self, prompts: str | Sequence[Prompt], options: RunOptions) -> Run:
         """Returns a run that is checked and not yet begun; `generate` and `stream` are made of it."""
-        tokens = self.tokenize(as_batch(prompts))
+        tokens = tokenize(as_batch(prompts), self.tokenizer, self.config, self.options.max_len)
         bias = options.sampling.logit_bias
         if isinstance(bias, Mapping) and (outside := [token for token in bias if token >= self.config.vocab_size]):
             raise ValueError(
@@ -234,31 +233,30 @@ class Generator:
             )
         return self._engines[key]
 
-    def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Returns the tokens of each prompt.
 
-        Raises:
-          ValueError: there is none, or one is empty, too long for the cache, or holds a token that there is not.
-        """
-        if not prompts:
-            raise ValueError("prompts: got none; give at least one")
-        token_lists = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                token_lists.append(self.tokenizer.encode(check_text(prompt, f"prompts[{index}]")))
-            else:
-                token_lists.append(token_ids(prompt, f"prompts[{index}]: not text, so token ids"))
-        for index, tokens in enumerate(token_lists):
-            if not tokens:
-                raise ValueError(f"prompts[{index}]: is empty; give at least one character or token")
-            if len(tokens) >= self.options.max_len:
-                raise ValueError(
-                    f"prompts[{index}]: has {len(tokens)} tokens, the cache has room for {self.options.max_len} with "
-                    f"the answer; shorten it or raise max_len (the model was trained for {self.config.max_positions})"
-                )
-            if outside := [t for t in tokens if not 0 <= t < self.config.vocab_size]:
-                raise ValueError(f"prompts[{index}]: token {outside[0]} is not in 0 to {self.config.vocab_size - 1}")
-        return token_lists
+def engine_options(
+    config: ModelConfig,
+    dtype: str | None,
+    kv_dtype: str | None,
+    max_len: int | None,
+    backend: str | None,
+    interpret: bool | None,
+) -> EngineOptions:
+    """Returns the options of a generator's engines, checked, with defaults filled in; see `Generator`."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; accepted: None, {', '.join(BACKENDS)}")
+    dtype = dtype or default_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; accepted: {', '.join(DTYPES)}")
+    kv_dtype = kv_dtype or dtype
+    jax.eval_shape(lambda: KVCache.dense(1, 1, 1, 1, kv_dtype))  # raises for a dtype that no cache has
+    max_len = check_integer(min(config.max_positions, DEFAULT_MAX_LEN) if max_len is None else max_len, "max_len")
+    if not 2 <= max_len <= MAX_LEN_LIMIT:
+        raise ValueError(
+            f"max_len: got {max_len}; accepted: at least 2, a token to read and one to write, and at most "
+            f"{MAX_LEN_LIMIT}"
+        )
+    return EngineOptions(max_len, dtype, kv_dtype, backend, interpret)
 
 
 def default_dtype() -> str:

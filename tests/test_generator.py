@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from small_checkpoints import VOCAB, Type, gguf_file, hugging_face_folder
 
-from palladion.model.checkpoint import CheckpointError, find_model
+from palladion.model.checkpoint import CheckpointError
 from palladion.model.engine import PREFILL_CHUNKS, STEPS_PER_DISPATCH, plan_chunks
 from palladion.model.generator import Generator
+from palladion.model.locate import find_model
 from palladion.model.sampling import Sampling, filtered, greedy, sample
 from palladion.model.transformer import empty_cache, forward
 
