@@ -12,7 +12,7 @@ Data:
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
-The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
+The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`; the command `palladion` runs both.
 """
 
 from palladion.kernels.append_kv import append_kv
@@ -45,3 +45,5 @@ __all__ = [
     "tracing_for",
     "using_backend",
 ]
+
+__version__ = "0.1.0"
