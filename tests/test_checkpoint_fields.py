@@ -28,8 +28,9 @@ from small_checkpoints import (
 from test_model import TOKENS, Judge, logits_of, new_cache, run
 
 from palladion.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from palladion.model.checkpoint_fields import FAMILIES, NEUTRAL_VALUES, NOTHING, check_fields
+from palladion.model.checkpoint_fields import NEUTRAL_VALUES, NOTHING, check_fields
 from palladion.model.checkpoint_files import JsonFile
+from palladion.model.families import FAMILIES
 from palladion.reference.compare import assert_right
 
 SIZES = {
@@ -101,9 +102,11 @@ def test_families_by_any_of_their_names(tmp_path: Path, family: Any) -> None:
     ):
         folder = hugging_face_folder(tmp_path, config={"architectures": architectures, "model_type": model_type})
         load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=rf"'model_type' 'helium' is not that of .*, which is '{family[0]}'"):
+    with pytest.raises(
+        CheckpointError, match=rf"'model_type' 'gpt2' is not that of .*, which is '{family.model_type}'"
+    ):
         load_checkpoint(
-            hugging_face_folder(tmp_path, config={"architectures": [family.architecture], "model_type": "helium"})
+            hugging_face_folder(tmp_path, config={"architectures": [family.architecture], "model_type": "gpt2"})
         )
 
 
@@ -147,7 +150,7 @@ def test_folders_relabelled_as_llama(tmp_path: Path, name: str) -> None:
 def check(**fields: Any) -> None:
     content = {"hidden_size": HIDDEN, "num_attention_heads": Q_HEADS, "num_hidden_layers": LAYERS} | fields
     values = JsonFile(Path("config.json"), content=content)
-    check_fields(values, values.section("rope_scaling"))
+    check_fields(values, values.section("rope_scaling"), FAMILIES[0])
 
 
 @pytest.mark.parametrize("name", NEUTRAL_VALUES)

@@ -186,7 +186,7 @@ class LanguageModel:
         )
         head = round_weight("head", self.parameters.head, run.head or run.weights)
         norms = (stack.attention_norm, stack.mlp_norm, self.parameters.final_norm)
-        nbytes += sum(norm.nbytes for norm in norms)
+        nbytes += sum(norm.nbytes for norm in jax.tree.leaves(norms))
         return dataclasses.replace(self.parameters, layers=layers, head=head), nbytes
 
     def evaluate(self, run: Run) -> dict[str, Any]:

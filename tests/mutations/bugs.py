@@ -358,8 +358,8 @@ MUTATIONS: Final = (
     Mutation(
         "model-window-in-decode",
         "model/transformer.py",
-        "sliding_window=config.sliding_window,",
-        "sliding_window=config.sliding_window if x.shape[1] > 1 else None,",
+        "sliding_window=config.sliding_window if kind.windowed else None,",
+        "sliding_window=config.sliding_window if kind.windowed and x.shape[1] > 1 else None,",
         ("tests/test_model.py", "-k", "not smollm2"),
         "Decode steps ignore the sliding window that prefill applies.",
     ),
