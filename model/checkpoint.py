@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,10 +23,13 @@ from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
 
-__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "open_checkpoint", "quantized_tensors"]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Dtypes of dense weights."""
+
+PROJECTIONS: Final = ("query", "key", "value", "qkv", "output", "gate", "up", "gate_up", "down")
+"""Roles of a layer's weights, which `quantize` quantizes."""
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that hold pickled weights."""
@@ -98,6 +101,22 @@ def load_checkpoint(
     loader = _Loader(reader, find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
     parameters = _load_parameters(loader, stack, progress or _no_report)
     return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
+
+
+def quantized_tensors(reader: CheckpointReader, scheme: Scheme) -> Iterator[tuple[str, QuantizedArray | None]]:
+    """Yields the name of each tensor and its weight, quantized as `load_checkpoint` does it; None where it stays dense.
+
+    Args:
+      reader: the opened checkpoint.
+      scheme: scheme to quantize to; weights have the order "out_in", as checkpoints store them.
+    """
+    tensors = find_tensors(reader)
+    loader = _Loader(reader, tensors, jnp.dtype("float32"), False, scheme, "out_in")
+    head = "embedding" if reader.config.tied_embedding else "head"
+    for (role, layer), tensor in tensors.items():
+        weight = loader.weight(role, layer) if role in PROJECTIONS or role == head else None
+        assert weight is None or isinstance(weight, QuantizedArray)  # the loader has a scheme
+        yield tensor.name, weight
 
 
 def open_checkpoint(model: str | Path) -> CheckpointReader:

@@ -8,9 +8,15 @@ from typing import Any
 
 
 class Progress:
-    """Shows what a command is doing until there is text to show; rich draws where it is installed."""
+    """Shows what a command is doing until there is text to show; rich draws where it is installed.
 
-    def __init__(self) -> None:
+    Args:
+      doing: what is done to a model part by part.
+      done: what it is in the end.
+    """
+
+    def __init__(self, doing: str = "loading", done: str = "loaded") -> None:
+        self._doing, self._done = doing, done
         self._start = time.perf_counter()
         self._console = _terminal()
         self._bar: Any = None
@@ -18,18 +24,18 @@ class Progress:
         self._spinner: Any = None
 
     def loading(self, step: str, fraction: float) -> None:
-        """Shows the fraction of a model that is loaded."""
+        """Shows the fraction of a model that is loaded, or otherwise dealt with."""
         if self._console is not None:
             if self._bar is None:
                 import rich.progress
 
                 self._bar = rich.progress.Progress(console=self._console, transient=True)
-                self._task = self._bar.add_task("loading", total=1.0)
+                self._task = self._bar.add_task(self._doing, total=1.0)
                 self._bar.start()
-            self._bar.update(self._task, completed=fraction, description=f"loading {step}")
+            self._bar.update(self._task, completed=fraction, description=f"{self._doing} {step}")
         if fraction == 1:
             self.done()
-            self.say(f"loaded in {time.perf_counter() - self._start:.1f} s")
+            self.say(f"{self._done} in {time.perf_counter() - self._start:.1f} s")
 
     def working(self, text: str) -> None:
         """Shows that something takes its time, until `done`."""

@@ -25,6 +25,7 @@ PROGRAM: Final = Program(
     commands={
         "generate": "palladion.model.commands.generate",
         "chat": "palladion.model.commands.chat",
+        "quantize": "palladion.model.commands.quantize",
     },
     compiling=("generate", "chat"),
     nested={"bench": ("measures kernels and models; palladion bench lists its own commands", _bench)},
