@@ -55,12 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     # A checkpoint without a template is refused before its weights are read.
     reader.tokenizer().render_chat([{"role": "user", "content": "Hello"}])
     sampling = options.sampling(arguments, reader.tokenizer())
-    progress = Progress()
-    generator = options.load(arguments, reader, progress, 1)
+    with Progress() as progress:
+        generator = options.load(arguments, reader, progress, 1)
+        progress.working(options.compiling(arguments))
+        generator.compile(1, sampling)
     conversation = Conversation(generator, arguments.system, sampling=sampling, **settings)
-    progress.working(options.compiling(arguments))
-    generator.compile(1, sampling)
-    progress.done()
     for message in _messages(arguments.prompt or []):
         if message == "/clear":
             conversation.clear()

@@ -89,13 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     tokenize([request.prompt for request in asked], tokenizer, reader.config, engine.max_len)
     size = min(arguments.batch, len(asked))
-    progress = Progress()
-    generator = options.load(arguments, reader, progress, size)
-    progress.working(options.compiling(arguments))
-    if len(asked) == 1 and not arguments.json:
-        answers = [_stream(generator, asked[0], settings, progress)]
-    else:
-        answers = _generate(generator, asked, size, settings, progress, arguments)
+    with Progress() as progress:
+        generator = options.load(arguments, reader, progress, size)
+        progress.working(options.compiling(arguments))
+        if len(asked) == 1 and not arguments.json:
+            answers = [_stream(generator, asked[0], settings, progress)]
+        else:
+            answers = _generate(generator, asked, size, settings, progress, arguments)
     for generation, _ in answers if arguments.logprobs is not None and not arguments.json else ():
         print(_table(generation, tokenizer))
     stopped = ", ".join(sorted({generation.stopped_by for generation, _ in answers}))

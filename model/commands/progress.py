@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """Shows what a command is doing until there is text to show; rich draws where it is installed.
+    """Shows what a command is doing until there is text to show, or its context ends; rich draws where it is installed.
 
     Args:
       doing: what is done to a model part by part.
@@ -22,6 +22,12 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._spinner: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done()
 
     def loading(self, step: str, fraction: float) -> None:
         """Shows the fraction of a model that is loaded, or otherwise dealt with."""

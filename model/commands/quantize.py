@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    progress = Progress("quantizing", "quantized")
-    report = quantize_folder(arguments.source, arguments.target, arguments.scheme, progress.loading)
+    with Progress("quantizing", "quantized") as progress:
+        report = quantize_folder(arguments.source, arguments.target, arguments.scheme, progress.loading)
     print(
         f"{arguments.target}: {report.weights} weights in {arguments.scheme}, {report.dense} tensors as they were; "
         f"{report.bytes_before / 1e6:,.1f} MB became {report.bytes_after / 1e6:,.1f} MB",
