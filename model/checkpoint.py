@@ -20,8 +20,9 @@ from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_hug
 from palladion.model.locate import find_model
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
+from palladion.reference.quantization import Order, QuantizedArray, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
 __all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "open_checkpoint", "quantized_tensors"]
 

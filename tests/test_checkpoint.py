@@ -44,8 +44,9 @@ from palladion.model import locate
 from palladion.model.checkpoint import CheckpointError, load_checkpoint
 from palladion.model.locate import find_model
 from palladion.model.parameters import Weight
-from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
+from palladion.reference.quantization import QuantizedArray, dequantize
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
 NUMPY_DOMAIN = np.lib.tracemalloc_domain
 

@@ -20,7 +20,8 @@ from palladion.kernels import append_kv as append_kv_operation
 from palladion.kernels import decode_attention as decode_attention_operation
 from palladion.kernels import quantized_matmul as quantized_matmul_operation
 from palladion.reference import oracle
-from palladion.reference.quantization import Scheme, quantize_rows
+from palladion.reference.quantization import quantize_rows
+from palladion.reference.scheme import Scheme
 
 SCHEMES = ["int8", "int8-g32-zeros", "int4-g32", "int4-g32-zeros", "int4-g64-minimums", "float8_e4m3fn-g32", "mxfp4"]
 METHODS = [*((scheme, "absmax") for scheme in SCHEMES), ("int4-g32", "mse"), ("mxfp4", "mse"), ("int4-minimums", "hqq")]

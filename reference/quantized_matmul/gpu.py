@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, decode_codes, dequantize
+from palladion.reference.quantization import QuantizedArray, decode_codes, dequantize
 from palladion.reference.quantized_matmul import streaming
 from palladion.reference.quantized_matmul.definition import dot, select_layer
+from palladion.reference.scheme import INT4_ZERO, PACK_BLOCK
 
 HALF: Final = PACK_BLOCK // 2
 """Bytes of a block of packed codes."""

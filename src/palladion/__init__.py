@@ -10,6 +10,9 @@ Operations, each with `backend=`:
 Data:
   KVCache             a dense or paged cache, plain or quantized
   QuantizedArray      a weight matrix in 8 or 4 bits; `quantize` makes it, a `Scheme` names its format
+  quantize_tree       quantizes the matrices of a model, and reports what became of each array
+  save_tree           saves nested dicts of arrays and QuantizedArrays as safetensors; `load_tree` loads them
+  TransposedWeight    a QuantizedArray for code that computes w @ x: `w.T`
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices`, `tracing_for`, `Unsupported`.
 The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`; the command `palladion` runs both.
@@ -23,25 +26,43 @@ from palladion.kernels.devices import tracing_for
 from palladion.kernels.implementation import Unsupported
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
-from palladion.reference import KVCache, QuantizedArray, Scheme, dequantize, merge_partials, quantize, quantize_kv
+from palladion.reference import (
+    KVCache,
+    QuantizationReport,
+    QuantizedArray,
+    Scheme,
+    TransposedWeight,
+    dequantize,
+    load_tree,
+    merge_partials,
+    quantize,
+    quantize_kv,
+    quantize_tree,
+    save_tree,
+)
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "KVCache",
+    "QuantizationReport",
     "QuantizedArray",
     "Scheme",
+    "TransposedWeight",
     "Unsupported",
     "append_kv",
     "append_qkv",
     "decode_attention",
     "dequantize",
+    "load_tree",
     "matmul",
     "merge_partials",
     "quantize",
     "quantize_kv",
+    "quantize_tree",
     "quantized_matmul",
     "record_choices",
+    "save_tree",
     "tracing_for",
     "using_backend",
 ]
