@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from palladion.model.checkpoint_fields import check_fields, read_family
@@ -18,7 +20,8 @@ from palladion.model.families import HUGGING_FACE_MODULES
 from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
 from palladion.model.stored_quantized import PARTS, VALUES, read_scheme, stored_quantized
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import Scheme
+from palladion.reference.saving import DTYPES, LENGTH_BYTES
+from palladion.reference.scheme import Scheme
 
 EMBEDDING: Final = f"{HUGGING_FACE_MODULES['embedding']}.weight"
 HEAD: Final = f"{HUGGING_FACE_MODULES['head']}.weight"
@@ -290,9 +293,20 @@ def _read_tensor(stored: Location, dtype: Any) -> np.ndarray:
 
 def _read_raw(stored: Location) -> np.ndarray:
     """Reads a tensor."""
+    if stored.kind.startswith("F8"):
+        return _read_float8(stored)
     with _opened(stored) as tensors:
         array: np.ndarray = tensors.get_tensor(stored.name)
     return array
+
+
+def _read_float8(stored: Location) -> np.ndarray:
+    """Reads a tensor of floats of one byte, which the package safetensors cannot give to NumPy."""
+    with open(stored.file, "rb") as file:
+        header = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        begin, end = json.loads(file.read(header))[stored.name]["data_offsets"]
+        file.seek(LENGTH_BYTES + header + begin)
+        return np.fromfile(file, np.uint8, end - begin).view(jnp.dtype(DTYPES[stored.kind])).reshape(stored.shape)
 
 
 def _read_parts(parts: Mapping[str, Location]) -> dict[str, np.ndarray]:

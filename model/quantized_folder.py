@@ -12,10 +12,12 @@ from typing import Final
 import numpy as np
 
 from palladion.model.checkpoint import open_checkpoint, quantized_tensors
-from palladion.model.checkpoint_files import CheckpointError, JsonFile, exists, models_extra
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, exists
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint
-from palladion.model.stored_quantized import METHOD, SECTION, parts_of
-from palladion.reference.quantization import Scheme
+from palladion.model.stored_quantized import METHOD, SECTION, stored_parts
+from palladion.reference.quantization import QuantizedArray
+from palladion.reference.saving import save_tree
+from palladion.reference.scheme import Scheme
 
 SHARD_BYTES: Final = 2 * 10**9
 """Size from which on a file of weights is closed and the next one begun."""
@@ -74,15 +76,13 @@ def quantize_folder(
     names = len(reader.tensor_names())
     for count, (name, weight) in enumerate(quantized_tensors(reader, scheme), 1):
         raw = reader.raw(name)
-        tensors = {name: raw}
-        if weight is not None:
-            tensors = {f"{name}.{part}": array for part, array in parts_of(weight).items()}
-        shards.add(tensors)
+        stored = raw if weight is None else weight
+        shards.add(name, stored)
         report = Quantized(
             report.weights + (weight is not None),
             report.dense + (weight is None),
             report.bytes_before + raw.nbytes,
-            report.bytes_after + sum(array.nbytes for array in tensors.values()),
+            report.bytes_after + stored.nbytes,
         )
         progress(name, min(count / names, 1.0))
     shards.close()
@@ -95,32 +95,32 @@ def quantize_folder(
 
 
 class _Shards:
-    """Writes tensors into files of about `SHARD_BYTES`, and the index of them."""
+    """Writes tensors and weights into files of about `SHARD_BYTES`, and the index of them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, str] = {}
-        self._tensors: dict[str, np.ndarray] = {}
+        self._held: dict[str, np.ndarray | QuantizedArray] = {}
         self._count = 0
 
-    def add(self, tensors: dict[str, np.ndarray]) -> None:
-        """Adds tensors, and writes a file where enough are there."""
-        self._tensors |= tensors
-        if sum(array.nbytes for array in self._tensors.values()) >= SHARD_BYTES:
+    def add(self, name: str, stored: np.ndarray | QuantizedArray) -> None:
+        """Adds a tensor or a weight, and writes a file where enough are there."""
+        self._held[name] = stored
+        if sum(held.nbytes for held in self._held.values()) >= SHARD_BYTES:
             self._write()
 
     def close(self) -> None:
         """Writes what is left, and the index."""
-        if self._tensors:
+        if self._held:
             self._write()
         index = json.dumps({"metadata": {}, "weight_map": self._files}, indent=2)
         (self._folder / "model.safetensors.index.json").write_text(index + "\n", "utf-8")
 
     def _write(self) -> None:
-        with models_extra("writing a checkpoint"):
-            import safetensors.numpy
         self._count += 1
         file = f"model-{self._count:05d}.safetensors"
-        safetensors.numpy.save_file(self._tensors, self._folder / file)
-        self._files |= dict.fromkeys(self._tensors, file)
-        self._tensors = {}
+        save_tree(self._folder / file, self._held)
+        for name, stored in self._held.items():
+            names = [name] if isinstance(stored, np.ndarray) else [f"{name}.{part}" for part in stored_parts(stored)]
+            self._files |= dict.fromkeys(names, file)
+        self._held = {}

@@ -1,8 +1,8 @@
 """Weights in the format that `palladion quantize` writes: a safetensors tensor for each part of a `QuantizedArray`.
 
-A weight `name` is stored as `name.values`, `name.scales` and, where the scheme has them, `name.zeros` and
-`name.minimums`, in the order "out_in". Floats of one byte, for which safetensors has no NumPy type, are stored as their
-bits. config.json has {"quantization_config": {"quant_method": "palladion", "scheme": "int4-g32"}}.
+A weight `name` is stored as `save_tree` does it, as `name.values`, `name.scales` and, where the scheme has them,
+`name.zeros` and `name.minimums`, in the order "out_in". config.json has {"quantization_config": {"quant_method":
+"palladion", "scheme": "int4-g32"}}.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 from palladion.model.checkpoint_files import CheckpointError, JsonFile, shorten
 from palladion.model.checkpoint_reader import StoredTensor
-from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme, dequantize
+from palladion.reference.quantization import QuantizedArray, check_parts, dequantize
+from palladion.reference.scheme import Scheme
 
 SECTION: Final = "quantization_config"
 """Section of config.json that says how weights are quantized."""
@@ -54,15 +55,9 @@ def read_scheme(values: JsonFile) -> Scheme | None:
         raise CheckpointError(f"{values.path}: {SECTION}: {error}; take the original file") from error
 
 
-def parts_of(weight: QuantizedArray) -> dict[str, np.ndarray]:
-    """Returns the parts of a weight as they are stored."""
-    parts = {part: getattr(weight, part) for part in PARTS}
-    return {part: _as_stored(np.asarray(array)) for part, array in parts.items() if array is not None}
-
-
-def _as_stored(array: np.ndarray) -> np.ndarray:
-    is_bits = array.dtype.itemsize == 1 and array.dtype not in (np.int8, np.uint8)
-    return np.ascontiguousarray(array.view(np.uint8) if is_bits else array)
+def stored_parts(weight: QuantizedArray) -> list[str]:
+    """Returns the names of the parts that a weight has."""
+    return [part for part in PARTS if getattr(weight, part) is not None]
 
 
 def stored_quantized(
@@ -79,14 +74,13 @@ def stored_quantized(
 
     def read_quantized() -> QuantizedArray:
         parts = {part: jnp.asarray(array) for part, array in read().items()}
-        parts["values"] = parts["values"].view(CODE_DTYPE[scheme.format])
-        if scheme.format == "mxfp4" and "scales" in parts:
-            parts["scales"] = parts["scales"].view(jnp.float8_e8m0fnu)
         given: dict[str, Any] = {part: parts.get(part) for part in PARTS}
+        weight = QuantizedArray(**given, scheme=scheme, order="out_in")
         try:
-            return QuantizedArray(**given, scheme=scheme, order="out_in")
+            check_parts(weight)
         except ValueError as error:
             raise CheckpointError(f"tensor {shorten(name)}: {error}; quantize the checkpoint again") from error
+        return weight
 
     def read_dense(dtype: Any) -> np.ndarray:
         return np.asarray(dequantize(read_quantized(), dtype).T)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from palladion.model.chat_template import check_messages
 from palladion.model.generation import check_seed
 from palladion.model.tokenizer import Tokenizer
 from palladion.model.vocabulary import check_text
@@ -74,8 +75,9 @@ def render(lines: Sequence[dict[str, Any]], arguments: argparse.Namespace, token
     for line in lines:
         prompt = shown = line.get("prompt", "")
         if arguments.chat or "messages" in line:
-            messages = line.get("messages") or [{"role": "user", "content": prompt}]
-            if arguments.system is not None and messages[:1] and messages[0].get("role") != "system":
+            messages = line.get("messages", [{"role": "user", "content": prompt}])
+            check_messages(messages)
+            if arguments.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": arguments.system}, *messages]
             prompt, shown = tokenizer.render_chat(messages), ""
         for sample in range(arguments.samples):
