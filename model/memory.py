@@ -72,10 +72,9 @@ def check_room(weights: int, cache: int, batch: int, max_len: int) -> None:
         return
     needed = f"{weights / 1e9:,.1f} GB for the weights at least, and {cache / 1e9:,.1f} GB for the KV cache"
     free = f"{available / 1e9:,.1f} GB of memory are free"
-    sequences = f" in {batch} sequences" if batch > 1 else ""
-    ways = "a smaller max_len or batch, or kv_dtype='int8'"
     if weights > available:
-        ways = "a smaller model, or a narrower scheme: quantize='int8' or 'int4-g32'"
-    raise ValueError(
-        f"max_len {max_len}{sequences} does not fit: it needs {needed}, and {free}; accepted: what fits, with {ways}"
-    )
+        what, ways = "the model", "a smaller model, or a narrower scheme: quantize='int8' or 'int4-g32'"
+    else:
+        what = f"max_len {max_len}" + (f" in {batch} sequences" if batch > 1 else "")
+        ways = "a smaller max_len or batch, or kv_dtype='int8'"
+    raise ValueError(f"{what} does not fit: it needs {needed}, and {free}; accepted: what fits, with {ways}")

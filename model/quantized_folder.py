@@ -25,7 +25,7 @@ SHARD_BYTES: Final = 2 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What became of a checkpoint.
+    """Sizes of a checkpoint before and after.
 
     Attributes:
       weights: number of tensors that were quantized.

@@ -133,6 +133,33 @@ def test_commands_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None
     assert "error: command: got 'no'; accepted: suite, check" in run(capsys, "bench", "no")[2]
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nand more"), 2),
+        (MemoryError("9 GB"), 2),
+        (KeyboardInterrupt(), 130),
+        (jax.errors.JaxRuntimeError("INTERNAL: a bug"), None),
+    ],
+)
+def test_errors_of_a_running_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int | None
+) -> None:
+    def fail(_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("palladion.model.commands.quantize.run", fail)
+    arguments = ("quantize", "in", "out", "--scheme=int8")
+    if status is None:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run(capsys, *arguments)
+        return
+    found, _, said = run(capsys, *arguments)
+    assert found == status
+    assert len(said.splitlines()) == 1
+    assert status != 2 or "9 GB" in said
+
+
 def lines(*given: dict[str, Any]) -> io.StringIO:
     return io.StringIO("\n".join(map(json.dumps, given)) + "\n\n")
 
@@ -248,6 +275,9 @@ def test_memory_is_checked_before_weights_are_read(
         "error: max_len 4096 in 2 sequences does not fit: it needs 0.0 GB for the weights at least, and 0.0 GB" in err
     )
     assert "loaded" not in err
+    monkeypatch.setattr("palladion.model.memory.available_memory", lambda: 10**4)
+    with pytest.raises(ValueError, match=r"the model does not fit: .* or a narrower scheme: quantize='int8'"):
+        Generator.load(path)
 
 
 def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

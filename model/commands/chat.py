@@ -29,7 +29,7 @@ MAX_NEW_TOKENS: Final = 1024
 """Most tokens of an answer by default."""
 
 PROMPT: Final = "> "
-"""What a terminal shows before a message."""
+"""Text that a terminal shows before a message."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,6 +119,7 @@ def _check_counts(arguments: argparse.Namespace, greedy: bool) -> None:
 
 
 Answer = tuple[Generation, Statistics]
+"""A generation, and the statistics of the batch that it was made in."""
 
 
 def _stream(generator: Generator, request: Request, settings: dict[str, Any], progress: Progress) -> Answer:

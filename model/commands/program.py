@@ -17,12 +17,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Final, NoReturn
 
+import jax
+
 from palladion.kernels import compilation_cache
 from palladion.kernels.implementation import Unsupported
 from palladion.model.exit_status import INTERRUPTED, USER_ERROR
 
 NO_READER: Final = 141
 """Exit status where nothing reads the output any more, as `head` does not: that of a shell after SIGPIPE."""
+
+
+OUT_OF_MEMORY: Final = "RESOURCE_EXHAUSTED"
+"""Word of XLA's errors where memory is not enough."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +102,12 @@ class Program:
             if debug:
                 raise
             print(f"error: {error}\n({self.name} --debug {name} … shows where)", file=sys.stderr)
+            return USER_ERROR
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            said = str(error).partition("\n")[0]
+            if debug or (isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in said):
+                raise
+            print(f"error: out of memory ({said}); use a smaller batch, context or model", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
