@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Of the tests, each with files of its own; one takes up to 6 GB of memory.
 WORKERS ?= 2
-FOLDERS := reference kernels frameworks model benchmarks tests
+FOLDERS := reference kernels frameworks model benchmarks tests docs
 
 .PHONY: demo test
 

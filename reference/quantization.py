@@ -116,7 +116,8 @@ class QuantizedArray(MatrixStack):
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and minimums."""
-        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
+        # A framework's printed form of an array has no `size`.
+        return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in jax.tree.leaves(self))
 
     @property
     def mT(self) -> TransposedWeight:  # noqa: N802

@@ -165,7 +165,7 @@ def quantize_tree(
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         axes = _axes_of(in_axes, path, leaf)
         layout = _Layout(axes, stack_axes, transposed and axes is None)
-        is_selected = _selects(where, path, leaf)
+        is_selected = selects(where, path, leaf)
         selected += is_selected
         by_default = path if where is None else None
         reason = _reason_against(leaf, scheme, layout, by_default) if is_selected else "not selected by where"
@@ -196,7 +196,7 @@ class _Layout(NamedTuple):
         return weight.mT if self.transposed else weight
 
 
-def _selects(where: Where | None, path: str, leaf: Any) -> bool:
+def selects(where: Where | None, path: str, leaf: Any) -> bool:
     """Returns whether the caller selects an array, or leaves the choice to the default."""
     if where is None:
         return True

@@ -4,6 +4,8 @@ The format is a header of names, dtypes, shapes and offsets in JSON, and the byt
 for safetensors reads the tensors; the parts of a quantized weight are tensors of their own, `<path>.values`,
 `<path>.scales`, … . The entry "palladion" of the header's metadata has what the format has no place for, in JSON: the
 nesting of the tree, and scheme and order of each weight. Only one array is in the memory of the host at a time.
+
+The package `safetensors` is not used: it knows no NumPy dtype for bfloat16, float8 and e8m0, and reads whole files.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-decay",
         f"{ATTENTION}/online_softmax.py",
-        "State(m_next, state.l * alpha[:, None] + p, state.acc)",
+        "State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)",
         "State(m_next, state.l + p, state.acc)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "The sum of the weights so far keeps its old maximum.",
@@ -113,7 +113,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-gpu-empty-sequence",
-        f"{ATTENTION}/triton/shares.py",
+        f"{ATTENTION}/shares.py",
         "jnp.full_like(blocks, size)), 1)",
         "jnp.full_like(blocks, size)), 0)",
         (ATTENTION_GPU_TESTS, "-k", "share_and_merge and balanced"),
@@ -122,7 +122,7 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-weights-overflow",
         f"{ATTENTION}/online_softmax.py",
-        "bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]",
+        "bound = s if v_scale is None else s + _spread(_exponent_above(v_scale), s, tokens)",
         "bound = s",
         (ATTENTION_GPU_TESTS, "-k", "scales_of_values"),
         "Weights with the scales of values overflow float16, or vanish in it.",
@@ -251,7 +251,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-columns",
-        f"{PRODUCT}/mosaic_gpu/codes.py",
+        "kernels/gpu_codes.py",
         "OWN_COLUMNS: Final = (0x5140, 0x3726)",
         "OWN_COLUMNS: Final = (0x5140, 0x7362)",
         (HOPPER_TESTS, "-k", "registers"),
