@@ -66,7 +66,7 @@ GELU_TANH: Final = ("gelu_pytorch_tanh",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUFForm:
-    """What differs in the GGUF files of a family.
+    """The form of a family's GGUF files, where it differs from that of Llama's.
 
     Attributes:
       architecture: the file's name of the family.
@@ -140,16 +140,37 @@ LLAMA_GGUF: Final = GGUFForm(architecture="llama", interleaved=True)
 
 QWEN_DEFAULTS: Final = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "max_window_layers": 28}
 
-GEMMA_2_FORM: Final = {"activation": "gelu_tanh", "post_norm": True}
+GEMMA: Final[dict[str, Any]] = {
+    "defaults": {"tie_word_embeddings": True, "head_dim": 256},
+    "activations": GELU_TANH,
+    "biases": ATTENTION_BIASES,
+    "norm_offset": 1.0,
+    "embedding_root": True,
+}
 
-OLMO_FORM: Final = {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}
+OLMO: Final[Mapping[str, Any]] = {
+    "form": {"pre_norm": False, "post_norm": True, "qk_norm": "projection"},
+    "modules": {name: SANDWICH[name] for name in ("attention_post_norm", "mlp_post_norm")},
+    "biases": ATTENTION_BIASES,
+    "gguf": GGUFForm(architecture="olmo2"),
+}
+
+GEMMA_2_DEFAULTS: Final = GEMMA["defaults"] | {"sliding_window": 4096, "query_pre_attn_scalar": 256}
+
+GLM: Final[Mapping[str, Any]] = {
+    "fields": ("partial_rotary_factor",),
+    "defaults": {"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7},
+    "biases": {"qkv": "attention_bias"},
+    "interleaved": True,
+}
 
 COHERE: Final[Mapping[str, Any]] = {
     "form": {"norm": "layer", "parallel": True},
-    "fields": ("logit_scale", "layer_norm_eps"),
     "biases": ATTENTION_BIASES,
     "interleaved": True,
 }
+COHERE_FIELDS: Final = ("logit_scale", "layer_norm_eps", "position_embedding_type")
+COHERE_DEFAULTS: Final = {"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
 
 FAMILIES: Final = (
     _family("llama", "Llama", biases=ALL_BIASES, gguf=LLAMA_GGUF),
@@ -171,6 +192,135 @@ FAMILIES: Final = (
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
         biases=ATTENTION_BIASES,
         gguf=GGUFForm(architecture="qwen3"),
+    ),
+    # Files of the first Gemma say "gelu" and mean the approximation.
+    _family(
+        "gemma",
+        "Gemma",
+        **(GEMMA | {"activations": ("gelu", *GELU_TANH)}),
+        form={"activation": "gelu_tanh"},
+        gguf=GGUFForm(architecture="gemma"),
+    ),
+    _family(
+        "gemma2",
+        "Gemma2",
+        **(GEMMA | {"defaults": GEMMA_2_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}}),
+        form={"activation": "gelu_tanh", "post_norm": True},
+        fields=("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        windows="kinds",
+        window_period=2,
+        modules=SANDWICH,
+        gguf=GGUFForm(architecture="gemma2", keys=("attn_logit_softcapping", "final_logit_softcapping")),
+    ),
+    _family(
+        "gemma3_text",
+        "Gemma3",
+        "Gemma3TextModel",
+        **(GEMMA | {"defaults": GEMMA_2_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}}),
+        form={"activation": "gelu_tanh", "post_norm": True, "qk_norm": "head"},
+        fields=("query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern"),
+        windows="kinds",
+        window_period=6,
+        rotation="by window",
+        modules=SANDWICH,
+        gguf=GGUFForm(architecture="gemma3", keys=("final_logit_softcapping",)),
+    ),
+    _family(
+        "phi3",
+        "Phi3",
+        fields=("partial_rotary_factor", "longrope"),
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        windows="all",
+        modules=FUSED_QKV | FUSED_GATE_UP,
+        gguf=GGUFForm(architecture="phi3", modules={"qkv": "blk.{layer}.attn_qkv", "gate_up": "blk.{layer}.ffn_up"}),
+    ),
+    _family(
+        "smollm3",
+        "SmolLM3",
+        fields=("no_rope_layers", "no_rope_layer_interval"),
+        defaults={"no_rope_layer_interval": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        biases=ALL_BIASES,
+        gguf=GGUFForm(architecture="smollm3", interleaved=True),
+    ),
+    _family(
+        "granite",
+        "Granite",
+        fields=("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        defaults={"attention_multiplier": 1.0},
+        biases=ALL_BIASES,
+        gguf=GGUFForm(
+            architecture="granite",
+            interleaved=True,
+            keys=("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+            divides_logits=True,
+        ),
+    ),
+    _family("olmo2", "Olmo2", defaults={"rms_norm_eps": 1e-5}, **OLMO),
+    _family(
+        "olmo3",
+        "Olmo3",
+        **OLMO,
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        windows="kinds",
+        window_period=4,
+        rotation="by window",
+    ),
+    _family("glm", "Glm", modules=FUSED_GATE_UP, **GLM),
+    _family(
+        "glm4",
+        "Glm4",
+        **GLM,
+        form={"post_norm": True},
+        modules=FUSED_GATE_UP
+        | {
+            "attention_post_norm": "model.layers.{layer}.post_self_attn_layernorm",
+            "mlp_post_norm": "model.layers.{layer}.post_mlp_layernorm",
+        },
+        gguf=GGUFForm(architecture="glm4", interleaved=True, modules={"gate_up": "blk.{layer}.ffn_up"}),
+    ),
+    _family(
+        "cohere",
+        "Cohere",
+        **COHERE,
+        fields=(*COHERE_FIELDS, "use_qk_norm"),
+        defaults=COHERE_DEFAULTS | {"rope_theta": 5e5},
+        gguf=GGUFForm(architecture="command-r", interleaved=True, keys=("logit_scale",)),
+    ),
+    _family(
+        "cohere2",
+        "Cohere2",
+        **COHERE,
+        fields=(*COHERE_FIELDS, "sliding_window_pattern"),
+        defaults=COHERE_DEFAULTS | {"sliding_window": 4096},
+        windows="kinds",
+        window_period=4,
+        rotation="windowed",
+        gguf=GGUFForm(architecture="cohere2", interleaved=True, keys=("logit_scale",)),
+    ),
+    _family(
+        "stablelm",
+        "StableLm",
+        form={"norm": "layer"},
+        fields=("partial_rotary_factor", "layer_norm_eps", "use_parallel_residual"),
+        defaults={"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+        biases={"qkv": "use_qkv_bias"},
+        gguf=GGUFForm(architecture="stablelm", keys=("use_parallel_residual",)),
+    ),
+    _family(
+        "helium",
+        "Helium",
+        defaults={"head_dim": 128, "rope_theta": 1e5, "rms_norm_eps": 1e-8},
+        biases={"qkv": "attention_bias", "mlp": "mlp_bias"},
+        interleaved=True,
+    ),
+    _family(
+        "arcee",
+        "Arcee",
+        form={"activation": "relu2", "gated": False},
+        defaults={"rms_norm_eps": 1e-5},
+        activations=("relu2",),
+        biases=ALL_BIASES,
+        gguf=GGUFForm(architecture="arcee", interleaved=True),
     ),
     _family(
         "seed_oss",

@@ -68,7 +68,7 @@ class GGUFCheckpoint:
             metadata,
             self._rotary,
             vocab_size=tokenizer.vocab_size,
-            tied=f"{self._modules['head']}.weight" not in self._tensors,
+            tensors=self._tensors.keys(),
             # Some files have -1, or its unsigned form, for a token that does not exist.
             stop_tokens=tuple(t for t in tokenizer.stop_tokens if 0 <= t < tokenizer.vocab_size),
         )
@@ -95,8 +95,11 @@ class GGUFCheckpoint:
         module = name.split(".")[-2]
         shape = tuple(int(size) for size in reversed(stored.shape))
         swaps = self._form.interleaved and module in ("attn_q", "attn_k") and shape[0] % self._head_dim == 0
+        swaps_columns = self._form.interleaved and module in ("attn_q_norm", "attn_k_norm") and len(shape) == 2
 
         def rows() -> np.ndarray:
+            if swaps_columns:  # [heads, head_dim]
+                return half_split(stored.data.T, self._head_dim, self._rotary_dim).T
             return half_split(stored.data, self._head_dim, self._rotary_dim) if swaps else stored.data
 
         label = f"{self.path}: tensor {name!r}"

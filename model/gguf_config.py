@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -140,7 +140,7 @@ class Metadata:
 
 
 def read_config(
-    metadata: Metadata, rotary: Rotary, *, vocab_size: int, tied: bool, stop_tokens: tuple[int, ...]
+    metadata: Metadata, rotary: Rotary, *, vocab_size: int, tensors: Collection[str], stop_tokens: tuple[int, ...]
 ) -> ModelConfig:
     """Returns the configuration that the metadata describe.
 
@@ -148,7 +148,7 @@ def read_config(
       metadata: the file's metadata.
       rotary: its rotary frequencies.
       vocab_size: number of tokens.
-      tied: whether the embedding is also the output head.
+      tensors: names of the file's tensors: some options are told by them alone.
       stop_tokens: token ids that end a generation.
 
     Raises:
@@ -166,6 +166,8 @@ def read_config(
         )
     layers = metadata.integer("block_count")
     options = _options(metadata, hidden, q_heads, layers)
+    if "use_qk_norm" in metadata.family.fields and "blk.0.attn_q_norm.weight" in tensors:
+        options["qk_norm"] = "heads"
     window, label = metadata.value("attention.sliding_window", 0)
     window = None if is_zero(window) else check_window(window, label)
     kinds = _read_layers(metadata, layers, window is not None)
@@ -179,7 +181,7 @@ def read_config(
             kv_heads=metadata.integer("attention.head_count_kv", q_heads),
             head_dim=head_dim,
             max_positions=metadata.integer("context_length", minimum=2),
-            tied_embedding=tied,
+            tied_embedding="output.weight" not in tensors,
             stop_tokens=stop_tokens,
             sliding_window=window,
             layer_kinds=kinds,
@@ -307,7 +309,13 @@ def _scaling(metadata: Metadata, theta: float) -> tuple[float, YarnScaling | Non
         beta_fast=metadata.real("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=metadata.real("rope.scaling.yarn_beta_slow", 1.0),
     )
-    return 1.0, yarn, scale * yarn.attention_factor()
+    if scale != 1.0:
+        # Converters write the whole factor, or one that llama.cpp multiplies by YaRN's own: a file does not say which.
+        raise CheckpointError(
+            f"{metadata.path}: rotary scaling 'yarn' with an attn_factor of {scale:g} is not supported; take the "
+            "model's Hugging Face folder"
+        )
+    return 1.0, yarn, yarn.attention_factor()
 
 
 def is_zero(value: Any) -> bool:

@@ -473,7 +473,7 @@ def test_gguf_metadata_errors(tmp_path: Path, metadata: dict[str, Any], message:
 
 def test_gguf_architecture(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", {}, architecture="mamba")
-    with pytest.raises(CheckpointError, match=r"architecture 'mamba' is not supported; supported: .*'llama', 'qwen2'"):
+    with pytest.raises(CheckpointError, match=r"architecture 'mamba' is not supported; .*'llama', 'olmo2'"):
         load_checkpoint(path)
 
 
