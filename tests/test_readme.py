@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from palladion.model.checkpoint import CheckpointError, find_model
+from palladion.model.checkpoint import CheckpointError
+from palladion.model.locate import find_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

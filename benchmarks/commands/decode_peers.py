@@ -25,9 +25,9 @@ from palladion.benchmarks.commands import PROGRAM
 from palladion.benchmarks.commands.progress import report_progress
 from palladion.benchmarks.measure import machine, records
 from palladion.kernels.checks import check
-from palladion.model.checkpoint import find_model
 from palladion.model.exit_status import INTERRUPTED
 from palladion.model.generator import Generator
+from palladion.model.locate import find_model
 
 HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and compares tokens/s"
 
