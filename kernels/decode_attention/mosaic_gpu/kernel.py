@@ -16,6 +16,7 @@ from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
 from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch, value_dtype
 from palladion.kernels.decode_attention.mosaic_gpu.registers import MATRIX, OF_COLUMNS, OF_ROWS, Registers
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.decode_attention.shares import is_balanced
 from palladion.kernels.gpu_codes import recipe
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
@@ -184,12 +185,19 @@ def kernel(
     """
     program = Program(problem, config, refs, scratch, interpret)
     registers, head, row_block = program.registers, program.head, program.row_block
-    state = program.run()
-    rows = pl.ds(program.first_row, config.block_rows)
-    sinks = None if refs.sinks is None else registers.load(refs.sinks.at[head, rows], OF_COLUMNS, optimized=False)
-    (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
-    if scratch.out is not None:
-        write(registers, results, scratch.out, (program.share.sequence, head, row_block), out, lse)
+
+    def attend() -> None:
+        state = program.run()
+        rows = pl.ds(program.first_row, config.block_rows)
+        sinks = None if refs.sinks is None else registers.load(refs.sinks.at[head, rows], OF_COLUMNS, optimized=False)
+        (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
+        if scratch.out is not None:
+            write(registers, results, scratch.out, (program.share.sequence, head, row_block), out, lse)
+        else:
+            registers.store(results.out.at[program.slot, head, row_block], out)
+            registers.store(results.lse.at[program.slot, head, rows], lse)
+
+    if is_balanced(problem, config):  # then slots are left over, which come last
+        pl.when(program.share.works)(attend)
     else:
-        registers.store(results.out.at[program.slot, head, row_block], out)
-        registers.store(results.lse.at[program.slot, head, rows], lse)
+        attend()
