@@ -16,9 +16,10 @@ PATTERNS = (
     "benchmarks/README.md",
     "benchmarks/results/*/README.md",
     "benchmarks/results/*/*.png",
-    "examples/README.md",
+    "examples/*.*",
+    "kernels/*.py",
 )
-"""Pages and pictures outside `docs/api`, which mkdocs reads itself."""
+"""Pages outside `docs/api`, which mkdocs reads itself, and the pictures and sources that they link to."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

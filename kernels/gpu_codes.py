@@ -65,9 +65,10 @@ def recipe(format: str, dtype: str) -> Recipe:
     if format in FLOAT8:
         mantissa_bits, bias = FLOAT8[format]
         left = MANTISSA_BITS[dtype] - mantissa_bits
+        others = 0x7FFF7FFF  # all but the signs
         # The wider float has a larger bias: with the same exponent bits it is a power of two smaller.
         return Recipe(
-            lambda word: ((word & 0x007F007F) << left) | ((word & 0x00800080) << 8),
+            lambda word: ((word << left) & (0x007F007F << left)) | (((word << 8) | others) ^ others),
             factor=2.0 ** (EXPONENT_BIAS[dtype] - bias),
         )
     if format == "int4":
@@ -75,7 +76,7 @@ def recipe(format: str, dtype: str) -> Recipe:
             return Recipe(lambda word: (word & 0x000F000F) | 0x43004300, offset=128)  # 128 + code
         return Recipe(lambda word: (word & 0x000F000F) | 0x64006400, offset=1024)  # 1024 + code
     if dtype == "float16":
-        return Recipe(lambda word: ((word ^ 0x00800080) & 0x00FF00FF) | 0x64006400, offset=1024 + 128)
+        return Recipe(lambda word: (word & 0x00FF00FF) ^ 0x64806480, offset=1024 + 128)  # 1024 + 128 + code
     # A mantissa of 7 bits: 128 + the lowest 7 bits of the code, less 128, or 256 where the highest bit is set.
     return Recipe(lambda word: (word & 0x007F007F) | 0x43004300, lambda word: (word & 0x00800080) | 0x43004300)
 
@@ -125,9 +126,8 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
     return found[0] if how.less is None else found[0] - found[1]
 
 
-def numbers(floats: jax.Array, format: str, dtype: str) -> jax.Array:
-    """Returns the numbers that converted codes stand for, with offset and factor of the recipe."""
-    how = recipe(format, dtype)
+def numbers(floats: jax.Array, how: Recipe, dtype: str) -> jax.Array:
+    """Returns the numbers that codes stand for, given what `convert` made of them."""
     if how.offset:
         floats = floats - jnp.asarray(how.offset, dtype)
     return floats * jnp.asarray(how.factor, dtype) if how.factor != 1 else floats

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import palladion
+import palladion.model
 from palladion.benchmarks.measure.operations import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_every_export_has_an_entry(documented: set[str]):
     assert {f"palladion.{name}" for name in set(palladion.__all__) - VALUES} <= documented
+    assert {f"palladion.model.{name}" for name in palladion.model.__all__} <= documented
 
 
 def test_every_config_has_an_entry(documented: set[str]):

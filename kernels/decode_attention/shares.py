@@ -27,7 +27,7 @@ from palladion.kernels.types import Ref, Scalar
 
 
 class Blocks(Protocol):
-    """What the shares depend on in a backend's block sizes."""
+    """Block sizes of a backend, as far as shares depend on them."""
 
     @property
     def block_kv(self) -> int:

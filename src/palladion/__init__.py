@@ -19,7 +19,7 @@ Data:
 
 Choice of the implementation: `BACKENDS`, `using_backend`, `record_choices` (a `Choice` for each call), `tracing_for`,
 `Unsupported`.
-The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`.
+The model is in `palladion.model`, the benchmarks are in `palladion.benchmarks`; the command `palladion` runs both.
 """
 
 from palladion.frameworks.attention import dot_product_attention
@@ -72,3 +72,5 @@ __all__ = [
     "tracing_for",
     "using_backend",
 ]
+
+__version__ = "0.1.0"

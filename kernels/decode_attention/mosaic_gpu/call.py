@@ -84,6 +84,12 @@ PROGRAMS: Final = 2
 
 MOST_STAGES: Final = 6
 
+MOST_BALANCED: Final = 16
+"""Most sequences whose shares are balanced: every program goes through all of them, one after the other."""
+
+MOST_SLOTS: Final = 65535
+"""Most programs along the outermost axis of a grid."""
+
 SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Splits that the tuner tries, up to a factor of four from the heuristic's."""
 
@@ -109,7 +115,7 @@ def heuristic(problem: Problem) -> Config:
     blocks = pl.cdiv(visible_blocks(p, block_kv), splits)
     # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
     # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
-    balanced = p.batch > 1 and p.sliding_window is None and row_blocks == 1 and blocks > 1
+    balanced = 1 < p.batch <= MOST_BALANCED and p.sliding_window is None and row_blocks == 1 and blocks > 1
     return dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES, blocks), 1), balanced=balanced)
 
 
@@ -130,6 +136,8 @@ def unsupported(problem: Problem) -> str | None:
     p, gpu = problem, target_gpu()
     if gpu is not None and gpu.compute_capability != HOPPER:
         return f"needs wgmma, which sm_{HOPPER} has, got sm_{gpu.compute_capability}"
+    if p.batch > MOST_SLOTS:
+        return f"batch must be at most {MOST_SLOTS}, got {p.batch}"
     if p.q_dtype == "float32":
         return "q must be bfloat16 or float16, got float32"
     if not p.has_scales and p.kv_dtype != p.q_dtype:
@@ -154,6 +162,7 @@ def decode_attention(
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem)
     p, slots = problem, shares.slots_of(problem, config)
+    check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
     # TMA brings rows in tiles of 8, and leaves out those past the end when it writes; the interpreter does not.

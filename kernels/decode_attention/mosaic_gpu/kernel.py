@@ -13,9 +13,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from palladion.kernels.decode_attention import online_softmax
 from palladion.kernels.decode_attention.mosaic_gpu.balance import find_share
 from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
-from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch
-from palladion.kernels.decode_attention.mosaic_gpu.registers import OF_COLUMNS, OF_ROWS, Registers
+from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch, value_dtype
+from palladion.kernels.decode_attention.mosaic_gpu.registers import MATRIX, OF_COLUMNS, OF_ROWS, Registers
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.decode_attention.shares import is_balanced
+from palladion.kernels.gpu_codes import recipe
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
@@ -73,8 +75,8 @@ class Program:
     def values(self, block: Scalar, stored: Ref) -> Ref | jax.Array:
         """Returns the values of a block as an operand of a product with weights.
 
-        Values that no row sees become zeros where they may be NaN, since 0 * NaN is NaN. Codes become finite numbers,
-        except those of a float8 format with the exponents of float16.
+        Values that no row sees become zeros where they may be NaN, since 0 * NaN is NaN. Of codes, only those of
+        float8_e5m2, which has the exponents of float16, become NaN.
         """
         p, config, span = self.problem, self.config, self.share.span
         first, last = block * config.block_kv, (block + 1) * config.block_kv - 1
@@ -85,14 +87,13 @@ class Program:
             return jnp.where(seen, values, jnp.zeros((), values.dtype))
 
         if p.has_scales:
-            turned = self.registers.numbers_turned(stored, p.kv_dtype, p.q_dtype)
-            may_be_nan = p.kv_dtype == "float8_e5m2" and p.q_dtype == "float16"
-            return clear(turned, first, 1 - TOKENS) if may_be_nan else turned
+            turned = self.registers.floats_turned(stored, p.kv_dtype, value_dtype(p))
+            return clear(turned, first, 1 - TOKENS) if p.kv_dtype == "float8_e5m2" else turned
 
         def clear_stored() -> None:
             for start in range(0, p.head_dim, TILE):
                 tile = stored.at[:, pl.ds(start, TILE)]
-                tile[...] = clear(self.registers.load(tile, plgpu.Layout.WGMMA), first, TOKENS)
+                self.registers.store(tile, clear(self.registers.load(tile, MATRIX), first, TOKENS))
             self.registers.commit()
 
         pl.when((first < span.first_token) | (last > span.last_token))(clear_stored)
@@ -104,18 +105,18 @@ class Program:
         place, ahead = ring.place(block), block + config.num_stages
         located = ring.locate(ahead)  # long before it is needed: page numbers are awaited
         plgpu.barrier_wait(scratch.k_arrived.at[place])
-        keys, formats = scratch.k.at[place], (p.kv_dtype, p.q_dtype)
-        operand = self.registers.numbers(keys, *formats) if p.has_scales else keys
+        keys = scratch.k.at[place]
+        operand = self.registers.numbers(keys, p.kv_dtype, p.q_dtype) if p.has_scales else keys
         products = self.registers.multiply(operand, scratch.q)
         k_scale, v_scale = self.scale(scratch.k_scale, place), self.scale(scratch.v_scale, place)
         visible = self.visible(block, products.shape)
         s = online_softmax.masked_logits(p, products, k_scale, visible, TOKENS)
-        bounded = v_scale if p.q_dtype == "float16" else None
-        weights, alpha, state = online_softmax.update(p, state, s, bounded, TOKENS)
+        weights, alpha, state = online_softmax.update(p, state, s, v_scale, TOKENS)
         if v_scale is not None:  # that of a token which no row sees may be NaN
-            weights = weights * jax.lax.broadcast_in_dim(v_scale, weights.shape, (TOKENS,))
+            factor = v_scale * recipe(p.kv_dtype, value_dtype(p)).factor
+            weights = weights * jax.lax.broadcast_in_dim(factor, weights.shape, (TOKENS,))
             weights = jnp.where(visible, weights, 0.0)
-        self.registers.store_turned(scratch.weights, weights.astype(p.q_dtype))
+        self.registers.store_turned(scratch.weights, weights.astype(value_dtype(p)))
         plgpu.barrier_wait(scratch.v_arrived.at[place])
         self.registers.commit()
         (acc,) = state.acc  # [head_dim, block_rows]
@@ -184,12 +185,19 @@ def kernel(
     """
     program = Program(problem, config, refs, scratch, interpret)
     registers, head, row_block = program.registers, program.head, program.row_block
-    state = program.run()
-    rows = pl.ds(program.first_row, config.block_rows)
-    sinks = None if refs.sinks is None else registers.load(refs.sinks.at[head, rows], OF_COLUMNS, optimized=False)
-    (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
-    if scratch.out is not None:
-        write(registers, results, scratch.out, (program.share.sequence, head, row_block), out, lse)
+
+    def attend() -> None:
+        state = program.run()
+        rows = pl.ds(program.first_row, config.block_rows)
+        sinks = None if refs.sinks is None else registers.load(refs.sinks.at[head, rows], OF_COLUMNS, optimized=False)
+        (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
+        if scratch.out is not None:
+            write(registers, results, scratch.out, (program.share.sequence, head, row_block), out, lse)
+        else:
+            registers.store(results.out.at[program.slot, head, row_block], out)
+            registers.store(results.lse.at[program.slot, head, rows], lse)
+
+    if is_balanced(problem, config):  # then slots are left over, which come last
+        pl.when(program.share.works)(attend)
     else:
-        registers.store(results.out.at[program.slot, head, row_block], out)
-        registers.store(results.lse.at[program.slot, head, rows], lse)
+        attend()

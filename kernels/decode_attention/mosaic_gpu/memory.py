@@ -81,6 +81,11 @@ def chunk_of(problem: Problem, block_kv: int) -> int:
     return block_kv if problem.page_size is None else math.gcd(problem.page_size, block_kv)
 
 
+def value_dtype(problem: Problem) -> str:
+    """Returns the dtype of values and weights as operands: codes take fewer instructions to become float16."""
+    return "float16" if problem.has_scales else problem.kv_dtype
+
+
 def swizzle_of(row_bytes: int) -> int:
     """Returns the bytes that TMA permutes in shared memory, of which rows are multiples."""
     return 64 if row_bytes % 128 else 128
@@ -106,7 +111,7 @@ def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool
         v=swizzled((*ring, p.head_dim), p.kv_dtype),
         k_scale=scales,
         v_scale=scales,
-        weights=swizzled((c.block_rows, c.block_kv), p.q_dtype),
+        weights=swizzled((c.block_rows, c.block_kv), value_dtype(p)),
         out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None,
         q_arrived=plgpu.Barrier(),
         k_arrived=plgpu.Barrier(num_arrivals=copies * (3 if p.has_scales else 1), num_barriers=c.num_stages),

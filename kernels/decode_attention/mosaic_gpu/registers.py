@@ -77,17 +77,22 @@ class Registers:
     def numbers(self, codes: Ref, format: str, dtype: str) -> jax.Array:
         """Loads codes `[m, depth]` as numbers of a 16-bit dtype, the left operand of a product."""
         loaded = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X)
-        return gpu_codes.numbers(gpu_codes.convert(loaded, format, dtype, self.interpret), format, dtype)
+        floats = gpu_codes.convert(loaded, format, dtype, self.interpret)
+        return gpu_codes.numbers(floats, gpu_codes.recipe(format, dtype), dtype)
 
-    def numbers_turned(self, codes: Ref, format: str, dtype: str) -> jax.Array:
-        """Loads codes `[depth, m]` as numbers `[m, depth]`, m in another order until `in_order` is called."""
+    def floats_turned(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads codes `[depth, m]` as numbers `[m, depth]`, m in another order until `in_order` is called.
+
+        They lack the factor of their recipe, a power of two, which is left to the other operand.
+        """
         if self.interpret:
-            return self.numbers(codes, format, dtype).T
-        floats = turned_codes.load_turned(codes, format, dtype, swizzle_of(codes.shape[1]))
-        return gpu_codes.numbers(floats, format, dtype)
+            floats = gpu_codes.convert(codes[...], format, dtype, True).T
+        else:
+            floats = turned_codes.load_turned(codes, format, dtype, swizzle_of(codes.shape[1]))
+        return gpu_codes.numbers(floats, dataclasses.replace(gpu_codes.recipe(format, dtype), factor=1.0), dtype)
 
     def in_order(self, product: jax.Array) -> jax.Array:
-        """Puts the rows of products of `numbers_turned` in order."""
+        """Puts the rows of products of `floats_turned` in order."""
         return product if self.interpret else turned_codes.in_order(product)
 
     def multiply(self, left: Ref | jax.Array, right: Ref, *, turned: bool = False) -> jax.Array:
