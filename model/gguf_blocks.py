@@ -28,7 +28,8 @@ from typing import Final, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.reference.scheme import PACK_BLOCK, Scheme
+from palladion.model.quantized_codes import pack_codes
+from palladion.reference.scheme import Scheme
 
 IQ4_LEVELS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """Weights, in units of the scale, of the 16 codes of IQ4_NL and IQ4_XS."""
@@ -73,12 +74,6 @@ def _planes(packed: np.ndarray, bits: int, run: int) -> np.ndarray:
     runs = packed.reshape(*packed.shape[:-1], -1, 1, run)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return ((runs >> shifts) & np.uint8(2**bits - 1)).reshape(*packed.shape[:-1], -1)
-
-
-def _pack(codes: np.ndarray) -> np.ndarray:
-    """Packs 4-bit codes `[..., n]` as in a `QuantizedArray` of the order "out_in"."""
-    halves = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, 2, PACK_BLOCK // 2)
-    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*codes.shape[:-1], -1)
 
 
 def _split_4(blocks: np.ndarray) -> Split:
@@ -137,7 +132,7 @@ def _split_2_k(blocks: np.ndarray) -> Split:
     """Splits: 16 bytes, a factor of scales in the low and of minimums in the high nibble; codes; two scales."""
     factors = blocks[..., :16]
     scales, minimums = _scaled(blocks, 80, factors & 15), -_scaled(blocks, 82, factors >> 4)
-    return Split(_pack(_planes(blocks[..., 16:80], 2, 32)), scales, minimums)
+    return Split(pack_codes(_planes(blocks[..., 16:80], 2, 32)), scales, minimums)
 
 
 def _split_3_k(blocks: np.ndarray) -> Split:
@@ -146,7 +141,7 @@ def _split_3_k(blocks: np.ndarray) -> Split:
     # 8 bytes have the factors' low four bits, 4 bytes the high two.
     factors = _planes(blocks[..., 96:104], 4, 8) | (_planes(blocks[..., 104:108], 2, 4) << 4)
     # A code counts from -4, and an implied zero is 8.
-    return Split(_pack(low + high * 4 + 4), _scaled(blocks, 108, factors.view(np.int8) - np.int8(32)))
+    return Split(pack_codes(low + high * 4 + 4), _scaled(blocks, 108, factors.view(np.int8) - np.int8(32)))
 
 
 def _factors_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +158,7 @@ def _factors_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_4_k(blocks: np.ndarray) -> Split:
-    return Split(_pack(_planes(blocks[..., 16:], 4, 32)), *_factors_k(blocks))
+    return Split(pack_codes(_planes(blocks[..., 16:], 4, 32)), *_factors_k(blocks))
 
 
 def _split_5_k(blocks: np.ndarray) -> Split:

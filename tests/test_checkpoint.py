@@ -526,7 +526,10 @@ def test_gguf_tensor_errors(tmp_path: Path) -> None:
         ),
         ({"rope_theta": -1.0}, r"'rope_theta' must be a positive number, got -1\.0"),
         ({"rope_parameters": "llama3"}, "'rope_parameters' must be an object, got 'llama3'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized by 'gptq' are not supported; take"),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "already quantized by 'hqq' are not supported; supported: gpt",
+        ),
     ],
 )
 def test_hugging_face_config_errors(tmp_path: Path, config: dict[str, Any], message: str) -> None:
