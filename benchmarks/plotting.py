@@ -1,4 +1,4 @@
-"""What pictures share: matplotlib as an optional dependency, font sizes, and names of points that do not overlap."""
+"""Shared parts of pictures: matplotlib as an optional dependency, font sizes, names of points that do not overlap."""
 
 from __future__ import annotations
 

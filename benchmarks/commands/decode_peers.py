@@ -38,7 +38,7 @@ Turn = Callable[[], float]
 
 
 WARMING_UP: Final = "0 rounds: these are the first turns, in which decoders warm up"
-"""What is said of a record without a complete round."""
+"""Remark on a record without a complete round."""
 
 
 @dataclasses.dataclass
