@@ -1,4 +1,4 @@
-"""Shared parts of pictures: matplotlib as an optional dependency, font sizes, names of points that do not overlap."""
+"""Parts that pictures share: optional matplotlib, font sizes, and names of points that do not overlap."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS, Probl
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference import oracle
 from palladion.reference.compare import assert_right
-from palladion.reference.quantization import CODE_DTYPE
+from palladion.reference.scheme import CODE_DTYPE
 
 BACKENDS = ("xla", "mosaic_tpu", "triton")
 

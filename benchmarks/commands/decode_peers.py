@@ -25,9 +25,9 @@ from palladion.benchmarks.commands import PROGRAM
 from palladion.benchmarks.commands.progress import report_progress
 from palladion.benchmarks.measure import machine, records
 from palladion.kernels.checks import check
-from palladion.model.checkpoint import find_model
 from palladion.model.exit_status import INTERRUPTED
 from palladion.model.generator import Generator
+from palladion.model.locate import find_model
 
 HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and compares tokens/s"
 
@@ -38,7 +38,7 @@ Turn = Callable[[], float]
 
 
 WARMING_UP: Final = "0 rounds: these are the first turns, in which decoders warm up"
-"""Remark on a record without a complete round."""
+"""Text in place of the figures of a record without a complete round."""
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@ r"""Tunes and measures everything of a machine within a time limit, most valuabl
 
   PYTHONPATH=src python -m palladion.benchmarks suite --minutes=6 --out=results
 
-It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch and others add peers.
+It needs jax with the accelerator's plugin and numpy; matplotlib adds pictures, torch and others add peers.
 Each phase is a command in a process of its own. On an accelerator: are kernels right on this device; which block sizes,
 or XLA's form, are best for the layers and the attention of Llama-3-8B; how long is a decode step, with what was tuned;
 how fast are the kernels beside peers; and last, beside peers that compile for long. A phase gets its share of the
