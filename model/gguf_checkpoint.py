@@ -17,7 +17,8 @@ from palladion.model.checkpoint_tensors import module_of
 from palladion.model.families import GGUF_MODULES
 from palladion.model.gguf_config import DIVISOR_TENSORS, Metadata, read_config, read_rotary
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import CODE_DTYPE, QuantizedArray, Scheme
+from palladion.reference.quantization import QuantizedArray
+from palladion.reference.scheme import CODE_DTYPE, Scheme
 
 BLOCK: Final = 32
 """Weights per block of the types in `KEPT`."""

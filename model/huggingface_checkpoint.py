@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from palladion.model.checkpoint_fields import check_fields, read_family
@@ -15,7 +18,10 @@ from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_ten
 from palladion.model.checkpoint_tensors import BIASES, module_of
 from palladion.model.families import HUGGING_FACE_MODULES
 from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
+from palladion.model.stored_quantized import PARTS, VALUES, read_scheme, stored_quantized
 from palladion.model.tokenizer import Tokenizer
+from palladion.reference.saving import DTYPES, LENGTH_BYTES
+from palladion.reference.scheme import Scheme
 
 EMBEDDING: Final = f"{HUGGING_FACE_MODULES['embedding']}.weight"
 HEAD: Final = f"{HUGGING_FACE_MODULES['head']}.weight"
@@ -74,10 +80,11 @@ class HuggingFaceCheckpoint:
         self._values = values = JsonFile(given.path, content={**self._family.defaults, **given.content})
         self._modules = HUGGING_FACE_MODULES | dict(self._family.modules)
         rope = rotary_settings(values)
-        _check_unquantized(values)
+        scheme = read_scheme(values)
         check_fields(values, rope, self._family)
         self._rotary = read_rotary(values, rope, self._family)
         self._stored = _list_tensors(path)
+        self._quantized = {} if scheme is None else self._take_quantized(scheme)
         self._tokenizer = Tokenizer.from_folder(path)
         tied = values.boolean("tie_word_embeddings", False) and self._has_one_table()
         stops = self._tokenizer.stop_tokens
@@ -104,6 +111,8 @@ class HuggingFaceCheckpoint:
 
     def tensor(self, name: str) -> StoredTensor:
         """Implements `CheckpointReader.tensor`; rows of queries and keys are in the half-split rotary order."""
+        if name in self._quantized:
+            return self._quantized[name]
         stored = self._stored[name]
         if stored.kind not in FLOAT_TYPES:
             raise CheckpointError(
@@ -121,6 +130,10 @@ class HuggingFaceCheckpoint:
 
         return StoredTensor(name=name, shape=stored.shape, read=read)
 
+    def raw(self, name: str) -> np.ndarray:
+        """Returns a tensor as the file holds it."""
+        return _read_raw(self._stored[name])
+
     def inverse_frequencies(self) -> np.ndarray:
         """Implements `CheckpointReader.inverse_frequencies`."""
         return self._rotary.frequencies
@@ -128,6 +141,16 @@ class HuggingFaceCheckpoint:
     def tokenizer(self) -> Tokenizer:
         """Implements `CheckpointReader.tokenizer`."""
         return self._tokenizer
+
+    def _take_quantized(self, scheme: Scheme) -> dict[str, StoredTensor]:
+        """Returns the weights that `palladion quantize` wrote, whose parts then count as one tensor."""
+        quantized = {}
+        for name in [name.removesuffix(VALUES) for name in self._stored if name.endswith(VALUES)]:
+            parts = {part: self._stored.pop(full) for part in PARTS if (full := f"{name}.{part}") in self._stored}
+            read = functools.partial(_read_parts, parts)
+            quantized[name] = tensor = stored_quantized(name, scheme, parts["values"].shape, read)
+            self._stored[name] = Location(parts["values"].file, name, tensor.shape, str(scheme))
+        return quantized
 
     def _check_biases(self) -> None:
         """Checks biases against the fields about them: transformers would ignore or invent what contradicts them."""
@@ -174,16 +197,6 @@ class HuggingFaceCheckpoint:
             return True  # Reading the table reports what is wrong with it.
         pairs = zip(_raw_rows(embedding), _raw_rows(head), strict=True)
         return all(np.array_equal(first, second) for first, second in pairs)
-
-
-def _check_unquantized(values: JsonFile) -> None:
-    """Raises CheckpointError for quantized weights."""
-    if quantization := values.section("quantization_config").content:
-        raise CheckpointError(
-            f"{values.path}: weights already quantized by {shorten(quantization.get('quant_method'))} are not "
-            "supported; take the unquantized checkpoint and quantize it here, with quantize='int8' for example, or "
-            "take a GGUF file"
-        )
 
 
 def _list_tensors(path: Path) -> dict[str, Location]:
@@ -270,10 +283,31 @@ def _raw_rows(stored: Location) -> Iterator[np.ndarray]:
 
 
 def _read_tensor(stored: Location, dtype: Any) -> np.ndarray:
+    """Reads a tensor in a dtype."""
+    return cast(_read_raw(stored), dtype, f"{stored.file}: tensor {shorten(stored.name)}")
+
+
+def _read_raw(stored: Location) -> np.ndarray:
     """Reads a tensor."""
+    if stored.kind.startswith("F8"):
+        return _read_float8(stored)
     with _opened(stored) as tensors:
-        array = tensors.get_tensor(stored.name)
-    return cast(array, dtype, f"{stored.file}: tensor {shorten(stored.name)}")
+        array: np.ndarray = tensors.get_tensor(stored.name)
+    return array
+
+
+def _read_float8(stored: Location) -> np.ndarray:
+    """Reads a tensor of floats of one byte, which the package safetensors cannot give to NumPy."""
+    with open(stored.file, "rb") as file:
+        header = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        begin, end = json.loads(file.read(header))[stored.name]["data_offsets"]
+        file.seek(LENGTH_BYTES + header + begin)
+        return np.fromfile(file, np.uint8, end - begin).view(jnp.dtype(DTYPES[stored.kind])).reshape(stored.shape)
+
+
+def _read_parts(parts: Mapping[str, Location]) -> dict[str, np.ndarray]:
+    """Reads the parts of a quantized weight."""
+    return {part: _read_raw(stored) for part, stored in parts.items()}
 
 
 @contextlib.contextmanager

