@@ -24,6 +24,7 @@ from test_model import logits_of, new_cache
 
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
 from palladion.model.gguf_config import Metadata, read_config, read_rotary
+from palladion.model.quantized_folder import quantize_folder
 from palladion.model.transformer import forward
 from palladion.reference.compare import assert_right
 
@@ -213,6 +214,16 @@ def test_kernels_take_the_options(tmp_path: Path, case: str, backend: str):
     token = jnp.asarray(TOKENS[:, 16:17])
     logits, _ = forward(*arrays, token, lengths + 1, cache, backend=backend, interpret=True)
     assert_right(logits, reference[:, 16], oracle[:, 16])
+
+
+@pytest.mark.parametrize("case", ["glm4", "cohere"])
+def test_quantized_folders_load_as_the_folder_is_quantized(tmp_path: Path, case: str):
+    """Rows that were reordered before they were quantized are not reordered again; biases and norms are."""
+    prefix, config = CASES[case]
+    saved(tmp_path / "dense", prefix, **config)
+    quantize_folder(tmp_path / "dense", tmp_path / "quantized", "int8")
+    expected = load_checkpoint(tmp_path / "dense", quantize="int8").parameters
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "quantized").parameters, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------- GGUF
