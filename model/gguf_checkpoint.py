@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.model.checkpoint_files import CheckpointError, models_extra
-from palladion.model.checkpoint_reader import StoredTensor, cast, half_split
+from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_tensor
 from palladion.model.checkpoint_tensors import module_of
 from palladion.model.families import GGUF_MODULES
 from palladion.model.gguf_config import DIVISOR_TENSORS, Metadata, read_config, read_rotary
@@ -92,15 +92,12 @@ class GGUFCheckpoint:
                 f"{self.path}: tensor {name!r} has type {kind.name}, which the gguf package cannot decode; take a file "
                 "in Q4_0, Q4_1, Q8_0, F16, BF16 or F32, or requantize it with llama-quantize --allow-requantize"
             )
-        module = name.split(".")[-2]
         shape = tuple(int(size) for size in reversed(stored.shape))
-        swaps = self._form.interleaved and module in ("attn_q", "attn_k") and shape[0] % self._head_dim == 0
-        swaps_columns = self._form.interleaved and module in ("attn_q_norm", "attn_k_norm") and len(shape) == 2
 
         def rows() -> np.ndarray:
-            if swaps_columns:  # [heads, head_dim]
-                return half_split(stored.data.T, self._head_dim, self._rotary_dim).T
-            return half_split(stored.data, self._head_dim, self._rotary_dim) if swaps else stored.data
+            if not self._form.interleaved:
+                return stored.data
+            return half_split_tensor(stored.data, name, ("attn_q", "attn_k"), self._head_dim, self._rotary_dim)
 
         label = f"{self.path}: tensor {name!r}"
         return StoredTensor(

@@ -14,7 +14,7 @@ import numpy as np
 
 from palladion.model.checkpoint_fields import check_fields, read_family
 from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, exists, models_extra, shorten
-from palladion.model.checkpoint_reader import StoredTensor, cast, half_split
+from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_tensor
 from palladion.model.checkpoint_tensors import BIASES, module_of
 from palladion.model.families import HUGGING_FACE_MODULES
 from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
@@ -120,16 +120,12 @@ class HuggingFaceCheckpoint:
                 "Take the model's unquantized checkpoint and quantize it here, with quantize='int8' for example"
             )
         offset = self._family.norm_offset if name.endswith("norm.weight") else 0.0
-        swaps = self._family.interleaved and any(f".{part}_proj." in name for part in "qk")
-        rotary_dim = 2 * self._rotary.frequencies.shape[-1]
-        swaps_columns = self._family.interleaved and name.endswith((".q_norm.weight", ".k_norm.weight"))
 
         def read(dtype: Any) -> np.ndarray:
             array = _read_tensor(stored, dtype)
-            if swaps:
-                array = half_split(array, self.config.head_dim, rotary_dim)
-            if swaps_columns:  # [heads, head_dim]
-                array = half_split(array.T, self.config.head_dim, rotary_dim).T
+            if self._family.interleaved:
+                head_dim, rotary_dim = self.config.head_dim, 2 * self._rotary.frequencies.shape[-1]
+                array = half_split_tensor(array, name, ("q_proj", "k_proj"), head_dim, rotary_dim)
             return array + np.asarray(offset, array.dtype) if offset else array
 
         return StoredTensor(name=name, shape=stored.shape, read=read)
