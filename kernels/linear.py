@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -114,7 +114,7 @@ def _with_mapped_rows(
     """Returns the product as a function that, under vmap, is one product of all rows: kernels read the weight once.
 
     Equinox applies its layers to a batch by vmap. Weights that are mapped too have a product each, and so have rows
-    that may be sharded over Explicit axes.
+    that may be sharded.
 
     Args:
       problem: the call.
@@ -127,7 +127,9 @@ def _with_mapped_rows(
     def _(axis_size: int, in_batched: Any, inputs: Inputs) -> tuple[jax.Array, bool]:
         (batched,) = in_batched
         by_row = batched._replace(x=None, residual=None)
-        if any(jax.tree.leaves(by_row)) or _has_explicit_axes(inputs):
+        # To merge two dimensions gathers what is sharded along the minor one; of one row there is none.
+        kinds = (AxisType.Explicit,) if problem.rows == 1 else (AxisType.Explicit, AxisType.Auto)
+        if any(jax.tree.leaves(by_row)) or _may_be_sharded(inputs, kinds):
             in_axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
             return jax.vmap(single, (in_axes,), axis_size=axis_size)(inputs), True
 
@@ -145,10 +147,14 @@ def _with_mapped_rows(
     return with_derivatives_of(single, product)
 
 
-def _has_explicit_axes(inputs: Inputs) -> bool:
-    """Returns whether types of arrays say how they are sharded."""
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(inputs))
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+def _may_be_sharded(inputs: Inputs, kinds: Collection[AxisType]) -> bool:
+    """Returns whether arrays may be sharded over axes of these kinds; without a mesh, XLA may do so over Auto axes."""
+    current = jax.sharding.get_abstract_mesh()
+    meshes = [current, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(inputs))]
+    if all(mesh.empty for mesh in meshes):
+        return AxisType.Auto in kinds and current.abstract_device is None and jax.device_count() > 1
+    axes = [axis for mesh in meshes for axis in zip(mesh.axis_sizes, mesh.axis_types, strict=True)]
+    return any(size > 1 and kind in kinds for size, kind in axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
