@@ -154,7 +154,7 @@ class Problem:
         return self
 
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
-        """Returns the rule of append_kv: heads are apart, and so are the sequences of a dense cache."""
+        """Returns the rule of append_kv: heads are apart, and so are the sequences and tokens of a dense cache."""
         cache = inputs.cache
         slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
         scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
@@ -166,13 +166,28 @@ class Problem:
         new, new_tokens = "batch q_len kv_heads head_dim", "batch" if self.has_new_tokens else None
         layer = None if self.num_layers is None else ""
         # Every device that holds a page writes it, so it must have the new tokens of all sequences.
-        sharded = frozenset({"kv_heads"} if self.page_size is not None else {"batch", "kv_heads"})
+        sharded = frozenset({"kv_heads"} if self.page_size is not None else {"batch", "kv_heads", "max_len"})
         return ShardingRule((written, new, new, "batch", new_tokens, layer), written, sharded)
 
     def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
-        """Writes the new tokens of some of the sequences and heads."""
-        batch, kv_heads = share.of(self.batch, "batch"), share.of(self.kv_heads, "kv_heads")
-        return run(dataclasses.replace(self, batch=batch, kv_heads=kv_heads), inputs)
+        """Writes the new tokens of some of the sequences and heads, those that belong into the device's part."""
+        return run(self.local(share), inputs._replace(lengths=self.local_lengths(inputs.lengths, share)))
+
+    def local(self, share: Share) -> Problem:
+        """Returns the problem of a device's share."""
+        return dataclasses.replace(
+            self,
+            batch=share.of(self.batch, "batch"),
+            kv_heads=share.of(self.kv_heads, "kv_heads"),
+            max_len=share.of(self.max_len, "max_len"),
+        )
+
+    def local_lengths(self, lengths: jax.Array, share: Share) -> jax.Array:
+        """Returns lengths counted from the first token of a device's part of the cache; what is outside is dropped."""
+        if "max_len" not in share.axes:
+            return lengths
+        part = share.of(self.max_len, "max_len")
+        return jnp.clip(lengths, 0, self.max_len + self.q_len) - share.index("max_len") * part
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
