@@ -111,6 +111,17 @@ def paged(order: Order) -> Case:
     return Case(call, arguments, (heads, cache.specs(P(None, "model")), heads, heads, P()), heads)
 
 
+def pages(order: Order) -> Case:
+    """Appends to a cache with pages over "model"; entries of the table that are no pages are not written."""
+    del order
+    table = jnp.asarray([[5, 99], [7, 0], [2, -1], [3, 6]], jnp.int32)
+    cache = KVCache(*(normal(seed, 8, KV_HEADS, 32, HEAD_DIM) for seed in (1, 2)), page_table=table)
+    k, v = (normal(seed, BATCH, 3, KV_HEADS, HEAD_DIM) for seed in (3, 4))
+    arguments = (cache, k, v, jnp.asarray([33, MAX_LEN, 3, 33], jnp.int32))
+    sharded = cache.specs(P("model"))
+    return Case(palladion.append_kv, arguments, (sharded, P(), P(), P()), sharded)
+
+
 def columns(order: Order) -> Case:
     """Multiplies rows over "data" by a weight with `out` over "model"."""
     w = weight(IN, OUT, "int8", order)
@@ -233,11 +244,11 @@ RUNS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("checked", "mosaic_tpu"): ("append", "columns"),
     ("checked", "triton"): ("attention", "under_vmap"),
     ("unchecked", "xla"): ("attention",),
-    ("Auto", "xla"): ("attention", "append", "columns", "paged", "joined", "lengths", "two_weights"),
+    ("Auto", "xla"): ("attention", "append", "columns", "paged", "pages", "lengths", "two_weights"),
     ("Auto", "mosaic_tpu"): ("under_vmap", "rows", "fused_rows", "gated"),
     ("Auto", "triton"): ("attention", "columns"),
     ("Explicit", "xla"): ("attention", "paged", "joined", "rows", "windows", "dense_rows", "derivative"),
-    ("Explicit", "mosaic_tpu"): ("append", "columns", "under_vmap", "fused_rows", "gated"),
+    ("Explicit", "mosaic_tpu"): ("pages", "columns", "under_vmap", "fused_rows", "gated"),
     ("Explicit", "triton"): ("rows", "lengths"),
     ("eager", "xla"): ("attention", "dense_rows"),
     ("mixed", "xla"): ("attention", "rows"),

@@ -128,8 +128,9 @@ class Problem:
             for start, heads in ((0, q_heads), (self.q_heads, kv_heads), (self.q_heads + p.kv_heads, kv_heads))
         ]
         qkv = inputs.qkv if kv_heads == p.kv_heads else jnp.concatenate(parts, axis=2)
-        local = inputs._replace(qkv=qkv, lengths=p.local_lengths(inputs.lengths, share))
-        return run(dataclasses.replace(self, append=p.local(share), q_heads=q_heads), local)
+        local = p.local_inputs(inputs._replace(qkv=qkv), share)
+        q, written = run(dataclasses.replace(self, append=p.local(share), q_heads=q_heads), local)
+        return q, dataclasses.replace(written, page_table=inputs.cache.page_table)
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""
