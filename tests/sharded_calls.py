@@ -174,17 +174,6 @@ def gated(order: Order) -> Case:
     return Case(call, arguments, specs, P("data"), {"collective-permute": 2, "all-reduce": 1})
 
 
-def two_weights(order: Order) -> Case:
-    """Computes a gate and an up with two weights, `out` of both over "model"."""
-    gate, up = weight(IN, OUT, "int8", order), weight(IN, OUT, "int8-g128", order)
-
-    def call(x: jax.Array, gate: QuantizedArray, up: QuantizedArray, **named: Any) -> jax.Array:
-        return multiply(x, gate, activation=jax.nn.silu, **named) * multiply(x, up, **named)
-
-    specs = (P("data"), gate.specs(P(None, "model")), up.specs(P(None, "model")))
-    return Case(call, (normal(6, ROWS, IN), gate, up), specs, P("data", "model"))
-
-
 def dense_rows(order: Order) -> Case:
     """Multiplies by a dense weight with `in` over "model"."""
     w, spec = normal(7, IN // 2, OUT), P("model")
@@ -244,12 +233,12 @@ RUNS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("checked", "mosaic_tpu"): ("append", "columns"),
     ("checked", "triton"): ("attention", "under_vmap"),
     ("unchecked", "xla"): ("attention",),
-    ("Auto", "xla"): ("attention", "append", "columns", "paged", "pages", "lengths", "two_weights"),
+    ("Auto", "xla"): ("attention", "append", "columns", "paged", "pages", "joined", "derivative"),
     ("Auto", "mosaic_tpu"): ("under_vmap", "rows", "fused_rows", "gated"),
-    ("Auto", "triton"): ("attention", "columns"),
-    ("Explicit", "xla"): ("attention", "paged", "joined", "rows", "windows", "dense_rows", "derivative"),
-    ("Explicit", "mosaic_tpu"): ("pages", "columns", "under_vmap", "fused_rows", "gated"),
-    ("Explicit", "triton"): ("rows", "lengths"),
+    ("Auto", "triton"): ("attention", "columns", "lengths"),
+    ("Explicit", "xla"): ("attention", "joined", "rows", "windows", "dense_rows", "derivative"),
+    ("Explicit", "mosaic_tpu"): ("pages", "columns", "under_vmap", "gated"),
+    ("Explicit", "triton"): ("append", "rows"),
     ("eager", "xla"): ("attention", "dense_rows"),
     ("mixed", "xla"): ("attention", "rows"),
 }

@@ -154,7 +154,7 @@ class Problem:
         return self
 
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
-        """Returns the rule of append_kv: heads are apart, and so are sequences and tokens of a dense cache, or pages."""
+        """Returns the rule of append_kv: heads and pages are apart, or heads, sequences and tokens of a dense cache."""
         cache = inputs.cache
         slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
         scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
