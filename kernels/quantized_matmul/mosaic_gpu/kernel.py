@@ -3,7 +3,7 @@
     product[out, rows] = sum over units of in:  scale * (code - zero) @ x^T  +  minimum * sum(x)
 
 Weights are the left operand of wgmma, which takes it out of registers: codes of 64 channels become 16-bit floats there
-(codes.py) and never go back to memory. x is the right operand, in shared memory.
+(`gpu_codes.py`) and never go back to memory. x is the right operand, in shared memory.
 
                in ->
      out  ┌────────┬────────┬────────┐
@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from palladion.kernels.compat import load_to_registers, store_from_registers
-from palladion.kernels.quantized_matmul.mosaic_gpu.codes import convert, recipe
+from palladion.kernels.gpu_codes import convert, recipe
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref, Scalar
 

@@ -65,9 +65,10 @@ def recipe(format: str, dtype: str) -> Recipe:
     if format in FLOAT8:
         mantissa_bits, bias = FLOAT8[format]
         left = MANTISSA_BITS[dtype] - mantissa_bits
+        others = 0x7FFF7FFF  # all but the signs
         # The wider float has a larger bias: with the same exponent bits it is a power of two smaller.
         return Recipe(
-            lambda word: ((word & 0x007F007F) << left) | ((word & 0x00800080) << 8),
+            lambda word: ((word << left) & (0x007F007F << left)) | (((word << 8) | others) ^ others),
             factor=2.0 ** (EXPONENT_BIAS[dtype] - bias),
         )
     if format == "int4":
@@ -75,7 +76,7 @@ def recipe(format: str, dtype: str) -> Recipe:
             return Recipe(lambda word: (word & 0x000F000F) | 0x43004300, offset=128)  # 128 + code
         return Recipe(lambda word: (word & 0x000F000F) | 0x64006400, offset=1024)  # 1024 + code
     if dtype == "float16":
-        return Recipe(lambda word: ((word ^ 0x00800080) & 0x00FF00FF) | 0x64006400, offset=1024 + 128)
+        return Recipe(lambda word: (word & 0x00FF00FF) ^ 0x64806480, offset=1024 + 128)  # 1024 + 128 + code
     # A mantissa of 7 bits: 128 + the lowest 7 bits of the code, less 128, or 256 where the highest bit is set.
     return Recipe(lambda word: (word & 0x007F007F) | 0x43004300, lambda word: (word & 0x00800080) | 0x43004300)
 
@@ -125,6 +126,13 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
     return found[0] if how.less is None else found[0] - found[1]
 
 
+def numbers(floats: jax.Array, how: Recipe, dtype: str) -> jax.Array:
+    """Returns the numbers that codes stand for, given what `convert` made of them."""
+    if how.offset:
+        floats = floats - jnp.asarray(how.offset, dtype)
+    return floats * jnp.asarray(how.factor, dtype) if how.factor != 1 else floats
+
+
 def _pairs(codes: jax.Array, packed: bool) -> jax.Array:
     """Returns words with the codes of two adjacent columns in their halves, `[64, in / 2]`."""
     is_integer = jnp.issubdtype(codes.dtype, jnp.integer)
@@ -140,26 +148,32 @@ def _floats_of(words: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.dtype(dtype)).reshape(len(words), -1)
 
 
-class _Word:
+class Word:
     """A 32-bit register with the operators that recipes use; each emits an instruction."""
 
     def __init__(self, value: ir.Value) -> None:
         self.value = value
 
-    def __and__(self, mask: int) -> _Word:
-        return _Word(arith.andi(self.value, _in_register(mask)))
+    def __and__(self, mask: int) -> Word:
+        return Word(arith.andi(self.value, _in_register(mask)))
 
-    def __or__(self, other: int | _Word) -> _Word:
-        return _Word(arith.ori(self.value, other.value if isinstance(other, _Word) else _in_register(other)))
+    def __or__(self, other: int | Word) -> Word:
+        return Word(arith.ori(self.value, other.value if isinstance(other, Word) else _in_register(other)))
 
-    def __xor__(self, mask: int) -> _Word:
-        return _Word(arith.xori(self.value, _in_register(mask)))
+    def __xor__(self, other: int | Word) -> Word:
+        return Word(arith.xori(self.value, other.value if isinstance(other, Word) else _in_register(other)))
 
-    def __lshift__(self, count: int) -> _Word:
-        return _Word(arith.shli(self.value, utils.c(count, self.value.type)))
+    def __add__(self, other: int | Word) -> Word:
+        return Word(arith.addi(self.value, other.value if isinstance(other, Word) else utils.c(other, self.value.type)))
 
-    def __rshift__(self, count: int) -> _Word:
-        return _Word(arith.shrui(self.value, utils.c(count, self.value.type)))
+    def __mul__(self, factor: int) -> Word:
+        return Word(arith.muli(self.value, utils.c(factor, self.value.type)))
+
+    def __lshift__(self, count: int) -> Word:
+        return Word(arith.shli(self.value, utils.c(count, self.value.type)))
+
+    def __rshift__(self, count: int) -> Word:
+        return Word(arith.shrui(self.value, utils.c(count, self.value.type)))
 
 
 def _in_register(constant: int) -> Any:
@@ -179,13 +193,18 @@ def _in_registers(codes: Any, make: Callable[[Any], Any], floats: Any, packed: b
     is_even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32))
     columns = arith.select(is_even, *(utils.c(selector, i32) for selector in OWN_COLUMNS))
 
-    def exchange(register: ir.Value) -> _Word:
+    def exchange(register: ir.Value) -> Word:
         word = utils.bitcast(register, i32)
-        return _Word(utils.prmt(word, utils.shfl_bfly(word, 1), columns))
+        return Word(utils.prmt(word, utils.shfl_bfly(word, 1), columns))
 
+    return as_floats(arrange(codes.registers, exchange, make, packed), floats)
+
+
+def as_floats(words: Any, floats: Any) -> Any:
+    """Returns words of two floats each, in the order of registers, as a `FragmentedArray` of the type of `floats`."""
     pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(floats.dtype))
     layout = floats.layout.to_mgpu()
-    words: Any = arrange(codes.registers, exchange, make, packed).reshape(layout.registers_shape(floats.shape))
+    words = words.reshape(layout.registers_shape(floats.shape))
     registers = np.empty_like(words)
     for index in np.ndindex(words.shape):
         registers[index] = utils.bitcast(words[index].value, pair)
