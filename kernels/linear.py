@@ -16,8 +16,8 @@ from jax.sharding import AxisType
 
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
-from palladion.kernels.gate_exchange import exchange_gates
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.product_shares import exchange_gates, normalize
 from palladion.kernels.search_space import TuningKey
 from palladion.kernels.sharding import ShardingRule, Share
 from palladion.kernels.types import Interpret
@@ -329,10 +329,8 @@ class LinearProblem(abc.ABC):
             return result
         x, norm_eps, norm = inputs.x, self.norm_eps, inputs.norm
         if share.reduced and norm_eps is not None and norm is not None:
-            wide = x.astype(jnp.float32)
-            squares = jax.lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), share.reduced)
-            normalized = wide * jax.lax.rsqrt(squares / self.in_features + norm_eps)
-            x, norm_eps, norm = (normalized * norm.astype(jnp.float32)).astype(x.dtype), None, None
+            x = normalize(x, norm, norm_eps, self.in_features, share.reduced)
+            norm_eps = norm = None
         product = dataclasses.replace(
             local,
             out_dtype="float32",

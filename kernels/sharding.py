@@ -27,6 +27,7 @@ import jax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from palladion.kernels.compat import mapped_mesh_axes
 from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.mesh import mesh_axes
 from palladion.reference.platforms import target_platform
@@ -262,7 +263,7 @@ def _explicit_placement(inputs: Any) -> Placement | None:
     if mesh is None:
         return None
     explicit = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    return Placement(mesh, explicit, [one.spec for one in shardings])
+    return Placement(mesh, explicit - mapped_mesh_axes(), [one.spec for one in shardings])
 
 
 def _concrete_placement(inputs: Any) -> Placement | None:

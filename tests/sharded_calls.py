@@ -130,14 +130,14 @@ def columns(order: Order) -> Case:
 
 
 def under_vmap(order: Order) -> Case:
-    """Multiplies under vmap, inside of the shard_map, by a weight with `out` over "model"."""
+    """Multiplies a batch over "data" under vmap, inside of the shard_map, by a weight with `out` over "model"."""
     w = weight(IN, OUT, "int8", order)
 
     def call(x: jax.Array, w: QuantizedArray, **named: Any) -> jax.Array:
         return jax.vmap(functools.partial(multiply, **named), in_axes=(0, None))(x, w)
 
-    specs = (P(None, "data"), w.specs(P(None, "model")))
-    return Case(call, (normal(6, 2, 2, IN), w), specs, P(None, "data", "model"))
+    specs = (P("data"), w.specs(P(None, "model")))
+    return Case(call, (normal(6, 2, 2, IN), w), specs, P("data", None, "model"))
 
 
 def rows(order: Order) -> Case:

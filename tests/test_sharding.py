@@ -31,7 +31,7 @@ from palladion import (
 )
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
-from palladion.kernels.gate_exchange import exchange_gates
+from palladion.kernels.product_shares import exchange_gates
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,24 @@
-"""The exchange of gates and ups where the channels of a joined product are sharded over devices."""
+"""What devices exchange for a product besides sums: mean squares of a norm, and gates and ups."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+
+def normalize(x: jax.Array, weight: jax.Array, eps: float, in_features: int, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the RMS norm of a device's part of rows.
+
+    Args:
+      x: `[rows, part of in]`.
+      weight: the norm's weight, `[part of in]`.
+      eps: number added to the mean square.
+      in_features: length of a whole row.
+      axes: the mesh axes over which rows are cut.
+    """
+    wide = x.astype(jnp.float32)
+    squares = jax.lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axes)
+    return (wide * jax.lax.rsqrt(squares / in_features + eps) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def exchange_gates(y: jax.Array, axes: tuple[str, ...], shards: int) -> list[jax.Array]:
