@@ -21,7 +21,7 @@ from jax.export import is_symbolic_dim
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
-from palladion.kernels.lowering import guard_platform
+from palladion.kernels.lowering import guard_partitioning, guard_platform
 from palladion.kernels.sharding import run_sharded, unpartitionable
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
@@ -128,6 +128,8 @@ def dispatch(
         row, choice, interpreted = choose(operation, table, problem, known, interpret, config)
         if interpret is None and known in ("auto", "pallas"):
             inputs = _guarded(inputs, table, row, choice)
+        if row.platform == "tpu" and row.has_kernel and not interpreted and jax.sharding.get_abstract_mesh().empty:
+            inputs = guard_partitioning(inputs, name=f"{operation}({problem}): {row.name}")
         call = _implementation(row, choice, interpreted)
         if row.has_kernel and differentiable:
             reference = find_implementation(table, "xla")
@@ -141,7 +143,7 @@ def dispatch(
             return call(inputs)
 
     return run_sharded(
-        problem.sharding_rule(inputs),
+        problem.sharding_rule,
         inputs,
         functools.partial(run, problem),
         functools.partial(problem.run_share, run),

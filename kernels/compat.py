@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import jax
-from jax._src import config
+from jax._src import config, core
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -85,3 +85,9 @@ def gpu_interpreter(interpret: Any) -> Any:
 def without_varying_types() -> contextlib.AbstractContextManager[None]:
     """Stops JAX from following over which mesh axes arrays vary, as `jax.shard_map(..., check_vma=False)` does."""
     return config._check_vma(False)
+
+
+def mapped_mesh_axes() -> frozenset[Any]:
+    """Returns the Explicit mesh axes over which a `jax.vmap` around the call is sharded; shares are theirs already."""
+    axes: frozenset[Any] = core.get_axis_env().explicit_mesh_axis_names
+    return axes

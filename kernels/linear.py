@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.product_shares import exchange_gates, normalize
 from palladion.kernels.search_space import TuningKey
 from palladion.kernels.sharding import ShardingRule, Share
 from palladion.kernels.types import Interpret
@@ -301,42 +302,56 @@ class LinearProblem(abc.ABC):
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
         """Returns the rule of a product: a device has rows and output channels, or its part of all sums.
 
-        The channels of a gated product are whole on each device, because a gate and its up are half of them apart.
+        A gated product is sharded along its channels like any other. A device then has gates of some results and ups of
+        others, which `exchange_gates` brings together: products are communicated, never weights.
         """
-        out, result = ("gates_and_ups", "result") if self.gated else ("out", "out")
+        out, result = ("channels", "result") if self.gated else ("out", "out")
         weight, sizes = self.weight_dims(inputs, out)
         features = "(pieces piece)"
         _, _, bias, layer, norm, residual = inputs
         names = [f"rows {features}", *weight]
         options = ((bias, out), (layer, ""), (norm, features), (residual, f"rows {result}"))
         names += [name for array, name in options if array is not None]
-        return ShardingRule(names, f"rows {result}", frozenset({"rows", "out"}), frozenset({"pieces"}), sizes)
+        return ShardingRule(
+            names,
+            f"rows {result}",
+            frozenset({"rows", out}),
+            frozenset({"pieces"}),
+            {**sizes, out: self.result_features},
+            {"result": "channels"} if self.gated else {},
+        )
 
     def run_share(self, run: Callable[[LinearProblem, Inputs], Any], inputs: Inputs, share: Share) -> jax.Array:
-        """Multiplies some of the rows and channels; sums of parts of `in` are finished once they are whole."""
+        """Multiplies some rows and channels; what is fused with a product waits until sums and gates are whole."""
+        gates = share.axes.get("channels", ())
         local = dataclasses.replace(
             self,
             rows=share.of(self.rows, "rows"),
             in_features=share.of(self.in_features, "pieces"),
-            out_features=share.of(self.out_features, "out"),
+            out_features=share.of(self.out_features, "out", "channels"),
         )
-        if not share.summed:
+        if not share.reduced and not gates:
             result: jax.Array = run(local, inputs)
             return result
-        x = inputs.x
-        if self.norm_eps is not None and inputs.norm is not None:
-            wide = x.astype(jnp.float32)
-            squares = jax.lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), share.summed)
-            normalized = wide * jax.lax.rsqrt(squares / self.in_features + self.norm_eps)
-            x = (normalized * inputs.norm.astype(jnp.float32)).astype(x.dtype)
+        x, norm_eps, norm = inputs.x, self.norm_eps, inputs.norm
+        if share.reduced and norm_eps is not None and norm is not None:
+            x = normalize(x, norm, norm_eps, self.in_features, share.reduced)
+            norm_eps = norm = None
         product = dataclasses.replace(
-            local, out_dtype="float32", has_bias=False, activation=None, gated=False, norm_eps=None, has_residual=False
+            local,
+            out_dtype="float32",
+            has_bias=False,
+            activation=None,
+            gated=False,
+            norm_eps=norm_eps,
+            has_residual=False,
         )
-        y = run(product, Inputs(x, inputs.w, bias=None, layer=inputs.layer))
-        y = jax.lax.psum(y, share.summed)
+        y = run(product, Inputs(x, inputs.w, bias=None, layer=inputs.layer, norm=norm))
+        y = jax.lax.psum(y, share.reduced) if share.reduced else y
         if inputs.bias is not None:
             y = y + inputs.bias.astype(jnp.float32)
-        return self.add(inputs.residual, self.finish(jnp.split(y, self.parts, axis=-1)))
+        parts = exchange_gates(y, gates, share.shards["channels"]) if gates else jnp.split(y, self.parts, axis=-1)
+        return self.add(inputs.residual, self.finish(parts))
 
     def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
         """Returns the float32 products (biases included) after activation and gate."""

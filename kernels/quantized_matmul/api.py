@@ -101,6 +101,10 @@ def quantized_matmul(
     Derivatives are those of x @ dequantize(w), by every backend: codes are constants, and the rounding of `quantize_x`
     passes derivatives straight through.
 
+    Sharded arrays: rows of x and `out` need no communication, `in` one all-reduce, and a norm another one. In a gated
+    product gates and ups of a result are on two devices where `out` is sharded: the products, not the weights, are
+    exchanged in two permutations. Gates and ups in two weights, multiplied by two calls, need none.
+
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
       w: the weights, a `QuantizedArray` `[in, out]`.
