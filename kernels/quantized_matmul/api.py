@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
+from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes as hopper_blocks
 from palladion.kernels.quantized_matmul.mosaic_gpu import call as mosaic_gpu
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem
@@ -62,9 +63,9 @@ IMPLEMENTATIONS: Final = (
         "gpu",
         mosaic_gpu.unsupported,
         mosaic_gpu.quantized_matmul,
-        mosaic_gpu.Config,
-        mosaic_gpu.heuristic,
-        mosaic_gpu.space,
+        hopper_blocks.Config,
+        hopper_blocks.heuristic,
+        hopper_blocks.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
