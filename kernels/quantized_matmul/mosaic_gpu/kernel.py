@@ -63,6 +63,7 @@ def few_rows(program: Program) -> list[jax.Array]:
             add_block(program, total, codes[part].at[pl.ds(channel, CHANNELS), :], x, own)
             for (part, channel), total, own in zip(program.tiles, sums, factors if grouped else start, strict=True)
         ]
+        program.release()
         return added, ahead
 
     dtype = program.sums_dtype if scales_last(p) else jnp.float32
@@ -163,7 +164,8 @@ def many_rows(program: Program, store: Callable[[list[jax.Array]], None]) -> Non
                 total = program.multiply(total, unit, weight, x)
             added.append(total)
         if not program.interpret:
-            plgpu.wgmma_wait(0)  # the block is free for the next copy then
+            plgpu.wgmma_wait(0)
+        program.release()
         return added, ahead
 
     plgpu.emit_pipeline_warp_specialized(
@@ -234,8 +236,7 @@ def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref,
             found = [p.finish(found)]
         for part, value in enumerate(found):
             program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value.astype(staged.dtype))
-    if not program.interpret:
-        plgpu.commit_smem()
+    plgpu.commit_smem()
     rows = pl.ds(program.row * config.block_rows, config.block_rows)
     channels = pl.ds(program.channel + program.own, program.width)
     for part in range(staged.shape[0]):

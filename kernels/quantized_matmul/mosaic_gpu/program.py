@@ -1,4 +1,4 @@
-"""What a program of quantized_matmul's Hopper kernels has: its place in the grid, its loads, its products."""
+"""A program of the Hopper kernels of quantized_matmul: its place in the grid, its loads, its products."""
 
 from __future__ import annotations
 
@@ -207,6 +207,11 @@ class Program:
             part = weight.at[:, pl.ds(first, self.piece)] if is_ref else weight[:, first : first + self.piece]
             plgpu.wgmma(total, part, columns)
         return total
+
+    def release(self) -> None:
+        """Orders reads of a block to registers before the copy that takes its place; TMA sees no order otherwise."""
+        if self.interpret or not self.stored:
+            plgpu.commit_smem()
 
     def finish(self, tile: Tile, total: jax.Array) -> jax.Array:
         """Returns the products of a tile in float32, given its sums `[64, block_rows]`."""
