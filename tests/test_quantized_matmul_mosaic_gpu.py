@@ -127,7 +127,7 @@ def test_memory_is_awaited_before_it_is_read():
     ],
     ids=["few-rows", "stored", "many-rows"],
 )
-def test_nothing_is_overwritten_while_it_is_read(case: Case, config: call.Config):
+def test_blocks_are_read_without_races(case: Case, config: call.Config):
     """Blocks of the ring are written more than once; jax 0.11 counts races, 0.12 raises at the first."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
