@@ -27,6 +27,7 @@ from palladion import Unsupported, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.gpu.sass import by_loop, parse
+from palladion.kernels.backend import record_choices
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.devices import gpus
 from palladion.kernels.quantized_matmul import Inputs, cases
@@ -305,6 +306,20 @@ def test_wrong_block_sizes(wrong: dict[str, int], message: str):
     case = case_of("int8", 8)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda inputs: run(case, call.Config(**{"block_rows": 8} | wrong), inputs), case.shapes())
+
+
+@pytest.mark.parametrize(
+    ("rows", "right", "backend"),
+    [(8, [], "triton"), (8, ["quantized_matmul"], "mosaic_gpu"), (65, ["quantized_matmul"], "triton")],
+)
+def test_auto_takes_it_for_a_few_rows_once_it_was_right(
+    rows: int, right: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    h200 = dataclasses.replace(gpus()["h200"], mosaic_gpu=tuple(right))
+    monkeypatch.setitem(gpus(), "h200", h200)
+    with gpu_compiler.tracing_for(90), record_choices() as choices:
+        jax.eval_shape(lambda inputs: quantized_matmul(**inputs._asdict()), case_of("int8", rows).shapes())
+    assert choices[0].backend == backend
 
 
 def test_other_gpus_have_no_wgmma():

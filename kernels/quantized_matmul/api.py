@@ -66,12 +66,14 @@ IMPLEMENTATIONS: Final = (
         hopper_blocks.Config,
         hopper_blocks.heuristic,
         hopper_blocks.space,
+        hopper_blocks.preferred,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """The implementations: each takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`.
 
-Triton comes before Mosaic GPU, whose kernel no chip has run yet: "auto" takes that one where measurements say so."""
+Triton comes before Mosaic GPU: without measurements "auto" takes that one for a few rows once gpus.json says that it
+was right on such a GPU."""
 
 
 def quantized_matmul(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check, check_power_of_two
-from palladion.kernels.devices import gpu_to_plan_for
+from palladion.kernels.devices import gpu_to_plan_for, target_gpu
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 
@@ -165,6 +165,12 @@ def takes_many_rows(problem: Problem) -> bool:
     # A float16 has the range of other scales neither by itself nor in a product.
     in_range = operand_dtype(p) == "bfloat16" or (operand_dtype(p) == "float16" and p.scale_dtype == "float16")
     return p.scheme.offset != "minimums" and in_range and p.out_dtype != "float32"
+
+
+def preferred(problem: Problem) -> bool:
+    """Returns whether a few rows are multiplied on a GPU on whose like the kernel was right."""
+    gpu = target_gpu()
+    return problem.rows <= FEW_ROWS[-1] and gpu is not None and "quantized_matmul" in gpu.mosaic_gpu
 
 
 def heuristic(problem: Problem) -> Config:
