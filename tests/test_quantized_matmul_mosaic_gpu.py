@@ -360,12 +360,14 @@ def test_lowers_for_hopper(case: Case):
     assert "mosaic_gpu" in text
 
 
-def compile_and_dump(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str, Path]:
+def compile_and_dump(
+    case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, config: call.Config | None = None
+) -> tuple[list[str], str, Path]:
     """Returns what a call launches, what NVIDIA's assembler says of the kernel, and the file with its PTX."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    function = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
+    function = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu", config=config)
     program = gpu_program.compile_program(lambda inputs: function(**inputs._asdict()), case.shapes())
     (report,), (ptx,) = folder.glob("*.ptxas"), folder.glob("*.ptx")
     return [launch.name for launch in program.launches], report.read_text(), ptx
@@ -380,6 +382,21 @@ def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypa
     assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report
     assert "wgmma.mma_async.sync.aligned.m64n" in ptx.read_text()
     assert "cp.async.bulk.tensor" in ptx.read_text()
+
+
+@needs_plugin
+def test_a_launch_that_overlaps_reads_nothing_but_codes_before_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    case = case_of("int8", 8, in_features=4096, out_features=4096)
+    config = dataclasses.replace(block_sizes.heuristic(case.problem()), overlaps=True)
+    _, _, ptx = compile_and_dump(case, tmp_path, monkeypatch, config)
+    before, _, after = ptx.read_text().partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in before
+    assert "cp.async.bulk.prefetch.tensor" in before
+    assert "ld.global" not in before
+    assert "cp.async.bulk.tensor" not in before
+    assert "cp.async.bulk.tensor" in after
 
 
 @needs_plugin

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check, check_power_of_two
+from palladion.kernels.compat import LAUNCHES_OVERLAP
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
@@ -99,6 +100,8 @@ class Config:
       block_in: weights along `in` of a block, a power of two of at least 64.
       splits: shares that `in` is cut into.
       num_stages: blocks in the ring: one is multiplied, the others are on their way.
+      overlaps: whether the kernel starts while the one before it ends, and reads its first codes into the L2 cache
+        before it waits for that one (docs/gpu.md); jax ignores it before 0.11.
     """
 
     block_rows: int
@@ -106,6 +109,7 @@ class Config:
     block_in: int = 256
     splits: int = 1
     num_stages: int = 4
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         accepted = (*FEW_ROWS, *MANY_ROWS)
@@ -310,5 +314,6 @@ def space(problem: Problem) -> Space:
         "block_in": BLOCKS_IN[::-1],
         "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
+        "overlaps": (False, True) if LAUNCHES_OVERLAP else (False,),
     }
     return Space(start, axes, lambda config: fits(p, config))

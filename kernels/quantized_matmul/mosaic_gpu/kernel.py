@@ -207,6 +207,12 @@ def kernel(
       interpret: whether the kernel is interpreted.
     """
     warpgroup = 0 if config.warpgroups == 1 else jax.lax.axis_index("warpgroup")
+    if config.overlaps and not interpret:
+        # What comes next may start at once: it waits likewise, for the end of this kernel.
+        plgpu.griddepcontrol_launch_dependents()
+        if refs.layer is None:  # which the kernel before may have written, as everything but the weight
+            Program(problem, refs, config, interpret, warpgroup).prefetch()
+        plgpu.griddepcontrol_wait()
     program = Program(problem, refs, config, interpret, warpgroup)
 
     def store(sums: list[jax.Array]) -> None:

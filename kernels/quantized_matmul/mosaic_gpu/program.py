@@ -30,6 +30,9 @@ Tile = tuple[int, int]
 
 NAN_BITS: Final = 0x7FC00000
 
+PREFETCHED: Final = 256
+"""Most columns that TMA takes at a time."""
+
 
 class Refs(NamedTuple):
     """The inputs, in device memory; None where the call has no such array.
@@ -207,6 +210,17 @@ class Program:
             part = weight.at[:, pl.ds(first, self.piece)] if is_ref else weight[:, first : first + self.piece]
             plgpu.wgmma(total, part, columns)
         return total
+
+    def prefetch(self) -> None:
+        """Starts to read the first codes of the warpgroup's channels, as many as the ring holds, into the L2 cache."""
+        p, config = self.problem, self.config
+        block = config.block_in // (2 if p.scheme.packed else 1)
+        columns = min(config.num_stages, self.blocks) * block
+        for part in range(p.parts):
+            codes = self.refs.codes.at[self.layer, self.channels(part, self.own, self.width), :]
+            for start in range(0, columns, PREFETCHED):
+                size = min(PREFETCHED, columns - start)
+                plgpu.async_prefetch(codes.at[:, pl.ds(self.first * block + start, size)])
 
     def release(self) -> None:
         """Orders reads of a block to registers before the copy that takes its place; TMA sees no order otherwise."""
