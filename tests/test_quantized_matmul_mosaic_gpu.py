@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from product_oracle import judge
 from palladion import Unsupported, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
-from palladion.benchmarks.static.gpu.sass import by_loop, parse
+from palladion.benchmarks.static.gpu.mosaic import MosaicKernel, compile_mosaic_kernels
 from palladion.kernels.backend import record_choices
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.devices import gpus
@@ -360,38 +358,29 @@ def test_lowers_for_hopper(case: Case):
     assert "mosaic_gpu" in text
 
 
-def compile_and_dump(
-    case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, config: call.Config | None = None
-) -> tuple[list[str], str, Path]:
-    """Returns what a call launches, what NVIDIA's assembler says of the kernel, and the file with its PTX."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+def compiled(case: Case, config: call.Config | None = None) -> tuple[list[str], MosaicKernel]:
+    """Returns the names of what a call launches, and its kernel."""
     function = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu", config=config)
-    program = gpu_program.compile_program(lambda inputs: function(**inputs._asdict()), case.shapes())
-    (report,), (ptx,) = folder.glob("*.ptxas"), folder.glob("*.ptx")
-    return [launch.name for launch in program.launches], report.read_text(), ptx
+    program, (kernel,) = compile_mosaic_kernels(lambda inputs: function(**inputs._asdict()), case.shapes())
+    return [launch.name for launch in program.launches], kernel
 
 
 @needs_plugin
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
-def test_compiles_for_hopper_without_spills(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    names, report, ptx = compile_and_dump(case, tmp_path, monkeypatch)
+def test_compiles_for_hopper_without_spills(case: Case):
+    names, kernel = compiled(case)
     names = [name for name in names if not name.startswith(("loop_", "input_reduce_"))]
     assert len(names) == 1, names  # beside XLA's: rows are padded and quantized, splits are added up
-    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report
-    assert "wgmma.mma_async.sync.aligned.m64n" in ptx.read_text()
-    assert "cp.async.bulk.tensor" in ptx.read_text()
+    assert kernel.spilled == 0
+    assert "wgmma.mma_async.sync.aligned.m64n" in kernel.ptx
+    assert "cp.async.bulk.tensor" in kernel.ptx
 
 
 @needs_plugin
-def test_a_launch_that_overlaps_reads_nothing_but_codes_before_it_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_launch_that_overlaps_reads_nothing_but_codes_before_it_waits():
     case = case_of("int8", 8, in_features=4096, out_features=4096)
-    config = dataclasses.replace(block_sizes.heuristic(case.problem()), overlaps=True)
-    _, _, ptx = compile_and_dump(case, tmp_path, monkeypatch, config)
-    before, _, after = ptx.read_text().partition("griddepcontrol.wait")
+    _, kernel = compiled(case, dataclasses.replace(block_sizes.heuristic(case.problem()), overlaps=True))
+    before, _, after = kernel.ptx.partition("griddepcontrol.wait")
     assert "griddepcontrol.launch_dependents" in before
     assert "cp.async.bulk.prefetch.tensor" in before
     assert "ld.global" not in before
@@ -402,23 +391,17 @@ def test_a_launch_that_overlaps_reads_nothing_but_codes_before_it_waits(
 @needs_plugin
 @pytest.mark.skipif(not gpu_compiler.installed(), reason="triton, which has NVIDIA's tools, is not installed")
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 4.1), ("int4-g128", 5.9), ("int4-g32", 8.5)])
-def test_codes_are_multiplied_in_few_instructions(
-    scheme: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_codes_are_multiplied_in_few_instructions(scheme: str, most: float):
     """An H200 has time for 7.2 instructions a byte; groups of 32 take a little more."""
-    import triton
-
     case = case_of(scheme, 8, in_features=14336, out_features=4096, scale_dtype="bfloat16")
-    _, _, ptx = compile_and_dump(case, tmp_path, monkeypatch)
-    tools, binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", tmp_path / "kernel.cubin"
-    subprocess.run([tools / "ptxas-blackwell", "-arch=sm_90a", ptx, "-o", binary], check=True)
-    code = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
-    loops = [loop for _, loop in by_loop(parse(code)) if any(one.opcode.startswith("HGMMA") for one in loop)]
+    _, kernel = compiled(case)
     config = block_sizes.heuristic(case.problem())
     codes_of_a_thread = block_sizes.block_bytes(case.problem(), config) - config.block_rows * config.block_in * 2
-    per_byte = min(map(len, loops)) / (codes_of_a_thread / 128)
+    per_byte = kernel.longest_product_loop / (codes_of_a_thread / 128)
     print(f"{per_byte:.2f} instructions a byte")
     assert per_byte <= most
+    assert kernel.count("HGMMA") > 0
+    assert kernel.count("UTMALDG") > 0
 
 
 @needs_plugin

@@ -76,6 +76,12 @@ def named_cases(operation: str) -> dict[str, Any]:
     return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
 
 
+def implementations(operation: str) -> tuple[Implementation, ...]:
+    """Returns the table of an operation's implementations."""
+    table: tuple[Implementation, ...] = _module(operation, "api").IMPLEMENTATIONS
+    return table
+
+
 def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[WorkloadName]:
     """Returns the chosen cases.
 
@@ -133,7 +139,7 @@ def from_argument(text: str) -> WorkloadName:
 def _from_case(workload: WorkloadName, platform: str) -> Workload:
     case = named_cases(workload.operation)[workload.name]
     problem = case.problem()
-    table = _module(workload.operation, "api").IMPLEMENTATIONS
+    table = implementations(workload.operation)
     kernel: Implementation | None = next((one for one in table if one.name == KERNEL_FILES[platform]), None)
     if kernel is None:
         raise Unsupported(f"{workload.operation} has no kernel for {platform.upper()}s yet")
