@@ -123,15 +123,17 @@ def test_memory_is_awaited_before_it_is_read():
         (case_of("int4-g32", 8, in_features=256, out_features=64), call.Config(8, block_in=64, num_stages=2)),
         (case_of("int8", 8, out_features=64, quantize_x="int8"), call.Config(8, block_in=64, num_stages=2)),
         (case_of("int8", 70, out_features=128), call.Config(128, 128, block_in=64, num_stages=2)),
+        (case_of("int4-g32", 70, out_features=256), call.Config(128, 128, block_in=64, num_stages=2, cluster=2)),
     ],
-    ids=["few-rows", "stored", "many-rows"],
+    ids=["few-rows", "stored", "many-rows", "cluster"],
 )
 def test_blocks_are_read_without_races(case: Case, config: call.Config):
     """Blocks of the ring are written more than once; jax 0.11 counts races, 0.12 raises at the first."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    interpret = dataclasses.replace(gpu_interpreter(True), detect_races=True)
-    jax.block_until_ready(run(case, config, cases.make_inputs(case), interpret))
+    interpret, inputs = dataclasses.replace(gpu_interpreter(True), detect_races=True), cases.make_inputs(case)
+    reference = quantized_matmul(**inputs._asdict(), **case.options, backend="xla")
+    assert_right(run(case, config, inputs, interpret), reference, judge(case, inputs), f"{case} {config}")
     assert gpu_callbacks.get_races().races_found is False
 
 
@@ -297,6 +299,8 @@ def test_what_is_not_covered_says_why(changes: dict[str, Any], reason: str):
         ({"block_out": 96}, "config.block_out: got 96; accepted: a multiple of 64, at most 256"),
         ({"block_in": 32}, "config.block_in: got 32; accepted: a power of two of at least 64"),
         ({"splits": 0}, "config.splits: got 0; accepted: at least 1"),
+        ({"cluster": 2}, "config.cluster: got 2; accepted: 1"),
+        ({"block_rows": 128}, "config.block_out: got 64; accepted: a multiple of 128, at most 256"),
         ({"block_out": 128}, "config.block_out: got 128; accepted: up to 104"),
     ],
 )

@@ -102,6 +102,7 @@ class Config:
       num_stages: blocks in the ring: one is multiplied, the others are on their way.
       overlaps: whether the kernel starts while the one before it ends, and reads its first codes into the L2 cache
         before it waits for that one (docs/gpu.md); jax ignores it before 0.11.
+      cluster: programs of neighbouring channels that share what they read of x: 1, or 2 for many rows.
     """
 
     block_rows: int
@@ -110,6 +111,7 @@ class Config:
     splits: int = 1
     num_stages: int = 4
     overlaps: bool = False
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         accepted = (*FEW_ROWS, *MANY_ROWS)
@@ -118,6 +120,8 @@ class Config:
         multiple = self.block_out in range(step, 256 + 1, step)
         check(multiple, "config.block_out", self.block_out, f"a multiple of {step}, at most 256")
         check_power_of_two("config.block_in", self.block_in, least=64)
+        clusters = range(1, self.warpgroups + 1)
+        check(self.cluster in clusters, "config.cluster", self.cluster, " or ".join(map(str, clusters)))
         for name in ("splits", "num_stages"):
             check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
 
@@ -188,8 +192,9 @@ def _for_many_rows(problem: Problem) -> Config | None:
     if p.rows <= FEW_ROWS[-1] or p.result_features < 2 * CHANNELS or not takes_many_rows(p):
         return None
     found = []
-    for block_rows, block_out, block_in, splits in itertools.product(MANY_ROWS, (256, 128), (128, 64), (1, 2, 4)):
-        config = Config(block_rows, block_out, block_in, splits)
+    sizes = itertools.product(MANY_ROWS, (256, 128), (128, 64), (1, 2, 4), (1, 2))
+    for block_rows, block_out, block_in, splits, cluster in sizes:
+        config = Config(block_rows, block_out, block_in, splits, cluster=cluster)
         stages = (gpu_to_plan_for().program_shared_bytes - staged_bytes(p, config)) // block_bytes(p, config)
         config = dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES), 1))
         if stages >= LEAST_STAGES[FEW_ROWS[-1]] and fits(p, config) and splits <= pl.cdiv(p.in_features, block_in):
@@ -203,7 +208,8 @@ def _cycles(problem: Problem, config: Config) -> float:
     programs, share = config.splits * _programs(p, config), p.in_features / config.splits
     waves = pl.cdiv(programs, multiprocessors)
     products = waves * p.parts * config.block_out * config.block_rows * share / PRODUCTS[operand_dtype(p)]
-    reads = programs * share * block_bytes(p, config) / config.block_in / (multiprocessors * L2_BYTES)
+    shared = config.block_rows * jnp.dtype(operand_dtype(p)).itemsize * (1 - 1 / config.cluster)
+    reads = programs * share * (block_bytes(p, config) / config.block_in - shared) / (multiprocessors * L2_BYTES)
     if config.splits == 1:
         return max(products, reads)
     sums = 2 * config.splits * p.rows * p.out_features * 4 / (multiprocessors * HBM_BYTES)
@@ -243,7 +249,8 @@ def _fitting(problem: Problem, block_rows: int) -> list[tuple[int, Config]]:
 
 def _programs(problem: Problem, config: Config) -> int:
     """Returns the programs of a split."""
-    return pl.cdiv(problem.rows, config.block_rows) * pl.cdiv(problem.result_features, config.block_out)
+    clusters = pl.cdiv(problem.result_features, config.block_out * config.cluster)
+    return pl.cdiv(problem.rows, config.block_rows) * clusters * config.cluster
 
 
 def _filled(problem: Problem, config: Config, count: int) -> float:
@@ -309,11 +316,12 @@ def space(problem: Problem) -> Space:
     start = heuristic(p)
     blocks = pl.cdiv(p.in_features, CHANNELS)
     axes = {
-        "block_rows": [size for size in (64, *MANY_ROWS) if size < 2 * p.rows] if p.rows > 64 else [start.block_rows],
+        "block_rows": [start.block_rows] if p.rows <= 64 else [size for size in (64, *MANY_ROWS) if size < 2 * p.rows],
         "block_out": [size for size in (64, 128, 256) if size <= p.result_features],
         "block_in": BLOCKS_IN[::-1],
         "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
         "overlaps": (False, True) if LAUNCHES_OVERLAP else (False,),
+        "cluster": (1, 2) if p.rows > FEW_ROWS[-1] else (1,),
     }
     return Space(start, axes, lambda config: fits(p, config))

@@ -6,6 +6,7 @@ split, the kernel does all of it. x is normalized in a launch of its own (`gpu_n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from palladion.kernels import gpu_norm
 from palladion.kernels.checks import check
-from palladion.kernels.compat import fresh_kernel, gpu_interpreter
+from palladion.kernels.compat import INTERPRETS_CLUSTERS, fresh_kernel, gpu_interpreter
 from palladion.kernels.devices import target_gpu
 from palladion.kernels.linear import Inputs
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
@@ -69,6 +70,8 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem.planned())
+    if interpret and not INTERPRETS_CLUSTERS:
+        config = dataclasses.replace(config, cluster=1)
     residual = inputs.residual
     p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=bool(interpret)))
     check(config.block_out <= p.result_features, "config.block_out", config.block_out, f"up to {p.result_features}")
@@ -90,11 +93,13 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     threads: dict[str, Any] = (
         {"num_threads": config.warpgroups + 1, "thread_name": "warpgroup"} if config.warpgroups > 1 else {}
     )
+    if config.cluster > 1:
+        threads |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
     out = plgpu.kernel(
         fresh_kernel(kernel, problem=p, config=config, whole=whole, interpret=bool(interpret)),
         out_type=result,
         scratch_types=[staged],
-        grid=(pl.cdiv(p.result_features, config.block_out), config.splits, row_blocks),
+        grid=(pl.cdiv(p.result_features, config.block_out * config.cluster), config.splits, row_blocks),
         grid_names=("out", "split", "row"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=gpu_interpreter(interpret or False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -99,7 +100,10 @@ class Program:
         self.layer = 0 if refs.layer is None else refs.layer[0]
         self.row, self.split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
         last = problem.result_features - config.block_out
-        self.channel = jnp.minimum(jax.lax.axis_index("out") * config.block_out, last)
+        out = jax.lax.axis_index("out")
+        if config.cluster > 1:
+            out = out * config.cluster + jax.lax.axis_index("cluster")
+        self.channel = jnp.minimum(out * config.block_out, last)
         self.width = config.block_out // config.warpgroups
         self.own = warpgroup * self.width
         self.blocks = pl.cdiv(pl.cdiv(problem.in_features, config.block_in), config.splits)
@@ -259,6 +263,8 @@ class Program:
         bits = 8 * jnp.dtype(self.operand).itemsize
         shape = (config.block_rows, config.block_in)
         x = block_spec(shape, lambda block: (row, first + block), self.piece, bits, self.interpret)
+        if config.cluster > 1:
+            x = dataclasses.replace(x, collective_axes=("cluster",))
         return [codes] * p.parts + [x]
 
     def in_refs(self) -> list[Ref]:
