@@ -94,7 +94,7 @@ RIGHT = [
     (case_of("int4-zeros", 9, quantize_x="int8", out_dtype="float32"), call.Config(16, block_in=128)),
     (case_of("float8_e4m3fn", 9, quantize_x="float8_e4m3fn"), call.Config(16, block_in=128)),
     # Many rows: two warpgroups with half of the channels each; the last block of rows is cut.
-    (case_of("int8", 130, out_features=128, bias=True), call.Config(128, 128, block_in=64, num_stages=2)),
+    (case_of("int8", 130, out_features=128, bias=True, residual=True), call.Config(128, 128, 64, num_stages=2)),
     (case_of("int4-g32", 70, out_features=128), call.Config(128, 128, block_in=128, splits=2)),
     (case_of("int4-g64-zeros", 70, in_features=128, out_features=256, gated=True), call.Config(128, 128, 128)),
     (case_of("int8", 70, out_features=128, quantize_x="int8"), call.Config(128, 128, block_in=128)),
@@ -122,7 +122,7 @@ def test_memory_is_awaited_before_it_is_read():
     [
         (case_of("int4-g32", 8, in_features=256, out_features=64), call.Config(8, block_in=64, num_stages=2)),
         (case_of("int8", 8, out_features=64, quantize_x="int8"), call.Config(8, block_in=64, num_stages=2)),
-        (case_of("int8", 70, out_features=128), call.Config(128, 128, block_in=64, num_stages=2)),
+        (case_of("int8", 70, out_features=128, residual=True), call.Config(128, 128, block_in=64, num_stages=2)),
         (case_of("int4-g32", 70, out_features=256), call.Config(128, 128, block_in=64, num_stages=2, cluster=2)),
     ],
     ids=["few-rows", "stored", "many-rows", "cluster"],
@@ -348,13 +348,13 @@ COMPILED = [
     case_of("mxfp4", 8, in_features=4096, out_features=6144, scale_dtype="float8_e8m0fnu"),
     case_of("int8", 8, in_features=4096, out_features=6144, quantize_x="int8"),
     case_of("int4-g128", 8, in_features=4096, out_features=6144, quantize_x="int8"),
-    case_of("int4-g128", 256, in_features=4096, out_features=6144),
+    case_of("int4-g128", 256, in_features=4096, out_features=6144, residual=True),
     case_of("int8", 4096, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu),
     case_of("int8", 4096, in_features=4096, out_features=6144, quantize_x="int8"),
 ]
 
 
-@pytest.mark.parametrize("case", COMPILED[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*COMPILED[:2], *COMPILED[-6:]], ids=lambda case: case.name)
 def test_lowers_for_hopper(case: Case):
     """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
     call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")

@@ -88,6 +88,11 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     else:
         result = jax.ShapeDtypeStruct((config.splits, p.parts, rows, p.result_features), jnp.float32)
         refs = refs._replace(x_scale=None, bias=None)
+    # The residual waits where the result will be, in the same dtype.
+    fused = whole and residual is not None and residual.dtype == p.out_dtype
+    if fused:
+        refs, residual = refs._replace(residual=residual), None
+    barrier = plgpu.Barrier(num_barriers=config.warpgroups) if fused else None
     width = config.block_out // config.warpgroups
     staged = plgpu.SMEM((config.warpgroups, 1 if whole else p.parts, config.block_rows, width), result.dtype)
     threads: dict[str, Any] = (
@@ -98,7 +103,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     out = plgpu.kernel(
         fresh_kernel(kernel, problem=p, config=config, whole=whole, interpret=bool(interpret)),
         out_type=result,
-        scratch_types=[staged],
+        scratch_types=[staged, barrier],
         grid=(pl.cdiv(p.result_features, config.block_out * config.cluster), config.splits, row_blocks),
         grid_names=("out", "split", "row"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

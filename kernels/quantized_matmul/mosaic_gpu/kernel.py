@@ -131,17 +131,19 @@ def unit_products(program: Program, weights: Sequence[Any], x: Ref) -> list[jax.
     return list(pl.run_scoped(on_tensor_cores, *sums))
 
 
-def many_rows(program: Program, store: Callable[[list[jax.Array]], None]) -> None:
+def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[list[jax.Array]], None]) -> None:
     """Sums up all tiles of a warpgroup over its program's share of `in`, or starts the copies of both of them.
 
     Args:
       program: the program.
+      prepare: starts what is to be there for `store`.
       store: stores the sums `[64, block_rows]` of the warpgroup's tiles.
     """
     config, grouped = program.config, program.problem.scheme.group_size is not None
     shape, dtype = (CHANNELS, config.block_rows), program.sums_dtype
 
     def compute(run: Callable[[Any], Any]) -> None:
+        prepare()
         start = factors_of(program, 0)
         if program.interpret:
             sums, _ = run(([jnp.zeros(shape, dtype) for _ in program.tiles], start))
@@ -192,7 +194,15 @@ def scaled(program: Program, weights: Sequence[Any], factors: Sequence[Factors])
 
 
 def kernel(
-    refs: Refs, result: Ref, staged: Ref, *, problem: Problem, config: Config, whole: bool, interpret: bool
+    refs: Refs,
+    result: Ref,
+    staged: Ref,
+    barrier: Ref | None,
+    *,
+    problem: Problem,
+    config: Config,
+    whole: bool,
+    interpret: bool,
 ) -> None:
     """Computes `[block_rows, block_out]` of the result, or of the sums of a split.
 
@@ -200,7 +210,8 @@ def kernel(
       refs: the inputs.
       result: `[rows, result_features]`, or sums `[splits, parts, rows, result_features]`.
       staged: `[warpgroups, 1, or parts of sums, block_rows, block_out / warpgroups]` in shared memory: what is written
-        to `result`.
+        to `result`, and the residual before.
+      barrier: `[warpgroups]`, on which the residual arrives; None without one.
       problem: what is computed.
       config: block sizes.
       whole: whether it is the result that is written.
@@ -215,14 +226,20 @@ def kernel(
         plgpu.griddepcontrol_wait()
     program = Program(problem, refs, config, interpret, warpgroup)
 
+    def prepare() -> None:
+        if barrier is not None:
+            plgpu.copy_gmem_to_smem(refs.residual.at[program.place()], staged.at[warpgroup, 0], barrier.at[warpgroup])
+
     def store(sums: list[jax.Array]) -> None:
-        own = staged.at[warpgroup]
-        write(program, dict(zip(program.tiles, sums, strict=True)), result, own, whole)
+        if barrier is not None:
+            plgpu.barrier_wait(barrier.at[warpgroup])
+        write(program, dict(zip(program.tiles, sums, strict=True)), result, staged.at[warpgroup], whole)
 
     if config.warpgroups == 1:
+        prepare()
         store(few_rows(program))
     else:
-        many_rows(program, store)
+        many_rows(program, prepare, store)
 
 
 def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref, staged: Ref, whole: bool) -> None:
@@ -235,17 +252,15 @@ def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref,
       staged: the warpgroup's part of shared memory.
       whole: whether it is the result that is written.
     """
-    p, config = program.problem, program.config
+    p = program.problem
     for start in range(0, program.width, CHANNELS):
         found = [program.finish((part, start), sums[part, start]) for part in range(p.parts)]
         if whole:
             found = [p.finish(found)]
         for part, value in enumerate(found):
-            program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value.astype(staged.dtype))
+            program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value)
     plgpu.commit_smem()
-    rows = pl.ds(program.row * config.block_rows, config.block_rows)
-    channels = pl.ds(program.channel + program.own, program.width)
     for part in range(staged.shape[0]):
-        place = (rows, channels) if whole else (program.split, part, rows, channels)
+        place = program.place() if whole else (program.split, part, *program.place())
         plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
     plgpu.wait_smem_to_gmem(0)

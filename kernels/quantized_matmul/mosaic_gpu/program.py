@@ -246,12 +246,25 @@ class Program:
             found = found + jax.lax.broadcast_in_dim(bias, found.shape, (0,))
         return found
 
+    def place(self) -> tuple[Any, Any]:
+        """Returns the warpgroup's rows and channels of the result."""
+        rows = pl.ds(self.row * self.config.block_rows, self.config.block_rows)
+        return rows, pl.ds(self.channel + self.own, self.width)
+
     def stage(self, ref: Ref, value: jax.Array) -> None:
-        """Stores a result `[64, block_rows]` to shared memory `[block_rows, 64]`."""
+        """Stores a result `[64, block_rows]` to shared memory `[block_rows, 64]`; adds the residual that is there."""
         if self.interpret:
-            ref[...] = value.T
-        else:
-            store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED))
+            value = value.T + ref[...].astype(jnp.float32) if self.refs.residual is not None else value.T
+            ref[...] = value.astype(ref.dtype)
+            return
+        across = ref.transpose((1, 0))
+        if self.refs.residual is None:
+            value = value.astype(ref.dtype)
+        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        if self.refs.residual is not None:
+            residual = self.load(across, plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+            value = (value + residual.astype(jnp.float32)).astype(ref.dtype)
+        store_from_registers(across, value)
 
     def in_specs(self) -> list[plgpu.BlockSpec]:
         """Returns the blocks in the ring: codes of each part, and x."""
