@@ -6,13 +6,13 @@ NEW_PYTHON ?= python3.12
 NEW_VENV ?= $(VENV)-new
 # Of the tests, each with files of its own; one takes up to 6 GB of memory.
 WORKERS ?= 2
-FOLDERS := reference kernels frameworks model benchmarks tests
+FOLDERS := reference kernels frameworks model benchmarks examples tests docs
 
 .PHONY: demo test test-races
 
 demo: $(VENV)/demo
-	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --chat --prompt="What is the capital of France?"
-	$(VENV)/bin/python -m palladion.model.generate --model=smollm2 --prompt="The capital of France is"
+	$(VENV)/bin/palladion generate --chat --prompt="What is the capital of France?"
+	$(VENV)/bin/palladion generate --prompt="The capital of France is"
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check $(FOLDERS)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
@@ -20,6 +21,7 @@ from palladion.kernels.search_space import TuningKey
 from palladion.kernels.sharding import ShardingRule, Share
 from palladion.kernels.types import Interpret
 from palladion.reference.caches import FLOAT_CACHE_DTYPES
+from palladion.reference.derivatives import with_derivatives_of
 from palladion.reference.quantization import Order
 from palladion.reference.rms_norm import rms_norm
 
@@ -94,17 +96,59 @@ def multiply(
     shape = (*leading, problem.result_features)
     if math.prod(shape) == 0:
         return jnp.zeros(shape, problem.out_dtype)
-    out = dispatch(
-        operation,
-        table,
-        problem,
-        inputs,
-        backend=backend,
-        config=config,
-        interpret=interpret,
-        differentiable=True,
-    )
+
+    def run(problem: LinearProblem, inputs: Inputs) -> jax.Array:
+        options: dict[str, Any] = {"backend": backend, "config": config, "interpret": interpret}
+        result: jax.Array = dispatch(operation, table, problem, inputs, **options, differentiable=True)
+        return result
+
+    # Known values are not mapped, and custom_vmap would hide where they are sharded.
+    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+    out = run(problem, inputs) if known else _with_mapped_rows(problem, run)(inputs)
     return out.reshape(shape)
+
+
+def _with_mapped_rows(
+    problem: LinearProblem, run: Callable[[LinearProblem, Inputs], jax.Array]
+) -> Callable[[Inputs], jax.Array]:
+    """Returns the product as a function that, under vmap, is one product of all rows: kernels read the weight once.
+
+    Equinox applies its layers to a batch by vmap. Weights that are mapped too have a product each, and so have rows
+    that may be sharded over Explicit axes.
+
+    Args:
+      problem: the call.
+      run: runs a call.
+    """
+    single = functools.partial(run, problem)
+    product = jax.custom_batching.custom_vmap(single)
+
+    @product.def_vmap
+    def _(axis_size: int, in_batched: Any, inputs: Inputs) -> tuple[jax.Array, bool]:
+        (batched,) = in_batched
+        by_row = batched._replace(x=None, residual=None)
+        if any(jax.tree.leaves(by_row)) or _has_explicit_axes(inputs):
+            in_axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
+            return jax.vmap(single, (in_axes,), axis_size=axis_size)(inputs), True
+
+        def merge(part: jax.Array, mapped: bool) -> jax.Array:
+            every = part if mapped else jnp.broadcast_to(part, (axis_size, *part.shape))
+            return every.reshape(-1, every.shape[-1])
+
+        x = merge(inputs.x, batched.x)
+        residual = None if inputs.residual is None else merge(inputs.residual, batched.residual)
+        rows = dataclasses.replace(problem, rows=axis_size * problem.rows)
+        out = _with_mapped_rows(rows, run)(inputs._replace(x=x, residual=residual))
+        return out.reshape(axis_size, problem.rows, -1), True
+
+    # Reverse mode does not pass through custom_vmap.
+    return with_derivatives_of(single, product)
+
+
+def _has_explicit_axes(inputs: Inputs) -> bool:
+    """Returns whether types of arrays say how they are sharded."""
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(inputs))
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

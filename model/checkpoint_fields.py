@@ -4,37 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_window, shorten
-
-
-class Family(NamedTuple):
-    """A family of models for which this decoder gives the same results as transformers.
-
-    Attributes:
-      model_type: name of the family in config.json.
-      architecture: class that config.json names for a whole model.
-      base_architecture: class that config.json names for a decoder saved without its output head.
-    """
-
-    model_type: str
-    architecture: str
-    base_architecture: str
-
-
-FAMILIES: Final = (
-    Family("llama", "LlamaForCausalLM", "LlamaModel"),
-    Family("mistral", "MistralForCausalLM", "MistralModel"),
-    Family("qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
-    Family("seed_oss", "SeedOssForCausalLM", "SeedOssModel"),
-)
-
-DEFAULT_WINDOW: Final = 4096
-"""Sliding window of Mistral and Qwen2 where config.json has no such key; null means no window."""
-
-DEFAULT_WINDOW_LAYERS: Final = 28
-"""First layer with Qwen2's sliding window, where config.json has no such key."""
+from palladion.model.checkpoint_files import CheckpointError, JsonFile, shorten
+from palladion.model.families import FAMILIES, REFUSED, Family
 
 NOTHING: Final[tuple[Any, ...]] = (False, 0, "", [], {})
 """Values, besides null, that mean that a feature is absent."""
@@ -64,8 +37,6 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     ),
     "is_causal": (True,),
     "causal": (True,),
-    "hidden_act": ("silu", "swish"),
-    "hidden_activation": ("silu", "swish"),
     "position_embedding_type": ("rope", "rotary"),
     # Layers, norms, attention or positions that this decoder does not have.
     **dict.fromkeys(
@@ -131,6 +102,12 @@ EFFECTIVE_NAME: Final = re.compile(r"multiplier|scaling|soft_?cap|qk_?(layer)?no
 CHECKED_APART: Final = frozenset({"rope_scaling", "attention_multiplier"})
 """Fields that match `EFFECTIVE_NAME`, but are applied, or have a neutral value that depends on other fields."""
 
+ACTIVATION_FIELDS: Final = ("hidden_act", "hidden_activation")
+"""Fields that name the MLP's activation."""
+
+SECTIONS: Final = ("full_attention", "sliding_attention")
+"""Rotary settings of layers without and with a window, where a family has one each."""
+
 SAME_SCALE: Final = 1e-6
 """Relative difference up to which two scales count as equal: a few roundings of float32."""
 
@@ -153,45 +130,62 @@ def read_family(values: JsonFile) -> Family:
         )
     families = by_name or ([] if names else by_type)
     if not families:
-        given = shorten(", ".join(names))[1:-1] if names else "unnamed"
+        given = shorten(", ".join(names) or model_type or "")[1:-1] or "unnamed"
+        kinds = {_kind(name) for name in names} | {(model_type or "").replace("_", "")}
+        refused = [what for kind, what in REFUSED.items() if kind.replace("_", "") in kinds]
+        reason = f"it is {refused[0]}, which this decoder does not have; " if refused else ""
         raise CheckpointError(
-            f"{values.path}: architecture {given} is not supported; supported: "
-            f"{', '.join(family.architecture for family in FAMILIES)}"
+            f"{values.path}: architecture {given} is not supported; {reason}supported: "
+            f"{', '.join(family.architecture.removesuffix('ForCausalLM') for family in FAMILIES)}"
         )
     return families[0]
 
 
-def check_fields(values: JsonFile, rope: JsonFile) -> None:
+def _kind(architecture: str) -> str:
+    """Returns the family in the name of a class: "qwen3moe" of "Qwen3MoeForCausalLM"."""
+    return architecture.split("For")[0].lower()
+
+
+def check_fields(values: JsonFile, rope: JsonFile, family: Family) -> None:
     """Checks that no field requests a computation that this decoder does not have.
 
     Args:
       values: config.json.
       rope: the rotary settings in config.json.
+      family: the model's family, whose own fields are applied.
 
     Raises:
       CheckpointError: a field does; the message names it.
     """
     for name, value in values.content.items():
-        if name in NEUTRAL_VALUES:
+        if name in family.fields:
+            continue
+        if name in ACTIVATION_FIELDS:
+            _check_neutral(values, name, value, family.activations)
+        elif name in NEUTRAL_VALUES:
             _check_neutral(values, name, value, NEUTRAL_VALUES[name])
         elif EFFECTIVE_NAME.search(name) and name not in CHECKED_APART:
             _check_neutral(values, name, value, (*NOTHING, 1))
-    _check_relative_scales(values)
-    _check_layers_without_positions(values)
+    _check_relative_scales(values, family)
+    if "no_rope_layers" not in family.fields:
+        _check_layers_without_positions(values)
+    sections = SECTIONS if family.rotation == "by window" else ()
+    for section in (rope, *(rope.section(name) for name in sections)):
+        _check_rotary_fields(section, family, sections if section is rope else ())
+    for name in sorted({"attention_bias", "mlp_bias", "attention_out_bias", *family.biases.values()} - {""}):
+        values.boolean(name, False)  # The reader compares it with the tensors.
+
+
+def _check_rotary_fields(rope: JsonFile, family: Family, sections: tuple[str, ...]) -> None:
+    """Checks rotary settings; `sections` are the names of objects that they may hold."""
     for name, value in rope.content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in sections:
             raise CheckpointError(
-                f"{values.path}: rotary settings by kind of layer ({shorten(name)}) are not supported; supported: one "
+                f"{rope.path}: rotary settings by kind of layer ({shorten(name)}) are not supported; supported: one "
                 "for all layers"
             )
-        if name in NEUTRAL_ROTARY_VALUES:
-            _check_neutral(values, name, value, NEUTRAL_ROTARY_VALUES[name])
-    for name in (
-        "attention_bias",
-        "mlp_bias",
-        "attention_out_bias",
-    ):  # Tensors decide about biases; here only the type is checked.
-        values.boolean(name, False)
+        if name in NEUTRAL_ROTARY_VALUES and name not in family.fields:
+            _check_neutral(rope, name, value, NEUTRAL_ROTARY_VALUES[name])
 
 
 def _check_neutral(values: JsonFile, name: str, value: Any, neutral: tuple[Any, ...]) -> None:
@@ -204,7 +198,7 @@ def _check_neutral(values: JsonFile, name: str, value: Any, neutral: tuple[Any, 
     )
 
 
-def _check_relative_scales(values: JsonFile) -> None:
+def _check_relative_scales(values: JsonFile, family: Family) -> None:
     """Checks scales that have no effect if they equal the ones that this decoder uses."""
     hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
     head_dim = values.integer("head_dim", max(1, hidden // heads))
@@ -214,7 +208,9 @@ def _check_relative_scales(values: JsonFile) -> None:
         "dim_model_base": hidden,
     }
     for name, value in expected.items():
-        if values.content.get(name) is not None and abs(values.real(name) / value - 1) > SAME_SCALE:
+        if name in family.fields or values.content.get(name) is None:
+            continue
+        if abs(values.real(name) / value - 1) > SAME_SCALE:
             raise CheckpointError(
                 f"{values.path}: {name} {values.real(name)} is not supported: this decoder does not apply it; "
                 f"supported: {value:g}, for heads of {head_dim} and a hidden_size of {hidden}"
@@ -236,48 +232,3 @@ def _check_layers_without_positions(values: JsonFile) -> None:
             f"{values.path}: no_rope_layer_interval {interval} is not supported; supported: no_rope_layers with a 1 "
             "for every layer"
         )
-
-
-def read_sliding_window(values: JsonFile, family: Family) -> int | None:
-    """Returns the sliding window of all layers, or None; only Mistral and Qwen2 have one.
-
-    Raises:
-      CheckpointError: only some layers have a window.
-    """
-    kinds = values.content.get("layer_types")
-    window = None
-    if family.model_type == "qwen2":
-        window = _qwen2_window(values, kinds)
-    elif values.boolean("use_sliding_window", False):
-        raise CheckpointError(f"{values.path}: use_sliding_window true is not supported by {family.architecture}")
-    elif family.model_type == "mistral":
-        window = _window(values)
-    kind = "full_attention" if window is None else "sliding_attention"
-    if kinds is not None and (not isinstance(kinds, list) or any(entry != kind for entry in kinds)):
-        raise CheckpointError(
-            f"{values.path}: layer_types {shorten(kinds)} is not supported; supported: {kind!r} for every layer, as "
-            "the other fields say"
-        )
-    return window
-
-
-def _window(values: JsonFile) -> int | None:
-    value = values.content.get("sliding_window", DEFAULT_WINDOW)
-    return None if value is None else check_window(value, f"{values.path}: 'sliding_window'")
-
-
-def _qwen2_window(values: JsonFile, kinds: Any) -> int | None:
-    """Returns Qwen2's window, which applies to the layers in `layer_types`, or from `max_window_layers` on."""
-    window = _window(values) if values.boolean("use_sliding_window", False) else None
-    if window is None:
-        return None
-    layers = values.integer("num_hidden_layers")
-    if isinstance(kinds, list):
-        return window if "sliding_attention" in kinds else None
-    first = values.integer("max_window_layers", DEFAULT_WINDOW_LAYERS, minimum=0)
-    if 0 < first < layers:
-        raise CheckpointError(
-            f"{values.path}: max_window_layers {first} of {layers} layers is not supported: the window must be that of "
-            "all layers (0) or of none"
-        )
-    return window if first == 0 else None

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from palladion.model.checkpoint_files import CheckpointError
-from palladion.model.config import ModelConfig, RopeScaling
+from palladion.model.config import ModelConfig
 from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import QuantizedArray
-
-HIGHEST_FREQUENCY: Final = 2.0**24
-"""Highest rotary frequency in radians per token: beyond it float32 cannot tell angles one radian apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +22,8 @@ class StoredTensor:
 
     Attributes:
       name: name in the file.
-      shape: `[out, in]` of a projection or table, `[n]` of a norm or bias, whatever order the file stores.
+      shape: `[out, in]` of a projection or table, `[n]` of a norm or bias (`[heads, head_dim]` where each head has a
+        norm of its own), whatever order the file stores.
       read: reads it as a dense NumPy array of `shape` in a float dtype.
       read_quantized: reads it without loss as a `QuantizedArray`; None for types that it cannot hold.
     """
@@ -42,24 +40,26 @@ class CheckpointReader(Protocol):
     Attributes:
       path: the file or folder.
       name: name of the model.
+      family: the family's name in the file.
       config: shapes and constants of the model; `stop_tokens` are the tokenizer's.
     """
 
     path: Path
     name: str
+    family: str
     config: ModelConfig
 
     def tensor_names(self) -> Collection[str]:
         """Returns the names of the tensors that hold weights; those that repeat the config are left out."""
 
-    def tensor_name(self, role: str, layer: int | None) -> str:
-        """Returns the file's name for a tensor's role in the model ("query", "down", "embedding", …)."""
+    def tensor_name(self, role: str, layer: int | None) -> str | None:
+        """Returns the file's name for a tensor's role in the model ("query", "down_bias", …); None if it has none."""
 
     def tensor(self, name: str) -> StoredTensor:
         """Returns a tensor that `tensor_names` lists; raises CheckpointError where its type is unsupported."""
 
     def inverse_frequencies(self) -> np.ndarray:
-        """Returns the rotary frequencies, `[head_dim / 2]` float32, any scaling applied."""
+        """Returns the rotary frequencies, `[rotary_dim / 2]` or `[sets, rotary_dim / 2]` float32, scaled."""
 
     def tokenizer(self) -> Tokenizer:
         """Returns the checkpoint's tokenizer."""
@@ -80,42 +80,14 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     raise CheckpointError(f"{name} has values that are not finite, the file is damaged; download it again")
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, *, scaling: RopeScaling | None = None, divisors: np.ndarray | float = 1.0
-) -> np.ndarray:
-    """Returns the rotary frequencies of a head: theta ** (-2 i / head_dim), scaled.
+def half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Returns the rows of a query or key projection, or its biases, in the half-split rotary form.
 
-    Args:
-      head_dim: width of a head, even.
-      theta: base of the frequencies.
-      scaling: Llama 3's scaling, or None.
-      divisors: divisor of each frequency, `[head_dim / 2]`, or one number for all (linear scaling).
-
-    Returns:
-      `[head_dim / 2]` float32, computed in float64.
+    Some files have the two coordinates of a rotary pair next to each other: their row 2 i + h of a head is the model's
+    row i + h * rotary_dim / 2; rows from rotary_dim on stay. Whole rows are moved, so quantized rows are moved without
+    loss.
     """
-    with np.errstate(all="ignore"):  # Damaged constants give infinities, which check_frequencies reports.
-        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if scaling is not None:
-            # Frequencies that turn seldom within the original context are scaled, those that turn often are kept.
-            turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-            kept = (turns - scaling.low_frequency_factor) / (
-                scaling.high_frequency_factor - scaling.low_frequency_factor
-            )
-            kept = np.clip(kept, 0.0, 1.0)
-            frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
-        return (frequencies / divisors).astype(np.float32)
-
-
-def check_frequencies(frequencies: np.ndarray, label: str) -> np.ndarray:
-    """Returns the frequencies unchanged; `label` names the file in an error.
-
-    Raises:
-      CheckpointError: they are not finite, all zero, or too high for float32 angles.
-    """
-    if not np.isfinite(frequencies).all() or not 0 < frequencies.max() <= HIGHEST_FREQUENCY:
-        raise CheckpointError(
-            f"{label}: its rotary base and scaling factors give frequencies from {frequencies.min():g} to "
-            f"{frequencies.max():g}; the highest of a trained model is about 1: take the original file"
-        )
-    return frequencies
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    rotated, rest = heads[:, :rotary_dim], heads[:, rotary_dim:]
+    pairs = rotated.reshape(len(heads), rotary_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2)
+    return np.concatenate([pairs.reshape(rotated.shape), rest], axis=1).reshape(rows.shape)

@@ -1,41 +1,31 @@
-"""Llama-family checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards."""
+"""Checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from palladion.model.checkpoint_fields import check_fields, read_family, read_sliding_window
+from palladion.model.checkpoint_fields import check_fields, read_family
 from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, exists, models_extra, shorten
-from palladion.model.checkpoint_reader import StoredTensor, cast, rotary_frequencies
-from palladion.model.config import ModelConfig, RopeScaling
+from palladion.model.checkpoint_reader import StoredTensor, cast, half_split
+from palladion.model.checkpoint_tensors import BIASES, module_of
+from palladion.model.families import HUGGING_FACE_MODULES
+from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
+from palladion.model.stored_quantized import PARTS, VALUES, read_scheme, stored_quantized
 from palladion.model.tokenizer import Tokenizer
+from palladion.reference.saving import DTYPES, LENGTH_BYTES
+from palladion.reference.scheme import Scheme
 
-TENSOR_NAMES: Final = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attention_norm": "model.layers.{layer}.input_layernorm.weight",
-    "query": "model.layers.{layer}.self_attn.q_proj.weight",
-    "key": "model.layers.{layer}.self_attn.k_proj.weight",
-    "value": "model.layers.{layer}.self_attn.v_proj.weight",
-    "query_bias": "model.layers.{layer}.self_attn.q_proj.bias",
-    "key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
-    "value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
-    "output": "model.layers.{layer}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "gate": "model.layers.{layer}.mlp.gate_proj.weight",
-    "up": "model.layers.{layer}.mlp.up_proj.weight",
-    "down": "model.layers.{layer}.mlp.down_proj.weight",
-}
-"""The name of each tensor's role in the model."""
-
-ATTENTION_BIASES: Final = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-"""Endings of the names of attention's biases."""
+EMBEDDING: Final = f"{HUGGING_FACE_MODULES['embedding']}.weight"
+HEAD: Final = f"{HUGGING_FACE_MODULES['head']}.weight"
+"""Names of the two tables, of which a tied model may have either."""
 
 FLOAT_TYPES: Final = ("F64", "F32", "F16", "BF16")
 """Supported tensor types."""
@@ -84,17 +74,21 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.resolve().name
-        self._values = JsonFile(path / "config.json")
-        self._family = read_family(self._values)
-        # Rotary settings are in `rope_scaling` and beside it, or, in newer files, all in `rope_parameters`.
-        rope = self._values.section("rope_scaling")
-        rope = rope if rope.content else self._values.section("rope_parameters")
-        _check_unquantized(self._values)
-        check_fields(self._values, rope)
+        given = JsonFile(path / "config.json")
+        self._family = read_family(given)
+        self.family = self._family.model_type
+        self._values = values = JsonFile(given.path, content={**self._family.defaults, **given.content})
+        self._modules = HUGGING_FACE_MODULES | dict(self._family.modules)
+        rope = rotary_settings(values)
+        scheme = read_scheme(values)
+        check_fields(values, rope, self._family)
+        self._rotary = read_rotary(values, rope, self._family)
         self._stored = _list_tensors(path)
+        self._quantized = {} if scheme is None else self._take_quantized(scheme)
         self._tokenizer = Tokenizer.from_folder(path)
-        scaling, self._divisor = _rope_scaling(rope, self._values.integer("max_position_embeddings", 2048))
-        self.config = self._read_config(rope.real("rope_theta", self._values.real("rope_theta", 10_000.0)), scaling)
+        tied = values.boolean("tie_word_embeddings", False) and self._has_one_table()
+        stops = self._tokenizer.stop_tokens
+        self.config = read_config(values, self._family, self._rotary, tied=tied, stop_tokens=stops)
         self._check_biases()
         self._check_added_tokens()
 
@@ -102,70 +96,90 @@ class HuggingFaceCheckpoint:
         """Implements `CheckpointReader.tensor_names`: without rotary frequencies and a tied head's second copy."""
         ignored = {name for name in self._stored if name.endswith(".rotary_emb.inv_freq")}
         if self.config.tied_embedding:
-            ignored.add(TENSOR_NAMES["head" if TENSOR_NAMES["embedding"] in self._stored else "embedding"])
+            ignored.add(HEAD if EMBEDDING in self._stored else EMBEDDING)
         return self._stored.keys() - ignored
 
-    def tensor_name(self, role: str, layer: int | None) -> str:
+    def tensor_name(self, role: str, layer: int | None) -> str | None:
         """Implements `CheckpointReader.tensor_name`; a tied table may have either of its two names."""
-        by_head = role == "embedding" and self.config.tied_embedding and TENSOR_NAMES["embedding"] not in self._stored
-        return TENSOR_NAMES["head" if by_head else role].format(layer=layer)
+        if role == "embedding" and self.config.tied_embedding and EMBEDDING not in self._stored:
+            role = "head"
+        if role in BIASES and BIASES[role] not in self._family.biases:
+            return None
+        part, suffix = module_of(role)
+        module = self._modules.get(part)
+        return None if module is None else f"{module.format(layer=layer)}.{suffix}"
 
     def tensor(self, name: str) -> StoredTensor:
-        """Implements `CheckpointReader.tensor`."""
+        """Implements `CheckpointReader.tensor`; rows of queries and keys are in the half-split rotary order."""
+        if name in self._quantized:
+            return self._quantized[name]
         stored = self._stored[name]
         if stored.kind not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{stored.file}: tensor {shorten(name)} has type {stored.kind}; supported: {', '.join(FLOAT_TYPES)}. "
                 "Take the model's unquantized checkpoint and quantize it here, with quantize='int8' for example"
             )
-        return StoredTensor(name=name, shape=stored.shape, read=lambda dtype: _read_tensor(stored, dtype))
+        offset = self._family.norm_offset if name.endswith("norm.weight") else 0.0
+        swaps = self._family.interleaved and any(f".{part}_proj." in name for part in "qk")
+        rotary_dim = 2 * self._rotary.frequencies.shape[-1]
+        swaps_columns = self._family.interleaved and name.endswith((".q_norm.weight", ".k_norm.weight"))
+
+        def read(dtype: Any) -> np.ndarray:
+            array = _read_tensor(stored, dtype)
+            if swaps:
+                array = half_split(array, self.config.head_dim, rotary_dim)
+            if swaps_columns:  # [heads, head_dim]
+                array = half_split(array.T, self.config.head_dim, rotary_dim).T
+            return array + np.asarray(offset, array.dtype) if offset else array
+
+        return StoredTensor(name=name, shape=stored.shape, read=read)
+
+    def raw(self, name: str) -> np.ndarray:
+        """Returns a tensor as the file holds it."""
+        return _read_raw(self._stored[name])
 
     def inverse_frequencies(self) -> np.ndarray:
         """Implements `CheckpointReader.inverse_frequencies`."""
-        config = self.config
-        return rotary_frequencies(
-            config.head_dim, config.rope_theta, scaling=config.rope_scaling, divisors=self._divisor
-        )
+        return self._rotary.frequencies
 
     def tokenizer(self) -> Tokenizer:
         """Implements `CheckpointReader.tokenizer`."""
         return self._tokenizer
 
-    def _read_config(self, theta: float, scaling: RopeScaling | None) -> ModelConfig:
-        values = self._values
-        hidden, q_heads = values.integer("hidden_size"), values.integer("num_attention_heads")
-        try:
-            return ModelConfig(
-                vocab_size=values.integer("vocab_size"),
-                hidden_size=hidden,
-                intermediate_size=values.integer("intermediate_size"),
-                num_layers=values.integer("num_hidden_layers"),
-                q_heads=q_heads,
-                kv_heads=values.integer("num_key_value_heads", q_heads),
-                head_dim=values.integer("head_dim", hidden // q_heads),
-                max_positions=values.integer("max_position_embeddings", 2048, minimum=2),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                rms_norm_eps=values.real("rms_norm_eps", 1e-6),
-                sliding_window=read_sliding_window(values, self._family),
-                tied_embedding=values.boolean("tie_word_embeddings", False) and self._has_one_table(),
-                stop_tokens=self._tokenizer.stop_tokens,
-            )
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CheckpointError(f"{values.path}: describes no model: {error}") from error
+    def _take_quantized(self, scheme: Scheme) -> dict[str, StoredTensor]:
+        """Returns the weights that `palladion quantize` wrote, whose parts then count as one tensor."""
+        quantized = {}
+        for name in [name.removesuffix(VALUES) for name in self._stored if name.endswith(VALUES)]:
+            parts = {part: self._stored.pop(full) for part in PARTS if (full := f"{name}.{part}") in self._stored}
+            read = functools.partial(_read_parts, parts)
+            quantized[name] = tensor = stored_quantized(name, scheme, parts["values"].shape, read)
+            self._stored[name] = Location(parts["values"].file, name, tensor.shape, str(scheme))
+        return quantized
 
     def _check_biases(self) -> None:
-        """Checks that there are no biases if config.json says so: transformers would ignore them."""
-        if self._values.boolean("attention_bias", True) or self._family.model_type == "qwen2":
-            return
-        for name in sorted(self._stored):
-            if name.endswith(ATTENTION_BIASES) and self.tensor(name).read(np.float32).any():
-                raise CheckpointError(
-                    f"{self._values.path}: 'attention_bias' is false, but there is a tensor {shorten(name)}; set it to "
-                    "true if the model was trained with biases, as those of the Qwen family are"
-                )
+        """Checks biases against the fields about them: transformers would ignore or invent what contradicts them."""
+        layers = range(min(self.config.num_layers, len(self._stored)))
+        for role, group in BIASES.items():
+            field = self._family.biases.get(group)
+            names = [self.tensor_name(role, layer) for layer in layers]
+            if not field or None in names or not self._modules_stored(role):
+                continue
+            stated = self._values.content.get(field)
+            for name in names:
+                if stated is True and name not in self._stored:
+                    raise CheckpointError(
+                        f"{self._values.path}: {field!r} is true, but there is no tensor {shorten(name)}; take the "
+                        "original files"
+                    )
+                if stated is False and name in self._stored and self.tensor(str(name)).read(np.float32).any():
+                    raise CheckpointError(
+                        f"{self._values.path}: {field!r} is false, but there is a tensor {shorten(name)}; set it to "
+                        "true if the model was trained with biases"
+                    )
+
+    def _modules_stored(self, role: str) -> bool:
+        """Returns whether the first layer has the weight that goes with a bias."""
+        return self.tensor_name(role.removesuffix("_bias"), 0) in self._stored
 
     def _check_added_tokens(self) -> None:
         """Checks that the tokens added to every text have rows in the embedding; others may never be used."""
@@ -178,7 +192,7 @@ class HuggingFaceCheckpoint:
 
     def _has_one_table(self) -> bool:
         """Returns whether embedding and output head are equal; as in transformers, others are not tied."""
-        embedding, head = (self._stored.get(TENSOR_NAMES[role]) for role in ("embedding", "head"))
+        embedding, head = self._stored.get(EMBEDDING), self._stored.get(HEAD)
         if embedding is None or head is None:
             return True
         if (embedding.shape, embedding.kind) != (head.shape, head.kind):
@@ -187,43 +201,6 @@ class HuggingFaceCheckpoint:
             return True  # Reading the table reports what is wrong with it.
         pairs = zip(_raw_rows(embedding), _raw_rows(head), strict=True)
         return all(np.array_equal(first, second) for first, second in pairs)
-
-
-def _check_unquantized(values: JsonFile) -> None:
-    """Raises CheckpointError for quantized weights."""
-    if quantization := values.section("quantization_config").content:
-        raise CheckpointError(
-            f"{values.path}: weights already quantized by {shorten(quantization.get('quant_method'))} are not "
-            "supported; take the unquantized checkpoint and quantize it here, with quantize='int8' for example, or "
-            "take a GGUF file"
-        )
-
-
-def _rope_scaling(rope: JsonFile, max_positions: int) -> tuple[RopeScaling | None, float]:
-    """Returns Llama 3's scaling or None, and the divisor of linear scaling."""
-    kind = rope.text("rope_type") or rope.text("type")
-    if kind is None and rope.content.get("factor") is not None:
-        raise CheckpointError(f"{rope.path}: rotary scaling by a 'factor' has no 'rope_type'; take the original file")
-    if kind in (None, "default"):
-        return None, 1.0
-    if kind == "linear":
-        return None, rope.real("factor")
-    if kind != "llama3":
-        raise CheckpointError(
-            f"{rope.path}: rotary scaling {shorten(kind)} is not supported; supported: 'default', 'linear' and 'llama3'"
-        )
-    scaling = RopeScaling(
-        factor=rope.real("factor"),
-        low_frequency_factor=rope.real("low_freq_factor"),
-        high_frequency_factor=rope.real("high_freq_factor"),
-        original_max_positions=rope.integer("original_max_position_embeddings", max_positions),
-    )
-    if scaling.low_frequency_factor >= scaling.high_frequency_factor:
-        raise CheckpointError(
-            f"{rope.path}: 'low_freq_factor' {scaling.low_frequency_factor} must be below 'high_freq_factor' "
-            f"{scaling.high_frequency_factor}; take the original file"
-        )
-    return scaling, 1.0
 
 
 def _list_tensors(path: Path) -> dict[str, Location]:
@@ -258,7 +235,7 @@ def _full_name(name: str) -> str:
     """Returns a tensor's name in a whole model: a decoder saved without its output head lacks the prefix."""
     if name.startswith(BASE_MODULES):
         return BASE_PREFIX + name
-    return TENSOR_NAMES["head"] if name == BASE_PREFIX + TENSOR_NAMES["head"] else name
+    return HEAD if name == BASE_PREFIX + HEAD else name
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -310,10 +287,31 @@ def _raw_rows(stored: Location) -> Iterator[np.ndarray]:
 
 
 def _read_tensor(stored: Location, dtype: Any) -> np.ndarray:
+    """Reads a tensor in a dtype."""
+    return cast(_read_raw(stored), dtype, f"{stored.file}: tensor {shorten(stored.name)}")
+
+
+def _read_raw(stored: Location) -> np.ndarray:
     """Reads a tensor."""
+    if stored.kind.startswith("F8"):
+        return _read_float8(stored)
     with _opened(stored) as tensors:
-        array = tensors.get_tensor(stored.name)
-    return cast(array, dtype, f"{stored.file}: tensor {shorten(stored.name)}")
+        array: np.ndarray = tensors.get_tensor(stored.name)
+    return array
+
+
+def _read_float8(stored: Location) -> np.ndarray:
+    """Reads a tensor of floats of one byte, which the package safetensors cannot give to NumPy."""
+    with open(stored.file, "rb") as file:
+        header = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        begin, end = json.loads(file.read(header))[stored.name]["data_offsets"]
+        file.seek(LENGTH_BYTES + header + begin)
+        return np.fromfile(file, np.uint8, end - begin).view(jnp.dtype(DTYPES[stored.kind])).reshape(stored.shape)
+
+
+def _read_parts(parts: Mapping[str, Location]) -> dict[str, np.ndarray]:
+    """Reads the parts of a quantized weight."""
+    return {part: _read_raw(stored) for part, stored in parts.items()}
 
 
 @contextlib.contextmanager

@@ -20,24 +20,39 @@ Weight = jax.Array | QuantizedArray
 class Layer:
     """One decoder layer; projections of the same input are joined along `out`, so that one product reads them all.
 
+    A norm is `[hidden]`, or `[2, hidden]` with the factors and the biases of a LayerNorm. What a family lacks is None.
+
     Attributes:
-      attention_norm: `[hidden]`.
+      attention_norm: norm of attention's input.
       qkv: query, key and value projections in this order, `out` = (q_heads + 2 * kv_heads) * head_dim; a tuple of
         weights, whose outputs are concatenated, where a checkpoint stores them in different formats.
-      qkv_bias: `[(q_heads + 2 * kv_heads) * head_dim]` or None.
+      qkv_bias: `[(q_heads + 2 * kv_heads) * head_dim]`.
+      qk_norm: `[q_heads + kv_heads, head_dim]`, the norm of queries and keys.
       output: `in` = q_heads * head_dim, `out` = hidden.
-      mlp_norm: `[hidden]`.
-      gate_up: gate and up projections in this order, `out` = 2 * intermediate; or a tuple, as for qkv.
+      output_bias: `[hidden]`.
+      attention_post_norm: norm of attention's output.
+      mlp_norm: norm of the MLP's input.
+      gate_up: gate and up projections in this order, `out` = 2 * intermediate; or a tuple, as for qkv. An MLP without
+        gate has the up projection alone.
+      gate_up_bias: biases of gate_up.
       down: `in` = intermediate, `out` = hidden.
+      down_bias: `[hidden]`.
+      mlp_post_norm: norm of the MLP's output.
     """
 
-    attention_norm: jax.Array
+    attention_norm: jax.Array | None
     qkv: Weight | tuple[Weight, ...]
     qkv_bias: jax.Array | None
+    qk_norm: jax.Array | None = None
     output: Weight
-    mlp_norm: jax.Array
+    output_bias: jax.Array | None = None
+    attention_post_norm: jax.Array | None = None
+    mlp_norm: jax.Array | None
     gate_up: Weight | tuple[Weight, ...]
+    gate_up_bias: jax.Array | None = None
     down: Weight
+    down_bias: jax.Array | None = None
+    mlp_post_norm: jax.Array | None = None
 
 
 class LayerStack:
@@ -100,9 +115,10 @@ class Parameters:
       embedding: token embedding, one row per token: dense `[vocab, hidden]`, or a QuantizedArray of `in` = hidden and
         `out` = vocab; None where it is tied: its rows are then the channels of `head`.
       layers: the decoder layers: a tuple, or one `Layer` of stacked arrays, `[num_layers, ...]`.
-      final_norm: `[hidden]`.
+      final_norm: `[hidden]`, or `[2, hidden]` for a LayerNorm.
       head: the output head, `in` = hidden, `out` = vocab.
-      inverse_frequencies: `[head_dim / 2]` float32, the rotary frequencies, any scaling already applied.
+      inverse_frequencies: `[rotary_dim / 2]` float32, the rotary frequencies, any scaling already applied; or
+        `[sets, rotary_dim / 2]` where layers differ, or long contexts do.
       order: storage order of all dense weights; a QuantizedArray has an order of its own.
     """
 

@@ -1,12 +1,15 @@
-"""Sampling: chooses the next token from the logits, greedily or at random among those that the filters keep."""
+"""Sampling: chooses the next token from the logits, greedily or at random among those that the filters keep.
+
+Penalties and biases change the logits first, so that they act on a greedy choice too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,47 @@ import numpy as np
 SMALLEST: Final = float(np.finfo(np.float32).tiny)
 """The smallest normal float32: temperatures and probabilities are raised to it, as smaller ones may flush to 0."""
 
-LARGEST: Final = {"temperature": float(np.finfo(np.float32).max), "top_k": 2**31 - 1, "top_p": 1, "min_p": 1}
+LARGEST: Final = {"temperature": float(np.finfo(np.float32).max), "top_k": 2**31 - 1}
 """The largest values that make a difference; larger ones are lowered to them."""
+
+LARGEST_PENALTY: Final = 1e6
+"""Bound of penalties and biases, far beyond any logit: sums of them stay finite."""
+
+ACCEPTED_BIAS: Final = f"from {-LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}"
+"""Description of penalties and biases, for errors."""
+
+NEUTRAL: Final = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Values of the penalties that change nothing; they count as None, so that nothing is computed for them."""
+
+BIAS_ROOM: Final = 16
+"""Biases are padded to a multiple of this number of tokens, so that few numbers of them compile anew."""
+
+NO_TOKEN: Final = 2**31 - 1
+"""The token that pads biases: no vocabulary has it."""
+
+
+class LogitBias(NamedTuple):
+    """Biases as arrays.
+
+    Attributes:
+      tokens: int32 `[n]`, padded with `NO_TOKEN`.
+      values: float32 `[n]`, added to the logits of these tokens.
+    """
+
+    tokens: jax.Array
+    values: jax.Array
+
+
+class TokenCounts(NamedTuple):
+    """Tokens that each sequence has had so far, as far as the penalties that are set need it.
+
+    Attributes:
+      prompt: bool `[batch, vocab]`, tokens in the prompt; None without a repetition penalty.
+      generated: int32 `[batch, vocab]`, how often each token was generated; None without any penalty.
+    """
+
+    prompt: jax.Array | None = None
+    generated: jax.Array | None = None
 
 
 @jax.tree_util.register_pytree_node_class
@@ -25,14 +67,20 @@ class Sampling:
     """Sampling parameters, as a pytree: which filters are set is static, their values never cause a recompilation.
 
     Filters apply in the order of the attributes, each to the tokens that the previous one kept. Filters without a
-    temperature imply temperature 1; at temperature 0 they have no effect and are dropped. A value may also be a JAX
-    scalar, traced or not: it is not checked, and the caller keeps it in range.
+    temperature imply temperature 1; at temperature 0 they have no effect and are dropped. Penalties and biases apply
+    before the temperature, and to a greedy choice too. A value may also be a JAX scalar, traced or not: it is not
+    checked, and the caller keeps it in range.
 
     Attributes:
       temperature: divisor of the logits. 0, or None without filters, chooses the likeliest token.
       top_k: keeps the k likeliest tokens, and those that tie with the last of them.
       top_p: keeps the likeliest tokens that together reach this probability (arXiv 1904.09751).
       min_p: keeps tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
+      repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the prompt or the text
+        generated so far has (arXiv 1909.05858); above 1 it discourages them.
+      presence_penalty: subtracted from the logits of tokens generated so far.
+      frequency_penalty: subtracted from a token's logit once for each time that it was generated.
+      logit_bias: biases by token id, added to their logits; -1e6 excludes a token.
 
     Raises:
       ValueError: a value is out of range or has the wrong type.
@@ -42,6 +90,10 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | LogitBias | None = None
 
     def __post_init__(self) -> None:
         values = {
@@ -54,21 +106,44 @@ class Sampling:
             values = dict.fromkeys(values)
         elif values["temperature"] is None and any(value is not None for value in values.values()):
             values["temperature"] = 1.0
-        for name, value in values.items():
+        for name, value in (values | self._checked_penalties()).items():
             object.__setattr__(self, name, value)
+
+    def _checked_penalties(self) -> dict[str, Any]:
+        """Returns the penalties and biases, checked; None for those that change nothing."""
+        values = {
+            name: _checked(name, getattr(self, name), lambda x: abs(x) <= LARGEST_PENALTY, ACCEPTED_BIAS)
+            for name in ("presence_penalty", "frequency_penalty")
+        }
+        values["repetition_penalty"] = _checked(
+            "repetition_penalty", self.repetition_penalty, lambda x: 0 < x <= LARGEST_PENALTY, "above 0, at most 1e+06"
+        )
+        for name, value in values.items():
+            if isinstance(value, float) and value == NEUTRAL[name]:
+                values[name] = None
+        return values | {"logit_bias": _checked_bias(self.logit_bias)}
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a penalty is set, so that the tokens of each sequence must be counted."""
+        return any(getattr(self, name) is not None for name in NEUTRAL)
 
     def as_arrays(self) -> Sampling:
         """Returns a copy with the values as arrays of fixed dtypes, so that new values reuse the compiled program."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        dtypes = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in values}
-        arrays: dict[str, Any] = {
-            name: None if value is None else jnp.asarray(value, dtypes[name]) for name, value in values.items()
-        }
+        arrays: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or isinstance(value, LogitBias):
+                arrays[field.name] = value
+            elif field.name == "logit_bias":
+                arrays[field.name] = _bias_arrays(value)
+            else:
+                arrays[field.name] = jnp.asarray(value, jnp.int32 if field.name == "top_k" else jnp.float32)
         return Sampling(**arrays)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """Returns the values as children, for JAX."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p), None
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, values: tuple[Any, ...]) -> Sampling:
@@ -88,21 +163,115 @@ def _checked(name: str, value: Any, valid: Callable[[Any], bool], accepted: str)
     is_finite = is_number and (isinstance(number, numbers.Rational) or math.isfinite(number))
     if not is_finite or not valid(number):
         raise ValueError(f"Sampling.{name}: got {value!r}; accepted: {accepted}, or None")
-    number = min(number, LARGEST[name])
+    number = min(number, LARGEST.get(name, number))
     return int(number) if name == "top_k" else float(number)
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def _checked_bias(bias: Any) -> Any:
+    """Returns biases with Python numbers, by token in ascending order; None for none, and arrays unchanged."""
+    if bias is None or isinstance(bias, LogitBias):
+        return bias
+    accepted = "a dictionary of token ids and numbers, such as {42: -3.5}"
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"Sampling.logit_bias: got {type(bias).__name__} {bias!r:.60}; accepted: {accepted}, or None")
+    checked = {}
+    for token, value in bias.items():
+        if not isinstance(token, int | np.integer) or isinstance(token, bool) or not 0 <= token < NO_TOKEN:
+            raise ValueError(f"Sampling.logit_bias: got {token!r:.60} as a token id; accepted: {accepted}")
+        checked[int(token)] = _checked("logit_bias", value, lambda x: abs(x) <= LARGEST_PENALTY, ACCEPTED_BIAS)
+    return dict(sorted(checked.items())) or None
+
+
+def _bias_arrays(bias: Mapping[int, float]) -> LogitBias:
+    room = -len(bias) % BIAS_ROOM
+    return LogitBias(
+        jnp.asarray([*bias, *[NO_TOKEN] * room], jnp.int32), jnp.asarray([*bias.values(), *[0.0] * room], jnp.float32)
+    )
+
+
+def count_prompts(prompts: Sequence[Sequence[int]], vocab: int, sampling: Sampling) -> TokenCounts:
+    """Returns the counts with which generation begins: those of the prompts' tokens.
+
+    Args:
+      prompts: tokens of each prompt.
+      vocab: number of tokens that there are.
+      sampling: decides what is counted.
+    """
+    if not sampling.counts_tokens:
+        return TokenCounts()
+    shape = (len(prompts), vocab)
+    generated = jnp.zeros(shape, jnp.int32)
+    if sampling.repetition_penalty is None:
+        return TokenCounts(generated=generated)
+    present = np.zeros(shape, bool)
+    for row, prompt in zip(present, prompts, strict=True):
+        row[np.asarray(prompt, np.int32)] = True
+    return TokenCounts(jnp.asarray(present), generated)
+
+
+def count_chosen(counts: TokenCounts, tokens: jax.Array, active: jax.Array) -> TokenCounts:
+    """Counts the newest tokens `[batch]` of the sequences that are active, bool `[batch]`."""
+    if counts.generated is None:
+        return counts
+    rows = jnp.arange(len(tokens))
+    return counts._replace(generated=counts.generated.at[rows, tokens].add(active.astype(jnp.int32)))
+
+
+def penalized(logits: jax.Array, sampling: Sampling, counts: TokenCounts) -> jax.Array:
+    """Returns the logits float32 `[batch, vocab]` with penalties and biases applied; those not set cost nothing."""
+    if sampling.counts_tokens and counts.generated is None:
+        raise ValueError("sample: counts: got none; penalties need those of `count_prompts`")
+    prompt: Any = counts.prompt
+    generated: Any = counts.generated
+    penalty = sampling.repetition_penalty
+    if penalty is not None:
+        seen = prompt | (generated > 0)
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.presence_penalty is not None:
+        logits = logits - jnp.where(generated > 0, sampling.presence_penalty, 0.0)
+    if sampling.frequency_penalty is not None:
+        logits = logits - sampling.frequency_penalty * generated.astype(jnp.float32)
+    if sampling.logit_bias is not None:
+        bias = sampling.logit_bias
+        tokens, values = bias if isinstance(bias, LogitBias) else _bias_arrays(bias)
+        logits = logits.at[:, tokens].add(values[None], mode="drop")
+    return logits
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities of the newest tokens under the model itself, before penalties, temperature and filters.
+
+    Attributes:
+      chosen: float32 `[batch]`, of the tokens that were chosen.
+      tokens: int32 `[batch, n]`, the n likeliest tokens, likeliest first.
+      values: float32 `[batch, n]`, their log probabilities.
+    """
+
+    chosen: jax.Array
+    tokens: jax.Array
+    values: jax.Array
+
+
+def log_probabilities(logits: jax.Array, tokens: jax.Array, likeliest: int) -> Logprobs:
+    """Returns the log probabilities of the chosen tokens `[batch]` and of a number of the likeliest ones."""
+    normalized = jax.nn.log_softmax(logits, axis=-1)
+    values, indices = jax.lax.top_k(normalized, likeliest)
+    return Logprobs(jnp.take_along_axis(normalized, tokens[:, None], axis=-1)[:, 0], indices, values)
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling, counts: TokenCounts | None = None) -> jax.Array:
     """Chooses a token for every sequence.
 
     Args:
       logits: float32 `[batch, vocab]`.
       keys: PRNG keys `[batch]`, one per sequence, so that no sequence depends on the others in the batch.
-      sampling: temperature and filters.
+      sampling: temperature, filters, penalties and biases.
+      counts: tokens of each sequence so far, which penalties need.
 
     Returns:
       int32 `[batch]`.
     """
+    logits = penalized(logits, sampling, counts or TokenCounts())
     if sampling.temperature is None:
         return greedy(logits)
     # The largest logit is subtracted first, so that it is 0 at any temperature and nothing overflows.

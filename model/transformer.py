@@ -1,8 +1,11 @@
-"""The decoder: embedding, layers of attention and a SwiGLU MLP, output head; one function for prefill and decode.
+"""The decoder: embedding, layers of attention and MLP, output head; one function for prefill and decode.
 
 `forward` takes the newest tokens of every sequence, appends their keys and values to the cache and returns logits. A
 prompt is a call with many tokens, a decode step a call with one. Sequences are aligned at their ends: token i of a call
 has the position lengths - q_len + i, and a shorter prompt is padded in front, where nothing is written or attended to.
+
+All families of models are this one decoder: `ModelConfig` has the options in which they differ, and weights that a
+family lacks are None.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +22,16 @@ from palladion.kernels.append_qkv import append_qkv
 from palladion.kernels.decode_attention import decode_attention
 from palladion.kernels.matmul import matmul
 from palladion.kernels.quantized_matmul import quantized_matmul
-from palladion.model.config import ModelConfig
+from palladion.model.config import LayerKind, ModelConfig
+from palladion.model.embedding import embed
+from palladion.model.normalization import normalize, normalize_queries_and_keys
 from palladion.model.parameters import Layer, Parameters, Weight
-from palladion.reference import KVCache, QuantizedArray, dequantize, rms_norm
+from palladion.model.rotary import Rotation, rotate
+from palladion.reference import KVCache, QuantizedArray
 from palladion.reference.bits import from_bits, to_bits
 from palladion.reference.modes import usual_modes
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import Order
-
-FEW_TOKENS: Final = 4
-"""Up to this many tokens, embeddings are sliced one by one: XLA on a CPU makes a slow loop of a gather of columns."""
 
 Cache = KVCache | tuple[KVCache, ...]
 """The KV caches of all layers: one stacked `KVCache`, or one per layer, like the layers of `Parameters`."""
@@ -37,16 +40,14 @@ Adapt = Callable[[jax.Array, Weight], jax.Array]
 """A function of activations `[..., in]` and the weight that multiplies them, stacked where the layers are."""
 
 
-class Rotation(NamedTuple):
-    """The rotary angles of the new tokens.
+def squared_relu(x: jax.Array) -> jax.Array:
+    """Returns the square of x where it is positive, else 0."""
+    positive = jnp.maximum(x, 0)
+    return positive * positive
 
-    Attributes:
-      cosine: float32 `[batch, q_len, head_dim / 2]`.
-      sine: float32 `[batch, q_len, head_dim / 2]`.
-    """
 
-    cosine: jax.Array
-    sine: jax.Array
+ACTIVATIONS: Final = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu, "relu2": squared_relu}
+"""Activations of the MLP by their names in `ModelConfig`."""
 
 
 def empty_cache(parameters: Parameters, config: ModelConfig, batch: int, max_len: int, dtype: Any) -> Cache:
@@ -106,25 +107,40 @@ def forward(
       Unsupported: the chosen backend does not cover an operation of this model.
     """
     tokens, lengths = tokens.astype(jnp.int32), lengths.astype(jnp.int32)  # a caller with x64 has int64
-    rotation = rotate(lengths, tokens.shape[1], parameters.inverse_frequencies)
-    decoder = _Decoder(config, lengths, rotation, parameters.order, backend, interpret, adapt)
+    room = (cache if isinstance(cache, KVCache) else cache[0]).k.shape[-2]
+    rotations = rotate(config, lengths, tokens.shape[1], parameters.inverse_frequencies, room)
+    decoder = _Decoder(config, lengths, rotations, parameters.order, backend, interpret, adapt)
     hidden = embed(parameters, tokens, dtype)  # [batch, q_len, hidden]
+    if config.embedding_scale != 1.0:
+        hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
+    kinds = config.layer_kinds
     if isinstance(parameters.layers, Layer) and isinstance(cache, KVCache):
         layers, stacked_cache = parameters.layers, cache
+        Carry = tuple[jax.Array, KVCache]  # the cache as bits
 
-        def step(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-            hidden, cache = decoder.layer(layers, carry[0], from_bits(carry[1], stacked_cache), index)
+        def one(index: jax.Array | int, kind: LayerKind, carry: Carry) -> Carry:
+            hidden, cache = carry[0], from_bits(carry[1], stacked_cache)
+            hidden, cache = decoder.layer(layers, hidden, cache, jnp.asarray(index, jnp.int32), kind)
             return hidden, to_bits(cache)
 
+        def period(number: jax.Array, carry: Carry) -> Carry:
+            """Runs one layer of each kind: the kind decides what is compiled, so it cannot depend on a loop's index."""
+            for offset, kind in enumerate(kinds):
+                carry = one(number * len(kinds) + offset, kind, carry)
+            return carry
+
         # The loop carries the cache as bits: XLA on a CPU would convert all of a bfloat16 or float8 cache to float32.
-        hidden, bits = jax.lax.fori_loop(0, config.num_layers, step, (hidden, to_bits(cache)))
-        cache = from_bits(bits, stacked_cache)
+        periods, rest = divmod(config.num_layers, len(kinds))
+        carry = jax.lax.fori_loop(0, periods, period, (hidden, to_bits(cache)))
+        for offset in range(rest):
+            carry = one(periods * len(kinds) + offset, kinds[offset], carry)
+        hidden, cache = carry[0], from_bits(carry[1], stacked_cache)
     elif isinstance(parameters.layers, tuple) and isinstance(cache, tuple):
         caches = []
         # On a GPU equal layers are traced once. A CPU's XLA fuses across layers, so there they stay one program.
-        run = jax.jit(decoder.layer) if target_platform() == "gpu" else decoder.layer
-        for layer, layer_cache in zip(parameters.layers, cache, strict=True):
-            hidden, layer_cache = run(layer, hidden, layer_cache, None)
+        run = jax.jit(decoder.layer, static_argnums=4) if target_platform() == "gpu" else decoder.layer
+        for number, (layer, layer_cache) in enumerate(zip(parameters.layers, cache, strict=True)):
+            hidden, layer_cache = run(layer, hidden, layer_cache, None, kinds[number % len(kinds)])
             caches.append(layer_cache)
         cache = tuple(caches)
     else:
@@ -134,14 +150,11 @@ def forward(
         )
     last = hidden if every_position else hidden[:, -1]
     logits = decoder.linear(last, parameters.head, norm=parameters.final_norm, out_dtype=jnp.float32)
+    if config.logit_scale != 1.0:
+        logits = logits * config.logit_scale
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return logits, cache
-
-
-def rotate(lengths: jax.Array, q_len: int, inverse_frequencies: jax.Array) -> Rotation:
-    """Returns the rotary angles of each sequence's last q_len tokens."""
-    position = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
-    angle = position[..., None].astype(jnp.float32) * inverse_frequencies
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +164,7 @@ class _Decoder:
     Attributes:
       config: shapes and constants of the model.
       lengths: int32 `[batch]`, tokens in the cache, new ones included.
-      rotation: rotary angles of the new tokens.
+      rotations: rotary angles of the new tokens, by each set of frequencies.
       order: storage order of dense weights.
       backend: backend of the operations.
       interpret: whether kernels are interpreted.
@@ -160,31 +173,51 @@ class _Decoder:
 
     config: ModelConfig
     lengths: jax.Array
-    rotation: Rotation
+    rotations: tuple[Rotation, ...]
     order: Order
     backend: str | None
     interpret: Any
     adapt: Adapt | None
 
     def layer(
-        self, layer: Layer, hidden: jax.Array, cache: KVCache, index: jax.Array | None
+        self, layer: Layer, hidden: jax.Array, cache: KVCache, index: jax.Array | None, kind: LayerKind
     ) -> tuple[jax.Array, KVCache]:
         """Runs one layer over hidden `[batch, q_len, hidden]`; `index` selects it where layers are stacked."""
-        attended, cache = self.attention(layer, hidden, cache, index)
-        hidden = self.linear(attended, layer.output, index, residual=hidden)
-        return self.linear(self.gated(layer, hidden, index), layer.down, index, residual=hidden), cache
+        x, cache = self.attention(layer, hidden, cache, index, kind)
+        after = self.added(hidden, x, layer.output, layer.output_bias, layer.attention_post_norm, index)
+        x = self.mlp(layer, hidden if self.config.parallel else after, index)
+        return self.added(after, x, layer.down, layer.down_bias, layer.mlp_post_norm, index), cache
+
+    def added(
+        self,
+        hidden: jax.Array,
+        x: jax.Array,
+        weight: Weight,
+        bias: jax.Array | None,
+        norm: jax.Array | None,
+        index: jax.Array | None,
+    ) -> jax.Array:
+        """Returns hidden + residual_scale * norm(x @ weight + bias)."""
+        scale = self.config.residual_scale
+        if norm is None and scale == 1.0:
+            return self.linear(x, weight, index, bias=bias, residual=hidden)
+        y = self.linear(x, weight, index, bias=bias)
+        y = y if norm is None else normalize(self.config, y, _select(norm, index))
+        return hidden + (y if scale == 1.0 else y * jnp.asarray(scale, y.dtype))
 
     def attention(
-        self, layer: Layer, x: jax.Array, cache: KVCache, index: jax.Array | None
+        self, layer: Layer, x: jax.Array, cache: KVCache, index: jax.Array | None, kind: LayerKind
     ) -> tuple[jax.Array, KVCache]:
         """Returns the attention of x's tokens, `[batch, q_len, q_heads * head_dim]`, and the cache that holds them."""
-        config = self.config
-        heads = config.q_heads + 2 * config.kv_heads
-        bias = None if layer.qkv_bias is None else _select(layer.qkv_bias, index)
-        qkv = self.linear(x, layer.qkv, index, norm=layer.attention_norm, bias=bias)
-        qkv = qkv.reshape(*x.shape[:2], heads, config.head_dim)
+        config, rotation = self.config, self.rotations[kind.rotation or 0]
+        if kind.rotation is None:  # all angles are 0
+            rotation = Rotation(jnp.ones_like(rotation.cosine), jnp.zeros_like(rotation.sine))
+        qkv = self.linear(x, layer.qkv, index, norm=layer.attention_norm, bias=layer.qkv_bias)
+        qkv = qkv.reshape(*x.shape[:2], config.q_heads + 2 * config.kv_heads, config.head_dim)
+        if layer.qk_norm is not None:
+            qkv = normalize_queries_and_keys(config, qkv, _select(layer.qk_norm, index))
         q, cache = append_qkv(
-            cache, qkv, self.lengths, *self.rotation, layer=index, backend=self.backend, interpret=self.interpret
+            cache, qkv, self.lengths, *rotation, layer=index, backend=self.backend, interpret=self.interpret
         )
         out = decode_attention(
             q,
@@ -193,22 +226,28 @@ class _Decoder:
             self.lengths,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
-            sliding_window=config.sliding_window,
+            scale=config.attention_scale,
+            sliding_window=config.sliding_window if kind.windowed else None,
+            logits_soft_cap=config.attention_soft_cap,
             layer=index,
             backend=self.backend,
             interpret=self.interpret,
         )
         return out.reshape(*x.shape[:2], -1), cache
 
-    def gated(self, layer: Layer, x: jax.Array, index: jax.Array | None) -> jax.Array:
-        """Returns silu(norm(x) @ gate) * (norm(x) @ up)."""
-        if isinstance(layer.gate_up, tuple):
-            gate, up = (
-                self.linear(x, weight, index, norm=layer.mlp_norm, activation=activation)
-                for weight, activation in zip(layer.gate_up, (jax.nn.silu, None), strict=True)
-            )
-            return gate * up
-        return self.linear(x, layer.gate_up, index, norm=layer.mlp_norm, activation=jax.nn.silu, gated=True)
+    def mlp(self, layer: Layer, x: jax.Array, index: jax.Array | None) -> jax.Array:
+        """Returns activation(norm(x) @ gate) * (norm(x) @ up), or activation(norm(x) @ up) where there is no gate."""
+        activation = ACTIVATIONS[self.config.activation]
+        norm = layer.attention_norm if self.config.parallel else layer.mlp_norm
+        if not isinstance(layer.gate_up, tuple):
+            bias, gated = layer.gate_up_bias, self.config.gated
+            return self.linear(x, layer.gate_up, index, norm=norm, bias=bias, activation=activation, gated=gated)
+        biases = (None, None) if layer.gate_up_bias is None else jnp.split(layer.gate_up_bias, 2, axis=-1)
+        gate, up = (
+            self.linear(x, weight, index, norm=norm, bias=bias, activation=one)
+            for weight, bias, one in zip(layer.gate_up, biases, (activation, None), strict=True)
+        )
+        return gate * up
 
     def linear(
         self,
@@ -227,11 +266,11 @@ class _Decoder:
         if isinstance(weight, tuple):
             products = [self.linear(x, one, index, norm=norm, out_dtype=out_dtype) for one in weight]
             joined = jnp.concatenate(products, axis=-1)
-            return joined if bias is None else joined + bias.astype(joined.dtype)
-        norm, eps = None if norm is None else _select(norm, index), self.config.rms_norm_eps
-        if self.adapt is not None:
-            # It sees what is multiplied: the normalized activations.
-            x, norm = x if norm is None else rms_norm(x, norm, eps), None
+            return joined if bias is None else joined + _select(bias, index).astype(joined.dtype)
+        norm, bias = (None if vector is None else _select(vector, index) for vector in (norm, bias))
+        if norm is not None and (self.adapt is not None or self.config.norm == "layer"):  # products fuse RMS norm alone
+            x, norm = normalize(self.config, x, norm), None
+        if self.adapt is not None:  # it sees what is multiplied: the normalized activations
             x = self.adapt(x, weight)
         multiply: Callable[..., jax.Array] = functools.partial(matmul, order=self.order)
         if isinstance(weight, QuantizedArray):
@@ -243,7 +282,7 @@ class _Decoder:
             activation=activation,
             gated=gated,
             norm=norm,
-            norm_eps=eps,
+            norm_eps=self.config.norm_eps,
             residual=residual,
             layer=index,
             out_dtype=out_dtype,
@@ -255,26 +294,3 @@ class _Decoder:
 def _select(x: jax.Array, index: jax.Array | None) -> jax.Array:
     """Returns entry `index` of a stacked array, or x where it is not stacked."""
     return x if index is None else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-
-
-def embed(parameters: Parameters, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the embeddings `[..., hidden]` of tokens `[...]`; a tied embedding's rows are the head's channels."""
-    table = parameters.head if parameters.embedding is None else parameters.embedding
-    order: Order = "out_in" if parameters.embedding is not None else parameters.order
-    if isinstance(table, QuantizedArray):
-        order = table.order
-    bits = jax.tree.map(lambda leaf: _gather(leaf, tokens.reshape(-1), order == "in_out"), to_bits(table))
-    stored = from_bits(bits, table)
-    if isinstance(stored, QuantizedArray):
-        rows = dequantize(stored, dtype).T
-    else:
-        rows = (stored.T if order == "in_out" else stored).astype(dtype)
-    return rows.reshape(*tokens.shape, -1)
-
-
-def _gather(table: jax.Array, indices: jax.Array, by_columns: bool) -> jax.Array:
-    """Returns rows, or columns, of a matrix."""
-    axis = 1 if by_columns else 0
-    if len(indices) > FEW_TOKENS:
-        return jnp.take(table, indices, axis=axis, mode="clip")
-    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(table, index, 1, axis) for index in indices], axis)

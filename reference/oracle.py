@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.reference.e2m1 import E2M1_LEVELS
-from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, quantize_rows
+from palladion.reference.quantization import QuantizedArray, quantize_rows
+from palladion.reference.scheme import INT4_ZERO, PACK_BLOCK
 
 Array = np.ndarray
 

@@ -1,4 +1,4 @@
-"""Quantized weights: the schemes, the array that holds them, and `dequantize`; `quantize` is in `quantizers.py`.
+"""Quantized weights: the array that holds them, its transpose, and `dequantize`; `quantize` is in `quantizers.py`.
 
 All schemes share a formula. A weight is stored as a *code* of few bits; along `in`, a group of codes shares a scale:
 
@@ -25,130 +25,38 @@ import dataclasses
 import functools
 import json
 import math
-import re
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.export import register_pytree_node_serialization
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from palladion.reference.e2m1 import decode_e2m1
+from palladion.reference.leading import MatrixStack
 from palladion.reference.mesh import check_pieces, padded
 from palladion.reference.platforms import target_platform
+from palladion.reference.scheme import (
+    CODE_DTYPE,
+    INTEGER_RANGE,
+    PACK_BLOCK,
+    Scheme,
+    check_in_features,
+    largest_code,
+)
+from palladion.reference.transposed import TransposedWeight
 
-WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
-Offset = Literal["none", "zeros", "minimums"]
 Order = Literal["in_out", "out_in"]
 """Storage order of a weight, the contiguous axis last."""
 
 ORDERS: Final = ("in_out", "out_in")
 
-PACK_BLOCK: Final = 32
-"""Elements along `in` of a block of packed 4-bit codes."""
+Product = Callable[[Any, "QuantizedArray"], jax.Array]
+"""Computes x @ w."""
 
-MXFP4_GROUP: Final = 32
-"""Elements that share a power-of-two scale in the microscaling formats (OCP MX specification 1.0)."""
-
-INT4_ZERO: Final = 8
-"""Code of 0 in a symmetric int4 scheme."""
-
-CODE_DTYPE: Final[dict[str, Any]] = {
-    "int8": jnp.int8,
-    "int4": jnp.uint8,
-    "float8_e4m3fn": jnp.float8_e4m3fn,
-    "float8_e5m2": jnp.float8_e5m2,
-    "mxfp4": jnp.uint8,
-}
-"""Dtype that stores the codes of a format; 4-bit formats store two codes in each uint8."""
-
-PACKED_FORMATS: Final = ("int4", "mxfp4")
-INTEGER_RANGE: Final = {"int8": (-127, 127), "int4": (-7, 7)}
-"""Range of symmetric codes, before the implied zero of 8 is added to an int4 code."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """Describes how a weight is quantized.
-
-    Attributes:
-      format: format of a code: "int8", "int4", "float8_e4m3fn", "float8_e5m2" or "mxfp4" (e2m1 with e8m0 scales).
-      group_size: elements along `in` that share a scale; None means one scale per output channel. mxfp4 has 32.
-      offset: "none" (symmetric), "zeros" (integer zero points in code units) or "minimums" (a float added to every
-        weight of the group). Integer formats only.
-
-    Raises:
-      ValueError: the combination does not exist; the message says what is accepted.
-    """
-
-    format: WeightFormat
-    group_size: int | None = None
-    offset: Offset = "none"
-
-    def __post_init__(self) -> None:
-        if self.format not in CODE_DTYPE:
-            raise ValueError(f"Scheme.format: got {self.format!r}; known formats: {', '.join(CODE_DTYPE)}")
-        if self.offset not in ("none", "zeros", "minimums"):
-            raise ValueError(f"Scheme.offset: got {self.offset!r}; accepted: 'none', 'zeros', 'minimums'")
-        if self.offset != "none" and self.format not in INTEGER_RANGE:
-            raise ValueError(f"Scheme.offset: {self.format} is symmetric, got {self.offset!r}; use int8 or int4")
-        if self.format == "mxfp4":
-            if self.group_size not in (None, MXFP4_GROUP):
-                raise ValueError(f"Scheme.group_size: mxfp4 has groups of {MXFP4_GROUP}, got {self.group_size}")
-            object.__setattr__(self, "group_size", MXFP4_GROUP)
-        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
-            raise ValueError(f"Scheme.group_size: got {self.group_size}; accepted: None or a positive multiple of 16")
-
-    @classmethod
-    def parse(cls, text: str | Scheme) -> Scheme:
-        """Parses the name of a scheme, the inverse of `str`: "int8", "int4-g32", "int4-g128-zeros", "mxfp4", …
-
-        Raises:
-          ValueError: the text is not the name of a scheme.
-        """
-        if isinstance(text, Scheme):
-            return text
-        match = re.fullmatch(r"(?P<format>[a-z0-9_]+?)(-g(?P<group>\d+))?(-(?P<offset>zeros|minimums))?", text)
-        aliases = {"float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
-        name = aliases.get(match["format"], match["format"]) if match else ""
-        if match is None or name not in CODE_DTYPE:
-            raise ValueError(
-                f"scheme: got {text!r}; a scheme is FORMAT[-gGROUP][-zeros|-minimums] with FORMAT one of "
-                f"{', '.join(CODE_DTYPE)}, for example 'int8', 'int4-g32' or 'int4-g32-minimums'"
-            )
-        group = int(match["group"]) if match["group"] else None
-        return cls(name, group, match["offset"] or "none")  # type: ignore[arg-type]  # checked above
-
-    def __str__(self) -> str:
-        group = f"-g{self.group_size}" if self.group_size and self.format != "mxfp4" else ""
-        return self.format + group + (f"-{self.offset}" if self.offset != "none" else "")
-
-    @property
-    def packed(self) -> bool:
-        """Whether a byte stores two codes."""
-        return self.format in PACKED_FORMATS
-
-    @property
-    def implied_zero(self) -> int:
-        """Code of 0 where no zero points are stored."""
-        return INT4_ZERO if self.format == "int4" and self.offset == "none" else 0
-
-    def groups(self, in_features: int) -> int:
-        """Returns the number of scales of an output channel of `in_features` weights."""
-        return 1 if self.group_size is None else in_features // self.group_size
-
-    def nbytes(self, in_features: int, out_features: int, scale_dtype: Any = jnp.bfloat16) -> int:
-        """Returns the bytes of a weight `[in_features, out_features]`: codes, scales, zeros and minimums.
-
-        Args:
-          in_features: weights of an output channel.
-          out_features: output channels.
-          scale_dtype: dtype of scales and minimums; mxfp4 always has one-byte e8m0 scales.
-        """
-        codes = in_features * out_features // (2 if self.packed else 1)
-        scale = 1 if self.format == "mxfp4" else jnp.dtype(scale_dtype).itemsize
-        per_group = scale + {"none": 0, "zeros": 1, "minimums": scale}[self.offset]
-        return codes + self.groups(in_features) * out_features * per_group
+_product: Product
 
 
 @functools.partial(
@@ -157,8 +65,15 @@ class Scheme:
     meta_fields=["scheme", "order"],
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
-    """A weight matrix, logically `[in, out]`, stored in few bits. A pytree; `scheme` is static.
+class QuantizedArray(MatrixStack):
+    """A weight matrix, logically `[in, out]`, stored in few bits. A pytree; `scheme` and `order` are static.
+
+    It behaves as an array where it can:
+
+    - `shape`, `ndim`, `dtype`, `size` and `nbytes` are those of the weights `[..., in, out]`.
+    - `x @ w` is `palladion.quantized_matmul(x, w)`; `w.T @ x` is the same for code that has weights as `[out, in]`.
+    - `w[i]` is a matrix of a stack, as a copy (`quantized_matmul(x, w, layer=i)` makes none); `for` loops over a stack.
+    - `==` is one bool: scheme, order, shapes, dtypes and all numbers are the same, NaN equal to NaN.
 
     Attributes:
       values: the codes, `[..., in, out]` in the scheme's dtype, or `[..., in / 2, out]` uint8 for packed 4-bit codes.
@@ -196,10 +111,55 @@ class QuantizedArray:
         return (*self.values.shape[:-2], self.in_features, self.out_features)
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype that the weights count as: that of the scales, float32 for mxfp4."""
+        return jnp.dtype(jnp.float32 if self.scheme.format == "mxfp4" else self.scales.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and minimums."""
-        parts = (self.values, self.scales, self.zeros, self.minimums)
-        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
+        # A framework's printed form of an array has no `size`.
+        return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in jax.tree.leaves(self))
+
+    @property
+    def mT(self) -> TransposedWeight:  # noqa: N802
+        """The matrices as `[..., out, in]`: `w.mT @ x` and `w.mT.mT`, without a copy."""
+        return TransposedWeight(self)
+
+    @property
+    def T(self) -> TransposedWeight:  # noqa: N802
+        """The matrix as `[out, in]`: `w.T @ x` and `w.T.T`, without a copy. A stack has `mT` only."""
+        self.check_is_matrix()
+        return self.mT
+
+    def select(self, key: tuple[Any, ...]) -> QuantizedArray:
+        """Returns the matrices that an index of leading dimensions selects; `w[key]` checks the index first."""
+        return jax.tree.map(lambda part: part[key], self)
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """Computes `palladion.quantized_matmul(x, w)`."""
+        return _product(x, self)
+
+    def __matmul__(self, x: Any) -> NoReturn:
+        raise TypeError(
+            f"w @ x: a QuantizedArray is [in, out], here {self.shape}, and stands on the right: x @ w; w.T @ x "
+            "multiplies by weights that a model has as [out, in]"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantizedArray):
+            return NotImplemented
+        mine, theirs = jax.tree.leaves(self), jax.tree.leaves(other)
+        same_form = (self.scheme, self.order, len(mine)) == (other.scheme, other.order, len(theirs))
+        return same_form and all(map(_is_same, mine, theirs))
+
+    def __repr__(self) -> str:
+        if all(hasattr(part, "shape") and hasattr(part, "dtype") for part in jax.tree.leaves(self)):
+            held = f"{list(self.shape)}, {self.scales.dtype.name} scales, {self.nbytes} bytes"
+        else:  # PartitionSpecs, shardings, or whatever a pytree of this structure holds
+            parts = {name: getattr(self, name) for name in ("values", "scales", "zeros", "minimums")}
+            held = ", ".join(f"{name}={part!r}" for name, part in parts.items() if part is not None)
+        return f"QuantizedArray({self.scheme}, {self.order}, {held})"
 
     def with_order(self, order: Order) -> QuantizedArray:
         """Returns the same weights in another storage order: all parts transposed, or this array if it has the order.
@@ -264,6 +224,45 @@ register_pytree_node_serialization(
     deserialize_auxdata=lambda text: (Scheme.parse(json.loads(text)[0]), json.loads(text)[1]),
     from_children=lambda static, parts: QuantizedArray(*parts, *static),
 )
+
+
+def register_product(product: Product) -> None:
+    """Sets the function that computes `x @ w`; the operation calls it, which is on a floor above."""
+    global _product
+    _product = product
+
+
+def _is_same(part: Any, other: Any) -> bool:
+    """Returns whether two parts of weights are the same: arrays by their numbers, others as they compare."""
+    if part is other or not isinstance(part, jax.Array | np.ndarray):
+        return part is other or bool(part == other)
+    if (part.shape, part.dtype) != (getattr(other, "shape", None), getattr(other, "dtype", None)):
+        return False
+    return isinstance(other, jax.Array | np.ndarray) and np.array_equal(part, other, equal_nan=True)
+
+
+def check_parts(w: QuantizedArray) -> None:
+    """Raises ValueError where the arrays of a QuantizedArray, or stack of them, do not agree with scheme and order."""
+    code_dtype = jnp.dtype(CODE_DTYPE[w.scheme.format])
+    if w.values.dtype != code_dtype:
+        raise ValueError(f"w.values: got {w.values.dtype}; accepted: {code_dtype.name}")
+    if w.values.ndim < 2:
+        raise ValueError(f"w.values: got shape {w.values.shape}; accepted: two or more dimensions")
+    scale_dtype = jnp.float8_e8m0fnu if w.scheme.format == "mxfp4" else jnp.floating
+    if not jnp.issubdtype(w.scales.dtype, scale_dtype):
+        raise ValueError(f"w.scales: got {w.scales.dtype}; accepted: {scale_dtype.__name__} for {w.scheme}")
+    *leading, in_features, out_features = w.shape
+    check_in_features(in_features, w.scheme)
+    groups = w.scheme.groups(in_features)
+    shape = (*leading, groups, out_features) if w.order == "in_out" else (*leading, out_features, groups)
+    parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
+    for name, needed in parts:
+        part: jax.Array | None = getattr(w, name)
+        if (part is not None) != needed:
+            raise ValueError(f"w.{name}: got {part is not None}; accepted: {needed} for {w.scheme}")
+        if part is not None and part.shape != shape:
+            accepted = f"{shape}, groups and out in the order of {w.order!r}"
+            raise ValueError(f"w.{name}: got shape {part.shape}; accepted: {accepted}")
 
 
 def in_axis(order: Order) -> int:
@@ -342,13 +341,6 @@ def dequantize(w: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     return weights.reshape(codes.shape).astype(dtype)
 
 
-def largest_code(scheme: Scheme) -> float:
-    """Returns the code that a symmetric scheme gives the absolute maximum of a group."""
-    if scheme.format in INTEGER_RANGE:
-        return float(INTEGER_RANGE[scheme.format][1])
-    return float(jnp.finfo(CODE_DTYPE[scheme.format]).max)
-
-
 def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Quantizes each row by its absolute maximum: activations per token, cache entries per token and head.
 
@@ -379,15 +371,3 @@ def flush_subnormals(x: jax.Array) -> jax.Array:
 def reciprocal_or_zero(x: jax.Array) -> jax.Array:
     """Returns 1 / x, or 0 where x is 0: a group of zeros then quantizes to zeros, not to NaN."""
     return jnp.where(x == 0, 0.0, 1.0 / jnp.where(x == 0, 1.0, x))
-
-
-def check_in_features(in_features: int, scheme: Scheme) -> None:
-    """Raises ValueError where `in` is not a multiple of the scheme's group size and packing block."""
-    if scheme.group_size is not None and in_features % scheme.group_size:
-        divisors = [size for size in (128, 64, 32, 16) if in_features % size == 0]
-        way_out = f"group sizes that divide it: {divisors}" if divisors else "use a per-channel scheme"
-        raise ValueError(f"{scheme}: in = {in_features} is not a multiple of group_size; {way_out}")
-    if scheme.packed and in_features % PACK_BLOCK:
-        raise ValueError(
-            f"{scheme}: 4-bit codes are packed in blocks of {PACK_BLOCK}, got in = {in_features}; pad `in` or use int8"
-        )

@@ -19,6 +19,7 @@ Bad input is handled the same way on every platform:
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import jax
@@ -28,20 +29,16 @@ import numpy as np
 from palladion.reference.e2m1 import encode_e2m1
 from palladion.reference.modes import usual_modes
 from palladion.reference.quantization import (
-    CODE_DTYPE,
-    INTEGER_RANGE,
     Order,
     QuantizedArray,
-    Scheme,
-    check_in_features,
     check_order,
     decode_codes,
     flush_subnormals,
-    largest_code,
     order_of_platform,
     pack_nibbles,
     reciprocal_or_zero,
 )
+from palladion.reference.scheme import CODE_DTYPE, INTEGER_RANGE, Scheme, check_in_features, largest_code
 
 Method = Literal["absmax", "mse", "hqq"]
 
@@ -91,11 +88,14 @@ def quantize(
     importance: jax.Array | None = None,
     scale_dtype: Any = jnp.float32,
     order: Order | None = None,
+    in_axes: int | None = None,
+    stack_axes: int = 0,
 ) -> QuantizedArray:
     """Quantizes a weight matrix.
 
     Args:
-      weight: `[..., in, out]`, float. A NaN or an infinity makes its whole group NaN; subnormals count as 0.
+      weight: `[..., in, out]`, float. A NaN or an infinity makes its whole group NaN; subnormals count as 0. Leading
+        dimensions are a stack of matrices, unless `in_axes` says that the axes belong to one matrix.
       scheme: a `Scheme` or its name, for example "int8", "int4-g32", "int4-g128-zeros", "float8_e4m3fn", "mxfp4".
       method: how scales are chosen. "absmax": by the extremes of each group. "mse": by the clipping with the least
         squared error, some fifteen times the work. "hqq": as absmax, with minimums moved by half-quadratic splitting;
@@ -106,23 +106,44 @@ def quantize(
         whose scale is out of its range becomes NaN; one whose scale rounds to 0 becomes zeros.
       order: storage order of the result, "in_out" or "out_in"; None means that of the platform's kernels, "out_in" on
         GPUs. `QuantizedArray.with_order` converts.
+      in_axes: number of axes that are `in`, all that follow are `out`: 1 for a Flax kernel `[in, heads, head_dim]`,
+        which becomes `[in, heads * head_dim]`, and 2 for `[heads, head_dim, out]`. None: the last two axes are `in`
+        and `out`.
+      stack_axes: number of axes before `in` that are a stack of matrices, where `in_axes` is given.
 
     Returns:
       A `QuantizedArray` of logical shape `[..., in, out]`. A group of zeros has scale 0 and dequantizes to zeros.
 
     Raises:
-      ValueError: `weight` has fewer than two dimensions, `in` is not a multiple of the scheme's group or packing, or
-        `method`, `importance` or `order` is not valid.
+      ValueError: `weight` has fewer than two dimensions or too few for `in_axes`, `in` is not a multiple of the
+        scheme's group or packing, or `method`, `importance` or `order` is not valid.
 
     Source: absmax as in LLM.int8() (arXiv 2208.07339); mxfp4 as in the OCP Microscaling Formats specification 1.0;
       weighted clipping after the diagonal of the Hessian in Optimal Brain Compression (arXiv 2208.11580).
     """
     scheme = Scheme.parse(scheme)
     weight = jnp.asarray(weight)
+    weight = weight.reshape(matrix_shape(weight.shape, in_axes, stack_axes))
     order = order_of_platform() if order is None else order
     check_order(order)
     _check(weight, scheme, method, importance)
     return _quantize(weight, importance, scheme, method, jnp.dtype(scale_dtype), order)
+
+
+def matrix_shape(shape: tuple[int, ...], in_axes: int | None, stack_axes: int) -> tuple[int, ...]:
+    """Returns the shape `[..., in, out]` of a weight whose `in` and `out` may be several axes each; see `quantize`."""
+    if in_axes is None:
+        if stack_axes:
+            raise ValueError(f"quantize: stack_axes: got {stack_axes} without in_axes; accepted: with in_axes only")
+        return shape
+    most = len(shape) - 1 - stack_axes
+    if stack_axes < 0 or not 1 <= in_axes <= most:
+        raise ValueError(
+            f"quantize: in_axes: got {in_axes}, with stack_axes = {stack_axes}, for a weight of shape {shape}; "
+            f"accepted: 1 to {max(most, 1)}, and at least one axis after them"
+        )
+    stack, rest = shape[:stack_axes], shape[stack_axes:]
+    return (*stack, math.prod(rest[:in_axes]), math.prod(rest[in_axes:]))
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method", "scale_dtype", "order"))

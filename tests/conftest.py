@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import jax
@@ -10,6 +11,9 @@ import pytest
 
 from palladion.kernels import devices
 
+# Commands keep compiled programs in the user's folder: neither those that tests call nor those that they start do.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 # Lowered programs do not record the Python line of each operation: no test reads it, and it takes a tenth of the time.
 # The garbage collector runs less often: it finds little among millions of objects.
 jax.config.update("jax_traceback_in_locations_limit", 0)

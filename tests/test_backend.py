@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palladion import BACKENDS, Unsupported, decode_attention, record_choices, using_backend
+from palladion import BACKENDS, KVCache, Unsupported, append_kv, decode_attention, record_choices, using_backend
 from palladion.kernels.decode_attention import IMPLEMENTATIONS
 from palladion.reference.platforms import target_platform
 
@@ -79,6 +79,7 @@ def test_auto_falls_back_and_keeps_the_reasons():
     assert choice.reasons == {
         "mosaic_tpu": "runs on tpu, not on cpu (interpret=True runs it anywhere)",
         "triton": "runs on gpu, not on cpu (interpret=True runs it anywhere)",
+        "mosaic_gpu": "runs on gpu, not on cpu (interpret=True runs it anywhere)",
     }
     with on("tpu"), record_choices() as choices:
         jax.eval_shape(decode_attention, *arguments(jnp.float16))
@@ -100,8 +101,10 @@ def test_pallas_does_not_fall_back():
 
 
 def test_a_backend_without_a_kernel_is_unsupported():
+    q, k, v, lengths = arguments()
+    new = q[:, :1]
     with pytest.raises(Unsupported, match="mosaic_gpu: has no kernel for it yet"):
-        decode_attention(*arguments(), backend="mosaic_gpu")
+        append_kv(KVCache(k, v), new, new, lengths, backend="mosaic_gpu")
     assert issubclass(Unsupported, NotImplementedError)
 
 

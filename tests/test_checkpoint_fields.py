@@ -25,11 +25,15 @@ from small_checkpoints import (
     random_weights,
     save_with_transformers,
 )
+from test_checkpoint_damage import JSON_VALUES
 from test_model import TOKENS, Judge, logits_of, new_cache, run
 
 from palladion.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from palladion.model.checkpoint_fields import FAMILIES, NEUTRAL_VALUES, NOTHING, check_fields
+from palladion.model.checkpoint_fields import NEUTRAL_VALUES, NOTHING, check_fields, read_family
 from palladion.model.checkpoint_files import JsonFile
+from palladion.model.config import ModelConfig
+from palladion.model.families import FAMILIES
+from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
 from palladion.reference.compare import assert_right
 
 SIZES = {
@@ -92,19 +96,92 @@ def test_logits_of_other_families(tmp_path: Path, architecture: str, config: dic
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
-def test_families_by_any_of_their_names(tmp_path: Path, family: Any) -> None:
+def test_families_by_any_of_their_names(family: Any) -> None:
     for architectures, model_type in (
-        ([family.architecture], ...),
+        ([family.architecture], None),
         ([family.architecture], family.model_type),
         ([family.base_architecture], family.model_type),
-        (..., family.model_type),
+        (None, family.model_type),
     ):
-        folder = hugging_face_folder(tmp_path, config={"architectures": architectures, "model_type": model_type})
-        load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=rf"'model_type' 'helium' is not that of .*, which is '{family[0]}'"):
-        load_checkpoint(
-            hugging_face_folder(tmp_path, config={"architectures": [family.architecture], "model_type": "helium"})
-        )
+        content = {"architectures": architectures, "model_type": model_type}
+        assert read_family(JsonFile(Path("config.json"), content=content)) is family
+    content = {"architectures": [family.architecture], "model_type": "gpt2"}
+    with pytest.raises(CheckpointError, match=rf"'gpt2' is not that of .*, which is '{family.model_type}'"):
+        read_family(JsonFile(Path("config.json"), content=content))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "message"),
+    [
+        ("MixtralForCausalLM", "mixtral", "MixtralForCausalLM is not supported; it is a mixture of experts, which"),
+        (
+            "Qwen3MoeForCausalLM",
+            None,
+            "it is a mixture of experts, which this decoder does not have; supported: Llama, ",
+        ),
+        ("GptOssForCausalLM", "gpt_oss", "it is a mixture of experts"),
+        (None, "deepseek_v3", "architecture deepseek_v3 is not .*it is a mixture of experts with latent attention"),
+        ("Gemma3ForConditionalGeneration", "gemma3", "it is a model of text and images"),
+        ("FooForCausalLM", "foo", "FooForCausalLM is not supported; supported: Llama, .*, Qwen3, .*, SeedOss$"),
+    ],
+)
+def test_families_that_are_not_there(architecture: str | None, model_type: str | None, message: str) -> None:
+    content = {"architectures": architecture and [architecture], "model_type": model_type}
+    with pytest.raises(CheckpointError, match=message):
+        read_family(JsonFile(Path("config.json"), content=content))
+
+
+def described(content: dict[str, Any]) -> ModelConfig:
+    """The configuration that a config.json describes."""
+    given = JsonFile(Path("config.json"), content=content)
+    family = read_family(given)
+    values = JsonFile(given.path, content={**family.defaults, **content})
+    rope = rotary_settings(values)
+    check_fields(values, rope, family)
+    return read_config(values, family, read_rotary(values, rope, family), tied=False, stop_tokens=())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_damaged_fields_of_a_family(family: Any) -> None:
+    """Every value of every field of a family is an error that names the file, or gives a configuration."""
+    fields = {*family.fields, *family.defaults, "layer_types", "sliding_window", "rope_parameters", "rope_scaling"}
+    fields |= {field for field in family.biases.values() if field}
+    base = {**SIZES, "model_type": family.model_type, "head_dim": HEAD_DIM, "hidden_act": family.activations[0]}
+    described(base)
+    for field in sorted(fields):
+        for value in JSON_VALUES:
+            try:
+                described(base | {field: value})
+            except CheckpointError as error:
+                assert "config.json" in str(error)  # noqa: PT017  # either ending is right
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types .* for each of 2 layers"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 2}, "layer_types .* or 'sliding_attention'"),
+        ({"model_type": "gemma2", "hidden_act": "silu"}, "hidden_act 'silu' is not supported"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1}, "'attn_logit_softcapping' must be a positive number"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "attn_logit_softcapping 5.0 is not supported"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers \[1\] is not supported; .* of 2 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [2, 1]}, r"no_rope_layers \[2, 1\] is not supported"),
+        ({"model_type": "glm4", "partial_rotary_factor": 0.2}, "partial_rotary_factor 0.2 rotates 3 of each head's 16"),
+        ({"model_type": "glm4", "partial_rotary_factor": 2}, "partial_rotary_factor 2.0 rotates 32 of each head's 16"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True is not supported"),
+        ({"model_type": "granite", "residual_multiplier": "1"}, "'residual_multiplier' must be a positive number"),
+        ({"model_type": "cohere", "use_qk_norm": "no"}, "'use_qk_norm' must be true or false"),
+        ({"model_type": "qwen3", "num_hidden_layers": 10**6}, "'num_hidden_layers' 1000000 is more than any model has"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su"}},
+            "'short_factor' must be a list of 8 numbers, got None",
+        ),
+        ({"model_type": "olmo2", "rope_parameters": {"full_attention": {}}}, "by kind of layer .'full_attention'. are"),
+    ],
+)
+def test_fields_of_families_that_are_wrong(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        described({**SIZES, "head_dim": HEAD_DIM, **content})
 
 
 RELABELLED = {
@@ -147,7 +224,7 @@ def test_folders_relabelled_as_llama(tmp_path: Path, name: str) -> None:
 def check(**fields: Any) -> None:
     content = {"hidden_size": HIDDEN, "num_attention_heads": Q_HEADS, "num_hidden_layers": LAYERS} | fields
     values = JsonFile(Path("config.json"), content=content)
-    check_fields(values, values.section("rope_scaling"))
+    check_fields(values, values.section("rope_scaling"), FAMILIES[0])
 
 
 @pytest.mark.parametrize("name", NEUTRAL_VALUES)
@@ -188,8 +265,8 @@ def test_fields_that_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers 1 of 2 layers is not supported"),
-        ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types .* is not"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding"]}, "layer_types .* is not"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .* is not supported"),
         ({"use_sliding_window": "false"}, "'use_sliding_window' must be true or false, got 'false'"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types .* is not supported; supported: 'full_attention'"),
         ({"layer_types": "full_attention"}, "layer_types 'full_attention' is not supported"),
@@ -202,16 +279,20 @@ def test_windows_of_some_layers(tmp_path: Path, fields: dict[str, Any], message:
         load_checkpoint(hugging_face_folder(tmp_path, config=given))
 
 
-@pytest.mark.parametrize("first", [0, LAYERS, LAYERS + 1, ...])
+@pytest.mark.parametrize("first", [0, 1, LAYERS, LAYERS + 1, ...])
 def test_window_from_a_layer_on(tmp_path: Path, first: Any) -> None:
     """Where no layer_types say so, the layer from which on the window counts decides as it does in transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
     fields = {"use_sliding_window": True, "sliding_window": 7} | ({} if first is ... else {"max_window_layers": first})
-    kinds = set(transformers.Qwen2Config(**SIZES, **fields).layer_types)
-    folder = hugging_face_folder(tmp_path, config={"architectures": ["Qwen2ForCausalLM"]} | fields)
-    assert load_checkpoint(folder).config.sliding_window == (7 if kinds == {"sliding_attention"} else None)
+    kinds = transformers.Qwen2Config(**SIZES, **fields).layer_types
+    config = load_checkpoint(
+        hugging_face_folder(tmp_path, config={"architectures": ["Qwen2ForCausalLM"]} | fields)
+    ).config
+    windowed = [config.layer_kinds[layer % len(config.layer_kinds)].windowed for layer in range(LAYERS)]
+    windows = [config.sliding_window if one else None for one in windowed]
+    assert windows == [7 if kind == "sliding_attention" else None for kind in kinds]
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
@@ -296,7 +377,7 @@ def test_biases_that_the_config_denies(tmp_path: Path) -> None:
     """transformers drops them; where config.json says nothing, they are what a relabelled Qwen2 has, and count."""
     save_with_transformers(tmp_path, attention_bias=True)
     change(tmp_path, attention_bias=False)
-    with pytest.raises(CheckpointError, match=r"'attention_bias' is false, but .*\.0\.self_attn\.k_proj\.bias'"):
+    with pytest.raises(CheckpointError, match=r"'attention_bias' is false, but .*\.0\.self_attn\.q_proj\.bias'"):
         load_checkpoint(tmp_path)
     change(tmp_path, attention_bias=...)
     assert load_checkpoint(tmp_path).parameters.layers[0].qkv_bias is not None  # type: ignore[index]
@@ -308,6 +389,13 @@ def test_biases_that_the_config_denies(tmp_path: Path) -> None:
     }
     tensors = hugging_face_names() | zeros
     load_checkpoint(hugging_face_folder(tmp_path, tensors, {"attention_bias": False}))
+
+
+def test_biases_that_the_config_promises(tmp_path: Path) -> None:
+    for field in ("attention_bias", "mlp_bias"):
+        folder = hugging_face_folder(tmp_path, config={field: True})
+        with pytest.raises(CheckpointError, match=f"'{field}' is true, but there is no tensor '.*proj.bias'"):
+            load_checkpoint(folder)
 
 
 def test_tensors_named_otherwise(tmp_path: Path) -> None:

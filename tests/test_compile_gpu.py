@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +12,15 @@ from compiling import SAME_BUT_FOR_SIZES, hot_loop
 
 from palladion import append_kv, append_qkv, decode_attention, quantized_matmul
 from palladion import matmul as dense_matmul
+from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu.compiler import CompiledKernel
 from palladion.benchmarks.static.gpu.sass import parse
-from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
-from palladion.kernels.append_qkv import cases as joined_cases
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.decode_attention.triton import call as attention_triton
 from palladion.kernels.devices import gpu_to_plan_for
-from palladion.kernels.matmul import cases as dense_cases
 from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
@@ -63,18 +61,35 @@ def append_joined(case: AppendCase) -> Compilable:
     return lambda inputs: append_qkv(**inputs._asdict(), backend="pallas"), (case.shapes(),)
 
 
-OPERATIONS: dict[str, Callable[[], Compilable]] = {
-    f"{operation}-{case.name}": functools.partial(function, case)
-    for operation, function, models in (
-        ("decode_attention", attention, attention_cases.MODELS),
-        ("append_kv", append, append_cases.MODELS),
-        ("append_qkv", append_joined, joined_cases.MODELS),
-        ("quantized_matmul", matmul, matmul_cases.MODELS),
-        ("matmul", dense, dense_cases.MODELS),
-    )
-    for case in models
-    if operation != "quantized_matmul" or case.name not in SAME_BUT_FOR_SIZES
+def by_its_row(operation: str, case: Any) -> Compilable:
+    """Returns the kernel of an operation's row."""
+    workload = workloads.load(workloads.WorkloadName(operation, case.name), "gpu")
+    return workload.function, workload.arguments
+
+
+CALLS: dict[str, Callable[[Any], Compilable]] = {
+    "decode_attention": attention,
+    "append_kv": append,
+    "append_qkv": append_joined,
+    "quantized_matmul": matmul,
+    "matmul": dense,
 }
+"""Calls as models make them; kernels of other operations are called by their rows."""
+
+
+def compiled_cases() -> Iterator[tuple[str, Callable[[], Compilable]]]:
+    """Yields a call for each case of a real model that a kernel takes."""
+    for operation in workloads.operations("gpu"):
+        for case in workloads.models(operation):
+            if operation == "quantized_matmul" and case.name in SAME_BUT_FOR_SIZES:
+                continue
+            make = CALLS.get(operation, functools.partial(by_its_row, operation))
+            if workloads.row(operation, "gpu").unsupported(case.problem()) is None:
+                yield f"{operation}-{case.name}", functools.partial(make, case)
+
+
+with gpu_compiler.tracing_for(90):
+    OPERATIONS = dict(compiled_cases())
 """Calls compiled for one GPU: the shapes of real models."""
 
 ON_EVERY_GPU = (

@@ -30,7 +30,6 @@ LLAMA_3_8B = ModelConfig(
     kv_heads=8,
     head_dim=128,
     max_positions=8192,
-    rope_theta=500_000.0,
 )
 BATCH, MAX_LEN = 8, 4096
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import pytest
 from compiling import SAME_BUT_FOR_SIZES
 
-from palladion import KVCache, append_kv, decode_attention, quantized_matmul
+from palladion import KVCache, append_kv, append_qkv, decode_attention, quantized_matmul
+from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
-from palladion.kernels.append_kv import cases as append_cases
 from palladion.kernels.append_kv.cases import Case as AppendCase
 from palladion.kernels.decode_attention import cases as attention_cases
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
-from palladion.kernels.quantized_matmul import cases as matmul_cases
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.kernels.tpu_layout import minor_axes
 
@@ -58,15 +57,40 @@ def append(case: AppendCase) -> Compilable:
     return jax.jit(call, donate_argnums=0), inputs[:4], smallest.size
 
 
-OPERATIONS: dict[str, Callable[[], Compilable]] = {
-    f"decode_attention-{case.name}": functools.partial(attention, case) for case in attention_cases.MODELS
-}
-OPERATIONS |= {
-    f"quantized_matmul-{case.name}": functools.partial(matmul, case)
-    for case in matmul_cases.MODELS
-    if case.name not in SAME_BUT_FOR_SIZES
-}
-OPERATIONS |= {f"append_kv-{case.name}": functools.partial(append, case) for case in append_cases.MODELS}
+def append_joined(case: AppendCase) -> Compilable:
+    """Returns an append of a joined projection; neither cache nor scales may be copied."""
+    inputs = case.shapes()
+
+    def call(cache: KVCache, rest: Any) -> Any:
+        return append_qkv(**rest._replace(cache=cache)._asdict(), backend="pallas")
+
+    smallest = inputs.cache.k if inputs.cache.k_scale is None else inputs.cache.k_scale
+    return jax.jit(call, donate_argnums=0), (inputs.cache, inputs._replace(cache=None)), smallest.size
+
+
+def by_its_row(operation: str, case: Any) -> Compilable:
+    """Returns the kernel of an operation's TPU row; the largest input must not be copied on its way to it."""
+    workload = workloads.load(workloads.WorkloadName(operation, case.name), "tpu")
+    return workload.function, workload.arguments, max(leaf.size for leaf in jax.tree.leaves(workload.arguments))
+
+
+CALLS: dict[str, Callable[[Any], Compilable]] = {"decode_attention": attention, "quantized_matmul": matmul}
+CALLS |= {"append_kv": append, "append_qkv": append_joined}
+"""Calls as models make them; kernels of other operations are called by their rows."""
+
+
+def compiled_cases() -> Iterator[tuple[str, Callable[[], Compilable]]]:
+    """Yields a call for each case of a real model that a TPU kernel takes."""
+    for operation in workloads.operations("tpu"):
+        for case in workloads.models(operation):
+            if operation == "quantized_matmul" and case.name in SAME_BUT_FOR_SIZES:
+                continue
+            make = CALLS.get(operation, functools.partial(by_its_row, operation))
+            if workloads.row(operation, "tpu").unsupported(case.problem()) is None:
+                yield f"{operation}-{case.name}", functools.partial(make, case)
+
+
+OPERATIONS = dict(compiled_cases())
 """Calls compiled for v6e: the shapes of real models."""
 
 ON_OTHER_CHIPS = {

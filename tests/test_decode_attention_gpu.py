@@ -17,11 +17,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from palladion import Unsupported, decode_attention
 from palladion.kernels.compat import offsets_wrap
-from palladion.kernels.decode_attention import Inputs, cases
+from palladion.kernels.decode_attention import Inputs, cases, shares
 from palladion.kernels.decode_attention.cases import Case
 from palladion.kernels.decode_attention.triton import call as triton
 from palladion.kernels.decode_attention.triton import products as gpu_products
-from palladion.kernels.decode_attention.triton import shares
 from palladion.kernels.decode_attention.triton.rows import tiles_of
 from palladion.kernels.devices import gpus
 from palladion.reference import oracle

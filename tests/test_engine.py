@@ -10,6 +10,7 @@ import pytest
 from small_checkpoints import Type, gguf_file
 
 from palladion.model import engine as engine_module
+from palladion.model.generation import RunOptions
 from palladion.model.generator import Generator
 from palladion.model.sampling import Sampling
 
@@ -48,17 +49,17 @@ def test_the_cache_is_full_with_its_last_place_and_not_before(path: Path):
 def test_steps_that_do_not_count_leave_no_trace(path: Path):
     generator = Generator.load(path, max_len=64)
     sampling, prompts = Sampling(), [[1, 2, 3], [4, 5, 6, 7, 8]]
-    engine = generator._engine(2, sampling, True)
+    engine = generator._engine(2, RunOptions())
     keys = engine.keys(0)
-    tokens, state = engine.decode(engine.prefill(prompts, keys, sampling), 7, keys, sampling)
-    expected, lengths = np.asarray(tokens)[:7], np.asarray(state.lengths)
+    output, state = engine.decode(engine.prefill(prompts, keys, sampling), 7, keys, sampling)
+    expected, lengths = np.asarray(output.tokens)[:7], np.asarray(state.lengths)
     assert expected.min() >= 0
     state = engine.prefill(prompts, keys, sampling)
     parts = []
     for steps in (2, 1, 4):
-        tokens, state = engine.decode(state, steps, keys, sampling)
-        assert (np.asarray(tokens)[steps:] == -1).all()
-        parts.append(np.asarray(tokens)[:steps])
+        output, state = engine.decode(state, steps, keys, sampling)
+        assert (np.asarray(output.tokens)[steps:] == -1).all()
+        parts.append(np.asarray(output.tokens)[:steps])
     np.testing.assert_array_equal(np.concatenate(parts), expected)
     np.testing.assert_array_equal(state.lengths, lengths)
 

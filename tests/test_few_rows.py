@@ -27,7 +27,7 @@ from palladion.kernels.quantized_matmul.triton import byte_products, few_rows
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference.compare import assert_right
 from palladion.reference.e2m1 import decode_e2m1
-from palladion.reference.quantization import CODE_DTYPE, Scheme
+from palladion.reference.scheme import CODE_DTYPE, Scheme
 
 quickly = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_checkpoints import VOCAB, Type, gguf_file, hugging_face_folder
+from small_checkpoints import VOCAB, Type, gguf_file
 
-from palladion.model.checkpoint import CheckpointError, find_model
+from palladion.model.checkpoint import CheckpointError
 from palladion.model.engine import PREFILL_CHUNKS, STEPS_PER_DISPATCH, plan_chunks
 from palladion.model.generator import Generator
+from palladion.model.locate import find_model
 from palladion.model.sampling import Sampling, filtered, greedy, sample
 from palladion.model.transformer import empty_cache, forward
 
@@ -431,52 +430,6 @@ def test_prompts_in_any_form(generator: Generator, form: Any):
 def test_wrong_options(path: Path, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Generator.load(path, **options)
-
-
-# ------------------------------------------------------------------------------------------------------------- command
-
-
-def command(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "palladion.model.generate", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"PYTHONPATH": "src", "JAX_PLATFORMS": "cpu", "PATH": ""},
-        cwd=Path(__file__).parent.parent,
-        check=False,
-    )
-
-
-def test_the_command_generates(path: Path, generator: Generator):
-    run = command(f"--model={path}", "--prompt=Hello", "--max-new-tokens=5", "--max_len=64", "--ignore-stop-tokens")
-    expected = generator.generate("Hello", max_new_tokens=5, ignore_stop_tokens=True)[0][0].text
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"Hello{expected}\n"
-    for word in ("loaded in", "first token after", "tokens/s", "MB must be read", "GB/s achieved", "at the peak"):
-        assert word in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--model=nowhere.gguf", "--prompt=a"), "error: nowhere.gguf: no such file or folder; give a .gguf file"),
-        (("--quantize=int3", "--prompt=a"), "error: scheme: got 'int3'"),
-        (("--temperature=-1", "--prompt=a"), "error: Sampling.temperature: got -1.0"),
-        (("--prompt=a", "word"), "error: unexpected argument 'word'"),
-        (("--model=nowhere.gguf", b"--prompt=a\xff"), "error: --prompt: is not valid text: character 1 is '\\udcff'"),
-        (("--model=nowhere.gguf", "--chat", b"--system=\xff", "--prompt=a"), "error: --system: is not valid text"),
-        (("--model=nowhere.gguf", "--prompt=a", f"--seed={2**70}"), f"error: seed: got {2**70}; accepted: an integer"),
-    ],
-)
-def test_the_command_explains(tmp_path: Path, arguments: tuple[Any, ...], message: str):
-    if not any(str(argument).startswith("--model") for argument in arguments):
-        arguments = (f"--model={hugging_face_folder(tmp_path / 'model')}", *arguments)
-    run = command(*arguments)
-    assert run.returncode == 2
-    # A plugin of JAX for a chip that is not here says so before.
-    assert any(line.startswith(message) for line in run.stderr.splitlines()), run.stderr
-    assert "Traceback" not in run.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ the real model

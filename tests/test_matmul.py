@@ -20,6 +20,7 @@ from product_oracle import judge
 
 from palladion import Unsupported, matmul, quantized_matmul, record_choices
 from palladion.kernels.gpu_rows import MAX_ROWS
+from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs
 from palladion.kernels.matmul import IMPLEMENTATIONS, XlaProduct, cases
 from palladion.kernels.matmul.cases import Case
@@ -27,7 +28,11 @@ from palladion.kernels.matmul.triton import call as triton
 from palladion.reference.compare import assert_right
 
 TESTS = {case.name: case for case in cases.TESTS}
-BACKENDS = [row.name for row in IMPLEMENTATIONS]
+ROWS = {row.name: row for row in IMPLEMENTATIONS}
+KERNELS = [row for row in IMPLEMENTATIONS if row.platform is not None]
+
+# The cases that each backend refuses; any other refusal fails.
+REFUSED: dict[str, set[str]] = {}
 
 
 def order_of(backend: str) -> str:
@@ -49,11 +54,20 @@ def expected(case: Case) -> tuple[Inputs, jax.Array, np.ndarray]:
     return inputs, multiply(case, inputs, "xla"), judge(case, inputs)
 
 
-@pytest.mark.parametrize("name", TESTS)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(row.name, name) for row in KERNELS for name in TESTS if name not in REFUSED.get(row.name, ())],
+)
 def test_kernels_are_right(backend: str, name: str):
     inputs, reference, exact = expected(TESTS[name])
     assert_right(multiply(TESTS[name], inputs, backend), reference, exact, f"{backend} {name}")
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_kernels_refuse_only_what_is_known(row: Implementation):
+    every = [dataclasses.replace(case, order=order_of(row.name)) for case in (*cases.TESTS, *cases.MODELS)]
+    refused = {case.name for case in every if row.unsupported(case.problem()) is not None}
+    assert refused == REFUSED.get(row.name, set())
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -97,7 +111,7 @@ def test_a_row_of_zeros_is_zero():
     case = dataclasses.replace(TESTS["wider-result"], rows=2)
     inputs = cases.make_inputs(case)
     inputs = inputs._replace(x=inputs.x.at[0].set(0))
-    for backend in BACKENDS:
+    for backend in ROWS:
         result = np.asarray(multiply(case, inputs, backend))
         assert (result[0] == 0).all()
         assert np.isfinite(result).all()
@@ -129,14 +143,16 @@ def traced_for(platform: str, kind: str) -> Iterator[None]:
 )
 def test_which_rows_run_a_kernel(platform: str, kind: str, row: str, rows: int):
     """ "pallas" and the backend's name take the platform's row; only a few rows on a GPU run a kernel."""
-    x, w = jax.ShapeDtypeStruct((rows, 64), "bfloat16"), jax.ShapeDtypeStruct((32, 64), "bfloat16")
+    order = order_of(row)
+    x = jax.ShapeDtypeStruct((rows, 64), "bfloat16")
+    w = jax.ShapeDtypeStruct((64, 32) if order == "in_out" else (32, 64), "bfloat16")
     for backend in ("pallas", row):
         with traced_for(platform, kind), record_choices() as choices:
-            traced = jax.make_jaxpr(functools.partial(matmul, order="out_in", backend=backend))(x, w)
+            traced = jax.make_jaxpr(functools.partial(matmul, order=order, backend=backend))(x, w)
         (choice,) = choices
-        by_kernel = platform == "gpu" and rows <= MAX_ROWS
+        by_kernel = ROWS[row].has_kernel and (platform == "tpu" or rows <= MAX_ROWS)
         assert choice.backend == row
-        assert isinstance(choice.config, triton.Config if by_kernel else XlaProduct)
+        assert isinstance(choice.config, XlaProduct) != by_kernel
         assert ("pallas_call" in str(traced)) == by_kernel
 
 
@@ -158,10 +174,10 @@ def test_the_kernel_of_a_gpu_reads_one_order():
 
 
 def test_many_rows_are_xlas_product():
-    """The row of a GPU gives what XLA gives, bit for bit, where its kernel does not run."""
+    """A row gives what XLA gives, bit for bit, where it has no kernel or its kernel does not run."""
     case = dataclasses.replace(TESTS["norm-residual"], rows=5)
     inputs = cases.make_inputs(case)
-    for backend in ("mosaic_tpu", "triton"):
+    for backend in ("triton", *(row.name for row in KERNELS if not row.has_kernel)):
         with record_choices() as choices:
             result = multiply(case, inputs, backend)
         reference = multiply(case, inputs, "xla", order=order_of(backend))
@@ -173,13 +189,12 @@ def test_many_rows_are_xlas_product():
 
 
 def test_the_tuner_has_nothing_to_try_for_xlas_product():
-    table = {row.name: row for row in IMPLEMENTATIONS}
     few = TESTS["bfloat16"].problem()
     many = dataclasses.replace(few, rows=5)
-    assert table["triton"].space(few).axes
-    assert not list(table["triton"].space(many).neighbours(XlaProduct()))
-    assert triton.Config(32) not in table["triton"].space(many)
-    assert table["mosaic_tpu"].space is None
+    assert ROWS["triton"].space(few).axes
+    assert not list(ROWS["triton"].space(many).neighbours(XlaProduct()))
+    assert triton.Config(32) not in ROWS["triton"].space(many)
+    assert all(row.has_kernel == (row.space is not None) for row in IMPLEMENTATIONS)
 
 
 def test_named_backends_need_their_platform():
@@ -208,7 +223,7 @@ def test_named_backends_need_their_platform():
             {"w": jnp.ones((32, 64)), "order": "out_in", "backend": "triton", "interpret": True, "config": 3},
             "config: got 3; accepted: triton.Config",
         ),
-        ({"backend": "mosaic_tpu", "interpret": True, "config": 3}, "config: got 3; accepted: None: XLA's product"),
+        ({"backend": "mosaic_tpu", "interpret": True, "config": 3}, "config: got 3; accepted: "),
     ],
     ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else None,
 )

@@ -17,8 +17,9 @@ import pytest
 from small_checkpoints import VOCAB, save_with_transformers
 
 from palladion.kernels.backend import record_choices
-from palladion.model.checkpoint import Checkpoint, CheckpointError, find_model, load_checkpoint
+from palladion.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from palladion.model.config import ModelConfig
+from palladion.model.locate import find_model
 from palladion.model.transformer import empty_cache, forward
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import Order

@@ -18,7 +18,7 @@ from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.kernels import devices
 from palladion.kernels.devices import gpus, tpu_chips
 from palladion.reference.caches import bytes_per_token
-from palladion.reference.quantization import Scheme
+from palladion.reference.scheme import Scheme
 
 SCHEMES = (
     "int8",

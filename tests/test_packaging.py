@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pydoc
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import palladion
+import palladion.model
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "frameworks", "kernels", "model", "reference")
@@ -25,7 +27,7 @@ def sources() -> set[str]:
         for path in files
         if "__pycache__" not in path.parts and "results" not in path.parts
     }
-    return packaged | {"palladion/__init__.py", "palladion/py.typed"}
+    return packaged | {"palladion/__init__.py", "palladion/__main__.py", "palladion/py.typed"}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,9 @@ def test_the_wheel_has_every_module(built: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == sources()
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names} == {"palladion", f"palladion-{palladion.__version__}.dist-info"}
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "palladion = palladion.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_the_source_archive_builds_the_same(built: Path):
@@ -64,6 +69,14 @@ def test_every_module_imports_on_a_cpu():
             assert run.returncode == 0
         else:
             importlib.import_module(module)
+
+
+def test_help_lists_the_folders():
+    page = pydoc.render_doc(palladion, renderer=pydoc.plaintext)
+    contents = page[page.index("PACKAGE CONTENTS") : page.index("\nCLASSES") if "\nCLASSES" in page else None]
+    assert "    model (package)" in contents
+    for name in palladion.model.__all__:
+        assert getattr(palladion.model, name).__doc__
 
 
 def test_the_public_names():

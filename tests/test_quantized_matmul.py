@@ -34,7 +34,8 @@ from palladion.kernels.quantized_matmul.problem import ACTIVATION_FORMATS
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.reference.compare import assert_right
 from palladion.reference.e2m1 import decode_e2m1
-from palladion.reference.quantization import CODE_DTYPE, Scheme, unpack_codes
+from palladion.reference.quantization import unpack_codes
+from palladion.reference.scheme import CODE_DTYPE, Scheme
 
 # The package's `quantized_matmul` is the function.
 reference_forms = importlib.import_module("palladion.reference.quantized_matmul")
@@ -488,7 +489,10 @@ SCALING = mosaic_tpu.Config(8, 128, 384, 128, "words", scales_weights=True)
         ({"x": jnp.ones((3, 384), jnp.int32)}, "x: got int32; accepted: float32, bfloat16, float16"),
         ({"x": jnp.float32(1)}, r"x: got shape \(\); accepted: \[\.\.\., in\]"),
         ({"w": jnp.ones((384, 512))}, "w: got .*; accepted: a QuantizedArray; palladion.quantize makes one"),
-        ({"w": quantize(jnp.ones((2, 384, 512)), "int4-g32")}, r"w: got shape \(2, 384, 512\); .* say which by layer="),
+        (
+            {"w": quantize(jnp.ones((2, 384, 512)), "int4-g32")},
+            r"w: got shape \(2, 384, 512\); .* say which by layer=, or",
+        ),
         ({"w": quantize(jnp.ones((2, 384, 512)), "int4-g32"), "layer": 2}, "layer: got 2; accepted: 0 to 1"),
         ({"layer": 0}, r"w: got shape \(384, 512\); accepted: \[num_layers, in, out\] with layer="),
         ({"w": replaced(scales=jnp.ones((12, 5)))}, r"w\.scales: got shape \(12, 5\); accepted: \(12, 512\)"),

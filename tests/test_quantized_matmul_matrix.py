@@ -25,7 +25,7 @@ from palladion.kernels.quantized_matmul.triton import matrix, matrix_blocks, ope
 from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.reference.compare import assert_right
 from palladion.reference.e2m1 import decode_e2m1
-from palladion.reference.quantization import CODE_DTYPE, Scheme
+from palladion.reference.scheme import CODE_DTYPE, Scheme
 
 BITWISE = {
     "mov.b32": lambda a: a,

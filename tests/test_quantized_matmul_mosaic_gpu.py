@@ -25,12 +25,13 @@ from palladion import Unsupported, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.gpu.mosaic import MosaicKernel, compile_mosaic_kernels
+from palladion.kernels import gpu_codes as codes
 from palladion.kernels.backend import record_choices
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.devices import gpus
 from palladion.kernels.quantized_matmul import Inputs, cases
 from palladion.kernels.quantized_matmul.cases import Case
-from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes, call, codes
+from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes, call
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import decode_codes, unpack_codes
 

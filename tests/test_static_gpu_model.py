@@ -120,7 +120,14 @@ class TestTimes:
     def test_limits(self):
         apart = {name: value * 1e6 for name, value in limits(WORK, TIMING).items()}
         program = 2 * TIMING.latency_seconds * 1e6 + 990 * TIMING.cycles_per_instruction / 1980
-        assert apart == pytest.approx({"memory": 10.0, "strips": 0.27, "issue": 1.0, "waits": program})
+        fill = WORK.memory_bytes / 132 / 64 / 1980  # bytes of a multiprocessor, 64 in a cycle
+        assert apart == pytest.approx({"memory": 10.0, "fill": fill, "strips": 0.27, "issue": 1.0, "waits": program})
+
+    def test_few_multiprocessors_do_not_read_as_fast_as_the_memory(self):
+        assert WORK.programs >= 132
+        few = dataclasses.replace(WORK, programs=13)
+        assert limits(few, TIMING)["fill"] == pytest.approx(WORK.memory_bytes / 13 / 64 / 1.98e9)
+        assert seconds(few, TIMING) > limits(few, TIMING)["fill"] > 2 * limits(few, TIMING)["memory"]
 
     def test_programs_take_turns(self):
         alone = limits(WORK, TIMING)["waits"]

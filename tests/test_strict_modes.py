@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import options_for
+from product_oracle import ORDER_OF
 
 from palladion import KVCache, append_kv, append_qkv, decode_attention, dequantize, matmul, quantize, quantized_matmul
 from palladion.benchmarks.measure.decode_steps import TINY
@@ -75,7 +76,9 @@ def multiply(scheme: str, options: dict[str, Any], backend: str, q: jax.Array, k
 
 def multiply_dense(backend: str, q: jax.Array, k: jax.Array) -> Any:
     del k
-    return matmul(q[:, 0, 0], normal(128, 64, seed=5), bias=normal(128, seed=6), order="out_in", **how(backend))
+    order = ORDER_OF[backend]
+    w = normal(128, 64, seed=5) if order == "out_in" else normal(64, 128, seed=5)
+    return matmul(q[:, 0, 0], w, bias=normal(128, seed=6), order=order, **how(backend))
 
 
 CALLS: dict[str, Callable[..., Any]] = {

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import BOS, END, START, TRICKY, USER, byte_level_metadata, sentencepiece_metadata
 
-from palladion.model.checkpoint import find_model
 from palladion.model.checkpoint_files import CheckpointError
 from palladion.model.gguf_vocabulary import PRE_TOKENIZERS
+from palladion.model.locate import find_model
 from palladion.model.tokenizer import Tokenizer
 from palladion.model.vocabulary import SPACE
 

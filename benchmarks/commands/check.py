@@ -3,9 +3,9 @@ r"""Checks the results of every kernel on this device, case by case, against the
   python -m palladion.benchmarks check --minutes=2 --json=check.jsonl
   python -m palladion.benchmarks check quantized_matmul --cases='int4*' --interpret
 
-The cases are the small ones of the tests, which cover what goes wrong easily. Most of the time is spent on compiling,
-so cases are checked in parallel on all cores. Operations take turns, so that a check which ends early has covered some
-of each.
+Kernels are compiled for this device; on a CPU, which has none, --interpret is needed. The cases are the small ones of
+the tests, which cover what goes wrong easily. Most of the time is spent on compiling, so cases are checked in parallel
+on all cores. Operations take turns, so that a check which ends early has covered some of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from palladion.benchmarks.measure.operations import OPERATIONS, Case, Operation,
 from palladion.benchmarks.measure.parallel import cores, side_by_side
 from palladion.benchmarks.measure.records import Measurement
 from palladion.kernels.checks import check
+from palladion.reference.platforms import target_platform
 
 HELP: Final = "checks on this device that every kernel is as right as the reference"
 
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.backends or ():
         check(name in known, "--backends", name, ", ".join(sorted(known)))
     check(arguments.workers >= 1, "--workers", arguments.workers, "at least 1")
+    if not arguments.interpret:
+        _require_kernels(chosen, arguments.backends)
     tasks = list(_in_turns(chosen, arguments.cases))
     check(bool(tasks), "--cases", arguments.cases, "patterns of the names of test cases")
     deadline = time.perf_counter() + 60 * arguments.minutes
@@ -87,7 +90,22 @@ def run(arguments: argparse.Namespace) -> int:
             if done % 20 == 0:
                 report_progress(f"{done} of {len(tasks)} cases: {_summary(counts)}")
     print(f"{done} of {len(tasks)} cases checked: {_summary(counts)}")
-    return 1 if counts["wrong"] or counts["failed"] else 0
+    if not counts["right"]:
+        print("No kernel was found right: there was no time, or none takes these cases (--json=FILE says why)")
+    return 0 if counts["right"] and not counts["wrong"] and not counts["failed"] else 1
+
+
+def _require_kernels(chosen: Sequence[Operation], names: Sequence[str] | None) -> None:
+    """Raises a ValueError if none of the kernels to check can be compiled for this platform."""
+    kernels = [kernel for one in chosen for kernel in one.table if kernel.has_kernel]
+    kernels = [kernel for kernel in kernels if names is None or kernel.name in names]
+    platform = target_platform()
+    if all(kernel.platform != platform for kernel in kernels):
+        known = ", ".join(sorted({f"{kernel.name} for a {kernel.platform}" for kernel in kernels}))
+        raise ValueError(
+            f"--interpret: got none on a {platform}, for which no kernel can be compiled ({known or 'there is none'}); "
+            "accepted: --interpret, which runs kernels of other platforms in an interpreter"
+        )
 
 
 def _check_case(

@@ -25,8 +25,9 @@ from palladion.benchmarks.commands import PROGRAM
 from palladion.benchmarks.commands.progress import report_progress
 from palladion.benchmarks.measure import machine, records
 from palladion.kernels.checks import check
-from palladion.model.checkpoint import find_model
+from palladion.model.exit_status import INTERRUPTED
 from palladion.model.generator import Generator
+from palladion.model.locate import find_model
 
 HELP: Final = "decodes with the model, llama.cpp and transformers in turns, and compares tokens/s"
 
@@ -36,18 +37,24 @@ Turn = Callable[[], float]
 """A function that decodes once and returns tokens per second."""
 
 
-@dataclasses.dataclass(frozen=True)
+WARMING_UP: Final = "0 rounds: these are the first turns, in which decoders warm up"
+"""Text in place of the figures of a record without a complete round."""
+
+
+@dataclasses.dataclass
 class Decoder:
     """A decoder and its speed.
 
     Attributes:
       name: its name in the results.
       turn: decodes once.
-      rates: tokens per second in every turn.
+      first: tokens per second of the first turn, which compiles, allocates and warms up.
+      rates: tokens per second in every turn after it.
     """
 
     name: str
     turn: Turn
+    first: float = 0.0
     rates: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -127,41 +134,52 @@ def run(arguments: argparse.Namespace) -> int:
     if warning := machine.busy_warning():
         report_progress(f"warning: {warning}")
     path = find_model(arguments.model)
-    given = (path, arguments.prompt, arguments.tokens)
-    decoders = list(palladion(*given, arguments.quantize))
-    decoders[0].turn()  # compiles, allocates, warms up
-    for make in PEERS:
-        try:
-            found = list(make(*given))
-            for decoder in found:
-                decoder.turn()
-            decoders += found
-        except ImportError as error:
-            report_progress(f"{make.__name__}: left out ({error})")
-        except Exception as error:  # whatever a peer raises costs that peer alone
-            report_progress(f"{make.__name__}: left out, it failed ({type(error).__name__}: {error})")
-    try:
-        for _ in range(arguments.rounds):
-            turns = [decoder.turn() for decoder in decoders]
-            for decoder, rate in zip(decoders, turns, strict=True):
-                decoder.rates.append(rate)
-    except KeyboardInterrupt:
-        report_progress(f"interrupted after {len(decoders[0].rates)} of {arguments.rounds} rounds")
-    if not decoders[0].rates:
-        return 1
     record = {
         "model": path.name,
         "prompt": arguments.prompt,
         "tokens": arguments.tokens,
         "provenance": machine.provenance(f"{PROGRAM} {shlex.join(arguments.command_line)}"),
         "limits": dataclasses.asdict(machine.limits()),
-        "tokens_per_second": {decoder.name: decoder.rates for decoder in decoders},
     }
-    headings, lines = table_of(record)
-    print(text.table(headings, lines))
-    if arguments.json:
-        records.write_record(arguments.json, record)
-    return 0
+    decoders: list[Decoder] = []
+    status = 0
+    try:
+        for rounds in _rounds(path, arguments, decoders):
+            record["tokens_per_second"] = {one.name: one.rates or [one.first] for one in decoders}
+            record["rounds"] = f"{rounds} of {arguments.rounds} rounds" if rounds else WARMING_UP
+            if arguments.json:  # after each turn that counts: the process may be ended
+                records.write_record(arguments.json, record)
+    except KeyboardInterrupt:
+        report_progress("interrupted")
+        status = INTERRUPTED
+    if decoders:
+        headings, lines = table_of(record)
+        print(f"{text.table(headings, lines)}\n\n{record['rounds']}")
+    return status
+
+
+def _rounds(path: Path, arguments: argparse.Namespace, decoders: list[Decoder]) -> Iterator[int]:
+    """Adds a decoder after the other, then runs rounds; yields the number of complete ones whenever there is more."""
+    given = (path, arguments.prompt, arguments.tokens)
+    for decoder in palladion(*given, arguments.quantize):
+        decoder.first = decoder.turn()
+        decoders.append(decoder)
+        yield 0
+    for make in PEERS:
+        try:
+            for decoder in make(*given):
+                decoder.first = decoder.turn()
+                decoders.append(decoder)
+                yield 0
+        except ImportError as error:
+            report_progress(f"{make.__name__}: left out ({error})")
+        except Exception as error:  # whatever a peer raises costs that peer alone
+            report_progress(f"{make.__name__}: left out, it failed ({type(error).__name__}: {error})")
+    for done in range(arguments.rounds):
+        turns = [decoder.turn() for decoder in decoders]
+        for decoder, rate in zip(decoders, turns, strict=True):
+            decoder.rates.append(rate)
+        yield done + 1
 
 
 def table_of(record: dict[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...]]]:

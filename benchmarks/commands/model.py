@@ -33,6 +33,7 @@ from palladion.benchmarks.text import amount, duration
 from palladion.kernels.backend import BACKENDS
 from palladion.kernels.checks import check
 from palladion.model.engine import STEPS_PER_DISPATCH, EngineOptions
+from palladion.model.exit_status import INTERRUPTED
 from palladion.reference.platforms import target_platform
 
 HELP: Final = "times whole decode steps of a model for growing batches: latency, tokens/s, MBU, MFU"
@@ -115,30 +116,34 @@ def run(arguments: argparse.Namespace) -> int:
         steps_per_dispatch=dispatch,
     )
     deadline = time.perf_counter() + 60 * arguments.minutes
-    made = engines(parameters, shape, engine_options, arguments.batch, arguments.prompt)
-    for engine in made:
-        batch = engine.batch
-        if record["points"] and seconds_left(deadline) <= 0:
-            report_progress(f"no time left for {batch} sequences and more")
-            break
-        folder = None if arguments.profile is None else arguments.profile / f"batch-{batch}"
-        point = measure_batch(
-            engine,
-            shape,
-            parameters,
-            arguments.prompt,
-            steps=arguments.steps,
-            runs=arguments.runs,
-            profile_folder=folder,
-        )
-        record["points"].append(dataclasses.asdict(point))
-        report_progress(
-            f"{batch} sequences: {duration(point.step.median)} a step, {point.tokens_per_second:,.1f} tokens/s"
-        )
-        if arguments.json:
-            records.write_record(arguments.json, record)
-    _print(record, arguments.plot)
-    return 0
+    status = 0
+    try:
+        for engine in engines(parameters, shape, engine_options, arguments.batch, arguments.prompt):
+            batch = engine.batch
+            if record["points"] and seconds_left(deadline) <= 0:
+                report_progress(f"no time left for {batch} sequences and more")
+                break
+            point = measure_batch(
+                engine,
+                shape,
+                parameters,
+                arguments.prompt,
+                steps=arguments.steps,
+                runs=arguments.runs,
+                profile_folder=None if arguments.profile is None else arguments.profile / f"batch-{batch}",
+            )
+            record["points"].append(dataclasses.asdict(point))
+            report_progress(
+                f"{batch} sequences: {duration(point.step.median)} a step, {point.tokens_per_second:,.1f} tokens/s"
+            )
+            if arguments.json:
+                records.write_record(arguments.json, record)
+    except KeyboardInterrupt:
+        report_progress("interrupted: the table has what was measured")
+        status = INTERRUPTED
+    if record["points"]:
+        _print(record, arguments.plot)
+    return status
 
 
 def _print(record: dict[str, Any], plot: Path | None) -> None:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--layers", type=names, metavar="NAMES", help="of qkv, output, gate-up, down, head: only these")
 
 
-CASES_OF: Final = {
+CASES_OF: Final[dict[str, str]] = {
     "decode_attention": "attention_cases",
     "append_kv": "append_cases",
     "append_qkv": "append_qkv_cases",
@@ -70,7 +70,9 @@ def selected(operation: Operation, arguments: argparse.Namespace) -> list[Any]:
         return list(_named(operation, arguments.cases))
     if operation.name in ("quantized_matmul", "matmul"):
         return list(_products(operation, arguments))
-    return list(_caches(operation, arguments))
+    if operation.name in CASES_OF:
+        return list(_caches(operation, arguments))
+    return list(operation.cases.MODELS)
 
 
 def _named(operation: Operation, patterns: Sequence[str]) -> Iterator[Any]:

@@ -33,16 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the page."""
+    """Writes the page; a file that cannot be read, because it was cut off for example, costs its own section."""
     for path in arguments.files:
         check(path.is_file(), "files", path, "files that exist")
     if not arguments.without_pictures:
         require_matplotlib()
-    sections = [_section(path, arguments) for path in arguments.files]
+    sections: list[str] = []
+    unread = 0
+    for path in arguments.files:
+        try:
+            sections.append(_section(path, arguments))
+        except (ValueError, KeyError, TypeError) as error:
+            unread += 1
+            sections.append(f"## {path.name}\n\nCannot be read: {type(error).__name__}: {error}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n\n".join([f"# {arguments.title}", *sections]) + "\n")
-    print(f"wrote {arguments.out}")
-    return 0
+    print(f"wrote {arguments.out}{f', without {unread} files that cannot be read' if unread else ''}")
+    return 1 if unread else 0
 
 
 def _section(path: Path, arguments: argparse.Namespace) -> str:
@@ -88,7 +95,7 @@ def _decoders_section(path: Path, record: dict[str, Any], arguments: argparse.Na
         picture = arguments.out.parent / f"{path.stem}-decoders.png"
         plots.decoders(record["tokens_per_second"], record["provenance"]["device"], title, picture)
         parts.append(f"![decoders]({picture.name})")
-    return "\n\n".join([*parts, markdown(*decode_peers.table_of(record))])
+    return "\n\n".join([*parts, markdown(*decode_peers.table_of(record)), record.get("rounds", "")]).rstrip()
 
 
 def _named(values: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{target.option}", type=options.names, default=target.chips, metavar="NAMES", help=known)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that is known to this file")
     parser.add_argument("--figures", type=Path, metavar="FILE", help="also write key figures, a line for each kernel")
+    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="put tables of --figures in <operation>_static.md")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a roofline of each chip")
     parser.add_argument("--simulate", action="store_true", help="TPUs: also ask libtpu's own simulator, which is slow")
 
@@ -123,6 +124,8 @@ def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.
     check(platform == "tpu" or not arguments.simulate, "--simulate", platform, "tpu")
     alone = not (arguments.cases or arguments.operation)
     check(arguments.file is None or alone, "--file", arguments.file, "without --cases and --operation")
+    check(arguments.pages is None or arguments.figures, "--pages", arguments.pages, "with --figures")
+    check(arguments.pages is None or platform == "tpu", "--pages", platform, "figures of TPUs")
     if arguments.plot:
         require_matplotlib("--plot")
     if arguments.file:
@@ -149,7 +152,7 @@ def _write(examinations: Sequence[examiner.Examination], target: Target, argumen
         arguments.json.write_text(json.dumps([table.record(one) for one in examinations], indent=1) + "\n")
     if arguments.figures:
         versions = {"jax": jax.__version__, target.package: importlib.metadata.version(target.package)}
-        figures.write(arguments.figures, versions, table.figures(examinations))
+        figures.write(arguments.figures, versions, table.figures(examinations), pages=arguments.pages)
     if arguments.plot:
         for file in table.plot(examinations, arguments.plot):
             print(f"wrote {file}", file=sys.stderr)

@@ -2,7 +2,7 @@ r"""Tunes and measures everything of a machine within a time limit, most valuabl
 
   PYTHONPATH=src python -m palladion.benchmarks suite --minutes=6 --out=results
 
-It needs jax with the accelerator's plugin, numpy and absl-py; matplotlib adds pictures, torch and others add peers.
+It needs jax with the accelerator's plugin and numpy; matplotlib adds pictures, torch and others add peers.
 Each phase is a command in a process of its own. On an accelerator: are kernels right on this device; which block sizes,
 or XLA's form, are best for the layers and the attention of Llama-3-8B; how long is a decode step, with what was tuned;
 how fast are the kernels beside peers; and last, beside peers that compile for long. A phase gets its share of the
@@ -31,7 +31,7 @@ import palladion
 from palladion.benchmarks.commands import report
 from palladion.benchmarks.commands.progress import report_progress, seconds_left
 from palladion.benchmarks.measure import machine
-from palladion.kernels import tuning
+from palladion.kernels import compilation_cache, tuning
 from palladion.kernels.checks import check
 
 HELP: Final = "everything this machine can say in --minutes: right? which block sizes? a decode step? how fast?"
@@ -206,24 +206,30 @@ def run_phases(chosen: Sequence[Phase], out: Path, minutes: float, *, tiny: bool
     """
     deadline = time.perf_counter() + max(60 * minutes - PAGE_SECONDS, 30 * minutes)
     summary: list[dict[str, Any]] = []
+
+    def note(phase: Phase, status: int | str, seconds: float) -> None:
+        """Writes down what became of a phase, and the page, so that a suite that is ended later leaves them."""
+        report_progress(f"--- {phase.name}: {_outcome(status)} after {seconds:.0f} s")
+        summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
+        (out / "suite.json").write_text(
+            json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
+        )
+        _report(out, summary, pictures=False)
+
     try:
         for number, phase in enumerate(chosen):
             left = seconds_left(deadline)
             share = left * phase.weight / sum(one.weight for one in chosen[number:])
             if left < LEAST_SECONDS and not tiny:
-                status: int | str = "no time left"
-                seconds = 0.0
-            else:
-                start = time.perf_counter()
+                note(phase, "no time left", 0.0)
+                continue
+            start = time.perf_counter()
+            try:
                 status = _run_phase(phase, out, share, tiny=tiny)
-                seconds = time.perf_counter() - start
-            report_progress(f"--- {phase.name}: {_outcome(status)} after {seconds:.0f} s")
-            summary.append({"phase": phase.name, "status": status, "seconds": round(seconds, 1)})
-            # Written after each phase, so that an interrupted suite leaves it.
-            (out / "suite.json").write_text(
-                json.dumps({"minutes": minutes, "commit": machine.commit(), "phases": summary}, indent=1) + "\n"
-            )
-            _report(out, summary, pictures=False)
+            except KeyboardInterrupt:
+                note(phase, "interrupted", time.perf_counter() - start)
+                raise
+            note(phase, status, time.perf_counter() - start)
     finally:
         _report(out, summary, pictures=importlib.util.find_spec("matplotlib") is not None)
     return 0 if all(entry["status"] == 0 for entry in summary) else 1
@@ -237,6 +243,7 @@ def _run_phase(phase: Phase, out: Path, seconds: float, *, tiny: bool) -> int | 
     # The command runs in another folder, where a relative PYTHONPATH would not work.
     here = [str(Path(palladion.__file__).absolute().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
+        **compilation_cache.inherited(),
         tuning.CACHE: os.environ.get(tuning.CACHE, str(out)),
         "PYTHONPATH": os.pathsep.join(filter(None, here)),
     }
@@ -289,11 +296,7 @@ def _report(out: Path, summary: Sequence[dict[str, Any]], *, pictures: bool) -> 
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     bare = [] if pictures else ["--without-pictures"]
-    try:
-        report.run(parser.parse_args([*map(str, [*files, *tuned]), f"--out={page}", *bare]))
-    except ValueError as error:  # a file may have been cut off
-        report_progress(f"no page: {error}")
-        return
+    report.run(parser.parse_args([*map(str, [*files, *tuned]), f"--out={page}", *bare]))
     lines = [(phase["phase"], _outcome(phase["status"]), f"{phase['seconds']:.0f} s") for phase in summary]
     with page.open("a") as file:
         file.write(f"\n## Phases\n\n{report.markdown(('phase', 'outcome', 'took'), lines)}\n")

@@ -14,7 +14,7 @@ from palladion.benchmarks.measure.peers import Peer
 from palladion.benchmarks.measure.records import Measurement
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, Runner, measure, memory_probe, probe_bytes
 from palladion.kernels.backend import record_choices
-from palladion.kernels.implementation import Implementation, Problem, Unsupported
+from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
 from palladion.reference.platforms import target_platform
 
 REASON_LENGTH: Final = 300
@@ -62,7 +62,8 @@ class RunOptions:
       backends: names of implementations. The reference always judges results; it is timed where it is named here.
       peers: other packages' implementations of the operation.
       interpret: interprets kernels that do not run on this platform, to check their results; they are not timed.
-      config: block sizes for kernels, or None.
+      config: fields of block sizes for the one kernel in `backends`, whose heuristic chooses the rest; None for tuned
+        ones, or all of the heuristic's.
       rounds: samples of each contender; 0 only checks results.
       sample_seconds: minimum length of a sample.
       crashed: contenders that ended an earlier process, and how; they are not run again.
@@ -73,16 +74,23 @@ class RunOptions:
     backends: tuple[str, ...]
     peers: tuple[Peer, ...] = ()
     interpret: bool = False
-    config: Any = None
+    config: Mapping[str, Any] | None = None
     rounds: int = 7
     sample_seconds: float = 0.02
     crashed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     on_turn: Callable[[str | None], None] = lambda _: None
     compiled: Mapping[WorkloadKey, CompiledImplementation] = dataclasses.field(default_factory=dict)
 
-    def call_options(self, backend: str, interpret: bool | None) -> CallOptions:
-        """Returns the options of an implementation's calls; an explicit `config` does not apply to the reference."""
-        return {"backend": backend, "config": None if backend == "xla" else self.config, "interpret": interpret}
+    def call_options(self, row: Implementation, problem: Problem, interpret: bool | None) -> CallOptions:
+        """Returns the options of an implementation's calls; `config` does not apply to the reference."""
+        config = None
+        if self.config is not None and row.heuristic is not None:
+            heuristic = row.heuristic(problem.planned())
+            has_blocks = row.config_class is not None and isinstance(heuristic, row.config_class)
+            if not has_blocks:
+                raise Unsupported(f"{row.name} runs XLA's own operations here, which have no block sizes")
+            config = dataclasses.replace(heuristic, **self.config)
+        return {"backend": row.name, "config": config, "interpret": interpret}
 
 
 def run_workload(operation: Operation, case: Case, options: RunOptions) -> list[Measurement]:
@@ -231,8 +239,7 @@ class _Workload:
         operation, options = self._operation, self._options
         compiled = options.compiled.get((operation.name, case.name, backend))
         if compiled is None:
-            call = options.call_options(backend, interpret)
-            compiled = compile_implementation(operation, case, timed=options.rounds > 0, **call)
+            compiled = _compile(operation, case, find_implementation(operation.table, backend), options, interpret)
         # The same values, in another storage order, for a kernel of another platform.
         inputs = self._inputs if case is self._case else operation.inputs(case)
         runner = warm_runner(operation, backend, compiled.calls, inputs)
@@ -300,14 +307,20 @@ def compile_ahead(
                 continue  # the reference always takes part
             reason, interpreted = _unavailable(implementation, own.problem(), options)
             if reason is None:
-                call = options.call_options(name, interpreted)
                 jobs[operation.name, case.name, name] = functools.partial(
-                    compile_implementation, operation, own, timed=options.rounds > 0, **call
+                    _compile, operation, own, implementation, options, interpreted
                 )
     compiled = dict(zip(jobs, side_by_side(list(jobs.values())), strict=True))
     for _, _, options in tasks:
         options.on_turn(None)
     return {key: found for key, found in compiled.items() if isinstance(found, CompiledImplementation)}
+
+
+def _compile(
+    operation: Operation, case: Case, row: Implementation, options: RunOptions, interpret: bool | None
+) -> CompiledImplementation:
+    call = options.call_options(row, case.problem(), interpret)
+    return compile_implementation(operation, case, timed=options.rounds > 0, **call)
 
 
 def _case_for(operation: Operation, case: Case, implementation: Implementation) -> Case:

@@ -183,8 +183,8 @@ def measure_batch(
     def run(count: int) -> None:
         nonlocal state
         state = dataclasses.replace(state, lengths=jnp.asarray(lengths))
-        for tokens, newest in engine.decode_ahead(state, count, keys, sampling):
-            np.asarray(tokens)  # as a reader does
+        for output, newest in engine.decode_ahead(state, count, keys, sampling):
+            np.asarray(output.tokens)  # as a reader does
             state = newest
 
     steps, seconds = round_up(steps, dispatch), []

@@ -22,7 +22,7 @@ from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
 from palladion.model.config import ModelConfig
 from palladion.reference.caches import bytes_per_token
-from palladion.reference.quantization import Scheme
+from palladion.reference.scheme import Scheme
 
 ACTIVATIONS: Final = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from palladion.benchmarks.measure.model_shapes import DENSE, ModelShape
 from palladion.model.parameters import Layer, LayerStack, Parameters, Weight
+from palladion.model.rotary import rotary_frequencies
 from palladion.reference import quantize
 from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import order_of_platform
@@ -52,13 +53,12 @@ def random_parameters(shape: ModelShape, scheme: str, *, dtype: str, max_positio
     if not config.tied_embedding:
         key = jax.random.key(config.num_layers + 1)
         embedding = jax.random.normal(key, (config.vocab_size, config.hidden_size), jnp.dtype(dtype))
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, jnp.float32) / config.head_dim)
     return Parameters(
         embedding=embedding,
         layers=layers.result(),
         final_norm=jnp.ones(config.hidden_size),
         head=linear("head", config.num_layers),
-        inverse_frequencies=frequencies,
+        inverse_frequencies=jnp.array(rotary_frequencies(config.head_dim, 10_000.0)),
         order=order_of_platform(),
     )
 

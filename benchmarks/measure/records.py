@@ -195,7 +195,9 @@ def read(path: Path) -> tuple[Provenance, Limits, list[Measurement]]:
       ValueError: the file is something else.
     """
     try:
-        first, *rest = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # the last line is cut off where the process was ended while it wrote
+        first, *rest = [json.loads(line) for line in whole.splitlines() if line.strip()]
         measurements = [Measurement(**{name: _decoded(value) for name, value in entry.items()}) for entry in rest]
         return first["provenance"], Limits(**first["limits"]), measurements
     except (KeyError, TypeError, ValueError) as error:
@@ -205,7 +207,10 @@ def read(path: Path) -> tuple[Provenance, Limits, list[Measurement]]:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes one JSON object as the whole file, on one line: the results of `model` and `decode_peers`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record) + "\n")
+    # A process that is ended meanwhile leaves the record that was there.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(path)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

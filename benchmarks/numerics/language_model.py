@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palladion.model.checkpoint import Checkpoint, find_model, load_checkpoint
+from palladion.model.checkpoint import Checkpoint, load_checkpoint
+from palladion.model.locate import find_model
 from palladion.model.parameters import Layer, Parameters, Weight
 from palladion.model.transformer import empty_cache, forward
 from palladion.reference import KVCache, QuantizedArray, dequantize, quantize
@@ -185,7 +186,7 @@ class LanguageModel:
         )
         head = round_weight("head", self.parameters.head, run.head or run.weights)
         norms = (stack.attention_norm, stack.mlp_norm, self.parameters.final_norm)
-        nbytes += sum(norm.nbytes for norm in norms)
+        nbytes += sum(norm.nbytes for norm in jax.tree.leaves(norms))
         return dataclasses.replace(self.parameters, layers=layers, head=head), nbytes
 
     def evaluate(self, run: Run) -> dict[str, Any]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from palladion.benchmarks.static import workloads
 from palladion.kernels.devices import tpu_chips
+
+INTRODUCTION: Final = (
+    "Each cell has the estimated microseconds, and the time that the bytes which must move need at the chip's "
+    "bandwidth,\nas a share of them. No chip has confirmed them.\n"
+)
+"""First sentences of a page."""
 
 Place = tuple[str, str]
 """A workload and a chip."""
@@ -22,11 +30,20 @@ def read(path: Path) -> tuple[dict[str, str], dict[Place, list[dict[str, Any]]]]
     return versions, found
 
 
-def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]]) -> None:
+def write(
+    path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]], *, pages: Path | None = None
+) -> None:
     """Writes figures, as `Table.figures` returns them.
 
     Figures of other workloads and chips in an existing file are kept if its versions are the same.
+
+    Args:
+      path: the file.
+      versions: versions with which the figures were taken.
+      entries: the figures.
+      pages: folder of `<operation>_static.md`, whose tables of this file's figures are replaced; None for no pages.
     """
+    old = {one: tables(path, one) for one in operations(path)} if path.exists() else {}
     found: dict[Place, list[dict[str, Any]]] = {}
     if path.exists():
         before, kept = read(path)
@@ -37,6 +54,34 @@ def write(path: Path, versions: dict[str, str], entries: Sequence[dict[str, Any]
         found.setdefault((entry["workload"], entry["chip"]), []).append(entry)
     ordered = [entry for place in sorted(found) for entry in found[place]]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in (versions, *ordered)))
+    if pages is None:
+        return
+    for operation in operations(path):
+        _update(pages / f"{operation}_static.md", operation, old.get(operation, []), tables(path, operation))
+
+
+def _update(page: Path, operation: str, old: Sequence[str], new: Sequence[str]) -> None:
+    """Replaces tables in a page; those that have no place in it yet are added to its end."""
+    text = page.read_text() if page.exists() else f"# {operation}: what the TPU compiler says\n\n{INTRODUCTION}"
+    for before, after in itertools.zip_longest(old, new):
+        if before is not None and before in text:
+            text = text.replace(before, after or "")
+        elif after is not None and after not in text:
+            text += f"\n{after}"
+    page.write_text(text)
+
+
+def operations(path: Path) -> list[str]:
+    """Returns the names of the operations with figures in a file."""
+    return sorted({workload.partition("/")[0] for workload, _ in read(path)[1]} & set(workloads.operations()))
+
+
+def tables(path: Path, operation: str) -> list[str]:
+    """Returns the tables of an operation's figures in a file: cases of real models, then others."""
+    kept = names(path, operation)
+    models = [case.name for case in workloads.models(operation)]
+    groups = [name for name in models if name in kept], [name for name in kept if name not in models]
+    return [markdown(path, operation, cases) for cases in groups if cases]
 
 
 def names(path: Path, operation: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from palladion.benchmarks.plotting import require_matplotlib
+from palladion.benchmarks.plotting import FONTS, label_decades, legend_columns, name_points, require_matplotlib, save
 from palladion.benchmarks.static.examiner import Examination
 
 
@@ -118,42 +118,48 @@ class Table:
         return written
 
     def _plot_chip(self, roof: Roof, examinations: Sequence[Examination], file: Path) -> None:
+        import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+        operations = list(dict.fromkeys(str(one.workload).partition("/")[0] for one in examinations))
         points = [
-            (f"{one.workload}" + (f" {report.name}" if len(one.reports) > 1 else ""), report)
+            (
+                str(one.workload).removeprefix(f"{operations[0]}/" if len(operations) == 1 else "")
+                + (f" {report.name}" if len(one.reports) > 1 else ""),
+                report,
+            )
             for one in examinations
             for report in one.reports
             if report.roofline is not None
         ]
-        figure = Figure(figsize=(12, 7), layout="constrained")
-        axes = figure.subplots()
         bandwidth, clock = roof.bytes_per_second, roof.clock_hertz
         ridge = bandwidth / clock
+        achieved = [(report.roofline or 0.0) * bandwidth / 1e9 for _, report in points]
         intensities = [self.bytes_per_cycle(report) for _, report in points]
-        left, right = min([ridge / 8, *intensities]) / 1.5, max([ridge * 8, *intensities]) * 1.5
-        axes.plot([left, ridge, right], [left * clock / 1e9, bandwidth / 1e9, bandwidth / 1e9], color="black")
-        for number, ((label, report), intensity) in enumerate(zip(points, intensities, strict=True)):
-            achieved = (report.roofline or 0.0) * bandwidth / 1e9
-            axes.scatter([intensity], [achieved], color=f"C{number % 10}", label=f"{number + 1}  {label}")
-            axes.annotate(
-                str(number + 1), (intensity, achieved), textcoords="offset points", xytext=(5, -9), fontsize=8
+        left, right = min([ridge / 1.5, *intensities]) / 1.3, max([ridge * 1.5, *intensities]) * 1.3
+        lowest = min([left * clock / 1e9, *achieved])
+        with matplotlib.rc_context(FONTS):
+            figure = Figure(figsize=(12, 7), layout="constrained")
+            axes = figure.subplots()
+            axes.plot([left, ridge, right], [left * clock / 1e9, bandwidth / 1e9, bandwidth / 1e9], color="black")
+            for n, ((label, _), x, y) in enumerate(zip(points, intensities, achieved, strict=True)):
+                axes.scatter([x], [y], s=22, color=f"C{n % 10}", label=f"{n + 1}  {label}")
+            axes.set(
+                xscale="log",
+                yscale="log",
+                xlim=(left, right),
+                ylim=(lowest / 1.2, bandwidth / 1e9 * 1.2),
+                xlabel="bytes moved per cycle of computing",
+                ylabel="GB/s of bytes that must move, estimated",
+                title=f"{', '.join(operations)} on {roof.title}",
             )
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlim=(left, right),
-            xlabel="bytes moved per cycle of computing",
-            ylabel="GB/s of bytes that must move, estimated",
-            title=roof.title,
-        )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
-        if points:
-            figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-        figure.savefig(file, dpi=120)
+            for axis in (axes.xaxis, axes.yaxis):
+                label_decades(axis)
+            if points:
+                figure.legend(loc="outside right upper", fontsize=8, ncols=legend_columns(len(points)))
+                numbered = zip(intensities, achieved, strict=True)
+                name_points(axes, [(x, y, str(n + 1)) for n, (x, y) in enumerate(numbered)])
+            save(figure, file)
 
 
 def number(value: float | None) -> str:

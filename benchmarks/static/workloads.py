@@ -55,8 +55,8 @@ class Workload:
     bytes_needed: int | None
 
 
-KERNEL_FILES: Final = {"tpu": "mosaic_tpu", "gpu": "triton"}
-"""Modules with the kernels that are examined, in an operation's folder, by platform."""
+EXAMINED: Final = {"tpu": "mosaic_tpu", "gpu": "triton", "hopper": "mosaic_gpu"}
+"""Names of the backends whose kernels are examined, by platform."""
 
 
 def operations(platform: str | None = None) -> list[str]:
@@ -67,19 +67,25 @@ def operations(platform: str | None = None) -> list[str]:
         return importlib.util.find_spec(f"palladion.kernels.{name}.{file}") is not None
 
     known = [name for name in packages if has(name, "cases")]
-    return [name for name in known if platform is None or has(name, KERNEL_FILES[platform])]
+    return [name for name in known if platform is None or row(name, platform) is not None]
+
+
+def row(operation: str, platform: str) -> Implementation | None:
+    """Returns the row of an operation with the kernel that is examined for "tpu", "gpu" or "hopper", or None."""
+    table: Sequence[Implementation] = _module(operation, "api").IMPLEMENTATIONS
+    return next((one for one in table if one.name == EXAMINED[platform] and one.has_kernel), None)
+
+
+def models(operation: str) -> Sequence[Any]:
+    """Returns an operation's cases of real models."""
+    cases: Sequence[Any] = _module(operation, "cases").MODELS
+    return cases
 
 
 def named_cases(operation: str) -> dict[str, Any]:
     """Returns an operation's cases by name: those of real models, a grid of shapes if there is one, small ones."""
     module = _module(operation, "cases")
     return {case.name: case for case in (*module.MODELS, *getattr(module, "SHAPES", ()), *module.TESTS)}
-
-
-def implementations(operation: str) -> tuple[Implementation, ...]:
-    """Returns the table of an operation's implementations."""
-    table: tuple[Implementation, ...] = _module(operation, "api").IMPLEMENTATIONS
-    return table
 
 
 def select(names: Sequence[str] | None, operation: str | None, platform: str | None = None) -> list[WorkloadName]:
@@ -97,7 +103,7 @@ def select(names: Sequence[str] | None, operation: str | None, platform: str | N
     check(operation is None or operation in known, "--operation", operation, ", ".join(known))
     chosen = known if operation is None else [operation]
     if names is None:
-        return [WorkloadName(one, case.name) for one in chosen for case in _module(one, "cases").MODELS]
+        return [WorkloadName(one, case.name) for one in chosen for case in models(one)]
     found = []
     for pattern in names:
         matching = [
@@ -139,8 +145,7 @@ def from_argument(text: str) -> WorkloadName:
 def _from_case(workload: WorkloadName, platform: str) -> Workload:
     case = named_cases(workload.operation)[workload.name]
     problem = case.problem()
-    table = implementations(workload.operation)
-    kernel: Implementation | None = next((one for one in table if one.name == KERNEL_FILES[platform]), None)
+    kernel = row(workload.operation, platform)
     if kernel is None:
         raise Unsupported(f"{workload.operation} has no kernel for {platform.upper()}s yet")
 

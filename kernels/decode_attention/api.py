@@ -12,6 +12,7 @@ import jax
 
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, as_int32, as_lengths, check
+from palladion.kernels.decode_attention.mosaic_gpu import call as mosaic_gpu
 from palladion.kernels.decode_attention.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.triton import call as triton
@@ -50,6 +51,15 @@ IMPLEMENTATIONS: Final = (
         triton.Config,
         triton.heuristic,
         triton.space,
+    ),
+    Implementation(
+        "mosaic_gpu",
+        "gpu",
+        mosaic_gpu.unsupported,
+        mosaic_gpu.decode_attention,
+        mosaic_gpu.Config,
+        mosaic_gpu.heuristic,
+        mosaic_gpu.space,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

@@ -10,6 +10,7 @@ the KV blocks that they see. Its state is the online softmax so far:
 
 l is kept for each token of a block and added up at the end: a sum over tokens passes through shared memory, and one
 maximum in each block is enough of that. Everything is float32 and plain `jax.numpy`, so that GPU backends can share it.
+Matrices are `[rows, tokens]`, or `[tokens, rows]` where `tokens`, their axis of tokens, is 0; acc is turned like them.
 The base b is 2, whose powers the hardware computes; where results are float32 it is e, because the rounding of s / ln 2
 would show in them.
 
@@ -72,8 +73,7 @@ def visible_span(problem: Problem, length: Any, first_row: Any, last_row: Any, b
 
 
 def visible_mask(problem: Problem, token: jax.Array, position: jax.Array) -> jax.Array:
-    """Returns which tokens the queries at `position` see, `[rows, tokens]`."""
-    token, position = token[None, :], position[:, None]
+    """Returns which tokens the queries at `position` see; indices and positions are broadcast."""
     visible = token <= jnp.minimum(position, problem.max_len - 1)
     if problem.sliding_window is not None:
         visible &= token > position - problem.sliding_window
@@ -103,21 +103,28 @@ def initial_state(rows: int, block_kv: int, widths: tuple[int, ...]) -> State:
     )
 
 
-def masked_logits(problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array) -> jax.Array:
-    """Returns logits divided by ln b, `[rows, tokens]`, from products of queries and keys; -inf where not visible.
+def _spread(x: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """Returns a vector along one axis of a matrix, repeated along the other."""
+    return jax.lax.broadcast_in_dim(x, like.shape, (axis,))
+
+
+def masked_logits(
+    problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array, tokens: int = 1
+) -> jax.Array:
+    """Returns logits divided by ln b, from products of queries and keys; -inf where not visible.
 
     The scales of keys, `[tokens]`, are folded into the softmax scale: a quantized cache costs no multiplication.
     """
     cap = problem.logits_soft_cap
     factor = problem.scale * (_inverse_ln_base(problem) if cap is None else 1 / cap)
-    s = products * (factor if k_scale is None else (k_scale * factor)[None, :])
+    s = products * (factor if k_scale is None else _spread(k_scale * factor, products, tokens))
     if cap is not None:
         s = jnp.tanh(s) * (cap * _inverse_ln_base(problem))
     return jnp.where(visible, s, -jnp.inf)
 
 
 def update(
-    problem: Problem, state: State, s: jax.Array, v_scale: jax.Array | None
+    problem: Problem, state: State, s: jax.Array, v_scale: jax.Array | None, tokens: int = 1
 ) -> tuple[jax.Array, jax.Array, State]:
     """Adds the logits s of a KV block to m and l.
 
@@ -126,17 +133,18 @@ def update(
       state: the state before the block.
       s: logits from `masked_logits`.
       v_scale: scales of the block's values, `[tokens]`, whose products with p must not exceed 1; or None.
+      tokens: the axis of tokens.
 
     Returns:
-      The weights p of the block's tokens, `[rows, tokens]`; alpha, `[rows]`, by which acc must be multiplied; and the
+      The weights p of the block's tokens, shaped like s; alpha, `[rows]`, by which acc must be multiplied; and the
       new state, whose acc is still the old one.
     """
-    bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]
-    m_next = jnp.maximum(state.m, jnp.max(bound, axis=1))
+    bound = s if v_scale is None else s + _spread(_exponent_above(v_scale), s, tokens)
+    m_next = jnp.maximum(state.m, jnp.max(bound, axis=tokens))
     shift = _finite(m_next)
-    p = _power(problem, s - shift[:, None])
+    p = _power(problem, s - _spread(shift, s, 1 - tokens))
     alpha = _power(problem, state.m - shift)
-    return p, alpha, State(m_next, state.l * alpha[:, None] + p, state.acc)
+    return p, alpha, State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)
 
 
 def _finite(m: jax.Array) -> jax.Array:
@@ -150,23 +158,26 @@ def _exponent_above(x: jax.Array) -> jax.Array:
     return jnp.clip((bits >> 23) - 126, -60, 100).astype(jnp.float32)
 
 
-def finish(problem: Problem, state: State, sinks: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def finish(
+    problem: Problem, state: State, sinks: jax.Array | None, tokens: int = 1
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Returns the outputs, `[rows, width]` for each tile of head_dim, and the log-sum-exp in base e, `[rows]`.
 
     Args:
       problem: the call.
       state: the state after the last KV block.
       sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
+      tokens: the axis of tokens.
     """
-    m, total, acc = state.m, jnp.sum(state.l, axis=1), state.acc
+    m, total, acc = state.m, jnp.sum(state.l, axis=tokens), state.acc
     if sinks is not None:
         sinks = sinks * _inverse_ln_base(problem)
         m = jnp.maximum(state.m, sinks)
         alpha = _power(problem, state.m - _finite(m))
         total = total * alpha + _power(problem, sinks - _finite(m))
-        acc = tuple(part * alpha[:, None] for part in acc)
-    divisor = jnp.where(total == 0.0, 1.0, total)[:, None]
-    return tuple(part / divisor for part in acc), _log_sum_exp(problem, m, total)
+        acc = tuple(part * _spread(alpha, part, 1 - tokens) for part in acc)
+    divisor = jnp.where(total == 0.0, 1.0, total)
+    return tuple(part / _spread(divisor, part, 1 - tokens) for part in acc), _log_sum_exp(problem, m, total)
 
 
 def _log_sum_exp(problem: Problem, m: jax.Array, total: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton import call as triton
 from palladion.kernels.types import Interpret
 from palladion.reference import quantized_matmul as reference
-from palladion.reference.quantization import QuantizedArray
+from palladion.reference.quantization import QuantizedArray, register_product
 from palladion.reference.quantized_matmul import NORM_EPS
 
 
@@ -156,3 +156,6 @@ def quantized_matmul(
         config=config,
         interpret=interpret,
     )
+
+
+register_product(quantized_matmul)

@@ -9,11 +9,12 @@ from typing import Any, Final
 
 import jax
 
-from palladion.kernels.checks import check, check_layer, check_shape, dtype_name
+from palladion.kernels.checks import check, check_layer, dtype_name
 from palladion.kernels.linear import Inputs, LinearProblem
 from palladion.kernels.search_space import TuningKey
-from palladion.reference.quantization import CODE_DTYPE, PACK_BLOCK, QuantizedArray, Scheme
+from palladion.reference.quantization import QuantizedArray, check_parts
 from palladion.reference.quantized_matmul import NORM_EPS
+from palladion.reference.scheme import PACK_BLOCK, Scheme
 
 ACTIVATION_FORMATS: Final = {
     "int8": ("int8", "int4"),
@@ -143,20 +144,9 @@ def _check_weight(w: Any, layer: jax.Array | None) -> tuple[int, int]:
     """Checks that the arrays of a QuantizedArray agree with its scheme; returns in and out."""
     check(isinstance(w, QuantizedArray), "w", type(w).__name__, "a QuantizedArray; palladion.quantize makes one")
     if layer is None:
-        check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; with a leading dimension say which by layer=")
+        check(w.values.ndim == 2, "w", f"shape {w.shape}", "[in, out]; of a stack say which by layer=, or take w[i]")
     else:
         check(w.values.ndim == 3, "w", f"shape {w.shape}", "[num_layers, in, out] with layer=")
         check_layer(layer, w.values.shape[0])
-    check(
-        w.values.dtype == CODE_DTYPE[w.scheme.format], "w.values", w.values.dtype, CODE_DTYPE[w.scheme.format].__name__
-    )
-    *leading, in_features, out_features = w.shape
-    groups = w.scheme.groups(in_features)
-    shape = (*leading, groups, out_features) if w.order == "in_out" else (*leading, out_features, groups)
-    parts = (("scales", True), ("zeros", w.scheme.offset == "zeros"), ("minimums", w.scheme.offset == "minimums"))
-    for name, needed in parts:
-        part: jax.Array | None = getattr(w, name)
-        check((part is not None) == needed, f"w.{name}", part is not None, f"{needed} for {w.scheme}")
-        if part is not None:
-            check_shape(f"w.{name}", part, shape, f"groups and out in the order of {w.order!r}")
-    return in_features, out_features
+    check_parts(w)
+    return w.in_features, w.out_features

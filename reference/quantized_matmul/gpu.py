@@ -20,15 +20,17 @@ where a channel has one scale; otherwise weights are rounded, relative to the la
 from __future__ import annotations
 
 import dataclasses
-from typing import Final, NamedTuple
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from palladion.reference.quantization import INT4_ZERO, PACK_BLOCK, QuantizedArray, decode_codes, dequantize
+from palladion.reference.quantization import QuantizedArray, decode_codes, dequantize
 from palladion.reference.quantized_matmul import streaming
 from palladion.reference.quantized_matmul.definition import dot, select_layer
+from palladion.reference.quantized_matmul.factors import Factors, factors_of
+from palladion.reference.scheme import INT4_ZERO, PACK_BLOCK
 
 HALF: Final = PACK_BLOCK // 2
 """Bytes of a block of packed codes."""
@@ -36,17 +38,8 @@ HALF: Final = PACK_BLOCK // 2
 HIGHEST_BITS: Final = 0x88
 """The highest bit of each nibble of a byte: flipping it turns a code into the signed number code - 8."""
 
-
 MANY_ROWS: Final = 2**20
 """Rows that a symbolic number of them is taken for."""
-
-
-class _Factors(NamedTuple):
-    """Factors of scale * (code - zero) + minimum, each a number or float32 `[groups, out]`."""
-
-    scale: jax.Array
-    zero: jax.Array | int
-    minimum: jax.Array | int
 
 
 def multiply(x: jax.Array, w: QuantizedArray, layer: jax.Array | None) -> jax.Array:
@@ -78,13 +71,13 @@ def _reduce(x: jax.Array, w: QuantizedArray) -> jax.Array:
         codes = w.values.reshape(w.out_features, groups, 1, -1)
         products = x.reshape(groups, 1, -1) * decode_codes(codes, w.scheme)
     sums = jnp.sum(products, axis=(2, 3)).T[:, None]
-    return _apply(_factors(w, w.scheme.implied_zero), x.reshape(1, groups, -1), sums)[0]
+    return _apply(factors_of(w, w.scheme.implied_zero), x.reshape(1, groups, -1), sums)[0]
 
 
 def _convert(x: jax.Array, w: QuantizedArray) -> jax.Array:
     """Returns x `[rows, in]` @ w by a product for each group, which converts codes: `[rows, out]`."""
     groups = w.scheme.groups(w.in_features)
-    numbers, factors = w.values, _factors(w, INT4_ZERO if w.scheme.packed else 0)
+    numbers, factors = w.values, factors_of(w, INT4_ZERO if w.scheme.packed else 0)
     if w.scheme.packed:
         numbers = jax.lax.bitcast_convert_type(numbers ^ HIGHEST_BITS, jnp.int4).reshape(w.out_features, -1)
         x = x.reshape(x.shape[0], w.in_features // PACK_BLOCK, 2, HALF).swapaxes(2, 3)
@@ -100,27 +93,17 @@ def _convert(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 def _dequantize(x: jax.Array, w: QuantizedArray) -> jax.Array:
     """Returns x `[rows, in]` @ w dequantized in the dtype of x: `[rows, out]`."""
-    factors = _factors(w, 0)
+    factors = factors_of(w)
     largest = jnp.max(jnp.abs(factors.scale), axis=0)
     relative = jnp.where(largest == 0, 0.0, factors.scale / largest)
     scales = relative if w.order == "in_out" else relative.T
     weights = dequantize(dataclasses.replace(w, scales=scales, minimums=None), x.dtype)
     groups = len(relative)
     x_groups = x.reshape(x.shape[0], groups, w.in_features // groups)
-    return _apply(_Factors(largest[None], 0, factors.minimum), x_groups, dot(x, weights)[None])
+    return _apply(Factors(largest[None], 0, factors.minimum), x_groups, dot(x, weights)[None])
 
 
-def _factors(w: QuantizedArray, subtracted: int) -> _Factors:
-    """Returns the factors of the codes of w, from which a number has been subtracted."""
-
-    def per_group(part: jax.Array) -> jax.Array:
-        return (part if w.order == "in_out" else part.T).astype(jnp.float32)
-
-    zero = w.scheme.implied_zero if w.zeros is None else per_group(w.zeros)
-    return _Factors(per_group(w.scales), zero - subtracted, 0 if w.minimums is None else per_group(w.minimums))
-
-
-def _apply(factors: _Factors, x: jax.Array, sums: jax.Array) -> jax.Array:
+def _apply(factors: Factors, x: jax.Array, sums: jax.Array) -> jax.Array:
     """Returns the product `[rows, out]`.
 
     Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from palladion.reference.bits import to_bits
 from palladion.reference.e2m1 import decode_e2m1
 from palladion.reference.quantization import QuantizedArray
 from palladion.reference.quantized_matmul.definition import dot, select_layer
+from palladion.reference.quantized_matmul.factors import Factors, factors_of
 
 CHUNK: Final = 32
 """Weights along `in` of one chunk: a whole packing block, and no more than the smallest common group."""
@@ -35,17 +36,6 @@ MANY_CHUNKS: Final = 128
 
 ACCUMULATORS: Final = 4
 """Independent sums in a chain, so that a multiply-add need not wait for the one before."""
-
-
-class _Factors(NamedTuple):
-    """Factors that turn codes into weights, scale * (code - zero) + minimum.
-
-    Each is a number or float32 `[chunks, out]`; `[1, out]` where all chunks share it.
-    """
-
-    scale: jax.Array
-    zero: jax.Array | int
-    minimum: jax.Array | int
 
 
 def divides_into_chunks(w: QuantizedArray) -> bool:
@@ -92,16 +82,15 @@ def multiply_nibbles(x: jax.Array, w: QuantizedArray) -> jax.Array:
     return product
 
 
-def _factors(w: QuantizedArray) -> _Factors:
-    """Returns the factors of each chunk; the codes of `w` are not used."""
+def _factors(w: QuantizedArray) -> Factors:
+    """Returns the factors, each `[chunks, out]`, or `[1, out]` where all chunks share it; codes of `w` are not used."""
+    chunks_per_group = 1 if w.scheme.group_size is None else w.scheme.group_size // CHUNK
 
-    def per_chunk(groups: jax.Array) -> jax.Array:
-        """Repeats factors `[groups, out]` to `[chunks, out]`."""
-        repeats = 1 if w.scheme.group_size is None else w.scheme.group_size // CHUNK
-        return jnp.repeat(groups.astype(jnp.float32), repeats, axis=0)
+    def per_chunk(factor: Any) -> Any:
+        return factor if isinstance(factor, int) else jnp.repeat(factor, chunks_per_group, axis=0)
 
-    zero = w.scheme.implied_zero if w.zeros is None else per_chunk(w.zeros)
-    return _Factors(per_chunk(w.scales), zero, 0 if w.minimums is None else per_chunk(w.minimums))
+    scale, zero, minimum = factors_of(w)
+    return Factors(per_chunk(scale), per_chunk(zero), per_chunk(minimum))
 
 
 def _multiply_add(x: jax.Array, rows: Iterator[tuple[int, jax.Array]]) -> jax.Array:

@@ -14,6 +14,7 @@ APPEND_TESTS: Final = "tests/test_append_kv.py"
 APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
+ATTENTION_HOPPER_TESTS: Final = "tests/test_decode_attention_mosaic_gpu.py"
 HOPPER_TESTS: Final = "tests/test_quantized_matmul_mosaic_gpu.py"
 REFERENCE_TESTS: Final = "tests/test_reference.py"
 MATRIX_TESTS: Final = "tests/test_quantized_matmul_matrix.py"
@@ -90,7 +91,7 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-decay",
         f"{ATTENTION}/online_softmax.py",
-        "State(m_next, state.l * alpha[:, None] + p, state.acc)",
+        "State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)",
         "State(m_next, state.l + p, state.acc)",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "The sum of the weights so far keeps its old maximum.",
@@ -113,7 +114,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "attention-gpu-empty-sequence",
-        f"{ATTENTION}/triton/shares.py",
+        f"{ATTENTION}/shares.py",
         "jnp.full_like(blocks, size)), 1)",
         "jnp.full_like(blocks, size)), 0)",
         (ATTENTION_GPU_TESTS, "-k", "share_and_merge and balanced"),
@@ -122,10 +123,58 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-weights-overflow",
         f"{ATTENTION}/online_softmax.py",
-        "bound = s if v_scale is None else s + _exponent_above(v_scale)[None, :]",
+        "bound = s if v_scale is None else s + _spread(_exponent_above(v_scale), s, tokens)",
         "bound = s",
         (ATTENTION_GPU_TESTS, "-k", "scales_of_values"),
         "Weights with the scales of values overflow float16, or vanish in it.",
+    ),
+    Mutation(
+        "attention-hopper-dead-values",
+        f"{ATTENTION}/mosaic_gpu/kernel.py",
+        "pl.when((first < span.first_token) | (last > span.last_token))(clear_stored)",
+        "pl.when(first < span.first_token)(clear_stored)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and gqa"),
+        "Values past the length are weighted with 0, and may be NaN.",
+    ),
+    Mutation(
+        "attention-hopper-pages-of-a-block",
+        f"{ATTENTION}/mosaic_gpu/memory.py",
+        "target.at[place, pl.ds(number * size, size)]",
+        "target.at[place, pl.ds(0, size)]",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and pages-of-16"),
+        "All pages of a block are written to the place of its first.",
+    ),
+    Mutation(
+        "attention-hopper-absent-parts",
+        f"{ATTENTION}/mosaic_gpu/merge.py",
+        "jnp.where(index < slots.number, 0.0, -jnp.inf)",
+        "jnp.where(index <= slots.number, 0.0, -jnp.inf)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and balanced"),
+        "The last part of a sequence is merged twice.",
+    ),
+    Mutation(
+        "attention-hopper-first-slot",
+        f"{ATTENTION}/mosaic_gpu/balance.py",
+        "lambda _, first: first <= slot",
+        "lambda _, first: first < slot",
+        (ATTENTION_HOPPER_TESTS, "-k", "one_by_one"),
+        "The first slot of a sequence works on the sequence before.",
+    ),
+    Mutation(
+        "attention-hopper-features",
+        f"{ATTENTION}/mosaic_gpu/turned_codes.py",
+        "return first, first + 16, group & 1",
+        "return first, first + 8, group & 1",
+        (ATTENTION_HOPPER_TESTS, "-k", "put_in_order"),
+        "The upper half of every 16 features of values comes from other threads.",
+    ),
+    Mutation(
+        "attention-hopper-turned",
+        f"{ATTENTION}/mosaic_gpu/turned_codes.py",
+        "return matrix * (8 * head_dim) + row * swizzle + warp * 16",
+        "return row * (8 * head_dim) + matrix * swizzle + warp * 16",
+        (ATTENTION_HOPPER_TESTS, "-k", "reach_their_registers"),
+        "Threads point ldmatrix to rows of other tokens.",
     ),
     # --- append_kv, append_qkv ---
     Mutation(
@@ -251,7 +300,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-columns",
-        f"{PRODUCT}/mosaic_gpu/codes.py",
+        "kernels/gpu_codes.py",
         "OWN_COLUMNS: Final = (0x5140, 0x3726)",
         "OWN_COLUMNS: Final = (0x5140, 0x7362)",
         (HOPPER_TESTS, "-k", "registers"),
@@ -358,8 +407,8 @@ MUTATIONS: Final = (
     Mutation(
         "model-window-in-decode",
         "model/transformer.py",
-        "sliding_window=config.sliding_window,",
-        "sliding_window=config.sliding_window if x.shape[1] > 1 else None,",
+        "sliding_window=config.sliding_window if kind.windowed else None,",
+        "sliding_window=config.sliding_window if kind.windowed and x.shape[1] > 1 else None,",
         ("tests/test_model.py", "-k", "not smollm2"),
         "Decode steps ignore the sliding window that prefill applies.",
     ),
@@ -389,7 +438,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "model-text-of-another-prompt",
-        "model/generator.py",
+        "model/generation.py",
         "yield index, text\n\n    def _stopped_by",
         "yield sum(max(row) >= 0 for row in tokens.T.tolist()[:index]), text\n\n    def _stopped_by",
         ("tests/test_generator.py", "-k", "stream or stop or batch"),
@@ -397,9 +446,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "model-full-cache",
-        "model/generator.py",
-        "len(self._prompts[index]) + len(tokens) - 1 >= self._generator.options.max_len",
-        "len(self._prompts[index]) + len(tokens) >= self._generator.options.max_len",
+        "model/generation.py",
+        "len(self._prompts[index]) + len(tokens) - 1 >= self._engine.max_len",
+        "len(self._prompts[index]) + len(tokens) >= self._engine.max_len",
         ("tests/test_engine.py", "tests/test_generator.py", "-k", "full or stop"),
         "The cache counts as full while it has a place left.",
     ),
@@ -414,15 +463,15 @@ MUTATIONS: Final = (
     Mutation(
         "model-finished-sequences-go-on",
         "model/engine.py",
-        "out.at[step].set(jnp.where(counts, tokens, -1))",
-        "out.at[step].set(tokens)",
+        "Output(jnp.where(active, tokens, -1), logprobs)",
+        "Output(tokens, logprobs)",
         ("tests/test_generator.py", "-k", "stop or batch"),
         "Tokens follow a sequence's stop token.",
     ),
     Mutation(
         "model-steps-beyond-the-dispatch-count",
         "model/engine.py",
-        "jnp.where(counts, lengths, state.lengths),",
+        "jnp.where(active, lengths, state.lengths),",
         "lengths,",
         ("tests/test_engine.py", "-k", "trace"),
         "On a GPU the steps that a dispatch runs beyond those asked for lengthen the sequences.",

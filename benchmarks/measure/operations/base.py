@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Protocol, TypedDict, Unpack
@@ -10,7 +9,8 @@ from typing import Any, ClassVar, Final, Protocol, TypedDict, Unpack
 import numpy as np
 
 from palladion.kernels.implementation import Implementation
-from palladion.reference.compare import FACTOR, ULPS, Comparison
+from palladion.reference import oracle
+from palladion.reference.compare import FACTOR, ULPS, Comparison, compare
 
 PEER_TOLERANCE: Final = 2.0
 """Error that a peer may have, in parts of what is accepted of a kernel.
@@ -77,8 +77,10 @@ def verdict_of(comparison: Comparison) -> Verdict:
     return Verdict(units if comparison.same_specials else np.inf, comparison.error, str(comparison))
 
 
-class Operation(abc.ABC):
+class Operation:
     """An operation: its cases, its calls, and the judge of its results.
+
+    It is enough for an operation of one result that the float64 oracle computes quickly; others override methods.
 
     Attributes:
       name: the operation's name.
@@ -117,22 +119,25 @@ class Operation(abc.ABC):
         """Returns the floating-point operations of a call."""
         return int(case.problem().flops())
 
-    @abc.abstractmethod
     def function(self, case: Any, **call: Unpack[CallOptions]) -> Callable[..., Any]:
-        """Returns a call of the operation, as `timing.CompiledCalls` takes it.
+        """Returns a call of the operation, as `timing.CompiledCalls` takes it: here the package's function of its name.
 
         Args:
-          case: the workload.
+          case: the workload; its `options`, if it has any, are keyword arguments.
           **call: options of the call.
         """
+        operation, options = getattr(self.package, self.name), getattr(case, "options", {})
+        return lambda inputs: operation(**inputs._asdict(), **options, **call)
 
     def split(self, inputs: Any) -> tuple[Any, Any]:
         """Splits inputs into those that are donated, or None, and the rest."""
         return None, inputs
 
-    @abc.abstractmethod
     def judge(self, case: Any, inputs: Any, result: Any, reference: Any) -> Verdict:
-        """Judges a result by the float64 oracle, beside the reference's result."""
+        """Judges a result by the float64 oracle, beside the reference's; here by the oracle's function of its name."""
+        options = getattr(case, "options", {})
+        exact = getattr(oracle, self.name)(**inputs._asdict(), **options)
+        return verdict_of(compare(np.asarray(result), np.asarray(reference), exact))
 
 
 def spread(count: int, most: int) -> list[int]:

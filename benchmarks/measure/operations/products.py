@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Final, Unpack
+from typing import Any, ClassVar, Final
 
 import jax
 import numpy as np
 
-from palladion.benchmarks.measure.operations.base import CallOptions, Operation, Verdict, spread, verdict_of
+from palladion.benchmarks.measure.operations.base import Operation, Verdict, spread, verdict_of
 from palladion.kernels import matmul as dense_package
 from palladion.kernels import quantized_matmul as quantized_package
 from palladion.kernels.matmul import Inputs
@@ -34,16 +34,7 @@ IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {
 
 
 class _Product(Operation):
-    """A matrix product; its function has the operation's name."""
-
-    def function(self, case: Case, **call: Unpack[CallOptions]) -> Callable[[Inputs], jax.Array]:
-        """Implements `Operation.function`."""
-
-        def multiply(inputs: Inputs) -> jax.Array:
-            result: jax.Array = getattr(self.package, self.name)(**inputs._asdict(), **case.options, **call)
-            return result
-
-        return multiply
+    """A matrix product."""
 
     def stored_for(self, case: Case, platform: str) -> Case:
         """Implements `Operation.stored_for`."""

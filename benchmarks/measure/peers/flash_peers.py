@@ -23,7 +23,8 @@ from palladion.benchmarks.measure.peers.torch_peers import (
 from palladion.kernels.decode_attention import Inputs
 from palladion.kernels.decode_attention.cases import Case
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
-from palladion.reference.quantization import INT4_ZERO, unpack_codes
+from palladion.reference.quantization import unpack_codes
+from palladion.reference.scheme import INT4_ZERO
 
 WORKSPACE_BYTES: Final = 128 * 2**20
 """Size of the workspace that FlashInfer's documentation recommends."""

@@ -24,7 +24,7 @@ from typing import Any, Final
 from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.gpu import compiler, program
 from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
-from palladion.kernels.implementation import Unsupported, find_implementation
+from palladion.kernels.implementation import Unsupported
 
 ARCH: Final = 90
 """Compute capability whose instructions these kernels are made of, wgmma among them."""
@@ -121,8 +121,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 def _cells(operation: str, name: str) -> Iterator[tuple[str, list[int]]]:
     """Yields the kernels of a case, and their counts."""
-    table = workloads.implementations(operation)
-    row = find_implementation(table, "mosaic_gpu")
+    row = workloads.row(operation, "hopper")
+    if row is None:
+        raise Unsupported(f"{operation} has no Mosaic GPU kernel")
     with compiler.tracing_for(ARCH):
         case = workloads.named_cases(operation)[name]
         problem = case.problem()

@@ -1,15 +1,17 @@
 """Estimates the time of a GPU kernel from its work, with a few constants of a GPU on which kernels were measured.
 
-Four things limit a kernel:
+Five things limit a kernel:
 
     memory   bytes from memory / bandwidth
+    fill     bytes of the busiest multiprocessor / what it takes from the L2 cache: few multiprocessors cannot read as
+             fast as the memory
     strips   strips that the busiest multiprocessor reads x time of a strip: narrow strips take as long as wide ones
     issue    cycles of the busiest unit of the busiest multiprocessor / clock rate
     waits    programs of a place, one after the other: each waits for its loads, and executes its instructions
 
 Limits overlap, but not entirely. Lengths a and b together take (a^P + b^P)^(1/P): with P = 1 they would add up, with
-P = infinity overlap entirely. Memory and strips, two limits of the same traffic, have P = 3; this traffic, issue and
-waits P = 1.4. A launch comes on top.
+P = infinity overlap entirely. The larger of memory and fill, and strips, limits of the same traffic, have P = 3; this
+traffic, issue and waits P = 1.4. A launch comes on top.
 
 Constants were fitted to a part of the kernels in `results/h200_kernels.jsonl`; docs/gpu_model.md compares all. Kernels
 of a kind that was not measured, or not met, are not estimated (`not_estimated`), nor is any other GPU.
@@ -29,6 +31,9 @@ TRAFFIC_OVERLAP: Final = 3.0
 
 OVERLAP: Final = 1.4
 """The exponent P of traffic, issue and waits."""
+
+BYTES_PER_CYCLE: Final = 64
+"""Bytes that a multiprocessor takes from the L2 cache in a cycle (NVIDIA's whitepapers, from Volta on)."""
 
 LEAST_BYTES: Final = 4_000_000
 """A kernel that reads less takes hardly longer than a launch, and finds its data in the caches."""
@@ -69,11 +74,12 @@ TIMINGS: Final = {
 
 
 def limits(work: Work, timing: Timing) -> dict[str, float]:
-    """Returns the seconds that each of the four limits takes by itself."""
+    """Returns the seconds that each of the limits takes by itself."""
     program = work.waits * timing.latency_seconds
     program += work.instructions * timing.cycles_per_instruction / timing.clock_hertz
     return {
         "memory": work.memory_bytes / timing.bytes_per_second,
+        "fill": work.most_bytes / (BYTES_PER_CYCLE * timing.clock_hertz),
         "strips": work.strips * timing.strip_seconds,
         "issue": work.cycles / timing.clock_hertz,
         "waits": work.turns * program,
@@ -83,7 +89,7 @@ def limits(work: Work, timing: Timing) -> dict[str, float]:
 def seconds(work: Work, timing: Timing) -> float:
     """Returns the estimated time of a kernel, whatever its kind."""
     apart = limits(work, timing)
-    traffic = _together((apart["memory"], apart["strips"]), TRAFFIC_OVERLAP)
+    traffic = _together((max(apart["memory"], apart["fill"]), apart["strips"]), TRAFFIC_OVERLAP)
     return timing.launch_seconds + _together((traffic, apart["issue"], apart["waits"]), OVERLAP)
 
 

@@ -191,7 +191,7 @@ class GpuReport:
 
     @property
     def bound(self) -> str:
-        """The limit that takes longest, "memory", "strips", "issue" or "waits"; "UNKNOWN" if not estimated."""
+        """The limit that takes longest, one of the names of `prediction.limits`; "UNKNOWN" if not estimated."""
         return max(self.limits, key=lambda name: self.limits[name], default="UNKNOWN")
 
     @property

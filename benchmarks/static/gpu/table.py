@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from palladion.benchmarks.static.examiner import Examination, architectures
 from palladion.benchmarks.static.gpu.compiler import gpu_of
+from palladion.benchmarks.static.gpu.prediction import BYTES_PER_CYCLE
 from palladion.benchmarks.static.gpu.report import GpuReport
 from palladion.benchmarks.static.table import Roof, Table, about_times, microseconds, number, percent, rounded
 
@@ -51,7 +52,8 @@ Estimates (~), fitted to kernels that were measured on an H200 (docs/gpu_model.m
 that were not measured.
   ~µs        time of the kernel
   ~of memory memory, in parts of this time
-  ~limit     what takes longest: memory, its strips, issue of instructions, or waits of programs for loads"""
+  ~limit     what takes longest: memory, its strips, the fill of a GPU whose few busy multiprocessors read no faster,
+             issue of instructions, or waits of programs for loads"""
 
 
 def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
@@ -64,10 +66,18 @@ def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
         notes.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
     if report.idle_multiprocessors:
         idle, total = report.idle_multiprocessors, report.gpu.multiprocessors
-        notes.append(f"{idle} of {total} multiprocessors have nothing to do")
+        notes.append(f"{idle} of {total} multiprocessors have nothing to do{_reach(report, total - idle)}")
     if report.wide_loads + report.wide_copies == 0 and report.narrow_loads:
         notes.append("no load is 128 bits wide")
     return [*notes, *about_times(report.times)]
+
+
+def _reach(report: GpuReport, busy: int) -> str:
+    """Says how fast a few multiprocessors read, where that is slower than the memory."""
+    clock, bandwidth = report.gpu.clock_hertz, report.gpu.hbm_bytes_per_second
+    if clock is None or bandwidth is None or busy * BYTES_PER_CYCLE * clock >= bandwidth:
+        return ""
+    return f"; the others read at most {busy * BYTES_PER_CYCLE * clock / bandwidth:.0%} of what the memory gives"
 
 
 def _cells(report: GpuReport) -> list[str]:

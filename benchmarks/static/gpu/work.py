@@ -58,6 +58,11 @@ class Work:
         programs = math.ceil(self.programs / self.multiprocessors)
         return programs / min(self.resident, programs)
 
+    @property
+    def most_bytes(self) -> float:
+        """Bytes that the multiprocessor with most programs reads from memory, if programs are alike."""
+        return self.memory_bytes * math.ceil(self.programs / self.multiprocessors) / self.programs
+
 
 def work_of(
     kernel: TritonKernel,

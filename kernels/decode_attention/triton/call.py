@@ -33,13 +33,14 @@ from jax.typing import DTypeLike
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, offsets_wrap
 from palladion.kernels.decode_attention.problem import Inputs, Problem
-from palladion.kernels.decode_attention.triton.config import MAX_SPLITS, MIN_BLOCK, Merge
+from palladion.kernels.decode_attention.shares import is_balanced, slots_of
+from palladion.kernels.decode_attention.splits import splits_of, visible_blocks
+from palladion.kernels.decode_attention.triton.config import MIN_BLOCK, Merge
 from palladion.kernels.decode_attention.triton.config import Config as Config
 from palladion.kernels.decode_attention.triton.kernel import Operands, Results, kernel
 from palladion.kernels.decode_attention.triton.merge import WIDTH, Attention, merge_kernel, merge_warps
 from palladion.kernels.decode_attention.triton.products import PIECES, uses_tensor_cores
 from palladion.kernels.decode_attention.triton.rows import tiles_of
-from palladion.kernels.decode_attention.triton.shares import is_balanced, slots_of
 from palladion.kernels.devices import Gpu, gpu_to_plan_for, target_gpu
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -72,15 +73,6 @@ MAX_LOGITS: Final = 16
 
 RESIDENT: Final = 4
 """Programs that are resident on a multiprocessor, given 128 threads with up to 128 registers each."""
-
-HIDDEN_FROM: Final = 2
-"""Least programs on a multiprocessor for which one computes while another waits for memory."""
-
-START: Final = 1
-"""Cost of a program's queries, first block and result, in iterations of its loop."""
-
-MERGE: Final = 2
-"""Cost of merging the splits, in iterations."""
 
 SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Splits that the tuner tries, up to a factor of four from the heuristic's."""
@@ -132,7 +124,7 @@ def heuristic(problem: Problem) -> Config:
         block_rows, block_kv, num_warps = MIN_BLOCK, KV_BLOCK_BYTES // 2 // (width * 4), 8
     block_kv = min(max(1 << (block_kv.bit_length() - 1), MIN_BLOCK), MAX_BLOCK_KV)
     programs = p.batch * p.kv_heads * pl.cdiv(rows, block_rows)
-    splits = splits_of(p, programs, block_kv, gpu)
+    splits = splits_of(p, programs, block_kv, gpu, RESIDENT)
     # With a window, sequences see equally much; where a program has one block, there is nothing to share out. Several
     # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
     one_block_of_rows = rows <= block_rows
@@ -172,37 +164,6 @@ def stages_of(problem: Problem, programs: int, splits: int, block_rows: int, blo
         enough = (n for n in range(1, most) if resident * block * max(n - 1, 0.5) >= needed)
         buffers = next(enough, most)
     return 1 + buffers * (1 if p.page_size is None else 2)
-
-
-def visible_blocks(problem: Problem, block_kv: int) -> int:
-    """Returns the KV blocks that the queries of a full sequence see."""
-    p = problem
-    visible = p.max_len if p.sliding_window is None else min(p.max_len, p.sliding_window + p.q_len - 1)
-    return pl.cdiv(visible, block_kv)
-
-
-def splits_of(problem: Problem, programs: int, block_kv: int, gpu: Gpu) -> int:
-    """Returns the number of splits with which the busiest multiprocessor finishes first, given full caches.
-
-    A multiprocessor goes through the KV blocks of its programs at the rate of its memory, if it has at least
-    `HIDDEN_FROM` programs. More programs than are resident at a time would leave most of the chip idle at the end.
-    On an H200, a launch took 2.6 µs and the time of the busiest multiprocessor's bytes, at 4.3 TB/s for all of them.
-
-    Args:
-      problem: the call.
-      programs: programs without splits.
-      block_kv: tokens of a KV block.
-      gpu: the device.
-    """
-    blocks = visible_blocks(problem, block_kv)
-
-    def busiest_time(splits: int) -> int:
-        resident = pl.cdiv(programs * splits, gpu.multiprocessors)
-        time = max(resident, HIDDEN_FROM) * pl.cdiv(blocks, splits) + resident * START
-        return time + (MERGE if splits > 1 else 0)
-
-    most = min(blocks, MAX_SPLITS, max(RESIDENT * gpu.multiprocessors // programs, 1))
-    return min(range(1, most + 1), key=busiest_time)
 
 
 def space(problem: Problem) -> Space:

@@ -6,12 +6,10 @@ import dataclasses
 from typing import Final, Literal, get_args
 
 from palladion.kernels.checks import check, check_num_warps, check_power_of_two
+from palladion.kernels.decode_attention.splits import MAX_SPLITS
 
 MIN_BLOCK: Final = 16
 """The smallest side of a matrix that tensor cores multiply."""
-
-MAX_SPLITS: Final = 256
-"""Most splits of a sequence."""
 
 Merge = Literal["launch", "last"]
 """Where splits are merged: in a second launch, or by the last program of each sequence and KV head."""

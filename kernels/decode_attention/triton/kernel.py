@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 
 from palladion.kernels.decode_attention import online_softmax
 from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.decode_attention.shares import share_of
 from palladion.kernels.decode_attention.triton import products
 from palladion.kernels.decode_attention.triton.config import Config
 from palladion.kernels.decode_attention.triton.merge import Attention, merge_if_last
 from palladion.kernels.decode_attention.triton.rows import Rows, Tile, tiles_of
-from palladion.kernels.decode_attention.triton.shares import share_of
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
@@ -167,7 +167,9 @@ def kernel(
         keys = [kv.load(operands.k, tile, x[0].dtype) for x, tile in zip(queries.operands, tiles, strict=True)]
         qk = products.multiply_keys(queries, keys)  # [block_rows, block_kv]
         k_scale, v_scale = kv.load_scale(operands.k_scale), kv.load_scale(operands.v_scale)
-        s = online_softmax.masked_logits(p, qk, k_scale, online_softmax.visible_mask(p, token, position))
+        s = online_softmax.masked_logits(
+            p, qk, k_scale, online_softmax.visible_mask(p, token[None, :], position[:, None])
+        )
         bounded = v_scale if products.uses_tensor_cores(p) else None
         p_block, alpha, state = online_softmax.update(p, state, s, bounded)
         weights = products.prepare_weights(p, p_block, v_scale)

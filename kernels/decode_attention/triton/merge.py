@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from palladion.kernels.decode_attention import shares
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.triton import shares
+from palladion.kernels.decode_attention.shares import Slots
 from palladion.kernels.decode_attention.triton.config import Config
 from palladion.kernels.decode_attention.triton.rows import Rows, Tile
-from palladion.kernels.decode_attention.triton.shares import Slots
 from palladion.kernels.gpu_merge import arrive
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar

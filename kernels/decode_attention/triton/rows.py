@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.triton.config import Config
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Scalar
 
@@ -71,8 +70,3 @@ class Rows(NamedTuple):
         features = tile.features
         index = (self.query[:, None], self.q_head[:, None], features[None, :])
         return index, self.exists[:, None] & (features < head_dim)[None, :]
-
-
-def last_row(problem: Problem, config: Config, row_block: Scalar) -> Scalar:
-    """Returns the last row of a block of rows that exists."""
-    return jnp.minimum((row_block + 1) * config.block_rows, problem.q_len * problem.group) - 1

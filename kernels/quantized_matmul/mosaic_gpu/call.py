@@ -34,7 +34,8 @@ from palladion.kernels.quantized_matmul.mosaic_gpu.kernel import kernel
 from palladion.kernels.quantized_matmul.mosaic_gpu.program import Refs
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Interpret
-from palladion.reference.quantization import PACK_BLOCK, quantize_rows
+from palladion.reference.quantization import quantize_rows
+from palladion.reference.scheme import PACK_BLOCK
 
 HOPPER: Final = 90
 """Compute capability whose tensor cores take the left operand out of registers, by wgmma."""

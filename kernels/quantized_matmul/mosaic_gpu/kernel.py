@@ -3,8 +3,8 @@
     product[out, rows] = sum over units of in:  scale * (code - zero) @ x^T  +  minimum * sum(x)
 
 Weights are the left operand of wgmma, which takes it out of registers: codes of 64 channels become 16-bit floats, or
-bytes for int8 rows, there (codes.py) and never go back to memory; int8 codes for int8 rows are taken as they lie in
-shared memory. x is the right operand, in shared memory.
+bytes for int8 rows, there (`gpu_codes.py`) and never go back to memory; int8 codes for int8 rows are taken as they lie
+in shared memory. x is the right operand, in shared memory.
 
                in ->
      out  ┌────────┬────────┬────────┐

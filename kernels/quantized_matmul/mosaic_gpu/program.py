@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from palladion.kernels.compat import load_to_registers, store_from_registers
+from palladion.kernels.gpu_codes import FLOATS, Recipe, convert, convert_to_bytes, numbers, recipe
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
     CHANNELS,
     SWIZZLES,
@@ -22,7 +23,6 @@ from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
     scales_last,
     unit_of,
 )
-from palladion.kernels.quantized_matmul.mosaic_gpu.codes import convert, recipe
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref, Scalar
 
@@ -165,23 +165,25 @@ class Program:
         starts = range(0, self.config.block_in, unit)
         if self.stored:
             return [codes.at[:, pl.ds(start, unit)] for start in starts]
-        layout = plgpu.Layout.WGMMA_8BIT if self.operand == "int8" else plgpu.Layout.WGMMA_UPCAST_2X
-        numbers = convert(self.load(codes, layout), p.scheme, self.operand, self.interpret)
-        units = [numbers[:, start : start + unit] for start in starts]
         if self.operand == "int8":  # whose zero points are a matter of sums of x
-            return units
-        return [self.numbers(floats, own.zero) for floats, own in zip(units, factors, strict=True)]
+            loaded = self.load(codes, plgpu.Layout.WGMMA_8BIT)
+            weights = convert_to_bytes(loaded, p.scheme.implied_zero, self.interpret)
+            return [weights[:, start : start + unit] for start in starts]
+        loaded, format = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X), p.scheme.format
+        # Interpreted arithmetic may take subnormal numbers as 0, which floats among codes are for a while in bfloat16.
+        dtype = "float16" if self.interpret and format in FLOATS else self.operand
+        floats, how = convert(loaded, format, dtype, self.interpret), recipe(format, dtype)
+        units = [floats[:, start : start + unit] for start in starts]
+        return [self.less_zero(one, how, dtype, own.zero) for one, own in zip(units, factors, strict=True)]
 
-    def numbers(self, floats: jax.Array, zero: jax.Array | None) -> jax.Array:
+    def less_zero(self, floats: jax.Array, how: Recipe, dtype: str, zero: jax.Array | None) -> jax.Array:
         """Returns the weights of a unit without their scales, given the converted codes `[64, unit]`."""
-        how, dtype = recipe(self.problem.scheme.format, self.operand), self.operand
-        constant = how.offset + self.problem.scheme.implied_zero
-        if zero is not None:
-            offset = (zero.astype(jnp.float32) + how.offset).astype(dtype)  # exact, as all of these numbers are
-            floats = floats - jax.lax.broadcast_in_dim(offset, floats.shape, (0,))
-        elif constant:
-            floats = floats - jnp.asarray(constant, dtype)
-        return floats
+        if zero is None:
+            how = dataclasses.replace(how, offset=how.offset + self.problem.scheme.implied_zero)
+            return numbers(floats, how, dtype).astype(self.operand)
+        offset = (zero.astype(jnp.float32) + how.offset).astype(dtype)  # exact, as all of these numbers are
+        floats = floats - jax.lax.broadcast_in_dim(offset, floats.shape, (0,))
+        return numbers(floats, dataclasses.replace(how, offset=0), dtype).astype(self.operand)
 
     def real(self, scale: jax.Array) -> jax.Array:
         """Returns scales or minimums in float32."""

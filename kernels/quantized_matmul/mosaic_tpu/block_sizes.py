@@ -22,7 +22,7 @@ from palladion.kernels.quantized_matmul.mosaic_tpu.plan import Plan
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 from palladion.kernels.tpu_layout import LANES, SUBLANES, tile_rows
-from palladion.reference.quantization import PACK_BLOCK
+from palladion.reference.scheme import PACK_BLOCK
 
 CODE_ROWS: Final = 32
 """Rows of a tile of 8-bit numbers: a chunk of codes begins at a multiple."""

@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from palladion.kernels.devices import Chip
 from palladion.kernels.quantized_matmul.float_bits import decode_finite_float
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.reference.quantization import PACK_BLOCK, Scheme
+from palladion.reference.scheme import PACK_BLOCK, Scheme
 
 FLOAT32: Final = "float32"
 """Name of the dequantizer that every format has: float32 operands, which can be scaled before they are multiplied."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from palladion.kernels.gpu_ptx import Ptx
 from palladion.kernels.gpu_rows import add_up, columns
 from palladion.kernels.quantized_matmul.triton.operands import widen
-from palladion.reference.quantization import Scheme
+from palladion.reference.scheme import Scheme
 
 WORDS: Final = 4
 """Words of 32 bits that a thread reads at a time."""

@@ -24,7 +24,7 @@ from palladion.kernels.quantized_matmul.triton.byte_products import Bytes, Float
 from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.kernels.quantized_matmul.triton.refs import Refs, finish, read_scales
 from palladion.kernels.types import Ref
-from palladion.reference.quantization import PACK_BLOCK, Scheme
+from palladion.reference.scheme import PACK_BLOCK, Scheme
 
 
 def covers(problem: Problem) -> bool:

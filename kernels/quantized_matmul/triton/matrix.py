@@ -41,7 +41,7 @@ from palladion.kernels.quantized_matmul.triton.config import Config
 from palladion.kernels.quantized_matmul.triton.matrix_store import Block, Outputs, store
 from palladion.kernels.quantized_matmul.triton.operands import raw_bytes, unit, widen
 from palladion.kernels.quantized_matmul.triton.refs import Refs, both, read, read_scales
-from palladion.reference.quantization import PACK_BLOCK
+from palladion.reference.scheme import PACK_BLOCK
 
 HALF: Final = PACK_BLOCK // 2
 """Consecutive elements of a half of a block of packed codes: they share a group."""

@@ -13,7 +13,7 @@ A balanced slot finds its share from all lengths, which every program reads. Slo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,23 +22,46 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels.decode_attention.online_softmax import VisibleSpan, visible_span
 from palladion.kernels.decode_attention.problem import Problem
-from palladion.kernels.decode_attention.triton.config import Config
-from palladion.kernels.decode_attention.triton.rows import last_row
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref, Scalar
 
 
-def is_balanced(problem: Problem, config: Config) -> bool:
+class Blocks(Protocol):
+    """Block sizes of a backend, as far as shares depend on them."""
+
+    @property
+    def block_kv(self) -> int:
+        """Cached tokens of a KV block."""
+
+    @property
+    def block_rows(self) -> int:
+        """Query rows of a program."""
+
+    @property
+    def splits(self) -> int:
+        """Shares of a sequence; the mean over all sequences where they are balanced."""
+
+    @property
+    def balanced(self) -> bool:
+        """Whether shares have one size for all sequences."""
+
+
+def last_row(problem: Problem, config: Blocks, row_block: Scalar) -> Scalar:
+    """Returns the last row of a block of rows that exists."""
+    return jnp.minimum((row_block + 1) * config.block_rows, problem.q_len * problem.group) - 1
+
+
+def is_balanced(problem: Problem, config: Blocks) -> bool:
     """Returns whether shares have one size for all sequences."""
     return config.balanced and problem.batch > 1 and not problem.batch_invariant
 
 
-def slots_of(problem: Problem, config: Config) -> int:
+def slots_of(problem: Problem, config: Blocks) -> int:
     """Returns the number of slots of a KV head and block of rows."""
     return problem.batch * (config.splits + is_balanced(problem, config))
 
 
-def most_slots(problem: Problem, config: Config) -> int:
+def most_slots(problem: Problem, config: Blocks) -> int:
     """Returns the largest number of slots of a sequence."""
     if not is_balanced(problem, config):
         return config.splits
@@ -85,7 +108,7 @@ class Share(NamedTuple):
         return cls(sequence, length, span, split, begin, end, slots, jnp.less(split, slots.number))
 
 
-def share_of(problem: Problem, config: Config, lengths: Ref, row_block: Scalar, slot: Scalar) -> Share:
+def share_of(problem: Problem, config: Blocks, lengths: Ref, row_block: Scalar, slot: Scalar) -> Share:
     """Returns the share of a slot, for a block of rows."""
     p = problem
     if is_balanced(p, config):
@@ -97,14 +120,14 @@ def share_of(problem: Problem, config: Config, lengths: Ref, row_block: Scalar, 
     return Share.of(sequence, length, span, size, split, Slots(slot - split, config.splits))
 
 
-def slots_of_sequence(problem: Problem, config: Config, lengths: Ref, row_block: Scalar, sequence: Scalar) -> Slots:
+def slots_of_sequence(problem: Problem, config: Blocks, lengths: Ref, row_block: Scalar, sequence: Scalar) -> Slots:
     """Returns the slots of a sequence, for a block of rows."""
     if is_balanced(problem, config):
         return Balance.of(problem, config, padded(problem, lengths), row_block).slots(sequence)
     return Slots(sequence * config.splits, config.splits)
 
 
-def span_of(problem: Problem, config: Config, length: jax.Array, row_block: Scalar) -> VisibleSpan:
+def span_of(problem: Problem, config: Blocks, length: jax.Array, row_block: Scalar) -> VisibleSpan:
     """Returns what a block of rows sees, for a length or an array of lengths."""
     first = row_block * config.block_rows
     return visible_span(problem, length, first, last_row(problem, config, row_block), config.block_kv)
@@ -116,6 +139,17 @@ def padded(problem: Problem, lengths: Ref) -> jax.Array:
     exists = sequence < problem.batch
     filled = plgpu.load(lengths.at[sequence], mask=exists, other=0)
     return jnp.where(exists, jnp.clip(filled, 0, problem.max_len), -1)
+
+
+def balanced_size(problem: Problem, config: Blocks, blocks: jax.Array) -> jax.Array:
+    """Returns the KV blocks of a balanced share, given those of all sequences."""
+    shares = problem.batch * config.splits
+    return jnp.maximum(divide_with_remainder(blocks + (shares - 1), shares)[0], 1)
+
+
+def balanced_slots(blocks: jax.Array, size: jax.Array) -> jax.Array:
+    """Returns the slots of a sequence with so many KV blocks, or of several, given the size of a share."""
+    return jnp.maximum(jax.lax.div(blocks + (size - 1), jnp.full_like(blocks, size)), 1)
 
 
 class Balance(NamedTuple):
@@ -132,7 +166,7 @@ class Balance(NamedTuple):
     """
 
     problem: Problem
-    config: Config
+    config: Blocks
     row_block: Scalar
     lengths: jax.Array
     size: jax.Array
@@ -140,17 +174,16 @@ class Balance(NamedTuple):
     ends: jax.Array
 
     @classmethod
-    def of(cls, problem: Problem, config: Config, lengths: jax.Array, row_block: Scalar) -> Balance:
+    def of(cls, problem: Problem, config: Blocks, lengths: jax.Array, row_block: Scalar) -> Balance:
         """Shares out what a block of rows sees in all sequences; -1 is the length of a sequence that there is not.
 
         With n blocks in a sequence and N in all, and S = ceil(N / (batch * splits)) blocks in a share, sequences have
         max(ceil(n / S), 1) slots, which are at most batch * splits + batch in all.
         """
-        exists, shares = lengths >= 0, problem.batch * config.splits
+        exists = lengths >= 0
         blocks = jnp.where(exists, span_of(problem, config, lengths, row_block).blocks, 0)
-        size = jnp.maximum(divide_with_remainder(jnp.sum(blocks) + (shares - 1), shares)[0], 1)
-        counts = jnp.maximum(jax.lax.div(blocks + (size - 1), jnp.full_like(blocks, size)), 1)
-        counts = jnp.where(exists, counts, 0)
+        size = balanced_size(problem, config, jnp.sum(blocks))
+        counts = jnp.where(exists, balanced_slots(blocks, size), 0)
         return cls(problem, config, row_block, lengths, size, counts, jnp.cumsum(counts))
 
     def share(self, slot: Scalar) -> Share:

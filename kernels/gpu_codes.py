@@ -33,13 +33,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from palladion.reference.quantization import Scheme
-
 MANTISSA_BITS: Final = {"bfloat16": 7, "float16": 10}
 EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
 
 FLOATS: Final = {"float8_e4m3fn": (8, 3, 7), "float8_e5m2": (8, 2, 15), "mxfp4": (4, 1, 1)}
 """Bits, mantissa bits and exponent bias of the floats among formats."""
+
+PACKED: Final = ("int4", "mxfp4")
+"""Formats of which a byte has two codes."""
 
 OWN_COLUMNS: Final = (0x5140, 0x3726)
 """Selectors of `prmt` in even and odd threads: the lowest digit chooses the lowest byte, from 4 on the neighbour's."""
@@ -72,10 +73,11 @@ def recipe(format: str, dtype: str) -> Recipe:
     """Returns how codes of a format become numbers of a dtype; those of int4 are 0 to 15."""
     if format in FLOATS:
         bits, mantissa_bits, bias = FLOATS[format]
-        left, sign = MANTISSA_BITS[dtype] - mantissa_bits, 0x00010001 << (bits - 1)
+        left, magnitude = MANTISSA_BITS[dtype] - mantissa_bits, 0x00010001 * (2 ** (bits - 1) - 1)
+        others = 0x7FFF7FFF  # all but the signs
         # The wider float has a larger bias: with the same exponent bits it is a power of two smaller.
         return Recipe(
-            lambda word: ((word & (sign - 0x00010001)) << left) | ((word & sign) << (16 - bits)),
+            lambda word: ((word << left) & (magnitude << left)) | (((word << (16 - bits)) | others) ^ others),
             factor=2.0 ** (EXPONENT_BIAS[dtype] - bias),
         )
     if format == "int4":
@@ -83,7 +85,7 @@ def recipe(format: str, dtype: str) -> Recipe:
             return Recipe(lambda word: (word & 0x000F000F) | 0x43004300, offset=128)  # 128 + code
         return Recipe(lambda word: (word & 0x000F000F) | 0x64006400, offset=1024)  # 1024 + code
     if dtype == "float16":
-        return Recipe(lambda word: ((word ^ 0x00800080) & 0x00FF00FF) | 0x64006400, offset=1024 + 128)
+        return Recipe(lambda word: (word & 0x00FF00FF) ^ 0x64806480, offset=1024 + 128)  # 1024 + 128 + code
     # A mantissa of 7 bits: 128 + the lowest 7 bits of the code, less 128, or 256 where the highest bit is set.
     return Recipe(lambda word: (word & 0x007F007F) | 0x43004300, lambda word: (word & 0x00800080) | 0x43004300)
 
@@ -91,7 +93,7 @@ def recipe(format: str, dtype: str) -> Recipe:
 def arrange(
     words: np.ndarray, exchange: Callable[[Any], Any], make: Callable[[Any], Any], shifts: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns words of floats or bytes, in the order of wgmma's registers.
+    """Returns words of two floats or four bytes each, in the order of wgmma's registers.
 
     Args:
       words: the registers of a thread, `[tiles of 64 channels, blocks of 16 bytes, ...]`.
@@ -117,43 +119,53 @@ def less_zero(zero: int) -> Callable[[Any], Any]:
     return lambda word: (((word & 0x0F0F0F0F) | 0x80808080) - zero * 0x01010101) ^ 0x80808080
 
 
-def convert(codes: jax.Array, scheme: Scheme, dtype: str, interpret: bool) -> jax.Array:
-    """Returns codes as floats or bytes, packed ones unpacked.
-
-    The offset of the recipe of floats is left to the caller; the zero that int4 implies is subtracted from bytes.
+def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.Array:
+    """Returns codes as floats, packed ones unpacked; offset and factor of the recipe are left to the caller.
 
     Args:
-      codes: `[64, bytes]`, in `Layout.WGMMA_UPCAST_2X`, or `WGMMA_8BIT` for int8.
-      scheme: of the codes.
-      dtype: what they are converted to.
+      codes: `[64, bytes]`, in `Layout.WGMMA_UPCAST_2X`.
+      format: of a code.
+      dtype: of the floats.
       interpret: whether the kernel is interpreted: arrays have no layouts then.
 
     Returns:
-      `[64, in]`, in `Layout.WGMMA`, or `WGMMA_8BIT` for int8.
+      `[64, in]`, in `Layout.WGMMA`.
     """
-    shape = (codes.shape[0], codes.shape[1] * (2 if scheme.packed else 1))
-    if dtype == "int8":
-        if interpret:
-            return (_integers(codes, scheme.packed) - scheme.implied_zero).astype(jnp.int8)
-        eight: Any = plgpu.Layout.WGMMA_8BIT
-        result = plgpu.ShapeDtypeStruct(shape, jnp.int8, eight)
-        make = less_zero(scheme.implied_zero)
-        emit = plgpu.inline_mgpu(arg_types=(eight,), return_type=result)
-        return emit(lambda _, codes: _in_registers(codes, make, result, NIBBLES))(codes)
-    # Interpreted arithmetic may take subnormal numbers as 0, which floats among codes are for a while in bfloat16.
-    dtype_of_bits = "float16" if interpret and scheme.format in FLOATS else dtype
-    how = recipe(scheme.format, dtype_of_bits)
+    packed, how = format in PACKED, recipe(format, dtype)
     makes = [how.bits] if how.less is None else [how.bits, how.less]
     if interpret:
-        found = [_floats_of(make(_pairs(codes, scheme.packed)), dtype_of_bits) for make in makes]
+        found = [_floats_of(make(_pairs(codes, packed)), dtype) for make in makes]
     else:
+        shape = (codes.shape[0], codes.shape[1] * (2 if packed else 1))
         floats = plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), plgpu.Layout.WGMMA)
         types: dict[str, Any] = {"arg_types": (plgpu.Layout.WGMMA_UPCAST_2X,), "return_type": (floats,) * len(makes)}
         found = plgpu.inline_mgpu(**types)(
-            lambda _, codes: tuple(_in_registers(codes, make, floats, SHIFTS[scheme.packed]) for make in makes)
+            lambda _, codes: tuple(_in_registers(codes, make, floats, SHIFTS[packed]) for make in makes)
         )(codes)
-    exact = found[0] if how.less is None else found[0] - found[1]
-    return (exact * jnp.asarray(how.factor, exact.dtype) if how.factor != 1 else exact).astype(dtype)
+    return found[0] if how.less is None else found[0] - found[1]
+
+
+def convert_to_bytes(codes: jax.Array, zero: int, interpret: bool) -> jax.Array:
+    """Returns packed integers less a zero as int8, `[64, in]` in `Layout.WGMMA_8BIT`.
+
+    Args:
+      codes: `[64, bytes]`, in the same layout.
+      zero: the integer that is subtracted.
+      interpret: whether the kernel is interpreted: arrays have no layouts then.
+    """
+    if interpret:
+        return (_integers(codes, True) - zero).astype(jnp.int8)
+    layout: Any = plgpu.Layout.WGMMA_8BIT
+    result = plgpu.ShapeDtypeStruct((codes.shape[0], 2 * codes.shape[1]), jnp.int8, layout)
+    emit = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    return emit(lambda _, codes: _in_registers(codes, less_zero(zero), result, NIBBLES))(codes)
+
+
+def numbers(floats: jax.Array, how: Recipe, dtype: str) -> jax.Array:
+    """Returns the numbers that codes stand for, given what `convert` made of them."""
+    if how.offset:
+        floats = floats - jnp.asarray(how.offset, dtype)
+    return floats * jnp.asarray(how.factor, dtype) if how.factor != 1 else floats
 
 
 def _integers(codes: jax.Array, packed: bool) -> jax.Array:
@@ -177,29 +189,35 @@ def _floats_of(words: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.dtype(dtype)).reshape(len(words), -1)
 
 
-class _Word:
+class Word:
     """A 32-bit register with the operators that recipes use; each emits an instruction."""
 
     def __init__(self, value: ir.Value) -> None:
         self.value = value
 
-    def __and__(self, mask: int) -> _Word:
-        return _Word(arith.andi(self.value, _in_register(mask)))
+    def __and__(self, mask: int) -> Word:
+        return Word(arith.andi(self.value, _in_register(mask)))
 
-    def __or__(self, other: int | _Word) -> _Word:
-        return _Word(arith.ori(self.value, other.value if isinstance(other, _Word) else _in_register(other)))
+    def __or__(self, other: int | Word) -> Word:
+        return Word(arith.ori(self.value, other.value if isinstance(other, Word) else _in_register(other)))
 
-    def __xor__(self, mask: int) -> _Word:
-        return _Word(arith.xori(self.value, _in_register(mask)))
+    def __xor__(self, other: int | Word) -> Word:
+        return Word(arith.xori(self.value, other.value if isinstance(other, Word) else _in_register(other)))
 
-    def __sub__(self, other: int) -> _Word:
-        return _Word(arith.subi(self.value, _in_register(other)))
+    def __add__(self, other: int | Word) -> Word:
+        return Word(arith.addi(self.value, other.value if isinstance(other, Word) else utils.c(other, self.value.type)))
 
-    def __lshift__(self, count: int) -> _Word:
-        return _Word(arith.shli(self.value, utils.c(count, self.value.type)))
+    def __sub__(self, other: int) -> Word:
+        return Word(arith.subi(self.value, _in_register(other)))
 
-    def __rshift__(self, count: int) -> _Word:
-        return _Word(arith.shrui(self.value, utils.c(count, self.value.type)))
+    def __mul__(self, factor: int) -> Word:
+        return Word(arith.muli(self.value, utils.c(factor, self.value.type)))
+
+    def __lshift__(self, count: int) -> Word:
+        return Word(arith.shli(self.value, utils.c(count, self.value.type)))
+
+    def __rshift__(self, count: int) -> Word:
+        return Word(arith.shrui(self.value, utils.c(count, self.value.type)))
 
 
 def _in_register(constant: int) -> Any:
@@ -216,18 +234,23 @@ def _in_register(constant: int) -> Any:
 def _in_registers(codes: Any, make: Callable[[Any], Any], result: Any, shifts: tuple[int, ...]) -> Any:
     """Emits `arrange` for codes in registers, a `FragmentedArray`, and returns another of the type of `result`."""
     i32 = ir.IntegerType.get_signless(32)
-    layout, element = result.layout.to_mgpu(), utils.dtype_to_ir_type(result.dtype)
     is_even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32))
     columns = arith.select(is_even, *(utils.c(selector, i32) for selector in OWN_COLUMNS))
 
-    def exchange(register: ir.Value) -> _Word:
+    def exchange(register: ir.Value) -> Word:
         word = utils.bitcast(register, i32)
-        return _Word(word if shifts == NIBBLES else utils.prmt(word, utils.shfl_bfly(word, 1), columns))
+        return Word(word if shifts == NIBBLES else utils.prmt(word, utils.shfl_bfly(word, 1), columns))
 
-    several = ir.VectorType.get((32 // (8 * jnp.dtype(result.dtype).itemsize),), element)
-    words: Any = arrange(codes.registers, exchange, make, shifts).reshape(layout.registers_shape(result.shape))
+    return as_array(arrange(codes.registers, exchange, make, shifts), result)
+
+
+def as_array(words: Any, result: Any) -> Any:
+    """Returns words of two floats or four int8 each, in the order of registers, as an array of the type of `result`."""
+    size = jnp.dtype(result.dtype).itemsize
+    several = ir.VectorType.get((4 // size,), utils.dtype_to_ir_type(result.dtype))
+    layout = result.layout.to_mgpu()
+    words = words.reshape(layout.registers_shape(result.shape))
     registers = np.empty_like(words)
     for index in np.ndindex(words.shape):
         registers[index] = utils.bitcast(words[index].value, several)
-    signed = True if result.dtype == jnp.int8 else None
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True if size == 1 else None)

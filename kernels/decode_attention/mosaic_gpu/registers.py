@@ -1,0 +1,129 @@
+"""Registers and shared memory of a warpgroup, in compiled and in interpreted kernels.
+
+Compiled arrays have layouts, which say which thread holds which element; products of wgmma are in `Layout.WGMMA`.
+jax's interpreter has no layouts and no tensor cores: there, the same operations are those of jax.numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from palladion.kernels import gpu_codes
+from palladion.kernels.compat import load_to_registers, store_from_registers
+from palladion.kernels.decode_attention.mosaic_gpu import turned_codes
+from palladion.kernels.decode_attention.mosaic_gpu.memory import swizzle_of
+from palladion.kernels.types import Ref
+
+MATRIX: Final = plgpu.Layout.WGMMA
+"""Layout of a matrix whose rows are a multiple of 64, as wgmma leaves it."""
+
+OF_COLUMNS: Final = MATRIX.reduce(0)
+"""Layout of a number for each column of such a matrix."""
+
+OF_ROWS: Final = MATRIX.reduce(1)
+"""Layout of a number for each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """Operations of a warpgroup on its registers.
+
+    Attributes:
+      interpret: whether the kernel is interpreted.
+    """
+
+    interpret: bool
+
+    def constant(self, shape: tuple[int, ...], value: float, layout: Any = MATRIX) -> jax.Array:
+        """Returns a constant float32 array."""
+        array = jnp.full(shape, value, jnp.float32)
+        return array if self.interpret else plgpu.layout_cast(array, layout)
+
+    def indices(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+        """Returns the indices along an axis of a matrix, int32."""
+        if self.interpret:
+            return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+    def load(self, ref: Ref, layout: Any, optimized: bool = True) -> jax.Array:
+        """Loads a reference; `optimized` makes it an error where threads collide at a bank of shared memory."""
+        return ref[...] if self.interpret else load_to_registers(ref, layout, optimized)
+
+    def store(self, ref: Ref, value: jax.Array) -> None:
+        """Stores an array."""
+        if self.interpret:
+            ref[...] = value
+        else:
+            store_from_registers(ref, value)
+
+    def store_turned(self, ref: Ref, value: jax.Array) -> None:
+        """Stores a matrix to shared memory with its axes exchanged."""
+        if self.interpret:
+            ref[...] = value.T
+        else:
+            store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED))
+
+    def commit(self) -> None:
+        """Makes what was stored to shared memory visible to tensor cores and TMA."""
+        if not self.interpret:
+            plgpu.commit_smem()
+
+    def numbers(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads codes `[m, depth]` as numbers of a 16-bit dtype, the left operand of a product."""
+        loaded = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X)
+        floats = gpu_codes.convert(loaded, format, dtype, self.interpret)
+        return gpu_codes.numbers(floats, gpu_codes.recipe(format, dtype), dtype)
+
+    def floats_turned(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads codes `[depth, m]` as numbers `[m, depth]`, m in another order until `in_order` is called.
+
+        They lack the factor of their recipe, a power of two, which is left to the other operand.
+        """
+        if self.interpret:
+            floats = gpu_codes.convert(codes[...], format, dtype, True).T
+        else:
+            floats = turned_codes.load_turned(codes, format, dtype, swizzle_of(codes.shape[1]))
+        return gpu_codes.numbers(floats, dataclasses.replace(gpu_codes.recipe(format, dtype), factor=1.0), dtype)
+
+    def in_order(self, product: jax.Array) -> jax.Array:
+        """Puts the rows of products of `floats_turned` in order."""
+        return product if self.interpret else turned_codes.in_order(product)
+
+    def multiply(self, left: Ref | jax.Array, right: Ref, *, turned: bool = False) -> jax.Array:
+        """Multiplies two 16-bit matrices on tensor cores, float32 `[m, n]`.
+
+        Args:
+          left: `[m, depth]` in registers or shared memory, or there `[depth, m]` where `turned`.
+          right: `[n, depth]` in shared memory.
+          turned: whether the axes of the left operand are exchanged.
+        """
+        if self.interpret:
+            values = left[...].T if turned else left[...]
+            return jnp.dot(values, right[...].T, preferred_element_type=jnp.float32)
+        left = left.transpose((1, 0)) if turned else left
+
+        def on_tensor_cores(sums: Ref) -> jax.Array:
+            plgpu.wgmma(sums, left, right.transpose((1, 0)))
+            return sums[...]
+
+        shape = (left.shape[0], right.shape[0])
+        result: jax.Array = pl.run_scoped(on_tensor_cores, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        return result
+
+    def add_product(self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool) -> jax.Array:
+        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`; for the others see `multiply`."""
+        if self.interpret:
+            return total + self.multiply(left, right, turned=turned)
+        left = left.transpose((1, 0)) if turned else left
+
+        def on_tensor_cores(sums: Ref) -> None:
+            plgpu.wgmma(sums, left, right.transpose((1, 0)))
+
+        result: jax.Array = pl.run_state(on_tensor_cores)(plgpu.WGMMAAccumulatorRef.init(total))
+        return result
