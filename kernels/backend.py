@@ -187,8 +187,8 @@ def choose(
 ) -> tuple[Implementation, Choice, Any]:
     """Chooses the implementation of a call, and its block sizes.
 
-    "auto" and "pallas" take the one that was measured to be the fastest (`tuning.compare`), otherwise the first in the
-    table; the caller's own choice is never overruled.
+    "auto" and "pallas" take the one that was measured to be the fastest (`tuning.compare`), otherwise one that is
+    preferred, or the first in the table; the caller's own choice is never overruled.
 
     Args:
       operation: name of the operation, for messages.
@@ -234,6 +234,8 @@ def choose(
         given = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         given = given or f"{backend}: has no kernel for it yet"
         raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")
+    if not explicit:
+        able.sort(key=lambda pair: pair[0].preferred is None or not pair[0].preferred(problem))
     (row, interpreted), source = (able[0], "explicit") if explicit else _fastest(operation, able, problem, reasons)
     block_sizes, config_source = resolve(operation, row, problem, config)
     choice = Choice(operation, problem, row.name, bool(interpreted), reasons, source, block_sizes, config_source)
@@ -269,7 +271,7 @@ def _fastest(
 
     Args:
       operation: name of the operation.
-      able: implementations that support the problem, each with its `interpret`.
+      able: implementations that support the problem, each with its `interpret`; preferred ones first.
       problem: shapes and options of the call.
       reasons: takes in why those that were measured to be slower are passed over.
     """

@@ -19,6 +19,12 @@ Operands = TypeVar("Operands")
 PALLAS_TRITON_WARNING: Final = "The Pallas Triton backend is deprecated"
 """Beginning of the warning that jax >= 0.11 gives whenever a Triton kernel is lowered."""
 
+INTERPRETS_CLUSTERS: Final = jax.__version_info__ >= (0, 11)
+"""Whether jax's interpreter of Mosaic GPU kernels knows clusters of programs."""
+
+LAUNCHES_OVERLAP: Final = jax.__version_info__ >= (0, 11)
+"""Whether `griddepcontrol_wait` in a Mosaic GPU kernel lets it start while the kernel before it ends."""
+
 # The warning addresses the author of the kernel, not the user. The filter is global because lowering happens long after
 # the kernel was called.
 warnings.filterwarnings("ignore", message=PALLAS_TRITON_WARNING, category=DeprecationWarning)
