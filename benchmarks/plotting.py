@@ -1,4 +1,4 @@
-"""Parts that pictures share: matplotlib as an optional dependency, font sizes, and names of points that do not overlap."""
+"""Parts that pictures share: optional matplotlib, font sizes, and names of points that do not overlap."""
 
 from __future__ import annotations
 

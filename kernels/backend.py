@@ -21,7 +21,7 @@ from jax.export import is_symbolic_dim
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
-from palladion.kernels.lowering import guard_platform
+from palladion.kernels.lowering import guard_partitioning, guard_platform
 from palladion.kernels.sharding import run_sharded, unpartitionable
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
@@ -128,6 +128,8 @@ def dispatch(
         row, choice, interpreted = choose(operation, table, problem, known, interpret, config)
         if interpret is None and known in ("auto", "pallas"):
             inputs = _guarded(inputs, table, row, choice)
+        if row.platform == "tpu" and row.has_kernel and not interpreted and jax.sharding.get_abstract_mesh().empty:
+            inputs = guard_partitioning(inputs, name=f"{operation}({problem}): {row.name}")
         call = _implementation(row, choice, interpreted)
         if row.has_kernel and differentiable:
             reference = find_implementation(table, "xla")
@@ -141,7 +143,7 @@ def dispatch(
             return call(inputs)
 
     return run_sharded(
-        problem.sharding_rule(inputs),
+        problem.sharding_rule,
         inputs,
         functools.partial(run, problem),
         functools.partial(problem.run_share, run),
@@ -185,8 +187,8 @@ def choose(
 ) -> tuple[Implementation, Choice, Any]:
     """Chooses the implementation of a call, and its block sizes.
 
-    "auto" and "pallas" take the one that was measured to be the fastest (`tuning.compare`), otherwise the first in the
-    table; the caller's own choice is never overruled.
+    "auto" and "pallas" take the one that was measured to be the fastest (`tuning.compare`), otherwise one that is
+    preferred, or the first in the table; the caller's own choice is never overruled.
 
     Args:
       operation: name of the operation, for messages.
@@ -232,6 +234,8 @@ def choose(
         given = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         given = given or f"{backend}: has no kernel for it yet"
         raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")
+    if not explicit:
+        able.sort(key=lambda pair: pair[0].preferred is None or not pair[0].preferred(problem))
     (row, interpreted), source = (able[0], "explicit") if explicit else _fastest(operation, able, problem, reasons)
     block_sizes, config_source = resolve(operation, row, problem, config)
     choice = Choice(operation, problem, row.name, bool(interpreted), reasons, source, block_sizes, config_source)
@@ -267,7 +271,7 @@ def _fastest(
 
     Args:
       operation: name of the operation.
-      able: implementations that support the problem, each with its `interpret`.
+      able: implementations that support the problem, each with its `interpret`; preferred ones first.
       problem: shapes and options of the call.
       reasons: takes in why those that were measured to be slower are passed over.
     """

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import jax
-from jax._src import config
+from jax._src import config, core
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,6 +18,12 @@ Operands = TypeVar("Operands")
 
 PALLAS_TRITON_WARNING: Final = "The Pallas Triton backend is deprecated"
 """Beginning of the warning that jax >= 0.11 gives whenever a Triton kernel is lowered."""
+
+INTERPRETS_CLUSTERS: Final = jax.__version_info__ >= (0, 11)
+"""Whether jax's interpreter of Mosaic GPU kernels knows clusters of programs."""
+
+LAUNCHES_OVERLAP: Final = jax.__version_info__ >= (0, 11)
+"""Whether `griddepcontrol_wait` in a Mosaic GPU kernel lets it start while the kernel before it ends."""
 
 # The warning addresses the author of the kernel, not the user. The filter is global because lowering happens long after
 # the kernel was called.
@@ -85,3 +91,9 @@ def gpu_interpreter(interpret: Any) -> Any:
 def without_varying_types() -> contextlib.AbstractContextManager[None]:
     """Stops JAX from following over which mesh axes arrays vary, as `jax.shard_map(..., check_vma=False)` does."""
     return config._check_vma(False)
+
+
+def mapped_mesh_axes() -> frozenset[Any]:
+    """Returns the Explicit mesh axes over which a `jax.vmap` around the call is sharded; shares are theirs already."""
+    axes: frozenset[Any] = core.get_axis_env().explicit_mesh_axis_names
+    return axes

@@ -146,6 +146,7 @@ class Gpu:
       warps: most resident warps of a multiprocessor, of 32 threads each.
       programs: most resident programs (thread blocks) of a multiprocessor.
       float8: whether the hardware converts float8 numbers.
+      mosaic_gpu: operations whose Mosaic GPU kernel was right on such a GPU.
       hbm_bytes: size of the memory; None if unknown.
     """
 
@@ -162,6 +163,7 @@ class Gpu:
     warps: int
     programs: int
     float8: bool
+    mosaic_gpu: tuple[str, ...]
     hbm_bytes: float | None = None
 
 
@@ -206,7 +208,8 @@ def _gpu_data() -> dict[str, Any]:
 
 
 def _architectures() -> dict[int, dict[str, Any]]:
-    return {int(capability): figures for capability, figures in _gpu_data()["architectures"].items()}
+    architectures = _gpu_data()["architectures"].items()
+    return {int(number): figures | {"mosaic_gpu": tuple(figures["mosaic_gpu"])} for number, figures in architectures}
 
 
 def _gpu_from_driver(kind: str, capability: str, multiprocessors: int) -> Gpu | None:

@@ -13,6 +13,9 @@ threads have columns 0 to 7 and odd ones 8 to 15 (`Layout.WGMMA_UPCAST_2X`):
 Neighbours exchange their words, and each takes its own columns out of both. Then one pair of codes is in the even
 bytes, the other in the odd ones. A byte of 4-bit codes has column j of 32 in its low and j + 16 in its high nibble: the
 nibbles go to two blocks of 16 columns, in the same places.
+
+Bytes for int8 rows need no exchange. wgmma wants four consecutive columns of 16 in each thread, and a word of packed
+codes has them in its low nibbles, and those of the next 16 columns in its high ones (`Layout.WGMMA_8BIT`).
 """
 
 from __future__ import annotations
@@ -33,14 +36,20 @@ from jaxlib.mlir.dialects import arith, llvm
 MANTISSA_BITS: Final = {"bfloat16": 7, "float16": 10}
 EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
 
-FLOAT8: Final = {"float8_e4m3fn": (3, 7), "float8_e5m2": (2, 15)}
-"""Mantissa bits and exponent bias of the 8-bit floats."""
+FLOATS: Final = {"float8_e4m3fn": (8, 3, 7), "float8_e5m2": (8, 2, 15), "mxfp4": (4, 1, 1)}
+"""Bits, mantissa bits and exponent bias of the floats among formats."""
+
+PACKED: Final = ("int4", "mxfp4")
+"""Formats of which a byte has two codes."""
 
 OWN_COLUMNS: Final = (0x5140, 0x3726)
 """Selectors of `prmt` in even and odd threads: the lowest digit chooses the lowest byte, from 4 on the neighbour's."""
 
 SHIFTS: Final = {False: (0, 8), True: (0, 8, 4, 12)}
 """Shifts, by whether codes are packed, that bring the codes of 8 columns after the other to the lowest bits."""
+
+NIBBLES: Final = (0, 4)
+"""Shifts that bring nibbles of 16 columns after the other to the lowest bits of bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +71,13 @@ class Recipe:
 
 def recipe(format: str, dtype: str) -> Recipe:
     """Returns how codes of a format become numbers of a dtype; those of int4 are 0 to 15."""
-    if format in FLOAT8:
-        mantissa_bits, bias = FLOAT8[format]
-        left = MANTISSA_BITS[dtype] - mantissa_bits
+    if format in FLOATS:
+        bits, mantissa_bits, bias = FLOATS[format]
+        left, magnitude = MANTISSA_BITS[dtype] - mantissa_bits, 0x00010001 * (2 ** (bits - 1) - 1)
         others = 0x7FFF7FFF  # all but the signs
         # The wider float has a larger bias: with the same exponent bits it is a power of two smaller.
         return Recipe(
-            lambda word: ((word << left) & (0x007F007F << left)) | (((word << 8) | others) ^ others),
+            lambda word: ((word << left) & (magnitude << left)) | (((word << (16 - bits)) | others) ^ others),
             factor=2.0 ** (EXPONENT_BIAS[dtype] - bias),
         )
     if format == "int4":
@@ -81,23 +90,33 @@ def recipe(format: str, dtype: str) -> Recipe:
     return Recipe(lambda word: (word & 0x007F007F) | 0x43004300, lambda word: (word & 0x00800080) | 0x43004300)
 
 
-def arrange(words: np.ndarray, exchange: Callable[[Any], Any], make: Callable[[Any], Any], packed: bool) -> np.ndarray:
-    """Returns words of two floats each, in the order of wgmma's registers.
+def arrange(
+    words: np.ndarray, exchange: Callable[[Any], Any], make: Callable[[Any], Any], shifts: tuple[int, ...]
+) -> np.ndarray:
+    """Returns words of two floats or four bytes each, in the order of wgmma's registers.
 
     Args:
       words: the registers of a thread, `[tiles of 64 channels, blocks of 16 bytes, ...]`.
       exchange: returns a word of a thread with its own columns.
-      make: a function of a recipe.
-      packed: whether a byte has two codes.
+      make: a function of a recipe, or `less_zero`.
+      shifts: `SHIFTS` for floats, `NIBBLES` for bytes.
 
     Returns:
-      `[tiles of 64 channels, blocks of 8 columns, ...]`.
+      `[tiles of 64 channels, blocks of 8 columns, or of 16, ...]`.
     """
     own = np.empty_like(words)
     for index in np.ndindex(words.shape):
         own[index] = exchange(words[index])
-    blocks = np.stack([make(own >> shift) for shift in SHIFTS[packed]], axis=2)
+    blocks = np.stack([make(own >> shift) for shift in shifts], axis=2)
     return blocks.reshape(words.shape[0], -1, *words.shape[2:])
+
+
+def less_zero(zero: int) -> Callable[[Any], Any]:
+    """Returns a function of a word that has a nibble in the lowest bits of each byte: they less an integer, as int8."""
+    if zero == 0:
+        return lambda word: word & 0x0F0F0F0F
+    # The highest bits keep differences of bytes apart.
+    return lambda word: (((word & 0x0F0F0F0F) | 0x80808080) - zero * 0x01010101) ^ 0x80808080
 
 
 def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.Array:
@@ -112,7 +131,7 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
     Returns:
       `[64, in]`, in `Layout.WGMMA`.
     """
-    packed, how = format == "int4", recipe(format, dtype)
+    packed, how = format in PACKED, recipe(format, dtype)
     makes = [how.bits] if how.less is None else [how.bits, how.less]
     if interpret:
         found = [_floats_of(make(_pairs(codes, packed)), dtype) for make in makes]
@@ -121,9 +140,25 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
         floats = plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), plgpu.Layout.WGMMA)
         types: dict[str, Any] = {"arg_types": (plgpu.Layout.WGMMA_UPCAST_2X,), "return_type": (floats,) * len(makes)}
         found = plgpu.inline_mgpu(**types)(
-            lambda _, codes: tuple(_in_registers(codes, make, floats, packed) for make in makes)
+            lambda _, codes: tuple(_in_registers(codes, make, floats, SHIFTS[packed]) for make in makes)
         )(codes)
     return found[0] if how.less is None else found[0] - found[1]
+
+
+def convert_to_bytes(codes: jax.Array, zero: int, interpret: bool) -> jax.Array:
+    """Returns packed integers less a zero as int8, `[64, in]` in `Layout.WGMMA_8BIT`.
+
+    Args:
+      codes: `[64, bytes]`, in the same layout.
+      zero: the integer that is subtracted.
+      interpret: whether the kernel is interpreted: arrays have no layouts then.
+    """
+    if interpret:
+        return (_integers(codes, True) - zero).astype(jnp.int8)
+    layout: Any = plgpu.Layout.WGMMA_8BIT
+    result = plgpu.ShapeDtypeStruct((codes.shape[0], 2 * codes.shape[1]), jnp.int8, layout)
+    emit = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    return emit(lambda _, codes: _in_registers(codes, less_zero(zero), result, NIBBLES))(codes)
 
 
 def numbers(floats: jax.Array, how: Recipe, dtype: str) -> jax.Array:
@@ -133,13 +168,19 @@ def numbers(floats: jax.Array, how: Recipe, dtype: str) -> jax.Array:
     return floats * jnp.asarray(how.factor, dtype) if how.factor != 1 else floats
 
 
-def _pairs(codes: jax.Array, packed: bool) -> jax.Array:
-    """Returns words with the codes of two adjacent columns in their halves, `[64, in / 2]`."""
+def _integers(codes: jax.Array, packed: bool) -> jax.Array:
+    """Returns the bits of each code as an int32, `[64, in]`."""
     is_integer = jnp.issubdtype(codes.dtype, jnp.integer)
     numbers = (codes if is_integer else jax.lax.bitcast_convert_type(codes, jnp.uint8)).astype(jnp.int32) & 0xFF
     if packed:
         blocks = numbers.reshape(len(codes), -1, 16)
         numbers = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=2).reshape(len(codes), -1)
+    return numbers
+
+
+def _pairs(codes: jax.Array, packed: bool) -> jax.Array:
+    """Returns words with the codes of two adjacent columns in their halves, `[64, in / 2]`."""
+    numbers = _integers(codes, packed)
     return numbers[:, ::2] | (numbers[:, 1::2] << 16)
 
 
@@ -166,6 +207,9 @@ class Word:
     def __add__(self, other: int | Word) -> Word:
         return Word(arith.addi(self.value, other.value if isinstance(other, Word) else utils.c(other, self.value.type)))
 
+    def __sub__(self, other: int) -> Word:
+        return Word(arith.subi(self.value, _in_register(other)))
+
     def __mul__(self, factor: int) -> Word:
         return Word(arith.muli(self.value, utils.c(factor, self.value.type)))
 
@@ -187,25 +231,26 @@ def _in_register(constant: int) -> Any:
     return llvm.inline_asm(i32, [], ptx, "=r")
 
 
-def _in_registers(codes: Any, make: Callable[[Any], Any], floats: Any, packed: bool) -> Any:
-    """Emits `arrange` for codes in registers, a `FragmentedArray`, and returns another of the type of `floats`."""
+def _in_registers(codes: Any, make: Callable[[Any], Any], result: Any, shifts: tuple[int, ...]) -> Any:
+    """Emits `arrange` for codes in registers, a `FragmentedArray`, and returns another of the type of `result`."""
     i32 = ir.IntegerType.get_signless(32)
     is_even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32))
     columns = arith.select(is_even, *(utils.c(selector, i32) for selector in OWN_COLUMNS))
 
     def exchange(register: ir.Value) -> Word:
         word = utils.bitcast(register, i32)
-        return Word(utils.prmt(word, utils.shfl_bfly(word, 1), columns))
+        return Word(word if shifts == NIBBLES else utils.prmt(word, utils.shfl_bfly(word, 1), columns))
 
-    return as_floats(arrange(codes.registers, exchange, make, packed), floats)
+    return as_array(arrange(codes.registers, exchange, make, shifts), result)
 
 
-def as_floats(words: Any, floats: Any) -> Any:
-    """Returns words of two floats each, in the order of registers, as a `FragmentedArray` of the type of `floats`."""
-    pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(floats.dtype))
-    layout = floats.layout.to_mgpu()
-    words = words.reshape(layout.registers_shape(floats.shape))
+def as_array(words: Any, result: Any) -> Any:
+    """Returns words of two floats or four int8 each, in the order of registers, as an array of the type of `result`."""
+    size = jnp.dtype(result.dtype).itemsize
+    several = ir.VectorType.get((4 // size,), utils.dtype_to_ir_type(result.dtype))
+    layout = result.layout.to_mgpu()
+    words = words.reshape(layout.registers_shape(result.shape))
     registers = np.empty_like(words)
     for index in np.ndindex(words.shape):
-        registers[index] = utils.bitcast(words[index].value, pair)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        registers[index] = utils.bitcast(words[index].value, several)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True if size == 1 else None)

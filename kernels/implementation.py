@@ -26,6 +26,7 @@ class Implementation:
       config_class: class of the block sizes; None where there is nothing to choose.
       heuristic: returns block sizes for a problem.
       space: returns the block sizes that the tuner may try for a problem.
+      preferred: returns whether it comes before the rows above it where nothing was measured; None means never.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Implementation:
     config_class: type | None = None
     heuristic: Callable[[Any], Any] | None = None
     space: Callable[[Any], Space] | None = None
+    preferred: Callable[[Any], bool] | None = None
 
     @property
     def has_kernel(self) -> bool:

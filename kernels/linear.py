@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from palladion.kernels.backend import dispatch
 from palladion.kernels.checks import as_array, check, check_number, check_shape, dtype_name
 from palladion.kernels.implementation import Implementation
+from palladion.kernels.product_shares import exchange_gates, normalize
 from palladion.kernels.search_space import TuningKey
 from palladion.kernels.sharding import ShardingRule, Share
 from palladion.kernels.types import Interpret
@@ -114,7 +115,7 @@ def _with_mapped_rows(
     """Returns the product as a function that, under vmap, is one product of all rows: kernels read the weight once.
 
     Equinox applies its layers to a batch by vmap. Weights that are mapped too have a product each, and so have rows
-    that may be sharded over Explicit axes.
+    that may be sharded.
 
     Args:
       problem: the call.
@@ -127,7 +128,9 @@ def _with_mapped_rows(
     def _(axis_size: int, in_batched: Any, inputs: Inputs) -> tuple[jax.Array, bool]:
         (batched,) = in_batched
         by_row = batched._replace(x=None, residual=None)
-        if any(jax.tree.leaves(by_row)) or _has_explicit_axes(inputs):
+        # To merge two dimensions gathers what is sharded along the minor one; of one row there is none.
+        kinds = (AxisType.Explicit,) if problem.rows == 1 else (AxisType.Explicit, AxisType.Auto)
+        if any(jax.tree.leaves(by_row)) or _may_be_sharded(inputs, kinds):
             in_axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
             return jax.vmap(single, (in_axes,), axis_size=axis_size)(inputs), True
 
@@ -145,10 +148,14 @@ def _with_mapped_rows(
     return with_derivatives_of(single, product)
 
 
-def _has_explicit_axes(inputs: Inputs) -> bool:
-    """Returns whether types of arrays say how they are sharded."""
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(inputs))
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+def _may_be_sharded(inputs: Inputs, kinds: Collection[AxisType]) -> bool:
+    """Returns whether arrays may be sharded over axes of these kinds; without a mesh, XLA may do so over Auto axes."""
+    current = jax.sharding.get_abstract_mesh()
+    meshes = [current, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(inputs))]
+    if all(mesh.empty for mesh in meshes):
+        return AxisType.Auto in kinds and current.abstract_device is None and jax.device_count() > 1
+    axes = [axis for mesh in meshes for axis in zip(mesh.axis_sizes, mesh.axis_types, strict=True)]
+    return any(size > 1 and kind in kinds for size, kind in axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,42 +302,56 @@ class LinearProblem(abc.ABC):
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
         """Returns the rule of a product: a device has rows and output channels, or its part of all sums.
 
-        The channels of a gated product are whole on each device, because a gate and its up are half of them apart.
+        A gated product is sharded along its channels like any other. A device then has gates of some results and ups of
+        others, which `exchange_gates` brings together: products are communicated, never weights.
         """
-        out, result = ("gates_and_ups", "result") if self.gated else ("out", "out")
+        out, result = ("channels", "result") if self.gated else ("out", "out")
         weight, sizes = self.weight_dims(inputs, out)
         features = "(pieces piece)"
         _, _, bias, layer, norm, residual = inputs
         names = [f"rows {features}", *weight]
         options = ((bias, out), (layer, ""), (norm, features), (residual, f"rows {result}"))
         names += [name for array, name in options if array is not None]
-        return ShardingRule(names, f"rows {result}", frozenset({"rows", "out"}), frozenset({"pieces"}), sizes)
+        return ShardingRule(
+            names,
+            f"rows {result}",
+            frozenset({"rows", out}),
+            frozenset({"pieces"}),
+            {**sizes, out: self.result_features},
+            {"result": "channels"} if self.gated else {},
+        )
 
     def run_share(self, run: Callable[[LinearProblem, Inputs], Any], inputs: Inputs, share: Share) -> jax.Array:
-        """Multiplies some of the rows and channels; sums of parts of `in` are finished once they are whole."""
+        """Multiplies some rows and channels; what is fused with a product waits until sums and gates are whole."""
+        gates = share.axes.get("channels", ())
         local = dataclasses.replace(
             self,
             rows=share.of(self.rows, "rows"),
             in_features=share.of(self.in_features, "pieces"),
-            out_features=share.of(self.out_features, "out"),
+            out_features=share.of(self.out_features, "out", "channels"),
         )
-        if not share.summed:
+        if not share.reduced and not gates:
             result: jax.Array = run(local, inputs)
             return result
-        x = inputs.x
-        if self.norm_eps is not None and inputs.norm is not None:
-            wide = x.astype(jnp.float32)
-            squares = jax.lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), share.summed)
-            normalized = wide * jax.lax.rsqrt(squares / self.in_features + self.norm_eps)
-            x = (normalized * inputs.norm.astype(jnp.float32)).astype(x.dtype)
+        x, norm_eps, norm = inputs.x, self.norm_eps, inputs.norm
+        if share.reduced and norm_eps is not None and norm is not None:
+            x = normalize(x, norm, norm_eps, self.in_features, share.reduced)
+            norm_eps = norm = None
         product = dataclasses.replace(
-            local, out_dtype="float32", has_bias=False, activation=None, gated=False, norm_eps=None, has_residual=False
+            local,
+            out_dtype="float32",
+            has_bias=False,
+            activation=None,
+            gated=False,
+            norm_eps=norm_eps,
+            has_residual=False,
         )
-        y = run(product, Inputs(x, inputs.w, bias=None, layer=inputs.layer))
-        y = jax.lax.psum(y, share.summed)
+        y = run(product, Inputs(x, inputs.w, bias=None, layer=inputs.layer, norm=norm))
+        y = jax.lax.psum(y, share.reduced) if share.reduced else y
         if inputs.bias is not None:
             y = y + inputs.bias.astype(jnp.float32)
-        return self.add(inputs.residual, self.finish(jnp.split(y, self.parts, axis=-1)))
+        parts = exchange_gates(y, gates, share.shards["channels"]) if gates else jnp.split(y, self.parts, axis=-1)
+        return self.add(inputs.residual, self.finish(parts))
 
     def finish(self, parts: Sequence[jax.Array]) -> jax.Array:
         """Returns the float32 products (biases included) after activation and gate."""

@@ -1,7 +1,9 @@
-"""A guard against programs that are traced for one platform and lowered for another, as `jax.export` does.
+"""Guards against programs that are lowered for other devices than their calls were traced for.
 
-Backends are chosen while a call is traced, when JAX does not say for which platform the program will be lowered. What
-was chosen because there is no accelerator must not end up in a program for one, in silence.
+Backends are chosen while a call is traced, when JAX does not say for which platform the program will be lowered, as
+`jax.export` does for any, nor for how many devices, as in_shardings of `jax.jit` do. What was chosen because there is
+no accelerator must not end up in a program for one, in silence; and no kernel can be part of a program that XLA
+partitions for several TPUs.
 """
 
 from __future__ import annotations
@@ -13,14 +15,21 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from palladion.kernels.implementation import Unsupported
+from palladion.kernels.sharding import WAYS_OUT
 
-_guard: Final = Primitive("traced_for_platform")
-"""The identity, with a lowering that checks for which platform it is lowered."""
 
-_guard.def_impl(lambda x, **_: x)
-_guard.def_abstract_eval(lambda x, **_: x)
-batching.defvectorized(_guard)
-ad.deflinear2(_guard, lambda cotangent, _, **__: [cotangent])
+def _identity(name: str) -> Primitive:
+    """Returns a primitive that is the identity; its lowering is to check for what it is lowered."""
+    primitive = Primitive(name)
+    primitive.def_impl(lambda x, **_: x)
+    primitive.def_abstract_eval(lambda x, **_: x)
+    batching.defvectorized(primitive)
+    ad.deflinear2(primitive, lambda cotangent, _, **__: [cotangent])
+    return primitive
+
+
+_traced_for_platform: Final = _identity("traced_for_platform")
+_not_partitioned: Final = _identity("not_partitioned")
 
 
 def guard_platform(inputs: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> Any:
@@ -32,12 +41,38 @@ def guard_platform(inputs: Any, *, name: str, platform: str, kernels: tuple[tupl
       platform: the platform that was traced for.
       kernels: platforms that have kernels, each with the name of its backend.
     """
+    return _with_first(_traced_for_platform, inputs, name=name, platform=platform, kernels=kernels)
+
+
+def guard_partitioning(inputs: Any, *, name: str) -> Any:
+    """Returns the inputs of a TPU kernel; lowering it to a program that XLA partitions for several TPUs is an error.
+
+    Args:
+      inputs: a pytree of arrays.
+      name: the call and its kernel, for the message.
+    """
+    return _with_first(_not_partitioned, inputs, name=name)
+
+
+def _with_first(primitive: Primitive, inputs: Any, **parameters: Any) -> Any:
+    """Returns inputs whose first array has passed through a primitive."""
     leaves, tree = jax.tree.flatten(inputs)
-    leaves[0] = _guard.bind(leaves[0], name=name, platform=platform, kernels=kernels)
+    leaves[0] = primitive.bind(leaves[0], **parameters)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _lower(ctx: Any, x: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> list[Any]:
+def _check_devices(ctx: Any, x: Any, *, name: str) -> list[Any]:
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+    if devices > 1:
+        raise Unsupported(
+            f"{name}: XLA partitions no kernels for several TPUs, and the program is lowered for {devices}, of which "
+            f"nothing was known while it was traced; {WAYS_OUT}. With `jax.set_mesh(mesh)` backend='auto' takes XLA's "
+            "form, and backend='xla' always does"
+        )
+    return [x]
+
+
+def _check_platform(ctx: Any, x: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> list[Any]:
     for lowered in ctx.module_context.platforms:
         target = "gpu" if lowered in ("cuda", "rocm") else lowered
         for kernel_platform, backend in kernels:
@@ -50,4 +85,5 @@ def _lower(ctx: Any, x: Any, *, name: str, platform: str, kernels: tuple[tuple[s
     return [x]
 
 
-mlir.register_lowering(_guard, _lower)
+mlir.register_lowering(_traced_for_platform, _check_platform)
+mlir.register_lowering(_not_partitioned, _check_devices)

@@ -84,13 +84,32 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     raise CheckpointError(f"{name} has values that are not finite, the file is damaged; download it again")
 
 
-def half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Returns the rows of a query or key projection, or its biases, in the half-split rotary form.
+def half_split_tensor(
+    array: np.ndarray, name: str, modules: tuple[str, str], head_dim: int, rotary_dim: int
+) -> np.ndarray:
+    """Returns a tensor with queries and keys in the half-split rotary form; others are returned as they are.
 
     Some files have the two coordinates of a rotary pair next to each other: their row 2 i + h of a head is the model's
     row i + h * rotary_dim / 2; rows from rotary_dim on stay. Whole rows are moved, so quantized rows are moved without
     loss.
+
+    Args:
+      array: a projection or its bias, rows first, or a norm `[heads, head_dim]`.
+      name: the tensor's name.
+      modules: names of the modules of queries and keys; a matrix in a module whose name ends in "_norm" is their norm.
+      head_dim: width of a head.
+      rotary_dim: features of a head that are rotated.
     """
+    module = name.split(".")[-2]
+    if module in modules and array.shape[0] % head_dim == 0:
+        return _half_split(array, head_dim, rotary_dim)
+    if module.endswith("_norm") and array.ndim == 2 and array.shape[1] == head_dim:
+        return _half_split(array.T, head_dim, rotary_dim).T
+    return array
+
+
+def _half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Reorders the rows of each head."""
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     rotated, rest = heads[:, :rotary_dim], heads[:, rotary_dim:]
     pairs = rotated.reshape(len(heads), rotary_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2)

@@ -63,6 +63,9 @@ ALL_BIASES: Final = ATTENTION_BIASES | {"mlp": "mlp_bias"}
 
 GELU_TANH: Final = ("gelu_pytorch_tanh",)
 
+PATTERN: Final = "attention.sliding_window_pattern"
+"""Key in GGUF that says which layers have the sliding window."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUFForm:
@@ -73,6 +76,7 @@ class GGUFForm:
       interleaved: whether rows of queries and keys have the coordinates of a rotary pair next to each other.
       modules: names that differ from `GGUF_MODULES`.
       keys: keys that are applied besides those of Llama.
+      defaults: values of keys that a file may lack.
       divides_logits: whether the key of the logits' scale is a divisor.
     """
 
@@ -80,6 +84,7 @@ class GGUFForm:
     interleaved: bool = False
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     divides_logits: bool = False
 
 
@@ -152,7 +157,7 @@ OLMO: Final[Mapping[str, Any]] = {
     "form": {"pre_norm": False, "post_norm": True, "qk_norm": "projection"},
     "modules": {name: SANDWICH[name] for name in ("attention_post_norm", "mlp_post_norm")},
     "biases": ATTENTION_BIASES,
-    "gguf": GGUFForm(architecture="olmo2"),
+    "gguf": GGUFForm(architecture="olmo2", keys=(PATTERN,)),
 }
 
 GEMMA_2_DEFAULTS: Final = GEMMA["defaults"] | {"sliding_window": 4096, "query_pre_attn_scalar": 256}
@@ -210,7 +215,15 @@ FAMILIES: Final = (
         windows="kinds",
         window_period=2,
         modules=SANDWICH,
-        gguf=GGUFForm(architecture="gemma2", keys=("attn_logit_softcapping", "final_logit_softcapping")),
+        gguf=GGUFForm(
+            architecture="gemma2",
+            keys=("attn_logit_softcapping", "final_logit_softcapping", PATTERN),
+            defaults={
+                "attention.sliding_window": 4096,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+        ),
     ),
     _family(
         "gemma3_text",
@@ -223,7 +236,7 @@ FAMILIES: Final = (
         window_period=6,
         rotation="by window",
         modules=SANDWICH,
-        gguf=GGUFForm(architecture="gemma3", keys=("final_logit_softcapping",)),
+        gguf=GGUFForm(architecture="gemma3", keys=("final_logit_softcapping", PATTERN)),
     ),
     _family(
         "phi3",
@@ -295,7 +308,7 @@ FAMILIES: Final = (
         windows="kinds",
         window_period=4,
         rotation="windowed",
-        gguf=GGUFForm(architecture="cohere2", interleaved=True, keys=("logit_scale",)),
+        gguf=GGUFForm(architecture="cohere2", interleaved=True, keys=("logit_scale", PATTERN)),
     ),
     _family(
         "stablelm",

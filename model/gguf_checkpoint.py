@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palladion.model.checkpoint_files import CheckpointError, models_extra
-from palladion.model.checkpoint_reader import StoredTensor, cast, half_split
+from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_tensor
 from palladion.model.checkpoint_tensors import module_of
 from palladion.model.families import GGUF_MODULES
 from palladion.model.gguf_blocks import BLOCK_FORMATS, BlockFormat, split_rows
@@ -87,15 +87,12 @@ class GGUFCheckpoint:
                 f"in one of {', '.join(BLOCK_FORMATS)}, F16, BF16 or F32, or requantize it with llama-quantize "
                 "--allow-requantize"
             )
-        module = name.split(".")[-2]
         shape = tuple(int(size) for size in reversed(stored.shape))
-        swaps = self._form.interleaved and module in ("attn_q", "attn_k") and shape[0] % self._head_dim == 0
-        swaps_columns = self._form.interleaved and module in ("attn_q_norm", "attn_k_norm") and len(shape) == 2
 
         def rows() -> np.ndarray:
-            if swaps_columns:  # [heads, head_dim]
-                return half_split(stored.data.T, self._head_dim, self._rotary_dim).T
-            return half_split(stored.data, self._head_dim, self._rotary_dim) if swaps else stored.data
+            if not self._form.interleaved:
+                return stored.data
+            return half_split_tensor(stored.data, name, ("attn_q", "attn_k"), self._head_dim, self._rotary_dim)
 
         label, kept = f"{self.path}: tensor {name!r}", BLOCK_FORMATS.get(kind.name)
         return StoredTensor(

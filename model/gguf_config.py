@@ -10,7 +10,7 @@ import numpy as np
 
 from palladion.model.checkpoint_files import CheckpointError, check_integer, check_real, check_window, shorten
 from palladion.model.config import LayerKind, ModelConfig, shortest_period
-from palladion.model.families import FAMILIES, Family
+from palladion.model.families import FAMILIES, PATTERN, Family
 from palladion.model.huggingface_config import Rotary
 from palladion.model.rotary import YarnScaling, check_frequencies, rotary_frequencies
 
@@ -35,6 +35,7 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "attention.key_length_mla": (0,),
     "attention.max_alibi_bias": (0,),
     "attention.scale": (0,),
+    PATTERN: (0,),
     "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
@@ -78,8 +79,10 @@ class Metadata:
                 f"{path}: architecture {shorten(values.get('general.architecture'))} is not supported; supported: "
                 f"{', '.join(map(repr, names))} (in which Mistral, SmolLM and others of that form are 'llama')"
             )
+        self.family: Family = rows[0]
         # Where two families share a name, the last one is that with a sliding window.
-        self.family: Family = rows[0] if is_zero(self.value("attention.sliding_window", 0)[0]) else rows[-1]
+        if not is_zero(self.value("attention.sliding_window", 0)[0]):
+            self.family = rows[-1]
 
     def check(self) -> None:
         """Raises CheckpointError for parts of a file, experts, and keys that the family does not apply."""
@@ -100,7 +103,8 @@ class Metadata:
 
     def value(self, key: str, default: Any) -> tuple[Any, str]:
         """Returns a value and its name for errors; a list of equal numbers counts as one of them."""
-        value = self.values.get(f"{self.architecture}.{key}", default)
+        assert self.family.gguf is not None  # it was found by it
+        value = self.values.get(f"{self.architecture}.{key}", self.family.gguf.defaults.get(key, default))
         label = f"{self.path}: metadata key '{self.architecture}.{key}'"
         if value is None:
             raise CheckpointError(f"{label} is missing; convert the model again")
@@ -222,7 +226,7 @@ def _read_layers(metadata: Metadata, layers: int, has_window: bool) -> tuple[Lay
     period = 1
     windowed = [has_window]
     if family.windows == "kinds" and has_window:
-        given, label = metadata.value("attention.sliding_window_pattern", family.window_period)
+        given, label = metadata.value(PATTERN, family.window_period)
         if isinstance(given, list):
             if len(given) != layers or any(not isinstance(entry, bool) for entry in given):
                 raise CheckpointError(f"{label} must say for each of {layers} layers whether it has a window")

@@ -14,7 +14,7 @@ import numpy as np
 
 from palladion.model.checkpoint_fields import check_fields, read_family
 from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_regular, exists, models_extra, shorten
-from palladion.model.checkpoint_reader import StoredTensor, cast, half_split
+from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_tensor
 from palladion.model.checkpoint_tensors import BIASES, module_of
 from palladion.model.families import HUGGING_FACE_MODULES
 from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
@@ -174,11 +174,7 @@ class HuggingFaceCheckpoint:
         if not self._family.interleaved:
             return array
         rotary_dim = 2 * self._rotary.frequencies.shape[-1]
-        if any(f".{part}_proj." in name for part in "qk"):
-            return half_split(array, self.config.head_dim, rotary_dim)
-        if name.endswith((".q_norm.weight", ".k_norm.weight")):  # [heads, head_dim]
-            return half_split(array.T, self.config.head_dim, rotary_dim).T
-        return array
+        return half_split_tensor(array, name, ("q_proj", "k_proj"), self.config.head_dim, rotary_dim)
 
     def _check_biases(self) -> None:
         """Checks biases against the fields about them: transformers would ignore or invent what contradicts them."""

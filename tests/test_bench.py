@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ import pytest
 from palladion.benchmarks.commands import run
 from palladion.benchmarks.measure import bench, peers
 from palladion.benchmarks.measure.device_time import KernelTime, KernelTimes
-from palladion.benchmarks.measure.operations import OPERATIONS, verdict_of
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, verdict_of
 from palladion.benchmarks.measure.operations.appends import identical
 from palladion.benchmarks.measure.peers import Peer
 from palladion.benchmarks.measure.timing import CallRunner, Runner
 from palladion.reference import compare as acceptance
+from palladion.reference import oracle
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 
@@ -254,3 +255,18 @@ def test_every_peer_says_what_it_lacks_or_does_not_cover():
         assert one.unavailable() is None or isinstance(one.unavailable(), str)
         for case in operation.cases.TESTS:
             assert one.unsupported(case) is None or len(one.unsupported(case) or "") > 3
+
+
+def test_an_operation_of_one_result_needs_a_name_its_cases_and_its_package(monkeypatch: pytest.MonkeyPatch):
+    class Twice(Operation):
+        name = "twice"
+        package = SimpleNamespace(twice=lambda x, by, **_: by * x)
+
+    class Inputs(NamedTuple):
+        x: np.ndarray
+
+    monkeypatch.setattr(oracle, "twice", lambda x, by: by * x.astype(np.float64), raising=False)
+    chosen, case, inputs = Twice(), SimpleNamespace(options={"by": 2}), Inputs(np.ones(3, np.float32))
+    result = chosen.function(case, backend="xla")(inputs)
+    assert chosen.judge(case, inputs, result, result).right
+    assert not chosen.judge(case, inputs, 1.01 * result, result).right

@@ -32,8 +32,8 @@ from palladion.model.checkpoint import Checkpoint, CheckpointError, load_checkpo
 from palladion.model.checkpoint_fields import NEUTRAL_VALUES, NOTHING, check_fields, read_family
 from palladion.model.checkpoint_files import JsonFile
 from palladion.model.config import ModelConfig
-from palladion.model.families import FAMILIES
-from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
+from palladion.model.families import FAMILIES, Family
+from palladion.model.huggingface_config import Rotary, read_config, read_rotary, rotary_settings
 from palladion.reference.compare import assert_right
 
 SIZES = {
@@ -131,14 +131,24 @@ def test_families_that_are_not_there(architecture: str | None, model_type: str |
         read_family(JsonFile(Path("config.json"), content=content))
 
 
-def described(content: dict[str, Any]) -> ModelConfig:
-    """The configuration that a config.json describes."""
+def opened(content: dict[str, Any]) -> tuple[JsonFile, Family]:
+    """A config.json with its family's defaults."""
     given = JsonFile(Path("config.json"), content=content)
     family = read_family(given)
-    values = JsonFile(given.path, content={**family.defaults, **content})
-    rope = rotary_settings(values)
-    check_fields(values, rope, family)
-    return read_config(values, family, read_rotary(values, rope, family), tied=False, stop_tokens=())
+    return JsonFile(given.path, content={**family.defaults, **content}), family
+
+
+def rotary_of(content: dict[str, Any]) -> Rotary:
+    """The rotary frequencies that a config.json describes."""
+    values, family = opened(content)
+    return read_rotary(values, rotary_settings(values), family)
+
+
+def described(content: dict[str, Any]) -> ModelConfig:
+    """The configuration that a config.json describes."""
+    values, family = opened(content)
+    check_fields(values, rotary_settings(values), family)
+    return read_config(values, family, rotary_of(content), tied=False, stop_tokens=())
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -154,6 +164,42 @@ def test_damaged_fields_of_a_family(family: Any) -> None:
                 described(base | {field: value})
             except CheckpointError as error:
                 assert "config.json" in str(error)  # noqa: PT017  # either ending is right
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"),
+    [
+        ("Gemma3Text", {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 2}),
+        ("Gemma3Text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("Olmo3", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}),
+        ("Cohere2", {"sliding_window_pattern": 2, "position_embedding_type": "rope_gptj", "rotary_pct": 1.0}),
+        (
+            "Phi3",
+            {
+                "original_max_position_embeddings": 1024,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8},
+            },
+        ),
+        ("StableLm", {"partial_rotary_factor": 0.5, "rope_theta": 2e4}),
+        ("SmolLM3", {"no_rope_layer_interval": 2, "rope_theta": 2e4}),
+    ],
+)
+def test_older_files_mean_what_transformers_makes_of_them(prefix: str, fields: dict[str, Any]) -> None:
+    """A config.json in the older form describes the same model as the one that transformers writes after reading it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        content = {**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 4096, **fields}
+        newer = json.loads(getattr(transformers, f"{prefix}Config")(**content).to_json_string(use_diff=False))
+    content["model_type"] = newer["model_type"]
+    for name in ("hidden_act", "hidden_activation", "head_dim"):
+        if name in newer:
+            content[name] = newer[name]
+    first, second = (rotary_of(one) for one in (content, newer))
+    np.testing.assert_allclose(first.frequencies, second.frequencies, rtol=1e-6)
+    assert first[1:] == second[1:]
+    assert described(content) == described(newer)
 
 
 @pytest.mark.parametrize(

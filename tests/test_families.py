@@ -24,6 +24,7 @@ from test_model import logits_of, new_cache
 
 from palladion.model.checkpoint import Checkpoint, load_checkpoint
 from palladion.model.gguf_config import Metadata, read_config, read_rotary
+from palladion.model.quantized_folder import quantize_folder
 from palladion.model.transformer import forward
 from palladion.reference.compare import assert_right
 
@@ -199,6 +200,32 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str):
     check_logits(load_checkpoint(tmp_path, stack=stack), reference, oracle)
 
 
+@pytest.mark.parametrize("backend", ["mosaic_tpu", "triton"])
+@pytest.mark.parametrize("case", ["gemma2", "glm4", "seed-oss"])
+def test_kernels_take_the_options(tmp_path: Path, case: str, backend: str):
+    """A decode step by kernels: windows, soft-caps, scales, partial rotation, biases."""
+    model = saved(tmp_path, CASES[case][0], **CASES[case][1])
+    reference, oracle = logits_of(model, TOKENS, "float32").astype(np.float32), logits_of(model, TOKENS, "float64")
+    checkpoint = load_checkpoint(tmp_path, stack=True, order="out_in" if backend == "triton" else "in_out")
+    cache = new_cache(checkpoint, len(TOKENS), max_len=128)
+    lengths = jnp.full(len(TOKENS), 16, jnp.int32)
+    arrays = (checkpoint.parameters, checkpoint.config)
+    _, cache = forward(*arrays, jnp.asarray(TOKENS[:, :16]), lengths, cache, backend="xla")
+    token = jnp.asarray(TOKENS[:, 16:17])
+    logits, _ = forward(*arrays, token, lengths + 1, cache, backend=backend, interpret=True)
+    assert_right(logits, reference[:, 16], oracle[:, 16])
+
+
+@pytest.mark.parametrize("case", ["glm4", "cohere"])
+def test_quantized_folders_load_as_the_folder_is_quantized(tmp_path: Path, case: str):
+    """Rows that were reordered before they were quantized are not reordered again; biases and norms are."""
+    prefix, config = CASES[case]
+    saved(tmp_path / "dense", prefix, **config)
+    quantize_folder(tmp_path / "dense", tmp_path / "quantized", "int8")
+    expected = load_checkpoint(tmp_path / "dense", quantize="int8").parameters
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "quantized").parameters, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------- GGUF
 
 LLAMA_LIKE = ("llama", "granite", "arcee", "smollm3")
@@ -350,3 +377,4 @@ def test_gguf_tells_the_scale_of_gemmas_attention_by_its_layers(layers: int):
     metadata = Metadata(Path("model.gguf"), values)
     config = read_config(metadata, read_rotary(metadata, {}), vocab_size=8, tensors=(), stop_tokens=())
     assert config.attention_scale == (pytest.approx(144**-0.5) if layers == 46 else None)
+    assert (config.sliding_window, config.attention_soft_cap, config.logit_soft_cap) == (4096, 50.0, 30.0)

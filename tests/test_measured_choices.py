@@ -58,6 +58,19 @@ def chosen(length: int = 4096, *, batch: int = 1, backend: str | None = "auto", 
     return choices[0]
 
 
+def test_without_measurements_a_preferred_one_comes_first():
+    table = (TRITON, dataclasses.replace(MOSAIC, preferred=lambda problem: problem.length == 4096), XLA)
+    tuned(timed("triton", 10, 2**20), timed("mosaic_gpu", 20, 2**20))
+
+    def backend_for(length: int) -> str:
+        return choose("operation", table, Problem(length, 1), "auto", None)[1].backend
+
+    assert backend_for(4096) == "mosaic_gpu"
+    assert backend_for(8192) == "triton"
+    tuned(timed("triton", 10), timed("mosaic_gpu", 20))
+    assert backend_for(4096) == "triton"
+
+
 def test_without_measurements_the_order_of_the_table_decides():
     assert (chosen().backend, chosen().backend_source, chosen().reasons) == ("mosaic_gpu", "heuristic", {})
     choice = chosen(batch=2)

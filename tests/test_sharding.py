@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,19 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palladion import KVCache, Unsupported, append_kv, decode_attention, quantize, quantized_matmul, record_choices
+from palladion import (
+    KVCache,
+    Unsupported,
+    append_kv,
+    decode_attention,
+    quantize,
+    quantized_matmul,
+    record_choices,
+    tracing_for,
+)
+from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
+from palladion.kernels.product_shares import exchange_gates
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +50,23 @@ def outcomes() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("how", "case", "backend"), sharded_calls.combinations())
-def test_results_and_collectives(outcomes: dict[str, Any], how: str, case: str, backend: str) -> None:
+@pytest.mark.parametrize("run", [" ".join(names) for names in sharded_calls.names()])
+def test_results_and_collectives(outcomes: dict[str, Any], run: str) -> None:
     """Results on sharded arrays are right, and nothing is communicated that need not be."""
-    outcome = outcomes[f"{how} {case} {backend}"]
-    assert outcome["collectives"] == sharded_calls.needed(how, case)
+    outcome = outcomes[run]
+    assert outcome["collectives"] == outcome["needed"]
     assert outcome["error"] < 1e-6
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_gates_and_ups_meet(shards: int) -> None:
+    """Every device gets the gates and the ups of its results, whatever the number of devices."""
+    y = jnp.arange(3 * shards * 10).reshape(3, shards * 10)
+    shares = jnp.stack(jnp.split(y, shards, axis=1))
+    exchange = functools.partial(exchange_gates, axes=("devices",), shards=shards)
+    gates, ups = jax.jit(jax.vmap(exchange, axis_name="devices"))(shares)
+    for received, all_of_them in zip((gates, ups), jnp.split(y, 2, axis=1), strict=True):
+        np.testing.assert_array_equal(jnp.concatenate(list(received), axis=1), all_of_them)
 
 
 @pytest.mark.parametrize("order", ["in_out", "out_in"])
@@ -93,35 +117,115 @@ def test_no_tpu_kernel_is_chosen_on_auto_axes() -> None:
             jax.eval_shape(quantized_matmul, x, w)
         assert [choice.backend for choice in choices] == [chosen]
     auto = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(auto), pytest.raises(Unsupported, match=r"Auto axes, here x; .*explicit_axes"):
+    with jax.sharding.use_abstract_mesh(auto), pytest.raises(Unsupported, match=r"TPUs, here x; .*explicit_axes"):
         jax.eval_shape(lambda: quantized_matmul(x, w, backend="mosaic_tpu"))
 
 
-@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu compiles for TPUs")
-def test_tpu_kernels_on_explicit_axes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step for eight TPUs: a kernel on each for its sequences and heads, and one all-reduce of the last product."""
-    for name, value in tpu_compiler.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
-    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of a layer, described: a cache is appended to and attended to, and an MLP follows."""
 
-    def step(cache: KVCache, q: Any, k: Any, lengths: Any, w: Any) -> Any:
+    mesh: Mesh
+    order: Literal["in_out", "out_in"]
+
+    def __call__(self, cache: KVCache, q: Any, k: Any, lengths: Any, w: Any, gate_up: Any) -> Any:
+        """Runs the step with kernels."""
+        explicit = AxisType.Explicit in self.mesh.axis_types
         cache = append_kv(cache, k, k, lengths, backend="pallas")
         out = decode_attention(q, cache.k, cache.v, lengths, backend="pallas")
-        out = jax.lax.reshape(out, (8, 4096), out_sharding=P("data", "model"))
-        return cache, quantized_matmul(out, w, backend="pallas")
+        out = jax.lax.reshape(out, (8, 4096), out_sharding=P("data", "model") if explicit else None)
+        hidden = quantized_matmul(out, w, backend="pallas")
+        hidden = quantized_matmul(hidden, gate_up, gated=True, activation=jax.nn.silu, backend="pallas")
+        return cache, quantized_matmul(hidden, w, backend="pallas")
 
-    def placed(array: Any, spec: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+    def compiled(self, over: str) -> str:
+        """Returns the program for "heads" or "tokens" of the cache over "model", which divides the weights, too."""
 
-    heads = P("data", "model")
-    q, k = (jax.ShapeDtypeStruct((8, heads, 128), jnp.bfloat16) for heads in (32, 8))
-    cache = jax.eval_shape(lambda: KVCache.dense(8, 8, 2048, 128))
-    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8", order="in_out"))
-    lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
-    specs = (cache.specs(heads), heads, heads, P("data"), w.specs(P("model"), mesh))
-    arguments = jax.tree.map(placed, (cache, q, k, lengths, w), specs)
+        def placed(array: Any, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        q, k = (jax.ShapeDtypeStruct((8, heads, 128), jnp.bfloat16) for heads in (32, 8))
+        cache = jax.eval_shape(lambda: KVCache.dense(8, 8, 2048, 128))
+        w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8", order=self.order))
+        gate_up = jax.eval_shape(lambda: quantize(jnp.ones((4096, 8192)), "int8", order=self.order))
+        lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
+        new = P("data", "model") if over == "heads" else P("data")
+        specs = (
+            cache.specs(new if over == "heads" else P("data", None, "model")),
+            *(new, new, P("data")),
+            w.specs(P("model"), self.mesh),
+            gate_up.specs(P(None, "model"), self.mesh),
+        )
+        arguments = jax.tree.map(placed, (cache, q, k, lengths, w, gate_up), specs)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self, donate_argnums=0).lower(*arguments).compile().as_text() or ""
+
+    def check(self, over: str, kernel: str, kernels: int) -> None:
+        """Asserts that each device runs kernels, and that nothing but products and partial attention is communicated.
+
+        Args:
+          over: what of the cache is divided.
+          kernel: target of the kernels' calls.
+          kernels: how many there are.
+        """
+        program = self.compiled(over)
+        assert program.count(f'custom_call_target="{kernel}"') == kernels
+        needed = ["all-gather"] * (over == "tokens") + ["all-reduce"] * 2 + ["collective-permute"] * 2
+        assert sorted(sharded_calls.COLLECTIVES.findall(program)) == needed
+
+
+@pytest.fixture(scope="module")
+def tpus() -> np.ndarray:
+    """Returns eight described TPUs, 2 x 4."""
+    if not tpu_compiler.installed():
+        pytest.skip("libtpu compiles for TPUs")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in tpu_compiler.ENVIRONMENT.items():
+            patch.setenv(name, value)
+        return np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
+
+
+@pytest.mark.parametrize("over", ["heads", "tokens"])
+def test_steps_for_tpus(tpus: np.ndarray, over: str) -> None:
+    """On Explicit axes every TPU runs the kernels of its share."""
+    explicit = (AxisType.Explicit,) * 2
+    Step(Mesh(tpus, ("data", "model"), axis_types=explicit), "in_out").check(over, "tpu_custom_call", 5)
+
+
+@pytest.mark.skipif(not gpu_program.installed(), reason="JAX's CUDA plugin compiles for GPUs")
+@pytest.mark.parametrize(("kind", "over"), [(AxisType.Explicit, "heads"), (AxisType.Auto, "tokens")])
+def test_steps_for_gpus(kind: AxisType, over: str) -> None:
+    """On axes of either kind every GPU of a host runs the kernels of its share: `custom_partitioning` works there."""
+    mesh = Mesh(gpu_program.devices(90, 8).reshape(2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    Step(mesh, "out_in").check(over, "__gpu$xla.gpu.triton", 6)  # attention has two
+
+
+def test_products_for_tpus_on_auto_axes(tpus: np.ndarray) -> None:
+    """A jitted product on Auto axes runs XLA's form, or says how a kernel runs, however shardings are given."""
+    mesh = Mesh(tpus, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
+    w = jax.eval_shape(lambda: quantize(jnp.ones((512, 1024)), "int8", order="in_out"))
+    specs = (P("data"), w.specs(P(None, "model"), mesh))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    arguments = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (x, w), shardings)
+
+    def kernels(call: Any, arguments: Any, **options: Any) -> int:
+        program = jax.jit(call, **options).lower(*arguments).compile().as_text() or ""
+        assert sharded_calls.COLLECTIVES.findall(program) == []
+        return program.count('custom_call_target="tpu_custom_call"')
+
+    by_name = functools.partial(quantized_matmul, backend="mosaic_tpu")
+    # The arguments say where they are.
+    assert kernels(quantized_matmul, arguments) == 0
+    with pytest.raises(Unsupported, match=r"Auto axes of TPUs, here data, model; .*explicit_axes"):
+        kernels(by_name, arguments)
+    # Only jit knows.
+    with tracing_for("v5e"), pytest.raises(Unsupported, match=r"lowered for 8, of which nothing was known"):
+        kernels(quantized_matmul, (x, w), in_shardings=shardings)
+    # The ways out.
+    explicit = jax.sharding.explicit_axes(by_name, in_sharding=specs)
     with jax.set_mesh(mesh):
-        program = jax.jit(step, donate_argnums=0).lower(*arguments).compile().as_text() or ""
-    assert program.count('custom_call_target="tpu_custom_call"') == 3
-    assert sharded_calls.COLLECTIVES.findall(program) == ["all-reduce"]
+        assert kernels(quantized_matmul, (x, w), in_shardings=shardings) == 0
+        assert kernels(explicit, (x, w), in_shardings=shardings) == 1
+    mapped = jax.shard_map(by_name, mesh=mesh, in_specs=specs, out_specs=P("data", "model"))
+    assert kernels(mapped, (x, w), in_shardings=shardings) == 1

@@ -55,7 +55,7 @@ class Workload:
     bytes_needed: int | None
 
 
-EXAMINED: Final = {"tpu": "mosaic_tpu", "gpu": "triton"}
+EXAMINED: Final = {"tpu": "mosaic_tpu", "gpu": "triton", "hopper": "mosaic_gpu"}
 """Names of the backends whose kernels are examined, by platform."""
 
 
@@ -71,7 +71,7 @@ def operations(platform: str | None = None) -> list[str]:
 
 
 def row(operation: str, platform: str) -> Implementation | None:
-    """Returns the row of an operation's table with the kernel that is examined for "tpu" or "gpu", or None."""
+    """Returns the row of an operation with the kernel that is examined for "tpu", "gpu" or "hopper", or None."""
     table: Sequence[Implementation] = _module(operation, "api").IMPLEMENTATIONS
     return next((one for one in table if one.name == EXAMINED[platform] and one.has_kernel), None)
 

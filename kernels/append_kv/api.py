@@ -67,6 +67,9 @@ def append_kv(
     written, and nothing else changes. A quantized cache takes its tokens quantized. The cache is updated in place if it
     is donated. A page may take new tokens of one sequence only.
 
+    Sharded caches: every device writes what belongs into its part, without communication: of a dense cache that is
+    sharded along batch, kv_heads or max_len, of a paged one along num_pages or kv_heads.
+
     Args:
       cache: dense or paged; see `KVCache`.
       k: new keys, `[batch, kv_heads, head_dim]` or `[batch, q_len, kv_heads, head_dim]`; float32, bfloat16 or float16.

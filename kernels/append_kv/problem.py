@@ -154,7 +154,7 @@ class Problem:
         return self
 
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
-        """Returns the rule of append_kv: heads are apart, and so are the sequences of a dense cache."""
+        """Returns the rule of append_kv: heads and pages are apart, or heads, sequences and tokens of a dense cache."""
         cache = inputs.cache
         slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
         scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
@@ -166,13 +166,37 @@ class Problem:
         new, new_tokens = "batch q_len kv_heads head_dim", "batch" if self.has_new_tokens else None
         layer = None if self.num_layers is None else ""
         # Every device that holds a page writes it, so it must have the new tokens of all sequences.
-        sharded = frozenset({"kv_heads"} if self.page_size is not None else {"batch", "kv_heads"})
+        sharded = frozenset({"kv_heads"} | ({"batch", "max_len"} if self.page_size is None else {"num_pages"}))
         return ShardingRule((written, new, new, "batch", new_tokens, layer), written, sharded)
 
     def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
-        """Writes the new tokens of some of the sequences and heads."""
-        batch, kv_heads = share.of(self.batch, "batch"), share.of(self.kv_heads, "kv_heads")
-        return run(dataclasses.replace(self, batch=batch, kv_heads=kv_heads), inputs)
+        """Writes the new tokens of some of the sequences and heads, those that belong into the device's part."""
+        written: KVCache = run(self.local(share), self.local_inputs(inputs, share))
+        return dataclasses.replace(written, page_table=inputs.cache.page_table)
+
+    def local(self, share: Share) -> Problem:
+        """Returns the problem of a device's share."""
+        return dataclasses.replace(
+            self,
+            batch=share.of(self.batch, "batch"),
+            kv_heads=share.of(self.kv_heads, "kv_heads"),
+            max_len=share.of(self.max_len, "max_len"),
+            num_pages=None if self.num_pages is None else share.of(self.num_pages, "num_pages"),
+        )
+
+    def local_inputs(self, inputs: Any, share: Share) -> Any:
+        """Returns inputs with lengths counted from the first token of a device's part, and pages from its first page.
+
+        What belongs into other parts has no place in this one, and is not written.
+        """
+        cache, lengths = inputs.cache, inputs.lengths
+        if "max_len" in share.axes:
+            first = share.index("max_len") * share.of(self.max_len, "max_len")
+            lengths = jnp.clip(lengths, 0, self.max_len + self.q_len) - first
+        if "num_pages" in share.axes:
+            first = share.index("num_pages") * cache.k.shape[-4]
+            cache = dataclasses.replace(cache, page_table=cache.page_table - first)
+        return inputs._replace(cache=cache, lengths=lengths)
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""

@@ -55,7 +55,8 @@ def append_qkv(
     """Rotates queries and keys of the newest tokens, and writes keys and values; `lengths` count the new tokens.
 
     This is everything between a joined projection and attention: rotary positions (halves of a head paired), then
-    `append_kv`, whose contract holds for the cache, `lengths`, `new_tokens` and `layer`.
+    `append_kv`, whose contract holds for the cache, `lengths`, `new_tokens` and `layer`. Every device has all heads of
+    qkv, and writes those of its part of a sharded cache.
 
     Args:
       cache: dense or paged; see `KVCache`.

@@ -127,9 +127,10 @@ class Problem:
             jax.lax.dynamic_slice_in_dim(inputs.qkv, start + index * heads, heads, axis=2)
             for start, heads in ((0, q_heads), (self.q_heads, kv_heads), (self.q_heads + p.kv_heads, kv_heads))
         ]
-        local = dataclasses.replace(p, batch=share.of(p.batch, "batch"), kv_heads=kv_heads)
         qkv = inputs.qkv if kv_heads == p.kv_heads else jnp.concatenate(parts, axis=2)
-        return run(dataclasses.replace(self, append=local, q_heads=q_heads), inputs._replace(qkv=qkv))
+        local = p.local_inputs(inputs._replace(qkv=qkv), share)
+        q, written = run(dataclasses.replace(self, append=p.local(share), q_heads=q_heads), local)
+        return q, dataclasses.replace(written, page_table=inputs.cache.page_table)
 
     def tuning_key(self) -> TuningKey:
         """Returns what block sizes depend on."""

@@ -156,6 +156,11 @@ def decode_attention(
     negative position is padding. Accumulation and softmax are float32. Nothing at or past `lengths` reaches the result,
     NaN included. Lengths outside of 0 to max_len are an error where their values are known; under jit they are clamped.
 
+    Sharded arrays: sequences and heads need no communication. Where a dense cache is sharded along max_len, every
+    device attends to its part, and one all-gather brings the results and their log-sum-exps together. A cache is
+    gathered where it is sharded along its pages, and along max_len with a sliding window or with more than 128 query
+    heads for a KV head, those of all new tokens counted.
+
     Args:
       q: queries `[batch, q_heads, head_dim]` or `[batch, q_len, q_heads, head_dim]`; float32, bfloat16 or float16.
       k: cached keys `[batch, kv_heads, max_len, head_dim]`, or `[num_pages, kv_heads, page_size, head_dim]` with

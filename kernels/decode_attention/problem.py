@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,14 @@ from palladion.kernels.checks import (
     is_integer,
     swapped_layout,
 )
+from palladion.kernels.decode_attention.length_shards import attend_to_part
 from palladion.kernels.search_space import TuningKey
 from palladion.kernels.sharding import ShardingRule, Share
 from palladion.reference.caches import FLOAT_CACHE_DTYPES, QUANTIZED_CACHE_DTYPES, bytes_per_token
+
+MOST_ROWS_OF_PARTS: Final = 128
+"""Most query heads that share a KV head, over all new tokens, for which parts of a cache are attended to apart: kernels
+then take them as heads of one token."""
 
 
 class Inputs(NamedTuple):
@@ -204,7 +209,11 @@ class Problem:
         return dataclasses.replace(self, batch=1, batch_invariant=False) if self.batch_invariant else self
 
     def sharding_rule(self, inputs: Inputs) -> ShardingRule:
-        """Returns the rule of attention, which is apart for each sequence and each KV head."""
+        """Returns the rule of attention, which is apart for each sequence and each KV head.
+
+        Parts of a dense cache are attended to apart, too (`length_shards.py`), unless queries have windows or are too
+        many: such a cache is gathered, as are pages.
+        """
         slabs, rows = ("batch", "max_len") if self.page_size is None else ("num_pages", "page_size")
         scale = f"{'' if self.num_layers is None else 'num_layers '}{slabs} kv_heads {rows}"
         heads = "(kv_heads group)"
@@ -214,17 +223,19 @@ class Problem:
         sizes = {"kv_heads": self.kv_heads, "group": self.group}
         # One KV head that all query heads share is on every device, and they are sharded.
         sharded = frozenset({"batch", "kv_heads" if self.kv_heads > 1 else "group"})
-        return ShardingRule(given, (q, f"batch q_len {heads}"), sharded, sizes=sizes)
+        in_parts = self.sliding_window is None and self.q_len * self.group <= MOST_ROWS_OF_PARTS
+        reduced = frozenset({"max_len"} if in_parts else ())
+        return ShardingRule(given, (q, f"batch q_len {heads}"), sharded, reduced, sizes)
 
     def run_share(self, run: Callable[[Problem, Inputs], Any], inputs: Inputs, share: Share) -> Any:
-        """Runs attention for some of the sequences and heads."""
+        """Runs attention for some of the sequences and heads, over a part of their caches where these are sharded."""
         local = dataclasses.replace(
             self,
             batch=share.of(self.batch, "batch"),
             q_heads=share.of(self.q_heads, "kv_heads", "group"),
             kv_heads=share.of(self.kv_heads, "kv_heads"),
         )
-        return run(local, inputs)
+        return attend_to_part(local, run, inputs, share) if share.reduced else run(local, inputs)
 
     def tuning_key(self) -> TuningKey:
         """Returns the key under which tuned block sizes are stored."""

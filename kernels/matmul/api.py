@@ -107,6 +107,10 @@ def matmul(
     There is a kernel for up to four rows of x on a GPU. "auto" runs it where it was measured to be faster than XLA's
     own product, which runs otherwise. Where a platform's backend has no kernel, `record_choices` shows `XlaProduct()`.
 
+    Sharded arrays: rows of x and `out` need no communication, `in` one all-reduce, and a norm another one. In a gated
+    product gates and ups of a result are on two devices where `out` is sharded: the products, not the weights, are
+    exchanged in two permutations. Gates and ups in two weights, multiplied by two calls, need none.
+
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.
       w: weights `[in, out]`, or `[out, in]` with order="out_in"; float32, bfloat16 or float16.

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from palladion.kernels.implementation import Implementation
 from palladion.kernels.linear import Inputs, inputs_of, multiply
+from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes as hopper_blocks
 from palladion.kernels.quantized_matmul.mosaic_gpu import call as mosaic_gpu
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
 from palladion.kernels.quantized_matmul.problem import Problem
@@ -62,15 +63,17 @@ IMPLEMENTATIONS: Final = (
         "gpu",
         mosaic_gpu.unsupported,
         mosaic_gpu.quantized_matmul,
-        mosaic_gpu.Config,
-        mosaic_gpu.heuristic,
-        mosaic_gpu.space,
+        hopper_blocks.Config,
+        hopper_blocks.heuristic,
+        hopper_blocks.space,
+        hopper_blocks.preferred,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )
 """The implementations: each takes a `Problem` and its `Inputs`, and returns `[rows, result_features]`.
 
-Triton comes before Mosaic GPU, whose kernel no chip has run yet: "auto" takes that one where measurements say so."""
+Triton comes before Mosaic GPU: without measurements "auto" takes that one for a few rows once gpus.json says that it
+was right on such a GPU."""
 
 
 def quantized_matmul(
@@ -100,6 +103,10 @@ def quantized_matmul(
 
     Derivatives are those of x @ dequantize(w), by every backend: codes are constants, and the rounding of `quantize_x`
     passes derivatives straight through.
+
+    Sharded arrays: rows of x and `out` need no communication, `in` one all-reduce, and a norm another one. In a gated
+    product gates and ups of a result are on two devices where `out` is sharded: the products, not the weights, are
+    exchanged in two permutations. Gates and ups in two weights, multiplied by two calls, need none.
 
     Args:
       x: activations `[..., in]`; float32, bfloat16 or float16.

@@ -308,7 +308,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-groups",
-        f"{PRODUCT}/mosaic_gpu/kernel.py",
+        f"{PRODUCT}/mosaic_gpu/program.py",
         "group = block * (size // self.unit) + start // self.unit",
         "group = block * (size // self.unit)",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
@@ -317,14 +317,14 @@ MUTATIONS: Final = (
     Mutation(
         "product-hopper-ahead",
         f"{PRODUCT}/mosaic_gpu/kernel.py",
-        "program.factors(tile, indices[0] + 1)",
-        "program.factors(tile, indices[0])",
+        "factors_of(program, indices[0] + 1) if grouped else []",
+        "factors_of(program, indices[0]) if grouped else []",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
         "From its second block on a program takes the scales of the block before.",
     ),
     Mutation(
         "product-hopper-last-channels",
-        f"{PRODUCT}/mosaic_gpu/kernel.py",
+        f"{PRODUCT}/mosaic_gpu/program.py",
         "last = problem.result_features - config.block_out",
         "last = problem.result_features - 2 * config.block_out",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),

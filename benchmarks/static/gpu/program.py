@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from palladion.benchmarks.static.gpu.compiler import gpu_of, lowered_for_gpu
@@ -83,8 +84,22 @@ def device(arch: int) -> Any:
     Raises:
       ValueError: there is no such architecture.
     """
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_target(gpu_of(arch)), topology="1x1x1")
-    return topology.devices[0]
+    return devices(arch, 1)[0]
+
+
+def devices(arch: int, number: int) -> np.ndarray:
+    """Returns devices of one host, as `device` does.
+
+    Args:
+      arch: one of `compiler.ARCHITECTURES`.
+      number: how many GPUs the host has.
+
+    Raises:
+      ValueError: there is no such architecture.
+    """
+    target = _target(gpu_of(arch))
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{number}")
+    return np.array(topology.devices)
 
 
 def compile_program(function: Callable[..., Any], *avals: Any, arch: int = 90) -> CompiledProgram:

@@ -14,12 +14,12 @@ logits of a block of 64 tokens. Weights pass through shared memory, 1 KiB a bloc
 Grid: (slots, KV heads, row blocks). With splits, parts are stored in float32 as they lie in registers, and merged in a
 second launch (`merge.py`).
 
-    resident in registers       m, l, acc; of a block: logits, codes that are converted
-    resident in shared memory   q, the ring, weights, values that were converted
+    resident in registers       m, l, acc; of a block: logits, and codes that are converted
+    resident in shared memory   q, the ring, weights
 
-Codes of a one-byte cache become numbers of the queries' dtype (`gpu_codes.py`): keys in the registers that wgmma takes
-its left operand from, values on their way from shared memory to shared memory, since tensor cores turn 16-bit operands
-only. Scales of keys are folded into the softmax scale, those of values into the weights.
+Codes of a one-byte cache are converted in the registers that wgmma takes its left operand from: keys to the dtype of
+queries (`gpu_codes.py`), values to float16, turned on their way by ldmatrix (`turned_codes.py`), since tensor cores
+turn 16-bit operands only. Scales of keys are folded into the softmax scale, those of values into the weights.
 
 Bound by memory: each number of the cache is read once, for 2 * rows FLOPs. Two programs of a multiprocessor have 64 KiB
 or more of the cache on their way while both compute; for 32 KiB of it, memory takes 1,640 cycles (an H200 at 4.3 TB/s).

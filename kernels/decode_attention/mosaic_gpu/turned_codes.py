@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from palladion.kernels.gpu_codes import Word, as_floats, recipe
+from palladion.kernels.gpu_codes import Word, as_array, recipe
 from palladion.kernels.types import Ref
 
 AT_ONCE: Final = 32
@@ -98,7 +98,7 @@ def load_turned(codes: Ref, format: str, dtype: str, swizzle: int) -> jax.Array:
 
     def load(_: Any, memory: Any) -> Any:
         words = _load_words(memory, tokens, head_dim, swizzle)
-        return tuple(as_floats(arrange(words, make), floats) for make in makes)
+        return tuple(as_array(arrange(words, make), floats) for make in makes)
 
     types: dict[str, Any] = {"arg_types": (plgpu.RefType(transforms),), "return_type": (floats,) * len(makes)}
     found = plgpu.inline_mgpu(**types)(load)(codes)

@@ -1,5 +1,5 @@
 """The Hopper kernel of quantized_matmul, in Mosaic GPU."""
 
-from palladion.kernels.quantized_matmul.mosaic_gpu.call import Config
+from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import Config
 
 __all__ = ["Config"]
