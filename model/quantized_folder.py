@@ -14,6 +14,7 @@ import numpy as np
 from palladion.model.checkpoint import open_checkpoint, quantized_tensors
 from palladion.model.checkpoint_files import CheckpointError, JsonFile, exists
 from palladion.model.huggingface_checkpoint import HuggingFaceCheckpoint
+from palladion.model.quantized_methods import SECTIONS
 from palladion.model.stored_quantized import METHOD, SECTION, stored_parts
 from palladion.reference.quantization import QuantizedArray
 from palladion.reference.saving import save_tree
@@ -67,7 +68,7 @@ def quantize_folder(
             "model's unquantized folder"
         )
     config = JsonFile(reader.path / "config.json").content
-    if config.get(SECTION):
+    if any(config.get(section) for section in SECTIONS):
         raise CheckpointError(f"{reader.path}: is quantized already; take the model's unquantized folder")
     if exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give a folder that does not exist, or an empty one")

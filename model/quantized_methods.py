@@ -16,6 +16,9 @@ from palladion.model.stored_quantized import METHOD
 SECTIONS: Final = ("quantization_config", "compression_config")
 """Sections of config.json that say how weights are quantized; older files have the second."""
 
+FILES: Final[Mapping[str, str]] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that hold the section in older checkpoints, and the method that they are of."""
+
 SUPPORTED: Final = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8")
 
 WAY_OUT: Final = (
@@ -52,9 +55,9 @@ def read_method(values: JsonFile) -> Method | None:
     Raises:
       CheckpointError: the method is not supported, or its settings are missing or wrong.
     """
-    section = next((found for name in SECTIONS if (found := values.section(name)).content), None)
-    name = (section.text("quant_method") or "") if section else METHOD
-    if section is None or name == METHOD:
+    section = _section(values)
+    name = section.text("quant_method") or ""
+    if not section.content or name == METHOD:
         return None
     if name not in READERS:
         kind = f"{name} {_bitsandbytes(section)}" if name == "bitsandbytes" else name
@@ -63,6 +66,18 @@ def read_method(values: JsonFile) -> Method | None:
             f"{', '.join(SUPPORTED)}; {WAY_OUT}"
         )
     return READERS[name](section)
+
+
+def _section(values: JsonFile) -> JsonFile:
+    """Returns the settings, of config.json or of a file beside it; empty where there are none."""
+    for name in SECTIONS:
+        if (section := values.section(name)).content:
+            return section
+    for name, method in FILES.items():
+        section = JsonFile(values.path.parent / name, optional=True)
+        if section.content:
+            return JsonFile(section.path, content={"quant_method": method} | section.content)
+    return JsonFile(values.path, content={})
 
 
 def parts_of_modules(
@@ -101,7 +116,7 @@ def _bitsandbytes(section: JsonFile) -> str:
     """Returns the name of a format of bitsandbytes."""
     if section.content.get("load_in_8bit") or section.content.get("_load_in_8bit"):
         return "int8"
-    return str(section.content.get("bnb_4bit_quant_type") or "fp4")
+    return section.text("bnb_4bit_quant_type") or "fp4"
 
 
 def _choice(section: JsonFile, key: str, given: Any, accepted: tuple[Any, ...]) -> None:
@@ -129,7 +144,7 @@ def _read_gptq(section: JsonFile) -> Method:
 def _read_awq(section: JsonFile) -> Method:
     bits = section.content.get("bits", section.content.get("w_bit", 4))
     _choice(section, "bits", bits, (4,))
-    _choice(section, "version", str(section.content.get("version") or "gemm").lower(), ("gemm",))
+    _choice(section, "version", (section.text("version") or "gemm").lower(), ("gemm",))
     _choice(section, "zero_point", section.boolean("zero_point", True), (True,))
     size = section.content.get("group_size", section.content.get("q_group_size", 128))
     return Method({"qweight": AWQ(_group_size(section, size))}, ("qzeros", "scales"))

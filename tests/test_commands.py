@@ -57,6 +57,7 @@ def test_generate(path: Path, generator: Generator, capsys: pytest.CaptureFixtur
     )
     expected = generator.generate("Hello", max_new_tokens=5, ignore_stop_tokens=True)[0][0].text
     assert (status, out) == (0, f"Hello{expected}\n")
+    assert "MB in the file" in err
     for word in ("loaded in", "compiling", "first token after", "MB must be read", "GB/s achieved", "at the peak"):
         assert word in err
 
@@ -378,7 +379,7 @@ def test_what_quantize_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (status, "is quantized already" in err) == (2, True)
     config = json.loads((target / "config.json").read_text())
     for section, message in (
-        ({"quant_method": "gptq"}, "weights already quantized by 'gptq' are not supported"),
+        ({"quant_method": "hqq"}, "weights already quantized by 'hqq' are not supported"),
         ({"quant_method": "palladion", "scheme": "int3"}, "quantization_config: scheme: got 'int3'"),
     ):
         (target / "config.json").write_text(json.dumps(config | {"quantization_config": section}))

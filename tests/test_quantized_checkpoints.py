@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from small_checkpoints import (
 )
 
 from palladion.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from palladion.model.checkpoint_files import JsonFile
+from palladion.model.quantized_methods import read_method
 from palladion.model.transformer import empty_cache, forward
 from palladion.reference.quantization import QuantizedArray, check_parts, dequantize
 
@@ -412,6 +414,43 @@ def test_methods_that_are_not_supported(tmp_path: Path, config: dict[str, Any], 
     folder = hugging_face_folder(tmp_path, config={"quantization_config": config})
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "int4", "float8 groups", "fp8 blocks"])
+def test_damaged_settings(tmp_path: Path, name: str) -> None:
+    """Any value of any key is either accepted or reported in one short message."""
+    config, refused = FORMATS[name][1], 0
+
+    def damaged(value: Any) -> Iterator[Any]:
+        yield from (None, -1, 0, 2**40, 10**5000, 0.5, float("nan"), "x", "x" * 10**5, True, [], [1], {}, {"a": 1})
+        if isinstance(value, dict):
+            for key in value:
+                yield from ({**value, key: inner} for inner in damaged(value[key]))
+
+    for key, value in config.items():
+        for other in damaged(value):
+            values = JsonFile(tmp_path / "config.json", content={"quantization_config": {**config, key: other}})
+            try:
+                read_method(values)
+            except CheckpointError as error:
+                refused += 1
+                assert len(str(error)) < 700  # noqa: PT017  # either ending is right
+                assert "config.json: " in str(error)  # noqa: PT017
+    assert refused > 10
+
+
+@pytest.mark.parametrize(("name", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_settings_in_a_file_of_their_own(tmp_path: Path, name: str, file: str) -> None:
+    """Older checkpoints have them beside config.json, without the method, and AWQ's under other names."""
+    write_layer, config, scheme = FORMATS[name]
+    folder, expected = write(tmp_path, write_layer, {})
+    old = {"bits": "w_bit", "group_size": "q_group_size"} if name == "awq" else {}
+    settings = {old.get(key, key): value for key, value in config.items() if key != "quant_method"}
+    (folder / file).write_text(json.dumps(settings))
+    weight = load_checkpoint(folder, order="in_out").parameters.layers[1].down
+    assert isinstance(weight, QuantizedArray)
+    assert str(weight.scheme) == scheme
+    np.testing.assert_array_equal(rows_of(weight), expected[f"{DOWN}.weight"])
 
 
 DOWN = "model.layers.1.mlp.down_proj"
