@@ -1,4 +1,9 @@
-"""Checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards."""
+"""Checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards, quantized or not.
+
+Weights quantized by `palladion quantize` are read by `stored_quantized.py`, those of published methods (GPTQ, AWQ,
+compressed-tensors, fp8) by `quantized_methods.py`, which reads their settings, `quantized_layouts.py`, which unpacks
+them, and `quantized_codes.py`, which converts them.
+"""
 
 from __future__ import annotations
 
