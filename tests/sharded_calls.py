@@ -32,7 +32,7 @@ Call = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """What is called, and how it is sharded over "data" (2) and "model" (4).
+    """A call, and how its arguments are sharded over "data" (2) and "model" (4).
 
     Attributes:
       call: a function of the arguments, and of `backend` and `interpret` by name.
