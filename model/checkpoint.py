@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from palladion.model.checkpoint_files import CheckpointError, check_regular
 from palladion.model.checkpoint_reader import CheckpointReader, StoredTensor
+from palladion.model.checkpoint_summary import WeightSummary
 from palladion.model.checkpoint_tensors import TensorKey, find_tensors
 from palladion.model.config import ModelConfig
 from palladion.model.gguf_checkpoint import GGUFCheckpoint, is_gguf
@@ -45,12 +46,14 @@ class Checkpoint:
       parameters: the weights.
       tokenizer: the tokenizer, with the chat template.
       name: name of the model.
+      summary: one line: the size of the weights in the file, what a step reads, and formats that differ.
     """
 
     config: ModelConfig
     parameters: Parameters
     tokenizer: Tokenizer
     name: str
+    summary: str
 
 
 def load_checkpoint(
@@ -72,8 +75,8 @@ def load_checkpoint(
       path: a .gguf file; a Hugging Face folder (config.json, safetensors, tokenizer.json); a name that `find_model`
         knows; or what `open_checkpoint` returned.
       dtype: dtype of dense weights and biases: "float32", "bfloat16" or "float16". Norms are always float32.
-      weights: "keep" keeps GGUF's Q4_0, Q4_1 and Q8_0 weights quantized, without loss, and dequantizes other types;
-        "dequantize" makes every weight dense.
+      weights: "keep" keeps weights that the checkpoint has quantized, where a scheme holds them without loss, and
+        dequantizes others; "dequantize" makes every weight dense. `Checkpoint.summary` says what became of them.
       quantize: scheme, for example "int8" or "int4-g32", to quantize projections, output head and a tied embedding to
         while they are read. An untied embedding stays dense, because a step reads only a few of its rows.
       stack: whether the weights of all layers are stacked, `[num_layers, ...]`, as a loop over layers needs. Layers
@@ -101,7 +104,8 @@ def load_checkpoint(
     reader = open_checkpoint(path) if isinstance(path, str | Path) else path
     loader = _Loader(reader, find_tensors(reader), jnp.dtype(name), weights == "keep", scheme, order)
     parameters = _load_parameters(loader, stack, progress or _no_report)
-    return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name)
+    text = loader.summary.text(reader.nbytes, parameters.bytes_per_step(batch=1))
+    return Checkpoint(reader.config, parameters, reader.tokenizer(), reader.name, text)
 
 
 def quantized_tensors(reader: CheckpointReader, scheme: Scheme) -> Iterator[tuple[str, QuantizedArray | None]]:
@@ -169,6 +173,7 @@ class _Loader:
       keep: whether weights stay in the file's own quantization, where a `QuantizedArray` can hold it.
       scheme: scheme to quantize weights to, or None.
       order: storage order of weights.
+      summary: collects what weights are read as.
     """
 
     reader: CheckpointReader
@@ -177,6 +182,7 @@ class _Loader:
     keep: bool
     scheme: Scheme | None
     order: Order
+    summary: WeightSummary = dataclasses.field(default_factory=WeightSummary)
 
     def vector(self, role: str, layer: int | None, dtype: Any = jnp.float32) -> jax.Array:
         """Reads a norm or a bias."""
@@ -211,15 +217,19 @@ class _Loader:
     def weight(self, role: str, layer: int | None = None) -> Weight:
         """Reads a weight in the loader's order; checkpoints store `[out, in]`."""
         tensor = self.tensors[role, layer]
+        weight: Weight
         if self.scheme is not None:
             try:
-                return _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme, self.order)
+                weight = _quantize_transposed(jnp.asarray(tensor.read(jnp.float32)), self.scheme, self.order)
             except ValueError as error:
                 raise CheckpointError(f"{self.reader.path}: quantize: tensor {tensor.name!r}: {error}") from error
-        if self.keep and tensor.read_quantized is not None:
-            return tensor.read_quantized().with_order(self.order)
-        dense = tensor.read(self.dtype)
-        return jnp.array(dense.T if self.order == "in_out" else dense)
+        elif self.keep and tensor.read_quantized is not None:
+            weight = tensor.read_quantized().with_order(self.order)
+        else:
+            dense = tensor.read(self.dtype)
+            weight = jnp.array(dense.T if self.order == "in_out" else dense)
+        self.summary.add(tensor, weight, kept=self.scheme is None)
+        return weight
 
     def joined(self, roles: Sequence[str], layer: int) -> Weight | tuple[Weight, ...]:
         """Reads weights of the same input, joined along `out`, or as a tuple where their formats differ."""
@@ -238,9 +248,13 @@ class _Loader:
     def table(self, role: str) -> Weight:
         """Reads an embedding table: `[rows, width]` as checkpoints store it, or in the file's own quantization."""
         tensor = self.tensors[role, None]
+        weight: Weight
         if self.scheme is None and self.keep and tensor.read_quantized is not None:
-            return tensor.read_quantized().with_order(self.order)
-        return jnp.array(tensor.read(self.dtype))
+            weight = tensor.read_quantized().with_order(self.order)
+        else:
+            weight = jnp.array(tensor.read(self.dtype))
+        self.summary.add(tensor, weight, kept=True)
+        return weight
 
     def layer(self, layer: int) -> Layer:
         """Reads a decoder layer."""

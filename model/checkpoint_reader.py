@@ -26,12 +26,14 @@ class StoredTensor:
         norm of its own), whatever order the file stores.
       read: reads it as a dense NumPy array of `shape` in a float dtype.
       read_quantized: reads it without loss as a `QuantizedArray`; None for types that it cannot hold.
+      format: name of the quantization that the file has it in, for messages; empty for floats.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[Any], np.ndarray]
     read_quantized: Callable[[], QuantizedArray] | None = None
+    format: str = ""
 
 
 class CheckpointReader(Protocol):
@@ -42,12 +44,14 @@ class CheckpointReader(Protocol):
       name: name of the model.
       family: the family's name in the file.
       config: shapes and constants of the model; `stop_tokens` are the tokenizer's.
+      nbytes: size of the tensors in the file or files.
     """
 
     path: Path
     name: str
     family: str
     config: ModelConfig
+    nbytes: int
 
     def tensor_names(self) -> Collection[str]:
         """Returns the names of the tensors that hold weights; those that repeat the config are left out."""

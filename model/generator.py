@@ -85,7 +85,7 @@ class Generator:
           model: a .gguf file, a Hugging Face folder, the name of a packaged model ("smollm2"), owner/name as on the
             Hugging Face hub, or what `open_checkpoint` returned.
           dtype: dtype of activations and dense weights; None means float32 on a CPU, bfloat16 elsewhere.
-          weights: "keep" keeps a GGUF file's 4- and 8-bit weights quantized, "dequantize" makes them dense.
+          weights: "keep" keeps weights that a checkpoint has quantized, "dequantize" makes them dense.
           quantize: scheme to quantize the weights to instead, for example "int8" or "int4-g32".
           progress: called with the part just loaded and the fraction done.
           kv_dtype: as for `Generator`.

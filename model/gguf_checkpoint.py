@@ -1,4 +1,4 @@
-"""Checkpoints in GGUF files: memory-mapped, and kept in the file's own quantization bit for bit."""
+"""Checkpoints in GGUF files: memory-mapped, and kept in the file's own quantization where a scheme holds it exactly."""
 
 from __future__ import annotations
 
@@ -15,23 +15,16 @@ from palladion.model.checkpoint_files import CheckpointError, models_extra
 from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_tensor
 from palladion.model.checkpoint_tensors import module_of
 from palladion.model.families import GGUF_MODULES
+from palladion.model.gguf_blocks import BLOCK_FORMATS, BlockFormat, split_rows
 from palladion.model.gguf_config import DIVISOR_TENSORS, Metadata, read_config, read_rotary
 from palladion.model.tokenizer import Tokenizer
 from palladion.reference.quantization import QuantizedArray
-from palladion.reference.scheme import CODE_DTYPE, Scheme
 
-BLOCK: Final = 32
-"""Weights per block of the types in `KEPT`."""
-
-KEPT: Final = {
-    "Q4_0": Scheme("int4", BLOCK),
-    "Q4_1": Scheme("int4", BLOCK, "minimums"),
-    "Q8_0": Scheme("int8", BLOCK),
-}
-"""Tensor types that a QuantizedArray holds without loss."""
+FLOAT_TYPES: Final = ("F64", "F32", "F16", "BF16")
+"""Tensor types that are not quantized."""
 
 DECODED_AT_ONCE: Final = 1 << 22
-"""Weights decoded to float32 at a time, which bounds the memory needed beside the result."""
+"""Weights decoded at a time, which bounds the memory needed beside the result."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -51,6 +44,7 @@ class GGUFCheckpoint:
         self.path = path
         reader = _open(path)
         self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+        self.nbytes = sum(int(tensor.n_bytes) for tensor in reader.tensors)
         values = _metadata(path, reader)
         name = values.get("general.name")
         self.name = name if isinstance(name, str) else path.stem
@@ -90,7 +84,8 @@ class GGUFCheckpoint:
         if not _is_decodable(kind):
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has type {kind.name}, which the gguf package cannot decode; take a file "
-                "in Q4_0, Q4_1, Q8_0, F16, BF16 or F32, or requantize it with llama-quantize --allow-requantize"
+                f"in one of {', '.join(BLOCK_FORMATS)}, F16, BF16 or F32, or requantize it with llama-quantize "
+                "--allow-requantize"
             )
         shape = tuple(int(size) for size in reversed(stored.shape))
 
@@ -99,12 +94,13 @@ class GGUFCheckpoint:
                 return stored.data
             return half_split_tensor(stored.data, name, ("attn_q", "attn_k"), self._head_dim, self._rotary_dim)
 
-        label = f"{self.path}: tensor {name!r}"
+        label, kept = f"{self.path}: tensor {name!r}", BLOCK_FORMATS.get(kind.name)
         return StoredTensor(
             name=name,
             shape=shape,
             read=lambda dtype: _read_dense(rows(), shape, kind, dtype, label),
-            read_quantized=(lambda: _read_quantized(rows(), KEPT[kind.name], label)) if kind.name in KEPT else None,
+            read_quantized=None if kept is None else lambda: _read_quantized(rows(), shape[-1], kept, label),
+            format="" if kind.name in FLOAT_TYPES else kind.name,
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -184,12 +180,12 @@ def _read_dense(rows: np.ndarray, shape: tuple[int, ...], kind: Any, dtype: Any,
     return result
 
 
-def _read_quantized(rows: np.ndarray, scheme: Scheme, name: str) -> QuantizedArray:
-    """Splits blocks (a float16 scale, a float16 minimum if any, codes) into the arrays of the order "out_in"."""
-    header = 4 if scheme.offset == "minimums" else 2
-    blocks = rows.reshape(len(rows), -1, header + (BLOCK // 2 if scheme.packed else BLOCK))
-    factors = np.ascontiguousarray(blocks[..., :header]).view(np.float16)
-    factors = cast(factors, np.float16, name)  # [out, groups, 1 or 2]
-    codes = blocks[..., header:].reshape(len(rows), -1).view(CODE_DTYPE[scheme.format])
-    minimums = jnp.array(factors[..., 1]) if scheme.offset == "minimums" else None
-    return QuantizedArray(jnp.array(codes), jnp.array(factors[..., 0]), None, minimums, scheme, "out_in")
+def _read_quantized(rows: np.ndarray, in_features: int, block_format: BlockFormat, name: str) -> QuantizedArray:
+    """Splits blocks into the arrays of the order "out_in"."""
+    with np.errstate(all="ignore"):  # what is not finite is reported by `cast`
+        parts = split_rows(rows, in_features, block_format, DECODED_AT_ONCE)
+    scales, minimums = (
+        None if part is None else jnp.array(cast(part, part.dtype, name)) for part in (parts.scales, parts.minimums)
+    )
+    assert scales is not None  # every type has them
+    return QuantizedArray(jnp.array(parts.values), scales, None, minimums, block_format.scheme, "out_in")

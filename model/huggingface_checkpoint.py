@@ -18,6 +18,8 @@ from palladion.model.checkpoint_reader import StoredTensor, cast, half_split_ten
 from palladion.model.checkpoint_tensors import BIASES, module_of
 from palladion.model.families import HUGGING_FACE_MODULES
 from palladion.model.huggingface_config import read_config, read_rotary, rotary_settings
+from palladion.model.quantized_codes import stored_tensor
+from palladion.model.quantized_methods import FLOAT_TYPES, Method, parts_of_modules, read_method
 from palladion.model.stored_quantized import PARTS, VALUES, read_scheme, stored_quantized
 from palladion.model.tokenizer import Tokenizer
 from palladion.reference.saving import DTYPES, LENGTH_BYTES
@@ -27,8 +29,8 @@ EMBEDDING: Final = f"{HUGGING_FACE_MODULES['embedding']}.weight"
 HEAD: Final = f"{HUGGING_FACE_MODULES['head']}.weight"
 """Names of the two tables, of which a tied model may have either."""
 
-FLOAT_TYPES: Final = ("F64", "F32", "F16", "BF16")
-"""Supported tensor types."""
+CACHE_SCALES: Final = (".k_scale", ".v_scale")
+"""Endings of scales for a quantized KV cache, which has scales of its own here."""
 
 BASE_PREFIX: Final = "model."
 """Prefix of a decoder's tensor names, absent where it was saved without its output head."""
@@ -80,11 +82,14 @@ class HuggingFaceCheckpoint:
         self._values = values = JsonFile(given.path, content={**self._family.defaults, **given.content})
         self._modules = HUGGING_FACE_MODULES | dict(self._family.modules)
         rope = rotary_settings(values)
-        scheme = read_scheme(values)
+        scheme, method = read_scheme(values), read_method(values)
         check_fields(values, rope, self._family)
         self._rotary = read_rotary(values, rope, self._family)
         self._stored = _list_tensors(path)
+        self.nbytes = sum(file.stat().st_size for file in {stored.file for stored in self._stored.values()})
         self._quantized = {} if scheme is None else self._take_quantized(scheme)
+        if method is not None:
+            self._quantized = self._take_coded(method)
         self._tokenizer = Tokenizer.from_folder(path)
         tied = values.boolean("tie_word_embeddings", False) and self._has_one_table()
         stops = self._tokenizer.stop_tokens
@@ -122,10 +127,7 @@ class HuggingFaceCheckpoint:
         offset = self._family.norm_offset if name.endswith("norm.weight") else 0.0
 
         def read(dtype: Any) -> np.ndarray:
-            array = _read_tensor(stored, dtype)
-            if self._family.interleaved:
-                head_dim, rotary_dim = self.config.head_dim, 2 * self._rotary.frequencies.shape[-1]
-                array = half_split_tensor(array, name, ("q_proj", "k_proj"), head_dim, rotary_dim)
+            array = self._rotary_rows(name, _read_tensor(stored, dtype))
             return array + np.asarray(offset, array.dtype) if offset else array
 
         return StoredTensor(name=name, shape=stored.shape, read=read)
@@ -151,6 +153,28 @@ class HuggingFaceCheckpoint:
             quantized[name] = tensor = stored_quantized(name, scheme, parts["values"].shape, read)
             self._stored[name] = Location(parts["values"].file, name, tensor.shape, str(scheme))
         return quantized
+
+    def _take_coded(self, method: Method) -> dict[str, StoredTensor]:
+        """Returns the weights that were quantized by a published method, whose parts then count as one tensor."""
+        quantized, locations = {}, dict(self._stored)
+        for parts, layout in parts_of_modules(locations, method, lambda name: _read_raw(locations[name])):
+            weight, name = layout.open(parts), f"{parts.module}.weight"
+            file = next(iter(parts.stored.values())).file
+            for part in parts.stored:
+                del self._stored[f"{parts.module}.{part}"]
+            reorder = functools.partial(self._rotary_rows, name)
+            quantized[name] = stored_tensor(name, f"{file}: tensor {shorten(name)}", weight, reorder)
+            self._stored[name] = Location(file, name, weight.shape, weight.label)
+        for name in [name for name in self._stored if name.endswith(CACHE_SCALES)]:
+            del self._stored[name]
+        return quantized
+
+    def _rotary_rows(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Returns a tensor with queries and keys in the half-split rotary order."""
+        if not self._family.interleaved:
+            return array
+        rotary_dim = 2 * self._rotary.frequencies.shape[-1]
+        return half_split_tensor(array, name, ("q_proj", "k_proj"), self.config.head_dim, rotary_dim)
 
     def _check_biases(self) -> None:
         """Checks biases against the fields about them: transformers would ignore or invent what contradicts them."""

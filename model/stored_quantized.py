@@ -32,23 +32,17 @@ VALUES: Final = ".values"
 
 
 def read_scheme(values: JsonFile) -> Scheme | None:
-    """Returns the scheme of a checkpoint's weights, None where they are not quantized.
+    """Returns the scheme of a checkpoint's weights, None where they do not have this format.
 
     Args:
       values: config.json.
 
     Raises:
-      CheckpointError: they are quantized by another method, or the scheme is not known.
+      CheckpointError: the scheme is not known.
     """
     section = values.section(SECTION)
-    if not section.content:
-        return None
     if section.content.get("quant_method") != METHOD:
-        raise CheckpointError(
-            f"{values.path}: weights already quantized by {shorten(section.content.get('quant_method'))} are not "
-            "supported; take the unquantized checkpoint and quantize it here, with quantize='int8' for example, or "
-            "take a GGUF file"
-        )
+        return None
     try:
         return Scheme.parse(section.text("scheme") or "")
     except ValueError as error:

@@ -145,9 +145,7 @@ def is_quantized(x: Any) -> bool:
 def test_gguf_formats_that_differ_are_not_joined_and_others_are_decoded(tmp_path: Path) -> None:
     weights = random_weights()
     tensors = encode(weights, lambda name: Type.Q8_0 if name.endswith(("attn_v", "token_embd")) else Type.Q4_0)
-    blocks = np.random.default_rng(1).integers(0, 256, (HIDDEN, INTERMEDIATE // 256, 144), dtype=np.uint8)
-    blocks[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)  # its two float16 factors
-    tensors["blk.0.ffn_down"] = (blocks.reshape(HIDDEN, -1), Type.Q4_K)
+    tensors["blk.0.ffn_down"] = (gguf.quants.quantize(weights["blk.0.ffn_down"], Type.TQ2_0), Type.TQ2_0)
     tensors["blk.1.ffn_up"] = (weights["blk.1.ffn_up"].astype(np.float16), Type.F16)
     parameters = load_checkpoint(write_gguf(tmp_path / "model.gguf", tensors)).parameters
     assert_holds(parameters, decoded(tensors))
@@ -528,7 +526,10 @@ def test_gguf_tensor_errors(tmp_path: Path) -> None:
         ),
         ({"rope_theta": -1.0}, r"'rope_theta' must be a positive number, got -1\.0"),
         ({"rope_parameters": "llama3"}, "'rope_parameters' must be an object, got 'llama3'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized by 'gptq' are not supported; take"),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "already quantized by 'hqq' are not supported; supported: gpt",
+        ),
     ],
 )
 def test_hugging_face_config_errors(tmp_path: Path, config: dict[str, Any], message: str) -> None:

@@ -104,8 +104,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace, reader: CheckpointReader, progress: Progress, batch: int) -> Generator:
-    """Loads the model that the options describe, with room for a number of prompts."""
-    return Generator.load(
+    """Loads the model that the options describe, with room for a number of prompts, and says what became of weights."""
+    generator = Generator.load(
         reader,
         dtype=arguments.dtype,
         weights=arguments.weights,
@@ -117,6 +117,8 @@ def load(arguments: argparse.Namespace, reader: CheckpointReader, progress: Prog
         batch=batch,
         progress=progress.loading,
     )
+    progress.say(generator.checkpoint.summary)
+    return generator
 
 
 def compiling(arguments: argparse.Namespace) -> str:
