@@ -1,4 +1,4 @@
-"""What devices exchange for a product besides sums: mean squares of a norm, and gates and ups."""
+"""Exchange between devices for a product, besides sums: mean squares of a norm, and gates and ups."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ WAYS_OUT: Final = (
     "jax.make_mesh(..., axis_types=) with AxisType.Explicit, jax.sharding.explicit_axes(call, in_sharding=), or "
     "jax.shard_map"
 )
-"""What makes kernels run on several TPUs, in messages."""
+"""The ways to run kernels on several TPUs, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)

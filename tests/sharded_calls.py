@@ -32,7 +32,7 @@ Call = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """What is called, and how it is sharded over "data" (2) and "model" (4).
+    """A call, and how its arguments are sharded over "data" (2) and "model" (4).
 
     Attributes:
       call: a function of the arguments, and of `backend` and `interpret` by name.
@@ -193,36 +193,33 @@ def derivative(order: Order) -> Case:
 
 
 def lengths(order: Order, **options: Any) -> Case:
-    """Appends three tokens to an int8 cache with tokens over "model", and attends: all, and with the newest alone.
+    """Appends three tokens to a cache with tokens over "model", and attends: with all three, and with the newest alone.
 
     Parts have 16 tokens. The new ones stand in one part, at its end, in two, at the end of the cache, and some are
     padding.
     """
     del order
-    spec, filled = P("data", None, "model"), jnp.asarray([2, 17, 48, MAX_LEN], jnp.int32)
-    k, v = (normal(seed, BATCH, MAX_LEN, KV_HEADS, HEAD_DIM) for seed in (1, 2))
-    cache = KVCache.dense(BATCH, KV_HEADS, MAX_LEN, HEAD_DIM, jnp.int8)
-    cache = palladion.append_kv(cache, k, v, jnp.full(BATCH, MAX_LEN), backend="xla")
+    filled = jnp.asarray([2, 17, 48, MAX_LEN], jnp.int32)
     behind = jnp.arange(MAX_LEN) >= filled[:, None] - 3  # what is not overwritten before it is read, must not be read
-    poisoned = [jnp.where(behind[:, None], jnp.nan, scale) for scale in (cache.k_scale, cache.v_scale)]
-    cache = KVCache(cache.k, cache.v, *poisoned)  # type: ignore[arg-type]  # a quantized cache has scales
+    k, v = (normal(seed, BATCH, KV_HEADS, MAX_LEN, HEAD_DIM) for seed in (1, 2))
+    cache = KVCache(*(jnp.where(behind[:, None, :, None], jnp.nan, part) for part in (k, v)))
     new_k, new_v = (normal(seed, BATCH, 3, KV_HEADS, HEAD_DIM) for seed in (3, 4))
     options = options or {"sinks": normal(5, Q_HEADS), "logits_soft_cap": 2.0}
 
     def call(cache: KVCache, k: jax.Array, v: jax.Array, q: jax.Array, filled: jax.Array, **named: Any) -> Any:
         cache = palladion.append_kv(cache, k, v, filled, **named)
-        scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-        attend = functools.partial(palladion.decode_attention, k=cache.k, v=cache.v, lengths=filled, **scales, **named)
+        attend = functools.partial(palladion.decode_attention, k=cache.k, v=cache.v, lengths=filled, **named)
         return attend(q, **options, return_lse=True), attend(q[:, -1], return_lse=True)
 
     arguments = (cache, new_k, new_v, normal(6, BATCH, 3, Q_HEADS, HEAD_DIM), filled)
     data = P("data")
-    return Case(call, arguments, (cache.specs(spec), data, data, data, data), data, {"all-gather": 2})
+    specs = (cache.specs(P("data", None, "model")), data, data, data, data)
+    return Case(call, arguments, specs, data, {"all-gather": 2})
 
 
 def windows(order: Order) -> Case:
-    """Attends with a sliding window to a cache with tokens over "model": keys, values and scales are gathered."""
-    return lengths(order, sliding_window=5)._replace(needed={"all-gather": 5})
+    """Attends with a sliding window to a cache with tokens over "model": keys and values are gathered."""
+    return lengths(order, sliding_window=5)._replace(needed={"all-gather": 3})
 
 
 SHARES: Final = ("attention", "append", "columns", "under_vmap")

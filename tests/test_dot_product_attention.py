@@ -98,7 +98,9 @@ def test_the_result_is_that_of_jax(name: str, backend: str):
     shape, options = CASES[name]
     given = arrays(**shape)
     out, lse = compiled(return_residual=True, backend=backend, **options)(*given)
-    jax_out, jax_lse = compiled(jax.nn.dot_product_attention, return_residual=True, **options)(*given)
+    theirs = functools.partial(jax.nn.dot_product_attention, return_residual=True, **options)
+    # On a CPU, JAX does not compile it in float16.
+    jax_out, jax_lse = (theirs if given[0].dtype == jnp.float16 else compiled(theirs))(*given)
     assert (out.dtype, lse.dtype) == (jax_out.dtype, jax_lse.dtype)
     exact_out, exact_lse = oracle(*given, **options)
     # A query that sees no key has zeros here, and the mean of all values in JAX.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from compiling import QUICKLY
 
 from palladion import dequantize, matmul, quantize, quantized_matmul, record_choices
+from palladion.benchmarks.static.kernel_calls import kernel_calls
 
 IN, OUT = 64, 128
 KERNELS = {"mosaic_tpu": "in_out", "triton": "out_in"}
@@ -52,6 +54,11 @@ def test_a_kernel_runs_once_for_all_mapped_rows(backend: str):
         assert grids(mapped, x) == direct
     quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
     np.testing.assert_array_equal(quickly(jax.vmap(multiply))(x), quickly(multiply)(x))
+
+
+def test_the_static_analysis_finds_the_kernel():
+    multiply = functools.partial(quantized_matmul, backend="mosaic_tpu", interpret=False)
+    assert len(kernel_calls(multiply, (normal(4, IN), weight("in_out")), contextlib.nullcontext())) == 1
 
 
 def test_rows_of_every_argument_are_merged():

@@ -97,8 +97,8 @@ RIGHT = [
         case_of("int8", 130, in_features=160, out_features=128, bias=True, residual=True),
         call.Config(128, 128, 64, num_stages=2),
     ),
-    (case_of("int4-g32", 70, out_features=128), call.Config(128, 128, block_in=128, splits=2)),
-    (case_of("int4-g64-zeros", 70, in_features=128, out_features=256, gated=True), call.Config(128, 128, 128)),
+    (case_of("int4-g32", 70, in_features=128, out_features=128), call.Config(128, 128, block_in=64)),
+    (case_of("int4-g64-zeros", 70, in_features=128, out_features=256, gated=True), call.Config(128, 128, 64, splits=2)),
     (case_of("int8", 70, out_features=128, quantize_x="int8"), call.Config(128, 128, block_in=128)),
     (case_of("int4", 70, out_features=128, quantize_x="int8"), call.Config(128, 128, block_in=128)),
 ]

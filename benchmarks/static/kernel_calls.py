@@ -179,8 +179,8 @@ def _has_kernels(parameters: dict[str, Any]) -> bool:
 
 
 def _inner(parameters: dict[str, Any]) -> Any:
-    """Returns the jaxpr that a call, a custom derivative or a shard_map runs."""
-    return next((parameters[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in parameters), None)
+    """Returns the jaxpr that a call, a custom derivative, a custom rule of vmap or a shard_map runs."""
+    return next((parameters[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if name in parameters), None)
 
 
 def _jaxpr(program: Any) -> Any:

@@ -18,9 +18,10 @@ from jax.typing import DTypeLike
 from palladion.kernels.checks import as_array, check
 from palladion.kernels.gpu_rows import MAX_ROWS
 from palladion.kernels.implementation import Implementation
-from palladion.kernels.linear import Inputs, inputs_of, multiply
+from palladion.kernels.linear import Inputs, inputs_of
 from palladion.kernels.matmul.problem import Problem
 from palladion.kernels.matmul.triton import call as triton
+from palladion.kernels.products import multiply
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
 from palladion.reference import matmul as reference

@@ -9,7 +9,8 @@ import jax
 from jax.typing import DTypeLike
 
 from palladion.kernels.implementation import Implementation
-from palladion.kernels.linear import Inputs, inputs_of, multiply
+from palladion.kernels.linear import Inputs, inputs_of
+from palladion.kernels.products import multiply
 from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes as hopper_blocks
 from palladion.kernels.quantized_matmul.mosaic_gpu import call as mosaic_gpu
 from palladion.kernels.quantized_matmul.mosaic_tpu import call as mosaic_tpu
