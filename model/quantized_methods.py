@@ -120,7 +120,8 @@ def _bitsandbytes(section: JsonFile) -> str:
 
 
 def _choice(section: JsonFile, key: str, given: Any, accepted: tuple[Any, ...]) -> None:
-    if given not in accepted or (isinstance(given, bool) and not any(given is one for one in accepted)):
+    """Raises CheckpointError where a setting is not among those accepted."""
+    if given not in accepted:
         raise CheckpointError(
             f"{section.path}: quantization: {key!r} {shorten(given)} is not supported; supported: "
             f"{', '.join(map(repr, accepted))}; {WAY_OUT}"
