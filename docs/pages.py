@@ -18,6 +18,7 @@ PATTERNS = (
     "benchmarks/results/*/*.png",
     "examples/*.*",
     "kernels/*.py",
+    "model/families.py",
 )
 """Pages outside `docs/api`, which mkdocs reads itself, and the pictures and sources that they link to."""
 
