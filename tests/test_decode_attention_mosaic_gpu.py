@@ -24,6 +24,7 @@ from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.gpu.sass import by_loop, parse
 from palladion.kernels import gpu_codes
+from palladion.kernels.backend import record_choices
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.decode_attention import Inputs, cases, shares
 from palladion.kernels.decode_attention.cases import Case
@@ -109,6 +110,41 @@ def test_memory_is_awaited_before_it_is_read():
     case = case_of("awaited", q_heads=16, lengths=(192, 128))
     interpret = dataclasses.replace(gpu_interpreter(True), uninitialized_memory="nan")
     check(case, Config(64, 8, 2, num_stages=2), interpret=interpret)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax's interpreter of GPU kernels finds races from 0.11 on")
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (case_of("dense", lengths=(190, 64)), Config(64, 8, 1, num_stages=2)),
+        (case_of("int8", kv_dtype="int8", lengths=(190, 64)), Config(64, 8, 1, num_stages=2)),
+        (case_of("pages", page_size=32, max_len=256, lengths=(250, 65)), Config(64, 8, 2, num_stages=2)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_blocks_are_read_without_races(case: Case, config: Config):
+    """Blocks of the ring are written more than once; jax 0.11 counts races, 0.12 raises at the first."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    check(case, config, interpret=dataclasses.replace(gpu_interpreter(True), detect_races=True))
+    assert gpu_callbacks.get_races().races_found is False
+
+
+@pytest.mark.parametrize(
+    ("q_len", "right", "backend"),
+    [
+        (1, ["decode_attention"], "mosaic_gpu"),
+        (1, ["quantized_matmul"], "triton"),
+        (40, ["decode_attention"], "triton"),
+    ],
+)
+def test_auto_takes_it_for_a_few_rows_once_it_was_right(
+    q_len: int, right: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(gpus(), "h200", dataclasses.replace(gpus()["h200"], mosaic_gpu=tuple(right)))
+    with gpu_compiler.tracing_for(90), record_choices() as choices:
+        jax.eval_shape(lambda inputs: decode_attention(**inputs._asdict()), case_of(q_len=q_len).shapes())
+    assert choices[0].backend == backend
 
 
 def test_dead_pages_are_not_read():

@@ -60,6 +60,7 @@ IMPLEMENTATIONS: Final = (
         mosaic_gpu.Config,
         mosaic_gpu.heuristic,
         mosaic_gpu.space,
+        mosaic_gpu.preferred,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.decode_attention import shares
-from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV
+from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV, MAX_BLOCK_ROWS
 from palladion.kernels.decode_attention.mosaic_gpu.config import Config as Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results, kernel
 from palladion.kernels.decode_attention.mosaic_gpu.memory import (
@@ -117,6 +117,12 @@ def heuristic(problem: Problem) -> Config:
     # blocks of rows keep the chip busy without splits, whose results in float32 would be as large as the cache.
     balanced = 1 < p.batch <= MOST_BALANCED and p.sliding_window is None and row_blocks == 1 and blocks > 1
     return dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES, blocks), 1), balanced=balanced)
+
+
+def preferred(problem: Problem) -> bool:
+    """Returns whether a few query rows are computed on a GPU on whose like the kernel was right."""
+    gpu = target_gpu()
+    return problem.q_len * problem.group <= MAX_BLOCK_ROWS and gpu is not None and "decode_attention" in gpu.mosaic_gpu
 
 
 def space(problem: Problem) -> Space:

@@ -124,6 +124,7 @@ class Program:
         acc = self.registers.add_product(
             acc, self.values(block, scratch.v.at[place]), scratch.weights, turned=not p.has_scales
         )
+        self.registers.release(loaded=p.has_scales)
         pl.when(ahead < share.end)(functools.partial(ring.fetch, ahead, located))
         return state._replace(acc=(acc,))
 

@@ -71,7 +71,15 @@ class Registers:
 
     def commit(self) -> None:
         """Makes what was stored to shared memory visible to tensor cores and TMA."""
-        if not self.interpret:
+        plgpu.commit_smem()
+
+    def release(self, loaded: bool) -> None:
+        """Orders reads of a block before the copy that takes its place.
+
+        Args:
+          loaded: whether threads loaded the block: TMA sees no order with that, as it does with products of wgmma.
+        """
+        if loaded or self.interpret:
             plgpu.commit_smem()
 
     def numbers(self, codes: Ref, format: str, dtype: str) -> jax.Array:
