@@ -479,7 +479,8 @@ def test_a_kernel_that_is_wrong_has_no_entry():
     case = next(one for one in attention_cases.TESTS if one.name == "gqa")
     operation = OPERATIONS["decode_attention"]
     wrong = Costs(lambda config: None if config is not None else 1.0)
-    entries = tune.tune_case(operation, case, operation.table, wrong, log=None, seconds=60, trials=3)
+    rows = tune.contenders(operation, case, interpret=True)
+    entries = tune.tune_case(operation, case, rows, wrong, log=None, seconds=60, trials=3)
     assert [one.implementation for one in entries] == ["xla"]
 
 
@@ -489,9 +490,9 @@ def test_interpreted_times_overrule_nothing():
     case = next(one for one in attention_cases.TESTS if one.name == "gqa")
     timed = Costs(lambda _: 1.0)
     timed.origin = "interpreted"
-    first, second, *_ = tune.tune_case(
-        OPERATIONS["decode_attention"], case, OPERATIONS["decode_attention"].table, timed, log=None, seconds=9, trials=1
-    )
+    operation = OPERATIONS["decode_attention"]
+    rows = tune.contenders(operation, case, interpret=True)
+    first, second, *_ = tune.tune_case(operation, case, rows, timed, log=None, seconds=9, trials=1)
     assert first.origin == "interpreted"
     assert not first.comparable(second)
 
