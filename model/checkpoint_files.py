@@ -14,6 +14,9 @@ MAX_INTEGER: Final = 2**31 - 1
 MAX_REAL: Final = 3.4028234e38
 """Largest constant: the model computes in float32."""
 
+WIDEST_HEAD: Final = 2**16
+"""Most features of a head, many times more than models have."""
+
 ENDLESS_WINDOW: Final = 2**30
 """Windows of this many tokens or more count as none: no cache holds them, and adding a position could overflow."""
 
@@ -70,6 +73,15 @@ def check_real(value: Any, label: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_REAL:
         raise CheckpointError(f"{label} must be a positive number, got {shorten(value)}; take the original file")
     return float(value)
+
+
+def check_head_dim(value: int, path: Path) -> int:
+    """Returns `value` if a head may be so wide: rotary tables of that size are made before tensors are looked at."""
+    if value <= WIDEST_HEAD:
+        return value
+    raise CheckpointError(
+        f"{path}: has heads of {value} features; supported: up to {WIDEST_HEAD}; take the original file"
+    )
 
 
 def check_window(value: Any, label: str) -> int | None:

@@ -8,7 +8,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from palladion.model.checkpoint_files import CheckpointError, check_integer, check_real, check_window, shorten
+from palladion.model.checkpoint_files import (
+    CheckpointError,
+    check_head_dim,
+    check_integer,
+    check_real,
+    check_window,
+    shorten,
+)
 from palladion.model.config import LayerKind, ModelConfig, shortest_period
 from palladion.model.families import FAMILIES, PATTERN, Family
 from palladion.model.huggingface_config import Rotary
@@ -128,7 +135,7 @@ class Metadata:
     def head_dim(self) -> int:
         """Width of a head."""
         default = max(1, self.integer("embedding_length") // self.integer("attention.head_count"))
-        return self.integer("attention.key_length", default)
+        return check_head_dim(self.integer("attention.key_length", default), self.path)
 
     @property
     def rotary_dim(self) -> int:

@@ -9,7 +9,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from palladion.model.checkpoint_fields import SECTIONS
-from palladion.model.checkpoint_files import CheckpointError, JsonFile, check_real, check_window, shorten
+from palladion.model.checkpoint_files import (
+    CheckpointError,
+    JsonFile,
+    check_head_dim,
+    check_real,
+    check_window,
+    shorten,
+)
 from palladion.model.config import LayerKind, ModelConfig, shortest_period
 from palladion.model.families import Family
 from palladion.model.rotary import Llama3Scaling, YarnScaling, check_frequencies, rotary_frequencies
@@ -104,7 +111,8 @@ def read_config(
 
 def read_head_dim(values: JsonFile) -> int:
     """Returns the width of a head."""
-    return values.integer("head_dim", max(1, values.integer("hidden_size") // values.integer("num_attention_heads")))
+    default = max(1, values.integer("hidden_size") // values.integer("num_attention_heads"))
+    return check_head_dim(values.integer("head_dim", default), values.path)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of layers

@@ -279,6 +279,15 @@ def test_damaged_config(tmp_path: Path) -> None:
     assert not loaded["rms_norm_eps", repr(10**400)]
 
 
+@pytest.mark.parametrize("changes", [{"head_dim": 2**30}, {"hidden_size": 2**30}])
+def test_no_tables_are_made_for_heads_of_any_width(tmp_path: Path, changes: dict[str, int]) -> None:
+    path = hugging_face_folder(tmp_path)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | changes))
+    with pytest.raises(CheckpointError, match=r"has heads of \d+ features; supported: up to 65536"):
+        load_checkpoint(path)
+
+
 def test_deeply_nested_config(tmp_path: Path) -> None:
     """The parser gives up at some depth; up to there the error that shows the value must not."""
     path = hugging_face_folder(tmp_path)
