@@ -21,7 +21,7 @@ from jax.export import is_symbolic_dim
 from palladion.kernels.compat import hide_constants
 from palladion.kernels.derivatives import without_derivatives
 from palladion.kernels.implementation import Implementation, Problem, Unsupported, find_implementation
-from palladion.kernels.lowering import guard_partitioning, guard_platform
+from palladion.kernels.lowering import guard_kernel, guard_partitioning, guard_platform
 from palladion.kernels.sharding import run_sharded, unpartitionable
 from palladion.kernels.tuning import compare, resolve
 from palladion.kernels.types import Interpret
@@ -130,6 +130,8 @@ def dispatch(
             inputs = _guarded(inputs, table, row, choice)
         if row.platform == "tpu" and row.has_kernel and not interpreted and jax.sharding.get_abstract_mesh().empty:
             inputs = guard_partitioning(inputs, name=f"{operation}({problem}): {row.name}")
+        if row.platform is not None and row.has_kernel and not interpreted and row.platform != target_platform():
+            inputs = guard_kernel(inputs, name=f"{operation}({problem}): {row.name}", platform=row.platform)
         call = _implementation(row, choice, interpreted)
         if row.has_kernel and differentiable:
             reference = find_implementation(table, "xla")

@@ -8,6 +8,7 @@ partitions for several TPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import jax
@@ -30,6 +31,7 @@ def _identity(name: str) -> Primitive:
 
 _traced_for_platform: Final = _identity("traced_for_platform")
 _not_partitioned: Final = _identity("not_partitioned")
+_kernel_of_platform: Final = _identity("kernel_of_platform")
 
 
 def guard_platform(inputs: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> Any:
@@ -54,6 +56,17 @@ def guard_partitioning(inputs: Any, *, name: str) -> Any:
     return _with_first(_not_partitioned, inputs, name=name)
 
 
+def guard_kernel(inputs: Any, *, name: str, platform: str) -> Any:
+    """Returns the inputs of a compiled kernel; running or lowering it on another platform than its own is an error.
+
+    Args:
+      inputs: a pytree of arrays.
+      name: the call and its kernel, for the message.
+      platform: platform of the kernel.
+    """
+    return _with_first(_kernel_of_platform, inputs, name=name, platform=platform)
+
+
 def _with_first(primitive: Primitive, inputs: Any, **parameters: Any) -> Any:
     """Returns inputs whose first array has passed through a primitive."""
     leaves, tree = jax.tree.flatten(inputs)
@@ -74,9 +87,8 @@ def _check_devices(ctx: Any, x: Any, *, name: str) -> list[Any]:
 
 def _check_platform(ctx: Any, x: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> list[Any]:
     for lowered in ctx.module_context.platforms:
-        target = "gpu" if lowered in ("cuda", "rocm") else lowered
         for kernel_platform, backend in kernels:
-            if target == kernel_platform != platform:
+            if _kind(lowered) == kernel_platform != platform:
                 raise Unsupported(
                     f"{name} was chosen for {platform} while tracing, but the program is lowered for {lowered}, which "
                     f"has {backend}. Trace it for that chip, whose sizes the kernel needs: `with palladion.tracing_for("
@@ -85,5 +97,32 @@ def _check_platform(ctx: Any, x: Any, *, name: str, platform: str, kernels: tupl
     return [x]
 
 
+def _kind(platform: str) -> str:
+    """Returns a platform by the name that tables of implementations have for it."""
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _check_kernel(platforms: Iterable[str], name: str, platform: str) -> None:
+    others = [other for other in platforms if _kind(other) != platform]
+    if others:
+        raise Unsupported(
+            f"{name} is compiled for {platform}, and the program is for {', '.join(others)}; interpret=True runs the "
+            "kernel anywhere, and backend='xla' runs XLA's form"
+        )
+
+
+def _run_kernel(x: Any, *, name: str, platform: str) -> Any:
+    devices = x.devices() if isinstance(x, jax.Array) else jax.devices()[:1]
+    _check_kernel((device.platform for device in devices), name, platform)
+    return x
+
+
+def _lower_kernel(ctx: Any, x: Any, *, name: str, platform: str) -> list[Any]:
+    _check_kernel(ctx.module_context.platforms, name, platform)
+    return [x]
+
+
+_kernel_of_platform.def_impl(_run_kernel)
+mlir.register_lowering(_kernel_of_platform, _lower_kernel)
 mlir.register_lowering(_traced_for_platform, _check_platform)
 mlir.register_lowering(_not_partitioned, _check_devices)

@@ -10,8 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from product_oracle import ORDER_OF
 
-from palladion import BACKENDS, KVCache, Unsupported, append_kv, decode_attention, record_choices, using_backend
+from palladion import (
+    BACKENDS,
+    KVCache,
+    Unsupported,
+    append_kv,
+    decode_attention,
+    quantize,
+    quantized_matmul,
+    record_choices,
+    using_backend,
+)
 from palladion.kernels.decode_attention import IMPLEMENTATIONS
 from palladion.reference.platforms import target_platform
 
@@ -152,3 +163,13 @@ def test_the_platform_is_that_of_the_default_device():
         assert target_platform() == "cpu"
     with on("gpu"):
         assert target_platform() == "gpu"
+
+
+@pytest.mark.parametrize("backend", ["mosaic_tpu", "triton", "mosaic_gpu"])
+@pytest.mark.parametrize("transform", [lambda call: call, jax.jit], ids=["eager", "jit"])
+def test_a_compiled_kernel_on_another_platform_says_what_runs_it(backend: str, transform: Any):
+    x = jnp.ones((2, 128), jnp.bfloat16)
+    w = quantize(jnp.ones((128, 128)), "int8", order=ORDER_OF[backend])
+    call = transform(functools.partial(quantized_matmul, w=w, backend=backend, interpret=False))
+    with pytest.raises(Unsupported, match=rf"{backend} is compiled for .*, and the program is for cpu; interpret=True"):
+        call(x)
