@@ -57,14 +57,15 @@ def offsets_wrap(numbers: int) -> bool:
 
 
 def load_to_registers(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
-    """Loads a reference of a Mosaic GPU kernel in a register layout; from jax 0.12 on `load` takes no index.
+    """Loads a reference of a Mosaic GPU kernel in a register layout; jax 0.10 wants an index, and 0.11 warns of one.
 
     Args:
       ref: reference to shared or device memory.
       layout: layout of the result.
       optimized: whether a load that is not conflict-free is an error.
     """
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    given = inspect.signature(plgpu.load).parameters.get("idx")
+    index = ((),) if given is not None and given.default is inspect.Parameter.empty else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
