@@ -128,10 +128,12 @@ def dispatch(
         row, choice, interpreted = choose(operation, table, problem, known, interpret, config)
         if interpret is None and known in ("auto", "pallas"):
             inputs = _guarded(inputs, table, row, choice)
-        if row.platform == "tpu" and row.has_kernel and not interpreted and jax.sharding.get_abstract_mesh().empty:
-            inputs = guard_partitioning(inputs, name=f"{operation}({problem}): {row.name}")
-        if row.platform is not None and row.has_kernel and not interpreted and row.platform != target_platform():
-            inputs = guard_kernel(inputs, name=f"{operation}({problem}): {row.name}", platform=row.platform)
+        called = f"{operation}({problem}): {row.name}"
+        if row.has_kernel and row.platform is not None and not interpreted:
+            if row.platform == "tpu" and jax.sharding.get_abstract_mesh().empty:
+                inputs = guard_partitioning(inputs, name=called)
+            if row.platform != target_platform():
+                inputs = guard_kernel(inputs, name=called, platform=row.platform)
         call = _implementation(row, choice, interpreted)
         if row.has_kernel and differentiable:
             reference = find_implementation(table, "xla")
@@ -139,7 +141,7 @@ def dispatch(
                 _implementation(reference, dataclasses.replace(choice, config=None), False), call
             )
         elif row.has_kernel:
-            call = without_derivatives(f"{operation}({problem}): {row.name}", call)
+            call = without_derivatives(called, call)
         name = ".".join(part for part in (operation, row.name, choice.config_source) if part)
         with jax.named_scope(name):
             return call(inputs)

@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from palladion.kernels.implementation import Unsupported
 from palladion.kernels.sharding import WAYS_OUT
+from palladion.reference.platforms import platform_kind
 
 
 def _identity(name: str) -> Primitive:
@@ -88,7 +89,7 @@ def _check_devices(ctx: Any, x: Any, *, name: str) -> list[Any]:
 def _check_platform(ctx: Any, x: Any, *, name: str, platform: str, kernels: tuple[tuple[str, str], ...]) -> list[Any]:
     for lowered in ctx.module_context.platforms:
         for kernel_platform, backend in kernels:
-            if _kind(lowered) == kernel_platform != platform:
+            if platform_kind(lowered) == kernel_platform != platform:
                 raise Unsupported(
                     f"{name} was chosen for {platform} while tracing, but the program is lowered for {lowered}, which "
                     f"has {backend}. Trace it for that chip, whose sizes the kernel needs: `with palladion.tracing_for("
@@ -97,13 +98,8 @@ def _check_platform(ctx: Any, x: Any, *, name: str, platform: str, kernels: tupl
     return [x]
 
 
-def _kind(platform: str) -> str:
-    """Returns a platform by the name that tables of implementations have for it."""
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
 def _check_kernel(platforms: Iterable[str], name: str, platform: str) -> None:
-    others = [other for other in platforms if _kind(other) != platform]
+    others = [other for other in platforms if platform_kind(other) != platform]
     if others:
         raise Unsupported(
             f"{name} is compiled for {platform}, and the program is for {', '.join(others)}; interpret=True runs the "

@@ -15,5 +15,9 @@ def target_platform() -> str:
     platform: str | None = None if device is None else device.platform
     if platform is None and (default := jax.config.jax_default_device) is not None:  # type: ignore[attr-defined]
         platform = default if isinstance(default, str) else default.platform
-    platform = platform or jax.default_backend()
+    return platform_kind(platform or jax.default_backend())
+
+
+def platform_kind(platform: str) -> str:
+    """Returns "gpu" for the platforms that are GPUs to JAX, "cuda" and "rocm", and others by their own names."""
     return "gpu" if platform in ("cuda", "rocm") else platform

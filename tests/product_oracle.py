@@ -1,4 +1,4 @@
-"""What tests of products share: the oracle's result of a case, and the storage order of each backend's weights."""
+"""Helpers for tests of products: the oracle's result of a case, and the storage order of each backend's weights."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_the_report_counts_bytes_and_is_a_table():
     "where", ["(small|table|bias|norm)$", lambda path, _: path.endswith(("small", "table", "bias", "norm"))]
 )
 def test_the_caller_selects(where: Any):
-    """What is selected by name is quantized if the scheme fits, whatever its size and name."""
+    """An array that is selected by name is quantized if the scheme fits, whatever its size and name."""
     tree, report = quantize_tree(model(), "int8", where=where)
     found = reasons(report)
     assert [path for path, reason in found.items() if not reason] == [
