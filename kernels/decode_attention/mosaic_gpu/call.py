@@ -171,8 +171,8 @@ def decode_attention(
     check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
-    # TMA brings rows in tiles of 8, and leaves out those past the end when it writes; the interpreter does not.
-    out_rows = all_rows if interpret else rows if rows <= 8 else round_up(rows, 8)
+    # Blocks are written whole, except an only one.
+    out_rows = rows if row_blocks == 1 else all_rows
     results = Results(
         jax.ShapeDtypeStruct((p.batch, p.kv_heads, out_rows, p.head_dim), jnp.dtype(p.q_dtype)),
         jax.ShapeDtypeStruct((p.batch, p.kv_heads, all_rows), jnp.float32),
