@@ -7,6 +7,7 @@ jax's interpreter has no layouts and no tensor cores: there, the same operations
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -103,35 +104,55 @@ class Registers:
         """Puts the rows of products of `floats_turned` in order."""
         return product if self.interpret else turned_codes.in_order(product)
 
-    def multiply(self, left: Ref | jax.Array, right: Ref, *, turned: bool = False) -> jax.Array:
+    def multiply(
+        self, left: Ref | jax.Array, right: Ref, *, turned: bool = False, meanwhile: Callable[[], None] | None = None
+    ) -> jax.Array:
         """Multiplies two 16-bit matrices on tensor cores, float32 `[m, n]`.
 
         Args:
           left: `[m, depth]` in registers or shared memory, or there `[depth, m]` where `turned`.
           right: `[n, depth]` in shared memory.
           turned: whether the axes of the left operand are exchanged.
+          meanwhile: what is done before the product is awaited.
         """
         if self.interpret:
             values = left[...].T if turned else left[...]
-            return jnp.dot(values, right[...].T, preferred_element_type=jnp.float32)
+            product = jnp.dot(values, right[...].T, preferred_element_type=jnp.float32)
+            if meanwhile is not None:
+                meanwhile()
+            return product
         left = left.transpose((1, 0)) if turned else left
 
         def on_tensor_cores(sums: Ref) -> jax.Array:
             plgpu.wgmma(sums, left, right.transpose((1, 0)))
+            if meanwhile is not None:
+                meanwhile()
             return sums[...]
 
         shape = (left.shape[0], right.shape[0])
         result: jax.Array = pl.run_scoped(on_tensor_cores, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         return result
 
-    def add_product(self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool) -> jax.Array:
-        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`; for the others see `multiply`."""
+    def add_product(
+        self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool = False, right_turned: bool = False
+    ) -> jax.Array:
+        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`.
+
+        Args:
+          total: the matrix.
+          left: see `multiply`.
+          right: `[n, depth]` in shared memory, or `[depth, n]` where `right_turned`.
+          turned: whether the axes of the left operand are exchanged.
+          right_turned: whether those of the right one are.
+        """
         if self.interpret:
-            return total + self.multiply(left, right, turned=turned)
+            values, others = left[...].T if turned else left[...], right[...] if right_turned else right[...].T
+            return total + jnp.dot(values, others, preferred_element_type=jnp.float32)
         left = left.transpose((1, 0)) if turned else left
+        right = right if right_turned else right.transpose((1, 0))
 
         def on_tensor_cores(sums: Ref) -> None:
-            plgpu.wgmma(sums, left, right.transpose((1, 0)))
+            plgpu.wgmma(sums, left, right)
 
         result: jax.Array = pl.run_state(on_tensor_cores)(plgpu.WGMMAAccumulatorRef.init(total))
         return result

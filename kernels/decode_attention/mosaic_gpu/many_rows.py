@@ -1,0 +1,236 @@
+"""The kernel of decode_attention on Hopper for many query rows, as in prefill: queries are wgmma's left operand.
+
+A program has a block of rows of one head: two or three warpgroups with 64 rows each, and one more that only starts
+copies. KV blocks come through a ring that TMA fills, and every warpgroup goes through all of them:
+
+    S [64, block_kv]  = Q [64, head_dim] K^T [head_dim, block_kv]      Q and K in shared memory
+    O [64, head_dim] += P [64, block_kv] V [block_kv, head_dim]        P in registers, V in shared memory
+
+    resident in registers       m, l, O; of a block: S, which becomes P
+    resident in shared memory   q, where the output is put at the end, and the ring
+
+While one warpgroup computes its softmax, the tensor cores multiply for another: with `ping_pong` the two take turns.
+Blocks past the causal diagonal of the rows are not visited, and only those on it, at the edge of a window or at the end
+are masked. Grid: (row blocks, sequences, heads), the last rows first, since they see the most.
+
+Rows are the queries of one head, as they lie in memory; heads that share a KV head read it from the L2 cache. Where
+there are few queries, rows are those of all heads of a KV head, query major (`many_rows_call.py`).
+
+Bound by tensor cores: 128 rows and 128 tokens of 128 features take 2,048 cycles, and 16,384 powers of two 1,024.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from palladion.kernels.decode_attention import online_softmax
+from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
+from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results
+from palladion.kernels.decode_attention.mosaic_gpu.memory import Refs, Ring, Scratch
+from palladion.kernels.decode_attention.mosaic_gpu.registers import MATRIX, OF_ROWS, Registers
+from palladion.kernels.decode_attention.problem import Problem
+from palladion.kernels.decode_attention.shares import share_of
+from palladion.kernels.integers import divide_with_remainder
+from palladion.kernels.types import Ref
+
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+"""Registers of a thread that computes and of one that starts copies, by the number of warpgroups that compute."""
+
+TOKENS = 1
+"""Axis of tokens in products of queries and keys, which are `[rows, tokens]`."""
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """Returns tanh x to some 20 bits by powers of two and a square root, since `tanh.approx` has only 11 bits."""
+    root = jax.lax.rsqrt(1.0 + jnp.exp2(x * (2 * online_softmax.LOG2_E)))
+    return 1.0 - 2.0 * root * root
+
+
+class Program:
+    """A program's rows and its ring of KV blocks, as one of its warpgroups sees them.
+
+    Args:
+      problem: the call; its `group` is the number of rows of a query.
+      config: block sizes.
+      refs: the inputs.
+      scratch: shared memory and barriers.
+      interpret: whether the kernel is interpreted.
+    """
+
+    def __init__(self, problem: Problem, config: Config, refs: Refs, scratch: Scratch, interpret: bool) -> None:
+        self.problem, self.config, self.refs, self.scratch = problem, config, refs, scratch
+        self.registers = Registers(interpret)
+        self.warpgroup, self.head, self.sequence = (
+            jax.lax.axis_index(name) for name in ("warpgroup", "head", "sequence")
+        )
+        row_blocks = pl.cdiv(problem.q_len * problem.group, config.block_rows)
+        row_block = row_blocks - 1 - jax.lax.axis_index("row")
+        self.share = share_of(problem, config, refs.lengths, row_block, self.sequence)
+        self.first_row = row_block * config.block_rows + self.warpgroup * TILE
+        layer = 0 if refs.layer is None else refs.layer[0]
+        kv_head = divide_with_remainder(self.head, problem.kv_heads // refs.k.shape[2])[0]
+        self.ring = Ring(problem, config, refs, scratch, self.share, layer, kv_head)
+
+    def position(self, row: Any) -> Any:
+        """Returns the position of the query of a row."""
+        return self.share.length - self.problem.q_len + divide_with_remainder(row, self.problem.group)[0]
+
+    def copy(self) -> None:
+        """Starts the copies of all KV blocks, and waits until all have been multiplied."""
+        ring, scratch, share, num_stages = self.ring, self.scratch, self.share, self.config.num_stages
+
+        def step(block: jax.Array, _: None) -> None:
+            place, located, replaces, exists = (
+                ring.place(block),
+                ring.locate(block),
+                block >= share.begin + num_stages,
+                block < share.end,
+            )
+            pl.when(replaces)(lambda: plgpu.barrier_wait(scratch.k_done.at[place]))
+            pl.when(exists)(lambda: ring.fetch_keys(block, located))
+            pl.when(replaces)(lambda: plgpu.barrier_wait(scratch.v_done.at[place]))
+            pl.when(exists)(lambda: ring.fetch_values(block, located))
+
+        end = jnp.where(share.begin < share.end, share.end + num_stages, share.begin)
+        jax.lax.fori_loop(share.begin, end, step, None)
+
+    def take_turn(self) -> None:
+        """Lets the other warpgroup multiply; it computed its softmax before."""
+        if self.config.ping_pong:
+            plgpu.barrier_arrive(self.scratch.turn)
+            plgpu.barrier_wait(self.scratch.turn)
+
+    def logits(self, block: jax.Array) -> jax.Array:
+        """Returns the logits of a KV block, to be multiplied by `factor`; -inf where not visible."""
+        p, scratch, place = self.problem, self.scratch, self.ring.place(block)
+        plgpu.barrier_wait(scratch.k_arrived.at[place])
+        queries, keys = scratch.q.at[self.warpgroup], scratch.k.at[place]
+        s = self.registers.multiply(queries, keys, meanwhile=self.take_turn)
+        plgpu.barrier_arrive(scratch.k_done.at[place])
+        if self.factor is None:
+            s = online_softmax.logits(p, s, tanh=tanh)
+        first, last = block * self.config.block_kv, (block + 1) * self.config.block_kv - 1
+        at_edge = last > self.position(self.first_row)
+        if p.sliding_window is not None:
+            at_edge |= first <= self.position(self.first_row + (TILE - 1)) - p.sliding_window
+
+        def mask(s: jax.Array) -> jax.Array:
+            token = first + self.registers.indices(s.shape, TOKENS)
+            position = self.position(self.first_row + self.registers.indices(s.shape, 1 - TOKENS))
+            return jnp.where(online_softmax.visible_mask(p, token, position), s, -jnp.inf)
+
+        masked: jax.Array = jax.lax.cond(at_edge, mask, lambda s: s, s)
+        return masked
+
+    @property
+    def factor(self) -> float | None:
+        """The factor of logits when their maximum is subtracted; None if they were multiplied before."""
+        p = self.problem
+        return None if p.logits_soft_cap is not None or p.scale <= 0 else online_softmax.scale_of_products(p)
+
+    def clear(self, block: jax.Array) -> None:
+        """Sets values of a KV block that no query of the sequence sees to zero: they may be NaN, and 0 * NaN is NaN.
+
+        The first warpgroup does that, which is never behind the others by a turn, and they wait for it.
+        """
+        p, share, scratch, place = self.problem, self.share, self.scratch, self.ring.place(block)
+        first, last = block * self.config.block_kv, (block + 1) * self.config.block_kv - 1
+        first_seen = jnp.int32(0)
+        if p.sliding_window is not None:
+            first_seen = jnp.maximum(share.length - p.q_len - p.sliding_window + 1, 0)
+
+        def store() -> None:
+            for row in range(0, self.config.block_kv, TILE):
+                for column in range(0, p.head_dim, TILE):
+                    tile = scratch.v.at[place, pl.ds(row, TILE), pl.ds(column, TILE)]
+                    token = first + row + self.registers.indices((TILE, TILE), 0)
+                    seen = (token >= first_seen) & (token < share.length)
+                    values = self.registers.load(tile, MATRIX)
+                    self.registers.store(tile, jnp.where(seen, values, jnp.zeros((), values.dtype)))
+            self.registers.commit()
+            plgpu.barrier_arrive(scratch.v_cleared.at[place])
+
+        def clear_or_wait() -> None:
+            pl.when(self.warpgroup == 0)(store)
+            pl.when(self.warpgroup > 0)(lambda: plgpu.barrier_wait(scratch.v_cleared.at[place]))
+
+        pl.when((first < first_seen) | (last >= share.length))(clear_or_wait)
+
+    def attend(self, block: jax.Array, state: online_softmax.State) -> online_softmax.State:
+        """Adds a KV block to the online softmax."""
+        p, scratch, place = self.problem, self.scratch, self.ring.place(block)
+        s = self.logits(block)
+        weights, alpha, state = online_softmax.update(p, state, s, None, TOKENS, self.factor)
+        operand = weights.astype(p.kv_dtype)
+        (acc,) = state.acc  # [64, head_dim]
+        acc = acc * jax.lax.broadcast_in_dim(alpha, acc.shape, (1 - TOKENS,))
+        plgpu.barrier_wait(scratch.v_arrived.at[place])
+        self.clear(block)
+        self.take_turn()
+        acc = self.registers.add_product(acc, operand, scratch.v.at[place], right_turned=True)
+        plgpu.barrier_arrive(scratch.v_done.at[place])
+        return state._replace(acc=(acc,))
+
+    def compute(self) -> online_softmax.State:
+        """Returns the state of the warpgroup's rows after all KV blocks."""
+        scratch, warpgroup = self.scratch, self.warpgroup
+        queries = self.refs.q.at[self.sequence, pl.ds(self.first_row, TILE), self.head]
+        plgpu.copy_gmem_to_smem(queries, scratch.q.at[warpgroup], scratch.q_arrived.at[warpgroup])
+        plgpu.barrier_wait(scratch.q_arrived.at[warpgroup])
+        state = online_softmax.State(
+            self.registers.constant((TILE,), -jnp.inf, OF_ROWS),
+            self.registers.constant((TILE,), 0, OF_ROWS),
+            (self.registers.constant((TILE, self.problem.head_dim), 0),),
+        )
+        pl.when(warpgroup == 1)(self.take_turn)
+        state = jax.lax.fori_loop(self.share.begin, self.share.end, self.attend, state)
+        pl.when(warpgroup == 0)(self.take_turn)
+        return state
+
+    def write(self, results: Results, out: jax.Array, lse: jax.Array) -> None:
+        """Writes the results of the warpgroup's rows; TMA leaves out those past the end of an array's axis."""
+        staged, rows = self.scratch.q.at[self.warpgroup], pl.ds(self.first_row, TILE)
+        self.registers.store(staged, out.astype(results.out.dtype))
+        self.registers.store(results.lse.at[self.sequence, self.head, rows], lse)
+        self.registers.commit()
+        plgpu.copy_smem_to_gmem(staged, results.out.at[self.sequence, rows, self.head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def kernel(
+    refs: Refs, results: Results, scratch: Scratch, *, problem: Problem, config: Config, interpret: bool
+) -> None:
+    """Computes attention of a block of query rows of a head.
+
+    Args:
+      refs: the inputs.
+      results: what is written: out `[batch, rows, heads, head_dim]`, lse `[batch, heads, rows]`.
+      scratch: shared memory and barriers.
+      problem: the call; its `group` is the number of rows of a query.
+      config: block sizes.
+      interpret: whether the kernel is interpreted.
+    """
+    program = Program(problem, config, refs, scratch, interpret)
+    most, least = REGISTERS[config.warpgroups]
+
+    def compute() -> None:
+        plgpu.set_max_registers(most, action="increase")
+        state = program.compute()
+        sinks: Ref | None = None
+        if refs.sinks is not None:
+            own = refs.sinks.at[program.head, pl.ds(program.first_row, TILE)]
+            sinks = program.registers.load(own, OF_ROWS, optimized=False)
+        (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
+        program.write(results, out, lse)
+
+    def copy() -> None:
+        plgpu.set_max_registers(least, action="decrease")
+        program.copy()
+
+    pl.when(program.warpgroup < config.warpgroups)(compute)
+    pl.when(program.warpgroup == config.warpgroups)(copy)
