@@ -111,6 +111,7 @@ class Program:
         plgpu.barrier_wait(scratch.k_arrived.at[place])
         queries, keys = scratch.q.at[self.warpgroup], scratch.k.at[place]
         s = self.registers.multiply(queries, keys, meanwhile=self.take_turn)
+        self.registers.release(loaded=False)
         plgpu.barrier_arrive(scratch.k_done.at[place])
         if self.factor is None:
             s = online_softmax.logits(p, s, tanh=tanh)
@@ -173,6 +174,7 @@ class Program:
         self.clear(block)
         self.take_turn()
         acc = self.registers.add_product(acc, operand, scratch.v.at[place], right_turned=True)
+        self.registers.release(loaded=False)
         plgpu.barrier_arrive(scratch.v_done.at[place])
         return state._replace(acc=(acc,))
 
