@@ -41,7 +41,7 @@ RIGHT = [
     # Rows of a head that are not neighbours, and a window, whose first block holds dead tokens as the last one does.
     (
         chunk_of(
-            "group-of-3", q_len=43, q_heads=3, dtype="float16", sliding_window=40, sinks=True, logits_soft_cap=5.0
+            "group-of-3", q_len=43, q_heads=3, dtype="float16", sliding_window=70, sinks=True, logits_soft_cap=5.0
         ),
         Config(64, 192, num_stages=2),
     ),
