@@ -178,11 +178,11 @@ def decode_attention(
     """
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem)
-    if config.warpgroups > 1:
-        check(not problem.has_scales, "config.block_rows", config.block_rows, f"up to 64 for {problem}")
-        return many_rows_call.decode_attention(problem, inputs, config, interpret)
     p, slots = problem, shares.slots_of(problem, config)
     check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
+    if config.warpgroups > 1:
+        check(not p.has_scales, "config.block_rows", config.block_rows, f"up to 64 for {p}")
+        return many_rows_call.decode_attention(p, inputs, config, interpret)
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
     # Blocks are written whole, except an only one.

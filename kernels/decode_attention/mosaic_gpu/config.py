@@ -28,11 +28,10 @@ class Config:
     Attributes:
       block_kv: cached tokens of a KV block: 64, 128 or 256; for many rows 64 or 128.
       block_rows: query rows of a program: for a few rows a multiple of 8, at most 64; for many rows 128 or 192.
-      splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced. 1 for
-        many rows.
+      splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced.
       num_stages: KV blocks in the ring: one is multiplied, the others are on their way.
-      balanced: whether shares have one size for all sequences, so that the longest has the most; a batch-invariant
-        call gives each sequence `splits` shares all the same.
+      balanced: whether shares have one size for all sequences, so that the longest has the most, for a few rows only;
+        a batch-invariant call gives each sequence `splits` shares all the same.
       ping_pong: whether two warpgroups take turns, so that one multiplies while the other computes its softmax; 128
         rows only.
     """
@@ -51,8 +50,7 @@ class Config:
         many = self.warpgroups > 1
         blocks_kv = BLOCKS_KV[: 2 if many else None]
         check(self.block_kv in blocks_kv, "config.block_kv", self.block_kv, ", ".join(map(str, blocks_kv)))
-        most = 1 if many else MAX_SPLITS
-        check(1 <= self.splits <= most, "config.splits", self.splits, f"1 to {most}")
+        check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
         check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
         check(not (many and self.balanced), "config.balanced", self.balanced, "False for many rows")
         turns = not self.ping_pong or self.warpgroups == 2

@@ -11,7 +11,10 @@ copies. KV blocks come through a ring that TMA fills, and every warpgroup goes t
 
 While one warpgroup computes its softmax, the tensor cores multiply for another: with `ping_pong` the two take turns.
 Blocks past the causal diagonal of the rows are not visited, and only those on it, at the edge of a window or at the end
-are masked. Grid: (row blocks, sequences, heads), the last rows first, since they see the most.
+are masked.
+
+Grid: (row blocks, slots, heads), the last rows first, since they see the most. A slot is a sequence, or with splits a
+share of the KV blocks that the rows see in one (`shares.py`), whose results XLA merges.
 
 Rows are the queries of one head, as they lie in memory; heads that share a KV head read it from the L2 cache. Where
 there are few queries, rows are those of all heads of a KV head, query major (`many_rows_call.py`).
@@ -36,7 +39,6 @@ from palladion.kernels.decode_attention.mosaic_gpu.registers import MATRIX, OF_R
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.shares import share_of
 from palladion.kernels.integers import divide_with_remainder
-from palladion.kernels.types import Ref
 
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 """Registers of a thread that computes and of one that starts copies, by the number of warpgroups that compute."""
@@ -65,12 +67,10 @@ class Program:
     def __init__(self, problem: Problem, config: Config, refs: Refs, scratch: Scratch, interpret: bool) -> None:
         self.problem, self.config, self.refs, self.scratch = problem, config, refs, scratch
         self.registers = Registers(interpret)
-        self.warpgroup, self.head, self.sequence = (
-            jax.lax.axis_index(name) for name in ("warpgroup", "head", "sequence")
-        )
+        self.warpgroup, self.head, slot = (jax.lax.axis_index(name) for name in ("warpgroup", "head", "slot"))
         row_blocks = pl.cdiv(problem.q_len * problem.group, config.block_rows)
         row_block = row_blocks - 1 - jax.lax.axis_index("row")
-        self.share = share_of(problem, config, refs.lengths, row_block, self.sequence)
+        self.share = share_of(problem, config, refs.lengths, row_block, slot)
         self.first_row = row_block * config.block_rows + self.warpgroup * TILE
         layer = 0 if refs.layer is None else refs.layer[0]
         kv_head = divide_with_remainder(self.head, problem.kv_heads // refs.k.shape[2])[0]
@@ -181,7 +181,7 @@ class Program:
     def compute(self) -> online_softmax.State:
         """Returns the state of the warpgroup's rows after all KV blocks."""
         scratch, warpgroup = self.scratch, self.warpgroup
-        queries = self.refs.q.at[self.sequence, pl.ds(self.first_row, TILE), self.head]
+        queries = self.refs.q.at[self.share.sequence, pl.ds(self.first_row, TILE), self.head]
         plgpu.copy_gmem_to_smem(queries, scratch.q.at[warpgroup], scratch.q_arrived.at[warpgroup])
         plgpu.barrier_wait(scratch.q_arrived.at[warpgroup])
         state = online_softmax.State(
@@ -194,13 +194,25 @@ class Program:
         pl.when(warpgroup == 0)(self.take_turn)
         return state
 
+    def sinks(self) -> jax.Array | None:
+        """Returns the sinks of the warpgroup's rows, `[64]`, if there are any; only the first split has them."""
+        if self.refs.sinks is None:
+            return None
+        own = self.refs.sinks.at[self.head, pl.ds(self.first_row, TILE)]
+        return self.registers.load(own, OF_ROWS, optimized=False) + jnp.where(self.share.split == 0, 0.0, -jnp.inf)
+
     def write(self, results: Results, out: jax.Array, lse: jax.Array) -> None:
         """Writes the results of the warpgroup's rows; TMA leaves out those past the end of an array's axis."""
-        staged, rows = self.scratch.q.at[self.warpgroup], pl.ds(self.first_row, TILE)
+        rows, slot = pl.ds(self.first_row, TILE), (self.share.split, self.share.sequence)
+        self.registers.store(results.lse.at[*slot, self.head, rows], lse)
+        place = results.out.at[*slot, rows, self.head]
+        if self.config.splits > 1:
+            self.registers.store(place, out)
+            return
+        staged = self.scratch.q.at[self.warpgroup]
         self.registers.store(staged, out.astype(results.out.dtype))
-        self.registers.store(results.lse.at[self.sequence, self.head, rows], lse)
         self.registers.commit()
-        plgpu.copy_smem_to_gmem(staged, results.out.at[self.sequence, rows, self.head])
+        plgpu.copy_smem_to_gmem(staged, place)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -211,7 +223,7 @@ def kernel(
 
     Args:
       refs: the inputs.
-      results: what is written: out `[batch, rows, heads, head_dim]`, lse `[batch, heads, rows]`.
+      results: what is written: out `[splits, batch, rows, heads, head_dim]`, lse `[splits, batch, heads, rows]`.
       scratch: shared memory and barriers.
       problem: the call; its `group` is the number of rows of a query.
       config: block sizes.
@@ -223,11 +235,7 @@ def kernel(
     def compute() -> None:
         plgpu.set_max_registers(most, action="increase")
         state = program.compute()
-        sinks: Ref | None = None
-        if refs.sinks is not None:
-            own = refs.sinks.at[program.head, pl.ds(program.first_row, TILE)]
-            sinks = program.registers.load(own, OF_ROWS, optimized=False)
-        (out,), lse = online_softmax.finish(problem, state, sinks, TOKENS)
+        (out,), lse = online_softmax.finish(problem, state, program.sinks(), TOKENS)
         program.write(results, out, lse)
 
     def copy() -> None:

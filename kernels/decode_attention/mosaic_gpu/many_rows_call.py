@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
-from palladion.kernels.decode_attention.mosaic_gpu.config import MANY_ROWS, Config
+from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV, MANY_ROWS, Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results
 from palladion.kernels.decode_attention.mosaic_gpu.many_rows import kernel
 from palladion.kernels.decode_attention.mosaic_gpu.memory import (
@@ -27,10 +27,12 @@ from palladion.kernels.decode_attention.mosaic_gpu.memory import (
     stage_bytes,
 )
 from palladion.kernels.decode_attention.problem import Inputs, Problem
+from palladion.kernels.decode_attention.splits import splits_of
 from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.integers import round_up
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
+from palladion.reference import merge_partials
 
 TMA_ROWS: Final = 8
 """Rows that TMA reads and writes together."""
@@ -48,12 +50,6 @@ def rows_as_heads(problem: Problem, block_rows: int) -> Problem:
     return p if 4 * apart >= 5 * packed else dataclasses.replace(p, kv_heads=p.q_heads)
 
 
-def programs(problem: Problem, block_rows: int) -> int:
-    """Returns the number of programs."""
-    p = rows_as_heads(problem, block_rows)
-    return p.batch * p.kv_heads * pl.cdiv(p.q_len * p.group, block_rows)
-
-
 def fits(problem: Problem, config: Config) -> bool:
     """Returns whether a program has the registers and the shared memory for block sizes for many rows."""
     registers = problem.head_dim // 2 + config.block_kv // 2 + config.block_kv // 4
@@ -62,16 +58,18 @@ def fits(problem: Problem, config: Config) -> bool:
 
 
 def heuristic(problem: Problem) -> Config | None:
-    """Returns block sizes for many rows, or None where a kernel for a few rows is the better one.
+    """Returns block sizes for many rows, and splits with which they fill the chip; None where rows are few.
 
-    That is the case for one-byte caches, whose codes wgmma cannot take as its right operand, and where programs fill
-    less than half of the multiprocessors: a few rows have splits.
+    That is also the case for one-byte caches, whose codes wgmma cannot take as its right operand.
     """
     p, gpu, block_rows = problem, gpu_to_plan_for(), MANY_ROWS[0]
-    if p.has_scales or p.q_len * p.group < block_rows or 2 * programs(p, block_rows) < gpu.multiprocessors:
+    if p.has_scales or p.q_len * p.group < block_rows:
         return None
+    apart = rows_as_heads(p, block_rows)
+    programs = p.batch * apart.kv_heads * pl.cdiv(p.q_len * apart.group, block_rows)
     for block_kv in (128, 64):
-        config = Config(block_kv, block_rows, num_stages=1, ping_pong=True)
+        splits = splits_of(p, programs, block_kv, gpu, most_resident=1)
+        config = Config(block_kv, block_rows, splits, num_stages=1, ping_pong=True)
         stages = 1 + (gpu.program_shared_bytes - shared_bytes(p, config)) // stage_bytes(p, block_kv)
         config = dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES), 1))
         if stages > 1 and fits(p, config):
@@ -81,7 +79,13 @@ def heuristic(problem: Problem) -> Config | None:
 
 def space(problem: Problem, start: Config) -> Space:
     """Returns what the tuner may try for many rows."""
-    axes = {"block_rows": MANY_ROWS, "block_kv": (64, 128), "num_stages": (2, 3, 4, 6), "ping_pong": (False, True)}
+    axes = {
+        "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if start.splits <= 2 * splits <= 4 * start.splits],
+        "block_rows": MANY_ROWS,
+        "block_kv": BLOCKS_KV,
+        "num_stages": (2, 3, 4, 6),
+        "ping_pong": (False, True),
+    }
     return Space(start, axes, lambda config: fits(problem, config))
 
 
@@ -92,26 +96,30 @@ def decode_attention(
     p = rows_as_heads(problem, config.block_rows)
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
-    # The interpreter writes nothing of a block that reaches past the end.
-    out_rows = all_rows if interpret else round_up(rows, TMA_ROWS)
+    splits, whole = config.splits, config.splits == 1
+    # Only TMA leaves out rows that there are not, and in the interpreter it writes nothing of a block that has some.
+    out_rows = round_up(rows, TMA_ROWS) if whole and not interpret else all_rows
+    out_dtype = jnp.dtype(p.q_dtype if whole else "float32")
     results = Results(
-        jax.ShapeDtypeStruct((p.batch, out_rows, p.kv_heads, p.head_dim), jnp.dtype(p.q_dtype)),
-        jax.ShapeDtypeStruct((p.batch, p.kv_heads, all_rows), jnp.float32),
+        jax.ShapeDtypeStruct((splits, p.batch, out_rows, p.kv_heads, p.head_dim), out_dtype),
+        jax.ShapeDtypeStruct((splits, p.batch, p.kv_heads, all_rows), jnp.float32),
     )
     (found,) = plgpu.kernel(
         fresh_kernel(kernel, problem=p, config=config, interpret=bool(interpret)),
         out_type=(results,),
         scratch_types=[scratch_types(p, config, whole=True, interpret=bool(interpret))],
-        grid=(row_blocks, p.batch, p.kv_heads),
-        grid_names=("row", "sequence", "head"),
+        grid=(row_blocks, splits * p.batch, p.kv_heads),
+        grid_names=("row", "slot", "head"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=gpu_interpreter(interpret or False),
-        kernel_name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}"
+        kernel_name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{splits}"
         f"{'_ping_pong' if config.ping_pong else ''}",
     )(_refs(p, inputs, all_rows))
-    return _unpacked(p, found[0][:, :rows], found[1][:, :, :rows], inputs.q)
+    out, lse = found[0][:, :, :rows], found[1][..., :rows].swapaxes(2, 3)
+    out, lse = (out[0], lse[0]) if whole else merge_partials(out, lse)
+    return _by_queries(p, inputs.q.shape, out.astype(p.q_dtype), lse)
 
 
 def _refs(problem: Problem, inputs: Inputs, all_rows: int) -> Refs:
@@ -135,9 +143,10 @@ def _refs(problem: Problem, inputs: Inputs, all_rows: int) -> Refs:
     return Refs(layer, inputs.lengths, q, *cache, page_table=inputs.page_table, sinks=sinks)
 
 
-def _unpacked(problem: Problem, out: jax.Array, lse: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns results of rows, `[batch, rows, heads, head_dim]` and `[batch, heads, rows]`, as those of queries."""
+def _by_queries(
+    problem: Problem, shape: tuple[int, ...], out: jax.Array, lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns results of rows, `[batch, rows, heads, head_dim]` and without head_dim, in the shape of queries."""
     p = problem
-    out = out.reshape(p.batch, p.q_len, p.group, p.kv_heads, p.head_dim).swapaxes(2, 3)
-    lse = lse.reshape(p.batch, p.kv_heads, p.q_len, p.group).transpose(0, 2, 1, 3)
-    return out.reshape(like.shape), lse.reshape(like.shape[:-1])
+    found = (x.reshape(p.batch, p.q_len, p.group, p.kv_heads, -1).swapaxes(2, 3) for x in (out, lse))
+    return next(found).reshape(shape), next(found).reshape(shape[:-1])
