@@ -29,10 +29,12 @@ class Config:
       block_kv: cached tokens of a KV block: 64, 128 or 256; for many rows 64 or 128.
       block_rows: query rows of a program: for a few rows a multiple of 8, at most 64; for many rows 128 or 192.
       splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced.
-      num_stages: KV blocks in the ring: one is multiplied, the others are on their way.
+      num_stages: KV blocks in the ring: one is multiplied, the others are on their way; at least 2 with `overlaps`.
       balanced: whether shares have one size for all sequences, so that the longest has the most, for a few rows only;
         a batch-invariant call gives each sequence `splits` shares all the same.
       ping_pong: whether two warpgroups take turns, so that one multiplies while the other computes its softmax; 128
+        rows only.
+      overlaps: whether a warpgroup multiplies the weights of a block while it computes the softmax of the next; many
         rows only.
     """
 
@@ -42,6 +44,7 @@ class Config:
     num_stages: int = 3
     balanced: bool = False
     ping_pong: bool = False
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         rows = (*range(8, MAX_BLOCK_ROWS + 1, 8), *MANY_ROWS)
@@ -51,10 +54,12 @@ class Config:
         blocks_kv = BLOCKS_KV[: 2 if many else None]
         check(self.block_kv in blocks_kv, "config.block_kv", self.block_kv, ", ".join(map(str, blocks_kv)))
         check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
-        check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
+        least = 2 if self.overlaps else 1
+        check(self.num_stages >= least, "config.num_stages", self.num_stages, f"at least {least}")
         check(not (many and self.balanced), "config.balanced", self.balanced, "False for many rows")
         turns = not self.ping_pong or self.warpgroups == 2
         check(turns, "config.ping_pong", self.ping_pong, "False, except for 128 rows")
+        check(many or not self.overlaps, "config.overlaps", self.overlaps, "False, except for many rows")
 
     @property
     def warpgroups(self) -> int:

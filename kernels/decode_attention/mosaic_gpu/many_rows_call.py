@@ -85,6 +85,7 @@ def space(problem: Problem, start: Config) -> Space:
         "block_kv": BLOCKS_KV,
         "num_stages": (2, 3, 4, 6),
         "ping_pong": (False, True),
+        "overlaps": (False, True),
     }
     return Space(start, axes, lambda config: fits(problem, config))
 
@@ -115,7 +116,7 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=gpu_interpreter(interpret or False),
         kernel_name=f"decode_attention_r{config.block_rows}_kv{config.block_kv}_s{splits}"
-        f"{'_ping_pong' if config.ping_pong else ''}",
+        f"{'_ping_pong' if config.ping_pong else ''}{'_overlaps' if config.overlaps else ''}",
     )(_refs(p, inputs, all_rows))
     out, lse = found[0][:, :, :rows], found[1][..., :rows].swapaxes(2, 3)
     out, lse = (out[0], lse[0]) if whole else merge_partials(out, lse)

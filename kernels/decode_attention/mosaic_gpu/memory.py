@@ -67,7 +67,7 @@ class Scratch(NamedTuple):
       k_done: barriers at which warpgroups arrive that have multiplied keys, one for each place of the ring.
       v_done: the same of values.
       v_cleared: barriers at which the first warpgroup arrives when values that no row sees are zero.
-      turn: barrier at which two warpgroups meet to change places on the tensor cores.
+      turn: barriers at which each of two warpgroups waits for its turn on the tensor cores.
     """
 
     q: Ref
@@ -132,7 +132,7 @@ def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool
             k_done=done,
             v_done=done,
             v_cleared=plgpu.Barrier(num_barriers=c.num_stages),
-            turn=plgpu.Barrier(num_arrivals=c.warpgroups) if c.ping_pong else None,
+            turn=plgpu.Barrier(num_barriers=c.warpgroups) if c.ping_pong else None,
         )
     return Scratch(
         **common,

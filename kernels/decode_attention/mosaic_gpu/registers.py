@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from palladion.kernels.compat import load_to_registers, store_from_registers
 from palladion.kernels.decode_attention.mosaic_gpu import turned_codes
 from palladion.kernels.decode_attention.mosaic_gpu.memory import swizzle_of
 from palladion.kernels.types import Ref
+
+Used = TypeVar("Used")
 
 MATRIX: Final = plgpu.Layout.WGMMA
 """Layout of a matrix whose rows are a multiple of 64, as wgmma leaves it."""
@@ -155,4 +157,46 @@ class Registers:
             plgpu.wgmma(sums, left, right)
 
         result: jax.Array = pl.run_state(on_tensor_cores)(plgpu.WGMMAAccumulatorRef.init(total))
+        return result
+
+    def multiply_and_add(
+        self,
+        left: Ref,
+        right: Ref,
+        total: jax.Array,
+        weights: jax.Array,
+        values: Ref,
+        meanwhile: Callable[[], None],
+        use: Callable[[jax.Array], Used],
+    ) -> tuple[jax.Array, Used]:
+        """Multiplies two matrices, and adds the product of two others to a total, both at once on tensor cores.
+
+        Args:
+          left: `[m, depth]` in shared memory.
+          right: `[n, depth]` in shared memory.
+          total: float32 `[m, width]`.
+          weights: `[m, k]` in registers.
+          values: `[k, width]` in shared memory.
+          meanwhile: what is done before the first product is awaited.
+          use: takes the first product, while the second one is computed.
+
+        Returns:
+          The total, and what `use` returns.
+        """
+        if self.interpret:
+            product, total = self.multiply(left, right), self.add_product(total, weights, values, right_turned=True)
+            meanwhile()
+            return total, use(product)
+
+        def on_tensor_cores(product: Ref, sums: Ref) -> tuple[jax.Array, Used]:
+            sums[...] = total
+            plgpu.wgmma(product, left, right.transpose((1, 0)))
+            plgpu.wgmma(sums, weights, values)
+            meanwhile()
+            used = use(plgpu.wgmma_accumulator_load(product, wait_n=1))
+            return sums[...], used
+
+        rows = left.shape[0]
+        accumulators = (plgpu.WGMMAAccumulatorRef((rows, n), jnp.float32) for n in (right.shape[0], total.shape[1]))
+        result: tuple[jax.Array, Used] = pl.run_scoped(on_tensor_cores, *accumulators)
         return result
