@@ -41,7 +41,7 @@ from palladion.kernels.decode_attention.shares import share_of
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref
 
-REGISTERS = {2: (232, 40), 3: (160, 32)}
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 """Registers of a thread that computes and of one that starts copies, by the number of warpgroups that compute."""
 
 TOKENS = 1

@@ -8,6 +8,7 @@ that saves a fifth of the programs or more: XLA then transposes queries and outp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Final
 
 import jax
@@ -42,6 +43,9 @@ MOST_STAGES: Final = 4
 MOST_REGISTERS: Final = {128: 176, 192: 128}
 """Most registers of a thread for the output, the logits of a block, and weights, by rows of a program."""
 
+MOST_OVERLAPPING: Final = 160
+"""The same where products overlap with the softmax, whose operands are held meanwhile."""
+
 
 def rows_as_heads(problem: Problem, block_rows: int) -> Problem:
     """Returns the problem whose KV heads are the heads of programs, and whose `group` is the rows of a query."""
@@ -53,8 +57,8 @@ def rows_as_heads(problem: Problem, block_rows: int) -> Problem:
 def fits(problem: Problem, config: Config) -> bool:
     """Returns whether a program has the registers and the shared memory for block sizes for many rows."""
     registers = problem.head_dim // 2 + config.block_kv // 2 + config.block_kv // 4
-    most = gpu_to_plan_for().program_shared_bytes
-    return registers <= MOST_REGISTERS[config.block_rows] and shared_bytes(problem, config) <= most
+    most = min(MOST_REGISTERS[config.block_rows], MOST_OVERLAPPING if config.overlaps else registers)
+    return registers <= most and shared_bytes(problem, config) <= gpu_to_plan_for().program_shared_bytes
 
 
 def heuristic(problem: Problem) -> Config | None:
@@ -67,13 +71,12 @@ def heuristic(problem: Problem) -> Config | None:
         return None
     apart = rows_as_heads(p, block_rows)
     programs = p.batch * apart.kv_heads * pl.cdiv(p.q_len * apart.group, block_rows)
-    for block_kv in (128, 64):
+    for block_kv, overlaps in itertools.product((128, 64), (True, False)):
         splits = splits_of(p, programs, block_kv, gpu, most_resident=1)
-        config = Config(block_kv, block_rows, splits, num_stages=1, ping_pong=True)
-        stages = 1 + (gpu.program_shared_bytes - shared_bytes(p, config)) // stage_bytes(p, block_kv)
-        config = dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES), 1))
-        if stages > 1 and fits(p, config):
-            return config
+        config = Config(block_kv, block_rows, splits, num_stages=2, ping_pong=True, overlaps=overlaps)
+        if fits(p, config):
+            more = (gpu.program_shared_bytes - shared_bytes(p, config)) // stage_bytes(p, block_kv)
+            return dataclasses.replace(config, num_stages=min(2 + more, MOST_STAGES))
     return None
 
 
