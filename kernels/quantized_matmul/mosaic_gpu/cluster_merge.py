@@ -38,7 +38,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config
-from palladion.kernels.quantized_matmul.mosaic_gpu.program import Program
+from palladion.kernels.quantized_matmul.mosaic_gpu.program import Ends, Program, Tile
 from palladion.kernels.types import Ref, Scalar
 
 
@@ -59,17 +59,23 @@ def rows_of_unit(config: Config) -> int:
     return next((rows for rows in LAYOUTS if config.block_rows // rows >= config.splits), min(LAYOUTS))
 
 
+def layout_of(config: Config) -> Any:
+    """Returns the layout of the rows that a program adds up at a time."""
+    return LAYOUTS[rows_of_unit(config)]
+
+
 def leave(program: Program, totals: Sequence[jax.Array], sums: Ref) -> None:
     """Stores the sums of a program's tiles, `[64, block_rows]` each, to `[parts, block_rows, block_out]`."""
     for (part, start), total in zip(program.tiles, totals, strict=True):
         program.stage(sums.at[part, :, pl.ds(start, CHANNELS)], total)
 
 
-def merge(programs: Sequence[Program], sums: Ref, result: Ref, staged: Ref) -> None:
+def merge(programs: Sequence[Program], ends: dict[Tile, Ends], sums: Ref, result: Ref, staged: Ref) -> None:
     """Adds up what the programs of a cluster left, and writes the result.
 
     Args:
       programs: the program; those of all splits where the kernel is interpreted.
+      ends: what the sums of each tile are finished with.
       sums: `[1, or splits if interpreted, parts, block_rows, block_out]` in shared memory.
       result: `[rows, result_features]`.
       staged: `[block_rows, block_out]` in shared memory: the residual, then what is written.
@@ -78,7 +84,7 @@ def merge(programs: Sequence[Program], sums: Ref, result: Ref, staged: Ref) -> N
     _barrier("arrive.release", interpret)
     _barrier("wait.acquire", interpret)
     for program in programs:
-        _each_unit(program, size, functools.partial(_finish_unit, program, size, sums, staged))
+        _each_unit(program, size, functools.partial(_finish_unit, program, size, ends, sums, staged))
     _barrier("arrive.release", interpret)
     plgpu.commit_smem()
 
@@ -102,7 +108,7 @@ def _each_unit(program: Program, size: int, act: Callable[[Scalar], None]) -> No
         pl.when(exists)(functools.partial(act, first))
 
 
-def _finish_unit(program: Program, size: int, sums: Ref, staged: Ref, row: Scalar) -> None:
+def _finish_unit(program: Program, size: int, ends: dict[Tile, Ends], sums: Ref, staged: Ref, row: Scalar) -> None:
     """Adds up the rows of a unit, `[64, size]` of each tile, and stores the result to shared memory."""
     p, layout, rows = program.problem, LAYOUTS[size], pl.ds(row, size)
     for start in range(0, program.width, CHANNELS):
@@ -111,7 +117,7 @@ def _finish_unit(program: Program, size: int, sums: Ref, staged: Ref, row: Scala
             each = [
                 of_split(program, sums, split, (part, rows, channels), layout) for split in range(program.config.splits)
             ]
-            found.append(program.finish((part, start), functools.reduce(operator.add, each), layout, row))
+            found.append(program.finish(functools.reduce(operator.add, each), ends[part, start], layout, row))
         adds = program.refs.residual is not None
         program.stage(staged.at[rows, channels], p.finish(found), layout, adds)
 

@@ -43,7 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from palladion.kernels.quantized_matmul.mosaic_gpu import cluster_merge
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, scales_last, total_dtype
-from palladion.kernels.quantized_matmul.mosaic_gpu.program import Factors, Program, Refs
+from palladion.kernels.quantized_matmul.mosaic_gpu.program import Ends, Factors, Program, Refs, Tile
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref, Scalar
 
@@ -240,36 +240,41 @@ def kernel(
         if barrier is not None:
             plgpu.barrier_wait(barrier.at[warpgroup])
 
-    def store(sums: list[jax.Array]) -> None:
+    def store(sums: list[jax.Array], ends: list[Ends] | None = None) -> None:
+        ends = [program.ends(tile) for tile in program.tiles] if ends is None else ends
         await_residual()
-        write(program, dict(zip(program.tiles, sums, strict=True)), result, staged.at[warpgroup], whole)
+        tiles = dict(zip(program.tiles, zip(sums, ends, strict=True), strict=True))
+        write(program, tiles, result, staged.at[warpgroup], whole)
 
     if config.warpgroups > 1:
         many_rows(program, prepare, store)
         return
     prepare()
+    # What sums are finished with comes from memory while codes do.
+    layout = plgpu.Layout.WGMMA if sums is None else cluster_merge.layout_of(config)
+    ends = [program.ends(tile, layout) for tile in program.tiles]
     if sums is None:
-        store(few_rows(program))
+        store(few_rows(program), ends)
         return
     for index, each in enumerate(programs):
         cluster_merge.leave(each, few_rows(each), sums.at[index])
     await_residual()
-    cluster_merge.merge(programs, sums, result, staged.at[0, 0])
+    cluster_merge.merge(programs, dict(zip(program.tiles, ends, strict=True)), sums, result, staged.at[0, 0])
 
 
-def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref, staged: Ref, whole: bool) -> None:
+def write(program: Program, tiles: dict[Tile, tuple[jax.Array, Ends]], result: Ref, staged: Ref, whole: bool) -> None:
     """Writes the result of a warpgroup, or its sums.
 
     Args:
       program: the program.
-      sums: `[64, block_rows]` of each tile.
+      tiles: the sums `[64, block_rows]` of each tile, and what they are finished with.
       result: see `kernel`.
       staged: the warpgroup's part of shared memory.
       whole: whether it is the result that is written.
     """
     p, adds = program.problem, program.refs.residual is not None
     for start in range(0, program.width, CHANNELS):
-        found = [program.finish((part, start), sums[part, start]) for part in range(p.parts)]
+        found = [program.finish(*tiles[part, start]) for part in range(p.parts)]
         if whole:
             found = [p.finish(found)]
         for part, value in enumerate(found):

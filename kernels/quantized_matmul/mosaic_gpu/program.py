@@ -75,6 +75,18 @@ class Factors(NamedTuple):
     minimum: jax.Array | None
 
 
+class Ends(NamedTuple):
+    """Numbers that belong to the sums over all of `in`, one for each of 64 channels, as they are stored.
+
+    Attributes:
+      scale: the scale, or None where it is applied before.
+      bias: the bias, or None.
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
 class Program:
     """A program's place in the grid, its loads and its products; those of one warpgroup where there are two.
 
@@ -242,14 +254,22 @@ class Program:
         if self.interpret or not self.stored:
             plgpu.commit_smem()
 
+    def ends(self, tile: Tile, layout: Any = plgpu.Layout.WGMMA) -> Ends:
+        """Loads what the sums of a tile are scaled by and what is added to them, for sums of a layout."""
+        scales, bias = self.refs.scales if scales_last(self.problem) else None, self.refs.bias
+        return Ends(
+            scale=None if scales is None else self.of_channels(scales, tile, 0, layout),
+            bias=None if bias is None else self.of_channels(bias, tile, layout=layout),
+        )
+
     def finish(
-        self, tile: Tile, total: jax.Array, layout: Any = plgpu.Layout.WGMMA, row: Scalar | int = 0
+        self, total: jax.Array, ends: Ends, layout: Any = plgpu.Layout.WGMMA, row: Scalar | int = 0
     ) -> jax.Array:
         """Returns the products of a tile in float32.
 
         Args:
-          tile: the tile.
-          total: its sums, `[64, rows]`.
+          total: the sums, `[64, rows]`.
+          ends: what they are scaled by, and what is added to them.
           layout: the layout of the sums.
           row: the first row of the sums in the block.
         """
@@ -259,14 +279,12 @@ class Program:
             return found if self.interpret else plgpu.layout_cast(found, layout)
 
         found = total.astype(jnp.float32)
-        if scales_last(self.problem):
-            found = found * across(self.real(self.of_channels(self.refs.scales, tile, 0, layout)), 0)
+        if ends.scale is not None:
+            found = found * across(self.real(ends.scale), 0)
         if self.refs.x_scale is not None:
             rows = pl.ds(self.row * self.config.block_rows + row, total.shape[1])
             found = found * across(self.load(self.refs.x_scale.at[rows], layout.reduce(0), optimized=False), 1)
-        if self.refs.bias is not None:
-            found = found + across(self.of_channels(self.refs.bias, tile, layout=layout), 0)
-        return found
+        return found if ends.bias is None else found + across(ends.bias, 0)
 
     def place(self, row: Scalar | int = 0, rows: int | None = None) -> tuple[Any, Any]:
         """Returns rows of the block, or all of them, and the warpgroup's channels, as indices of the result."""
