@@ -377,11 +377,32 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("case", [*COMPILED[:2], *COMPILED[-6:]], ids=lambda case: case.name)
-def test_lowers_for_hopper(case: Case):
+CLUSTERS = [
+    (case_of("int8", 1, in_features=4096, out_features=6144), call.Config(8, 64, 128, 4, 6, merge="cluster")),
+    (
+        case_of("int4-g128", 16, in_features=14336, out_features=4096, residual=True, scale_dtype="bfloat16"),
+        call.Config(16, 64, 512, 5, 4, overlaps=True, merge="cluster"),
+    ),
+    (
+        case_of("int8", 64, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu, bias=True),
+        call.Config(64, 64, 64, 2, 3, merge="cluster"),
+    ),
+    (
+        case_of("int8", 9, in_features=4096, out_features=6144, quantize_x="int8", bias=True),
+        call.Config(16, 64, 128, 3, 6, merge="cluster"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [*((case, None) for case in (*COMPILED[:2], *COMPILED[-6:])), *CLUSTERS],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_lowers_for_hopper(case: Case, config: call.Config | None):
     """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
-    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
-    text = gpu_compiler.lowered_for_gpu(lambda inputs: call(**inputs._asdict()), case.shapes()).as_text()
+    multiply = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu", config=config)
+    text = gpu_compiler.lowered_for_gpu(lambda inputs: multiply(**inputs._asdict()), case.shapes()).as_text()
     assert "mosaic_gpu" in text
 
 
@@ -401,23 +422,6 @@ def test_compiles_for_hopper_without_spills(case: Case):
     assert kernel.spilled == 0
     assert "wgmma.mma_async.sync.aligned.m64n" in kernel.ptx
     assert "cp.async.bulk.tensor" in kernel.ptx
-
-
-CLUSTERS = [
-    (case_of("int8", 1, in_features=4096, out_features=6144), call.Config(8, 64, 128, 4, 6, merge="cluster")),
-    (
-        case_of("int4-g128", 16, in_features=14336, out_features=4096, residual=True, scale_dtype="bfloat16"),
-        call.Config(16, 64, 512, 5, 4, overlaps=True, merge="cluster"),
-    ),
-    (
-        case_of("int8", 64, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu, bias=True),
-        call.Config(64, 64, 64, 2, 3, merge="cluster"),
-    ),
-    (
-        case_of("int8", 9, in_features=4096, out_features=6144, quantize_x="int8", bias=True),
-        call.Config(16, 64, 128, 3, 6, merge="cluster"),
-    ),
-]
 
 
 @needs_plugin

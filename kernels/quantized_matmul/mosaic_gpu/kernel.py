@@ -26,6 +26,8 @@ starts the copies. Weights are scaled before they are multiplied, in 16 bits, an
 registers have no room for products of a unit beside the sums. One warpgroup converts while the other multiplies. Bound
 by tensor cores: 64 channels by 16 weights take block_rows / 2 cycles, and 18 to 26 to be converted by one warpgroup.
 
+Splits write their sums, or merge them in a cluster (`cluster_merge.py`), for a few rows.
+
 Scales, zero points and minimums of the next block come from memory meanwhile. TMA fills with zeros what lies beyond the
 end of an array: zeros of x make it harmless. The last block of channels ends with the last channel, and overlaps the
 one before, which writes the same.
