@@ -182,18 +182,23 @@ def in_threads(array: np.ndarray, layout: Any) -> np.ndarray:
         array = array.transpose(*range(len(head)), *cut[::2], *cut[1::2])
     rank = layout.tiled_tiling_rank
     skip = array.ndim - rank
-    (warp,) = layout.warp_dims
-    lanes = [skip + rank + dim for dim in layout.lane_dims]
     threads = []
     for thread in range(128):
         place: list[Any] = [slice(None)] * array.ndim
-        place[skip + rank + warp] = slice(thread // 32, thread // 32 + 1)
-        rest = thread % 32
-        for dim in reversed(lanes):
-            rest, index = divmod(rest, array.shape[dim])
-            place[dim] = slice(index, index + 1)
+        for dims, rest in ((layout.warp_dims, thread // 32), (layout.lane_dims, thread % 32)):
+            for dim in reversed(dims):
+                rest, index = divmod(rest, array.shape[skip + rank + dim])
+                place[skip + rank + dim] = slice(index, index + 1)
         threads.append(array[tuple(place)])
     return np.stack(threads)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_neighbours_read_neighbouring_sums(rows: int):
+    """Threads read `[rows, 64]` of another program's shared memory in order, each number once."""
+    places = np.arange(rows * 64).reshape(rows, 64)
+    found = in_threads(places.T, cluster_merge.LAYOUTS[rows].to_mgpu())
+    np.testing.assert_array_equal(found.reshape(128, -1), places.reshape(128, -1))
 
 
 @pytest.mark.parametrize(
