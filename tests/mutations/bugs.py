@@ -333,10 +333,10 @@ MUTATIONS: Final = (
     Mutation(
         "product-hopper-cluster-units",
         f"{PRODUCT}/mosaic_gpu/cluster_merge.py",
-        "unit = program.split + index * config.splits",
-        "unit = program.split + index",
+        "for index in range(pl.cdiv(units, config.splits)):",
+        "for index in range(units // config.splits):",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-minimums-33"),
-        "Programs of a cluster that have two units of rows take the second one of their neighbours.",
+        "Rows are left out where the splits of a cluster do not divide its units of rows.",
     ),
     Mutation(
         "product-hopper-cluster-row-scales",
