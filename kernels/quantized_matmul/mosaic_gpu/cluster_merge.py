@@ -1,15 +1,15 @@
 """Splits that the programs of a cluster add up, out of each other's shared memory.
 
-The programs that share `in` for a tile of the result, `[block_rows, block_out]`, are a cluster. Each leaves its sums in
-its shared memory. Then each adds up the sums of all for some of the rows, finishes them and writes them:
+The programs that have a share of `in` each, for the same tile of the result, are a cluster. A program leaves its sums
+`[block_rows, block_out]` in its shared memory. Then it adds up the sums of all programs for some of the rows, a unit of
+2, 4 or 8 at a time, finishes them and writes them. With 4 splits of 8 rows:
 
-    split        0           1           2           3
-              ┌─────┐     ┌─────┐     ┌─────┐     ┌─────┐
-    unit 0    │ ... ├──┐  │ ... ├─┐   │ ... │     │ ... │      split 0 adds up unit 0 of all, split 1 unit 1, ...
-    unit 1    │ ... │  │  │ ... │ │   │ ... │     │ ... │
-    unit 2    │ ... │  └─>│     │ └─> │     │ ... │     │      a unit: 2, 4 or 8 rows, so that all have one
-    unit 3    │ ... │     │ ... │     │ ... │     │ ... │
-              └─────┘     └─────┘     └─────┘     └─────┘
+                shared memory of split
+                0        1        2        3
+    rows 0, 1   sums  +  sums  +  sums  +  sums   added up, finished and written by split 0
+    rows 2, 3   sums  +  sums  +  sums  +  sums   ... by split 1
+    rows 4, 5   sums  +  sums  +  sums  +  sums   ... by split 2
+    rows 6, 7   sums  +  sums  +  sums  +  sums   ... by split 3
 
 Order of memory, by the two barriers of the cluster:
 
