@@ -340,9 +340,15 @@ def test_wrong_block_sizes(wrong: dict[str, Any], message: str):
 
 @pytest.mark.parametrize(
     ("rows", "right", "backend"),
-    [(8, [], "triton"), (8, ["quantized_matmul"], "mosaic_gpu"), (65, ["quantized_matmul"], "triton")],
+    [
+        (8, [], "triton"),
+        (1, ["quantized_matmul"], "triton"),
+        (8, ["quantized_matmul"], "mosaic_gpu"),
+        (256, ["quantized_matmul"], "mosaic_gpu"),
+        (257, ["quantized_matmul"], "triton"),
+    ],
 )
-def test_auto_takes_it_for_a_few_rows_once_it_was_right(
+def test_auto_takes_it_for_rows_that_it_was_right_and_fast_with(
     rows: int, right: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
 ):
     h200 = dataclasses.replace(gpus()["h200"], mosaic_gpu=tuple(right))
