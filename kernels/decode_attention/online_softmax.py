@@ -9,7 +9,9 @@ the KV blocks that they see. Its state is the online softmax so far:
     acc = alpha acc + p v                       at the end: out = acc / sum l, lse = m ln b + log sum l
 
 l is kept for each token of a block and added up at the end: a sum over tokens passes through shared memory, and one
-maximum in each block is enough of that. Everything is float32 and plain `jax.numpy`, so that GPU backends can share it.
+maximum in each block is enough of that. Where it does not, l is kept for each row.
+
+Everything is float32 and plain `jax.numpy`, so that GPU backends can share it.
 Matrices are `[rows, tokens]`, or `[tokens, rows]` where `tokens`, their axis of tokens, is 0; acc is turned like them.
 The base b is 2, whose powers the hardware computes; where results are float32 it is e, because the rounding of s / ln 2
 would show in them.
@@ -21,6 +23,7 @@ s + log2 v_scale instead, rounded up to the next power of two: no weight is abov
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -85,7 +88,7 @@ class State(NamedTuple):
 
     Attributes:
       m: maxima of the logits, `[rows]`; -inf where nothing was visible.
-      l: sums of the weights of every `block_kv`th token, `[rows, block_kv]`.
+      l: sums of the weights of every `block_kv`th token, `[rows, block_kv]`, or of all tokens, `[rows]`.
       acc: sums of the weighted values, `[rows, width]` for each tile of head_dim.
     """
 
@@ -108,23 +111,42 @@ def _spread(x: jax.Array, like: jax.Array, axis: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, like.shape, (axis,))
 
 
-def masked_logits(
-    problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array, tokens: int = 1
+def scale_of_products(problem: Problem) -> float:
+    """Returns the factor by which products of queries and keys become logits divided by ln b, without a soft-cap."""
+    return problem.scale * _inverse_ln_base(problem)
+
+
+def logits(
+    problem: Problem,
+    products: jax.Array,
+    k_scale: jax.Array | None = None,
+    tokens: int = 1,
+    tanh: Callable[[jax.Array], jax.Array] = jnp.tanh,
 ) -> jax.Array:
-    """Returns logits divided by ln b, from products of queries and keys; -inf where not visible.
+    """Returns logits divided by ln b, from products of queries and keys.
 
     The scales of keys, `[tokens]`, are folded into the softmax scale: a quantized cache costs no multiplication.
     """
     cap = problem.logits_soft_cap
-    factor = problem.scale * (_inverse_ln_base(problem) if cap is None else 1 / cap)
+    factor = scale_of_products(problem) if cap is None else problem.scale / cap
     s = products * (factor if k_scale is None else _spread(k_scale * factor, products, tokens))
-    if cap is not None:
-        s = jnp.tanh(s) * (cap * _inverse_ln_base(problem))
-    return jnp.where(visible, s, -jnp.inf)
+    return s if cap is None else tanh(s) * (cap * _inverse_ln_base(problem))
+
+
+def masked_logits(
+    problem: Problem, products: jax.Array, k_scale: jax.Array | None, visible: jax.Array, tokens: int = 1
+) -> jax.Array:
+    """Returns logits divided by ln b, from products of queries and keys; -inf where not visible."""
+    return jnp.where(visible, logits(problem, products, k_scale, tokens), -jnp.inf)
 
 
 def update(
-    problem: Problem, state: State, s: jax.Array, v_scale: jax.Array | None, tokens: int = 1
+    problem: Problem,
+    state: State,
+    s: jax.Array,
+    v_scale: jax.Array | None,
+    tokens: int = 1,
+    factor: float | None = None,
 ) -> tuple[jax.Array, jax.Array, State]:
     """Adds the logits s of a KV block to m and l.
 
@@ -134,16 +156,20 @@ def update(
       s: logits from `masked_logits`.
       v_scale: scales of the block's values, `[tokens]`, whose products with p must not exceed 1; or None.
       tokens: the axis of tokens.
+      factor: by which s must still be multiplied, a positive number: in one instruction with a subtraction; or None.
 
     Returns:
       The weights p of the block's tokens, shaped like s; alpha, `[rows]`, by which acc must be multiplied; and the
       new state, whose acc is still the old one.
     """
     bound = s if v_scale is None else s + _spread(_exponent_above(v_scale), s, tokens)
-    m_next = jnp.maximum(state.m, jnp.max(bound, axis=tokens))
+    largest = jnp.max(bound, axis=tokens)
+    m_next = jnp.maximum(state.m, largest if factor is None else largest * factor)
     shift = _finite(m_next)
-    p = _power(problem, s - _spread(shift, s, 1 - tokens))
+    p = _power(problem, (s if factor is None else s * factor) - _spread(shift, s, 1 - tokens))
     alpha = _power(problem, state.m - shift)
+    if state.l.ndim == 1:
+        return p, alpha, State(m_next, state.l * alpha + jnp.sum(p, axis=tokens), state.acc)
     return p, alpha, State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)
 
 
@@ -169,7 +195,7 @@ def finish(
       sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
       tokens: the axis of tokens.
     """
-    m, total, acc = state.m, jnp.sum(state.l, axis=tokens), state.acc
+    m, total, acc = state.m, state.l if state.l.ndim == 1 else jnp.sum(state.l, axis=tokens), state.acc
     if sinks is not None:
         sinks = sinks * _inverse_ln_base(problem)
         m = jnp.maximum(state.m, sinks)

@@ -15,6 +15,7 @@ APPEND_KERNEL_TESTS: Final = "tests/test_append_kv_kernels.py"
 PRODUCT: Final = "kernels/quantized_matmul"
 PRODUCT_TESTS: Final = "tests/test_quantized_matmul.py"
 ATTENTION_HOPPER_TESTS: Final = "tests/test_decode_attention_mosaic_gpu.py"
+PREFILL_HOPPER_TESTS: Final = "tests/test_prefill_mosaic_gpu.py"
 HOPPER_TESTS: Final = "tests/test_quantized_matmul_mosaic_gpu.py"
 REFERENCE_TESTS: Final = "tests/test_reference.py"
 MATRIX_TESTS: Final = "tests/test_quantized_matmul_matrix.py"
@@ -159,6 +160,22 @@ MUTATIONS: Final = (
         "lambda _, first: first < slot",
         (ATTENTION_HOPPER_TESTS, "-k", "one_by_one"),
         "The first slot of a sequence works on the sequence before.",
+    ),
+    Mutation(
+        "attention-hopper-many-rows-dead-values",
+        f"{ATTENTION}/mosaic_gpu/many_rows.py",
+        "pl.when((first < first_seen) | (last >= share.length))(clear_or_wait)",
+        "pl.when(first < first_seen)(clear_or_wait)",
+        (PREFILL_HOPPER_TESTS, "-k", "kernel_is_right and row-blocks"),
+        "Values past the length are weighted with 0, and may be NaN.",
+    ),
+    Mutation(
+        "attention-hopper-many-rows-window",
+        f"{ATTENTION}/mosaic_gpu/many_rows.py",
+        "at_edge |= first <= self.position(self.first_row + (TILE - 1)) - p.sliding_window",
+        "at_edge |= first <= self.position(self.first_row) - p.sliding_window",
+        (PREFILL_HOPPER_TESTS, "-k", "kernel_is_right and group-of-3"),
+        "The last row of a warpgroup sees tokens before its window.",
     ),
     Mutation(
         "attention-hopper-features",

@@ -1,5 +1,7 @@
 """decode_attention on Hopper, in Mosaic GPU: TMA brings the cache, tensor cores multiply it as their left operand.
 
+That is for a few query rows; many of them, as in prefill, are the left operand themselves (`many_rows.py`).
+
 A program is one warpgroup. It has one KV head with a block of the query rows that share it (rows = q_len * group, query
 major), and one slot: a share of the KV blocks that these rows see in one sequence (`shares.py`). It goes through them
 in a ring of `num_stages` blocks that TMA fills, with an online softmax (`online_softmax.py`), all of it turned:
@@ -38,6 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.decode_attention import shares
+from palladion.kernels.decode_attention.mosaic_gpu import many_rows_call
 from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV, MAX_BLOCK_ROWS
 from palladion.kernels.decode_attention.mosaic_gpu.config import Config as Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results, kernel
@@ -45,6 +48,7 @@ from palladion.kernels.decode_attention.mosaic_gpu.memory import (
     Refs,
     scratch_types,
     shared_bytes,
+    sinks_by_rows,
     stage_bytes,
 )
 from palladion.kernels.decode_attention.mosaic_gpu.merge import Parts, merge_kernel
@@ -95,6 +99,11 @@ SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def heuristic(problem: Problem) -> Config:
+    """Returns block sizes for many rows where programs of so many fill the chip, otherwise those for a few rows."""
+    return many_rows_call.heuristic(problem) or _for_few_rows(problem)
+
+
+def _for_few_rows(problem: Problem) -> Config:
     """Returns blocks that fill the shared memory, and splits that keep all multiprocessors busy."""
     p, gpu = problem, gpu_to_plan_for()
     most_rows = (MOST_ROWS_OF_CODES if p.has_scales else MOST_ROWS)[p.head_dim]
@@ -131,8 +140,10 @@ def preferred(problem: Problem) -> bool:
 
 
 def space(problem: Problem) -> Space:
-    """Returns what the tuner may try: KV block sizes, splits and how they are shared, and stages."""
+    """Returns what the tuner may try: KV block sizes, stages, and splits and how they are shared, or blocks of rows."""
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
+    if start.warpgroups > 1:
+        return many_rows_call.space(problem, start)
     axes = {
         "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
         "block_kv": BLOCKS_KV,
@@ -176,6 +187,9 @@ def decode_attention(
         config = dataclasses.replace(config, balanced=False)
     p, slots = problem, shares.slots_of(problem, config)
     check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
+    if config.warpgroups > 1:
+        check(not p.has_scales, "config.block_rows", config.block_rows, f"up to 64 for {p}")
+        return many_rows_call.decode_attention(p, inputs, config, interpret)
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
     # Blocks are written whole, except an only one.
@@ -188,7 +202,7 @@ def decode_attention(
         jax.ShapeDtypeStruct((slots, p.kv_heads, row_blocks, p.head_dim, config.block_rows), jnp.float32),
         jax.ShapeDtypeStruct((slots, p.kv_heads, all_rows), jnp.float32),
     )
-    sinks = None if inputs.sinks is None else _by_rows(p, inputs.sinks, all_rows)
+    sinks = sinks_by_rows(p, inputs.sinks, all_rows)
     whole = slots == p.batch
     call = _Call(p, config, bool(interpret), gpu_interpreter(interpret or False))
     refs = _refs(p, inputs, sinks if whole else None)
@@ -253,10 +267,3 @@ def _refs(problem: Problem, inputs: Inputs, sinks: jax.Array | None) -> Refs:
         cache = jax.tree.map(lambda x: x[None], cache)
     layer = None if layer is None else layer[None]
     return Refs(layer, inputs.lengths, q, *cache, page_table=inputs.page_table, sinks=sinks)
-
-
-def _by_rows(problem: Problem, sinks: jax.Array, all_rows: int) -> jax.Array:
-    """Returns the sink of each query row, float32 `[kv_heads, all_rows]`; 0 for rows that there are not."""
-    p = problem
-    heads = sinks.astype(jnp.float32).reshape(p.kv_heads, p.group)
-    return jnp.pad(jnp.tile(heads, (1, p.q_len)), ((0, 0), (0, all_rows - p.q_len * p.group)))

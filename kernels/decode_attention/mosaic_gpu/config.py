@@ -1,4 +1,4 @@
-"""Block sizes of the Mosaic GPU kernel of decode_attention."""
+"""Block sizes of the Mosaic GPU kernels of decode_attention."""
 
 from __future__ import annotations
 
@@ -12,34 +12,56 @@ TILE: Final = 64
 """Rows of the left operand of a wgmma: tokens of a block, and features of a head, come in multiples of it."""
 
 MAX_BLOCK_ROWS: Final = 64
-"""Most query rows of a program: more of them leave no registers."""
+"""Most query rows of a program for a few rows: more of them leave no registers."""
+
+MANY_ROWS: Final = (128, 192)
+"""Query rows of a program for many rows, 64 in each warpgroup."""
 
 BLOCKS_KV: Final = (64, 128, 256)
-"""Tokens of a KV block."""
+"""Tokens of a KV block; for many rows, registers have no room for the logits of 256."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Block sizes of the Mosaic GPU kernel.
+    """Block sizes of the Mosaic GPU kernels, one for a few query rows and one for many.
 
     Attributes:
-      block_kv: cached tokens of a KV block: 64, 128 or 256.
-      block_rows: query rows of a program, a multiple of 8, at most 64.
+      block_kv: cached tokens of a KV block: 64, 128 or 256; for many rows 64 or 128.
+      block_rows: query rows of a program: for a few rows a multiple of 8, at most 64; for many rows 128 or 192.
       splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced.
-      num_stages: KV blocks in the ring: one is multiplied, the others are on their way.
-      balanced: whether shares have one size for all sequences, so that the longest has the most; a batch-invariant
-        call, and one of more than 32 sequences, give each sequence `splits` shares all the same.
+      num_stages: KV blocks in the ring: one is multiplied, the others are on their way; at least 2 with `overlaps`.
+      balanced: whether shares have one size for all sequences, so that the longest has the most, for a few rows only;
+        a batch-invariant call, and one of more than 32 sequences, give each sequence `splits` shares all the same.
+      ping_pong: whether two warpgroups take turns, so that one multiplies while the other computes its softmax; 128
+        rows only.
+      overlaps: whether a warpgroup multiplies the weights of a block while it computes the softmax of the next; many
+        rows only.
     """
 
     block_kv: int
     block_rows: int
-    splits: int
+    splits: int = 1
     num_stages: int = 3
     balanced: bool = False
+    ping_pong: bool = False
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
-        check(self.block_kv in BLOCKS_KV, "config.block_kv", self.block_kv, ", ".join(map(str, BLOCKS_KV)))
-        accepted = f"a multiple of 8, at most {MAX_BLOCK_ROWS}"
-        check(self.block_rows in range(8, MAX_BLOCK_ROWS + 1, 8), "config.block_rows", self.block_rows, accepted)
+        rows = (*range(8, MAX_BLOCK_ROWS + 1, 8), *MANY_ROWS)
+        accepted = f"a multiple of 8, at most {MAX_BLOCK_ROWS}, or {' or '.join(map(str, MANY_ROWS))}"
+        check(self.block_rows in rows, "config.block_rows", self.block_rows, accepted)
+        many = self.warpgroups > 1
+        blocks_kv = BLOCKS_KV[: 2 if many else None]
+        check(self.block_kv in blocks_kv, "config.block_kv", self.block_kv, ", ".join(map(str, blocks_kv)))
         check(1 <= self.splits <= MAX_SPLITS, "config.splits", self.splits, f"1 to {MAX_SPLITS}")
-        check(self.num_stages >= 1, "config.num_stages", self.num_stages, "at least 1")
+        least = 2 if self.overlaps else 1
+        check(self.num_stages >= least, "config.num_stages", self.num_stages, f"at least {least}")
+        check(not (many and self.balanced), "config.balanced", self.balanced, "False for many rows")
+        turns = not self.ping_pong or self.warpgroups == 2
+        check(turns, "config.ping_pong", self.ping_pong, "False, except for 128 rows")
+        check(many or not self.overlaps, "config.overlaps", self.overlaps, "False, except for many rows")
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups that compute, each for some of the rows."""
+        return self.block_rows // TILE if self.block_rows in MANY_ROWS else 1

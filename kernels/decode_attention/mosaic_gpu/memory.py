@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palladion.kernels.decode_attention.mosaic_gpu.config import Config
+from palladion.kernels.decode_attention.mosaic_gpu.config import TILE, Config
 from palladion.kernels.decode_attention.problem import Problem
 from palladion.kernels.decode_attention.shares import Share
 from palladion.kernels.integers import divide_with_remainder
@@ -35,6 +35,8 @@ class Refs(NamedTuple):
       v_scale: like k_scale.
       page_table: `[batch, pages_per_seq]`.
       sinks: `[kv_heads, rows]`, float32, rows up to a multiple of block_rows; None also where results are merged.
+
+    For many rows, q is `[batch, rows, heads, head_dim]`, and sinks are `[heads, rows]` (`many_rows.py`).
     """
 
     layer: Any
@@ -49,31 +51,39 @@ class Refs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a program, and the barriers that transfers arrive at.
+    """Shared memory of a program, and its barriers; None where a program has no such thing.
 
     Attributes:
-      q: queries, `[block_rows, head_dim]`.
+      q: queries, `[block_rows, head_dim]`; for many rows `[warpgroups, 64, head_dim]`, where outputs are put later.
       k: ring of keys, `[num_stages, block_kv, head_dim]`.
       v: ring of values, like k.
-      k_scale: ring of scales, `[num_stages, block_kv]`, or None.
-      v_scale: like k_scale.
-      weights: `[block_rows, block_kv]`.
-      out: what is written by TMA, `[block_rows, head_dim]`, or None.
-      q_arrived: barrier of the queries.
+      q_arrived: barrier of the queries; for many rows one for each warpgroup.
       k_arrived: barriers of keys and of all scales, one for each place of the ring.
       v_arrived: barriers of values.
+      k_scale: ring of scales, `[num_stages, block_kv]`.
+      v_scale: like k_scale.
+      weights: `[block_rows, block_kv]`.
+      out: what is written by TMA, `[block_rows, head_dim]`.
+      k_done: barriers at which warpgroups arrive that have multiplied keys, one for each place of the ring.
+      v_done: the same of values.
+      v_cleared: barriers at which the first warpgroup arrives when values that no row sees are zero.
+      turn: barriers at which each of two warpgroups waits for its turn on the tensor cores.
     """
 
     q: Ref
     k: Ref
     v: Ref
-    k_scale: Any
-    v_scale: Any
-    weights: Ref
-    out: Any
     q_arrived: Ref
     k_arrived: Ref
     v_arrived: Ref
+    k_scale: Any = None
+    v_scale: Any = None
+    weights: Any = None
+    out: Any = None
+    k_done: Any = None
+    v_done: Any = None
+    v_cleared: Any = None
+    turn: Any = None
 
 
 def chunk_of(problem: Problem, block_kv: int) -> int:
@@ -91,31 +101,45 @@ def swizzle_of(row_bytes: int) -> int:
     return 64 if row_bytes % 128 else 128
 
 
+def swizzled(shape: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
+    """Returns the type of memory whose rows TMA permutes so that tensor cores read them without collisions."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = swizzle_of(shape[-1] * size)
+    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=() if interpret else transforms)
+
+
 def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool) -> Scratch:
     """Returns the types of `Scratch`; `whole` is whether the program writes a result, not a part to be merged."""
     p, c = problem, config
     ring = (c.num_stages, c.block_kv)
-
-    def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-        """Returns memory whose rows TMA permutes so that tensor cores read them without collisions."""
-        size = jnp.dtype(dtype).itemsize
-        swizzle = swizzle_of(shape[-1] * size)
-        transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
-        return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=() if interpret else transforms)
-
     copies = c.block_kv // chunk_of(p, c.block_kv)
     scales = plgpu.SMEM(ring, jnp.float32) if p.has_scales else None
+    common: dict[str, Any] = {
+        "k": swizzled((*ring, p.head_dim), p.kv_dtype, interpret),
+        "v": swizzled((*ring, p.head_dim), p.kv_dtype, interpret),
+        "k_arrived": plgpu.Barrier(num_arrivals=copies * (3 if p.has_scales else 1), num_barriers=c.num_stages),
+        "v_arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=c.num_stages),
+        "k_scale": scales,
+        "v_scale": scales,
+    }
+    if c.warpgroups > 1:
+        done = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.num_stages)
+        return Scratch(
+            **common,
+            q=swizzled((c.warpgroups, TILE, p.head_dim), p.q_dtype, interpret),
+            q_arrived=plgpu.Barrier(num_barriers=c.warpgroups),
+            k_done=done,
+            v_done=done,
+            v_cleared=plgpu.Barrier(num_barriers=c.num_stages),
+            turn=plgpu.Barrier(num_barriers=c.warpgroups) if c.ping_pong else None,
+        )
     return Scratch(
-        q=swizzled((c.block_rows, p.head_dim), p.q_dtype),
-        k=swizzled((*ring, p.head_dim), p.kv_dtype),
-        v=swizzled((*ring, p.head_dim), p.kv_dtype),
-        k_scale=scales,
-        v_scale=scales,
-        weights=swizzled((c.block_rows, c.block_kv), value_dtype(p)),
-        out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None,
+        **common,
+        q=swizzled((c.block_rows, p.head_dim), p.q_dtype, interpret),
         q_arrived=plgpu.Barrier(),
-        k_arrived=plgpu.Barrier(num_arrivals=copies * (3 if p.has_scales else 1), num_barriers=c.num_stages),
-        v_arrived=plgpu.Barrier(num_arrivals=copies, num_barriers=c.num_stages),
+        weights=swizzled((c.block_rows, c.block_kv), value_dtype(p), interpret),
+        out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None,
     )
 
 
@@ -167,27 +191,49 @@ class Ring:
 
     def fetch(self, block: Scalar, located: list[tuple[Scalar, Scalar]]) -> None:
         """Starts the transfers of a KV block."""
-        place, refs, scratch = self.place(block), self.refs, self.scratch
-        size = chunk_of(self.problem, self.config.block_kv)
-        transfers = [
-            (refs.k, scratch.k, scratch.k_arrived),
-            (refs.k_scale, scratch.k_scale, scratch.k_arrived),
-            (refs.v_scale, scratch.v_scale, scratch.k_arrived),
-            (refs.v, scratch.v, scratch.v_arrived),
-        ]
-        for source, target, arrived in transfers:
-            for number, (slab, token) in enumerate(located):
-                if source is not None:
-                    plgpu.copy_gmem_to_smem(
-                        source.at[self.layer, slab, self.head, pl.ds(token, size)],
-                        target.at[place, pl.ds(number * size, size)],
-                        arrived.at[place],
-                    )
+        self.fetch_keys(block, located)
+        self.fetch_values(block, located)
+
+    def fetch_keys(self, block: Scalar, located: list[tuple[Scalar, Scalar]]) -> None:
+        """Starts the transfers of a block's keys and scales."""
+        refs, scratch = self.refs, self.scratch
+        self._fetch(refs.k, scratch.k, scratch.k_arrived, block, located)
+        self._fetch(refs.k_scale, scratch.k_scale, scratch.k_arrived, block, located)
+        self._fetch(refs.v_scale, scratch.v_scale, scratch.k_arrived, block, located)
+
+    def fetch_values(self, block: Scalar, located: list[tuple[Scalar, Scalar]]) -> None:
+        """Starts the transfers of a block's values."""
+        self._fetch(self.refs.v, self.scratch.v, self.scratch.v_arrived, block, located)
+
+    def _fetch(
+        self, source: Any, target: Any, arrived: Ref, block: Scalar, located: list[tuple[Scalar, Scalar]]
+    ) -> None:
+        """Starts the transfers of a part of a KV block, if there is such a part."""
+        if source is None:
+            return
+        place, size = self.place(block), chunk_of(self.problem, self.config.block_kv)
+        for number, (slab, token) in enumerate(located):
+            plgpu.copy_gmem_to_smem(
+                source.at[self.layer, slab, self.head, pl.ds(token, size)],
+                target.at[place, pl.ds(number * size, size)],
+                arrived.at[place],
+            )
+
+
+def sinks_by_rows(problem: Problem, sinks: jax.Array | None, all_rows: int) -> jax.Array | None:
+    """Returns the sink of each query row, float32 `[kv_heads, all_rows]`; 0 for rows that there are not."""
+    p = problem
+    if sinks is None:
+        return None
+    heads = sinks.astype(jnp.float32).reshape(p.kv_heads, p.group)
+    return jnp.pad(jnp.tile(heads, (1, p.q_len)), ((0, 0), (0, all_rows - p.q_len * p.group)))
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Returns the shared memory of a program: the ring, operands, what is written, and 4 KiB for all else."""
     p, c = problem, config
+    if c.warpgroups > 1:
+        return c.num_stages * stage_bytes(p, c.block_kv) + c.block_rows * p.head_dim * 2 + 1024
     rows = c.block_rows * (2 * p.head_dim * 2 + c.block_kv * 2)
     return c.num_stages * stage_bytes(p, c.block_kv) + rows + 4096
 

@@ -7,7 +7,8 @@ jax's interpreter has no layouts and no tensor cores: there, the same operations
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from palladion.kernels.compat import load_to_registers, store_from_registers
 from palladion.kernels.decode_attention.mosaic_gpu import turned_codes
 from palladion.kernels.decode_attention.mosaic_gpu.memory import swizzle_of
 from palladion.kernels.types import Ref
+
+Used = TypeVar("Used")
 
 MATRIX: Final = plgpu.Layout.WGMMA
 """Layout of a matrix whose rows are a multiple of 64, as wgmma leaves it."""
@@ -103,35 +106,97 @@ class Registers:
         """Puts the rows of products of `floats_turned` in order."""
         return product if self.interpret else turned_codes.in_order(product)
 
-    def multiply(self, left: Ref | jax.Array, right: Ref, *, turned: bool = False) -> jax.Array:
+    def multiply(
+        self, left: Ref | jax.Array, right: Ref, *, turned: bool = False, meanwhile: Callable[[], None] | None = None
+    ) -> jax.Array:
         """Multiplies two 16-bit matrices on tensor cores, float32 `[m, n]`.
 
         Args:
           left: `[m, depth]` in registers or shared memory, or there `[depth, m]` where `turned`.
           right: `[n, depth]` in shared memory.
           turned: whether the axes of the left operand are exchanged.
+          meanwhile: what is done before the product is awaited.
         """
         if self.interpret:
             values = left[...].T if turned else left[...]
-            return jnp.dot(values, right[...].T, preferred_element_type=jnp.float32)
+            product = jnp.dot(values, right[...].T, preferred_element_type=jnp.float32)
+            if meanwhile is not None:
+                meanwhile()
+            return product
         left = left.transpose((1, 0)) if turned else left
 
         def on_tensor_cores(sums: Ref) -> jax.Array:
             plgpu.wgmma(sums, left, right.transpose((1, 0)))
+            if meanwhile is not None:
+                meanwhile()
             return sums[...]
 
         shape = (left.shape[0], right.shape[0])
         result: jax.Array = pl.run_scoped(on_tensor_cores, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         return result
 
-    def add_product(self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool) -> jax.Array:
-        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`; for the others see `multiply`."""
+    def add_product(
+        self, total: jax.Array, left: Ref | jax.Array, right: Ref, *, turned: bool = False, right_turned: bool = False
+    ) -> jax.Array:
+        """Adds the product of two 16-bit matrices to a float32 matrix `[m, n]`.
+
+        Args:
+          total: the matrix.
+          left: see `multiply`.
+          right: `[n, depth]` in shared memory, or `[depth, n]` where `right_turned`.
+          turned: whether the axes of the left operand are exchanged.
+          right_turned: whether those of the right one are.
+        """
         if self.interpret:
-            return total + self.multiply(left, right, turned=turned)
+            values, others = left[...].T if turned else left[...], right[...] if right_turned else right[...].T
+            return total + jnp.dot(values, others, preferred_element_type=jnp.float32)
         left = left.transpose((1, 0)) if turned else left
+        right = right if right_turned else right.transpose((1, 0))
 
         def on_tensor_cores(sums: Ref) -> None:
-            plgpu.wgmma(sums, left, right.transpose((1, 0)))
+            plgpu.wgmma(sums, left, right)
 
         result: jax.Array = pl.run_state(on_tensor_cores)(plgpu.WGMMAAccumulatorRef.init(total))
+        return result
+
+    def multiply_and_add(
+        self,
+        left: Ref,
+        right: Ref,
+        total: jax.Array,
+        weights: jax.Array,
+        values: Ref,
+        meanwhile: Callable[[], None],
+        use: Callable[[jax.Array], Used],
+    ) -> tuple[jax.Array, Used]:
+        """Multiplies two matrices, and adds the product of two others to a total, both at once on tensor cores.
+
+        Args:
+          left: `[m, depth]` in shared memory.
+          right: `[n, depth]` in shared memory.
+          total: float32 `[m, width]`.
+          weights: `[m, k]` in registers.
+          values: `[k, width]` in shared memory.
+          meanwhile: what is done before the first product is awaited.
+          use: takes the first product, while the second one is computed.
+
+        Returns:
+          The total, and what `use` returns.
+        """
+        if self.interpret:
+            product, total = self.multiply(left, right), self.add_product(total, weights, values, right_turned=True)
+            meanwhile()
+            return total, use(product)
+
+        def on_tensor_cores(product: Ref, sums: Ref) -> tuple[jax.Array, Used]:
+            sums[...] = total
+            plgpu.wgmma(product, left, right.transpose((1, 0)))
+            plgpu.wgmma(sums, weights, values)
+            meanwhile()
+            used = use(plgpu.wgmma_accumulator_load(product, wait_n=1))
+            return sums[...], used
+
+        rows = left.shape[0]
+        accumulators = (plgpu.WGMMAAccumulatorRef((rows, n), jnp.float32) for n in (right.shape[0], total.shape[1]))
+        result: tuple[jax.Array, Used] = pl.run_scoped(on_tensor_cores, *accumulators)
         return result
