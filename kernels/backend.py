@@ -239,7 +239,8 @@ def choose(
         given = given or f"{backend}: has no kernel for it yet"
         raise Unsupported(f"{operation}({problem}): {given}. backend='xla' covers it")
     if not explicit:
-        able.sort(key=lambda pair: pair[0].preferred is None or not pair[0].preferred(problem))
+        planned = problem.planned()
+        able.sort(key=lambda pair: pair[0].preferred is None or not pair[0].preferred(planned))
     (row, interpreted), source = (able[0], "explicit") if explicit else _fastest(operation, able, problem, reasons)
     block_sizes, config_source = resolve(operation, row, problem, config)
     choice = Choice(operation, problem, row.name, bool(interpreted), reasons, source, block_sizes, config_source)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from product_oracle import ORDER_OF
 
-from palladion import decode_attention, quantize, quantized_matmul
+from palladion import KVCache, decode_attention, quantize, quantized_matmul, tracing_for
 from palladion.kernels.backend import record_choices
 from palladion.kernels.decode_attention.api import IMPLEMENTATIONS as ATTENTION
 from palladion.kernels.quantized_matmul.api import IMPLEMENTATIONS
@@ -108,6 +108,26 @@ def test_products_with_norm_and_residual(backend: str):
     for rows in ([4], [8, 0, 4]):
         chosen = jnp.array(rows)
         equal(multiply(x[chosen], residual=residual[chosen]), together[chosen])
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_the_kernel_does_not_depend_on_the_batch(kv_dtype: str):
+    """On a GPU where one kernel is preferred for one row, and another for several."""
+    w = jax.eval_shape(lambda: quantize(jnp.ones((4096, 4096)), "int8", order="out_in"))
+
+    def chosen(batch: int, *, batch_invariant: bool) -> list[str]:
+        x = jax.ShapeDtypeStruct((batch, 4096), jnp.bfloat16)
+        q = jax.ShapeDtypeStruct((batch, 32, 128), jnp.bfloat16)
+        cache = jax.eval_shape(lambda: KVCache.dense(batch, 8, 4096, 128, kv_dtype))
+        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        with tracing_for("h200"), record_choices() as choices:
+            jax.eval_shape(functools.partial(quantized_matmul, batch_invariant=batch_invariant), x, w)
+            attend = functools.partial(decode_attention, batch_invariant=batch_invariant)
+            jax.eval_shape(attend, q, cache.k, cache.v, lengths, k_scale=cache.k_scale, v_scale=cache.v_scale)
+        return [choice.backend for choice in choices]
+
+    assert chosen(1, batch_invariant=True) == chosen(8, batch_invariant=True)
+    assert chosen(1, batch_invariant=False) != chosen(8, batch_invariant=False)
 
 
 def test_block_sizes_do_not_depend_on_the_batch():

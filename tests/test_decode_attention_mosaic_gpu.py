@@ -106,19 +106,21 @@ def test_blocks_are_read_without_races(case: Case, config: Config):
 
 
 @pytest.mark.parametrize(
-    ("q_len", "right", "backend"),
+    ("changes", "right", "backend"),
     [
-        (1, ["decode_attention"], "mosaic_gpu"),
-        (1, ["quantized_matmul"], "triton"),
-        (40, ["decode_attention"], "triton"),
+        ({}, ["decode_attention"], "mosaic_gpu"),
+        ({}, ["quantized_matmul"], "triton"),
+        ({"q_len": 40}, ["decode_attention"], "triton"),
+        ({"batch": 1, "lengths": (9,)}, ["decode_attention"], "triton"),
+        ({"batch": 1, "lengths": (9,), "kv_dtype": "int8"}, ["decode_attention"], "mosaic_gpu"),
     ],
 )
-def test_auto_takes_it_for_a_few_rows_once_it_was_right(
-    q_len: int, right: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_it_for_a_few_rows_with_which_it_was_right_and_fast(
+    changes: dict[str, Any], right: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(gpus(), "h200", dataclasses.replace(gpus()["h200"], mosaic_gpu=tuple(right)))
     with gpu_compiler.tracing_for(90), record_choices() as choices:
-        jax.eval_shape(lambda inputs: decode_attention(**inputs._asdict()), case_of(q_len=q_len).shapes())
+        jax.eval_shape(lambda inputs: decode_attention(**inputs._asdict()), case_of(**changes).shapes())
     assert choices[0].backend == backend
 
 

@@ -32,7 +32,7 @@ of_entry = pytest.mark.parametrize(
 
 
 def problems(operation: str, sizes: dict[str, int]) -> Iterator[Any]:
-    """Yields problems of known models with these sizes."""
+    """Yields cases of known models with these sizes."""
     for shape in models().values():
         if operation == "decode_attention":
             for kv_dtype, page_size in itertools.product((None, "int8", "float8_e4m3fn"), (None, 64)):
@@ -41,7 +41,8 @@ def problems(operation: str, sizes: dict[str, int]) -> Iterator[Any]:
             yield from shape.dense_cases(sizes["rows"])
         else:
             for scheme in SCHEMES:
-                yield from shape.matmul_cases(sizes["rows"], scheme)
+                cases = shape.matmul_cases(sizes["rows"], scheme)
+                yield from (case for case in cases if case.in_features == sizes["in"])
 
 
 @of_entry
@@ -59,7 +60,8 @@ def test_an_entry_is_that_of_a_models_problem_and_a_kernel_accepts_it(path: Path
     operation = OPERATIONS[path.parts[-3]]
     device = jax.sharding.AbstractDevice(device_kind=entry.device, num_cores=1, platform=PLATFORMS[entry.device])
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        every = (case.problem() for case in problems(operation.name, dict(entry.sizes)))
+        cases = problems(operation.name, dict(entry.sizes))
+        every = (operation.stored_for(case, PLATFORMS[entry.device]).problem() for case in cases)
         problem = next(one for one in every if one.tuning_key().distance(entry.key) == 0)
         row = find_implementation(operation.table, entry.implementation)
         assert row.unsupported(problem) is None

@@ -348,6 +348,22 @@ MUTATIONS: Final = (
         "The last block of channels does not end with the last channel.",
     ),
     Mutation(
+        "product-hopper-cluster-units",
+        f"{PRODUCT}/mosaic_gpu/cluster_merge.py",
+        "for index in range(pl.cdiv(units, config.splits)):",
+        "for index in range(units // config.splits):",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-minimums-33"),
+        "Rows are left out where the splits of a cluster do not divide its units of rows.",
+    ),
+    Mutation(
+        "product-hopper-cluster-row-scales",
+        f"{PRODUCT}/mosaic_gpu/program.py",
+        "rows = pl.ds(self.row * self.config.block_rows + row, total.shape[1])",
+        "rows = pl.ds(self.row * self.config.block_rows, total.shape[1])",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int8-9"),
+        "All units of rows that a cluster merges are scaled by the scales of the first.",
+    ),
+    Mutation(
         "matmul-gpu-residual-row",
         "kernels/matmul/triton/kernel.py",
         "result + read(refs.residual, (m, channel), real)",

@@ -88,8 +88,8 @@ PROGRAMS: Final = 2
 
 MOST_STAGES: Final = 6
 
-MOST_BALANCED: Final = 16
-"""Most sequences whose shares are balanced: every program goes through all of them, one after the other."""
+MOST_BALANCED: Final = 32
+"""Most sequences whose shares are balanced: every program looks at the lengths of all of them."""
 
 MOST_SLOTS: Final = 65535
 """Most programs along the outermost axis of a grid."""
@@ -129,9 +129,14 @@ def _for_few_rows(problem: Problem) -> Config:
 
 
 def preferred(problem: Problem) -> bool:
-    """Returns whether a few query rows are computed on a GPU on whose like the kernel was right."""
-    gpu = target_gpu()
-    return problem.q_len * problem.group <= MAX_BLOCK_ROWS and gpu is not None and "decode_attention" in gpu.mosaic_gpu
+    """Returns whether a few query rows are computed on a GPU on whose like the kernel was right, unless it was slower.
+
+    On an H200, Triton took 8 % less time for one sequence in bfloat16, as long for eight, and 10 to 40 % longer for
+    one-byte caches (docs/gpu.md).
+    """
+    p, gpu = problem, target_gpu()
+    fast = p.q_len * p.group <= MAX_BLOCK_ROWS and (p.has_scales or p.batch > 1)
+    return fast and gpu is not None and "decode_attention" in gpu.mosaic_gpu
 
 
 def space(problem: Problem) -> Space:
@@ -143,7 +148,7 @@ def space(problem: Problem) -> Space:
         "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
         "block_kv": BLOCKS_KV,
         "num_stages": (2, 3, 4, 5, 6, 8),
-        "balanced": (False, True) if problem.batch > 1 else (),
+        "balanced": (False, True) if 1 < problem.batch <= MOST_BALANCED else (),
     }
     return Space(start, axes, lambda config: shared_bytes(problem, config) <= most)
 
@@ -178,6 +183,8 @@ def decode_attention(
     """
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem)
+    if problem.batch > MOST_BALANCED:
+        config = dataclasses.replace(config, balanced=False)
     p, slots = problem, shares.slots_of(problem, config)
     check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
     if config.warpgroups > 1:

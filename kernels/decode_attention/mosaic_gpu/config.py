@@ -31,7 +31,7 @@ class Config:
       splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced.
       num_stages: KV blocks in the ring: one is multiplied, the others are on their way; at least 2 with `overlaps`.
       balanced: whether shares have one size for all sequences, so that the longest has the most, for a few rows only;
-        a batch-invariant call gives each sequence `splits` shares all the same.
+        a batch-invariant call, and one of more than 32 sequences, give each sequence `splits` shares all the same.
       ping_pong: whether two warpgroups take turns, so that one multiplies while the other computes its softmax; 128
         rows only.
       overlaps: whether a warpgroup multiplies the weights of a block while it computes the softmax of the next; many
