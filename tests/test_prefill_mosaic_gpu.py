@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from hopper_attention import case_of, check
 
@@ -20,7 +21,7 @@ from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.decode_attention import cases
 from palladion.kernels.decode_attention.cases import Case
-from palladion.kernels.decode_attention.mosaic_gpu import call, many_rows_call
+from palladion.kernels.decode_attention.mosaic_gpu import call, many_rows, many_rows_call
 from palladion.kernels.decode_attention.mosaic_gpu.call import Config
 
 MODELS = {case.name: case for case in cases.MODELS}
@@ -81,6 +82,12 @@ def test_blocks_are_read_without_races(case: Case, config: Config):
 
     check(case, config, interpret=dataclasses.replace(gpu_interpreter(True), detect_races=True))
     assert gpu_callbacks.get_races().races_found is False
+
+
+def test_tanh_is_exact_enough():
+    """A soft-cap of 50 keeps its logits to 0.00002."""
+    x = np.concatenate([np.linspace(-30, 30, 4001), [-1e30, 1e30, 0]]).astype(np.float32)
+    np.testing.assert_allclose(many_rows.tanh(x), np.tanh(x.astype(np.float64)), rtol=0, atol=4e-7)
 
 
 # ------------------------------------------------------------------------------------------------------ block sizes

@@ -8,8 +8,8 @@ the KV blocks that they see. Its state is the online softmax so far:
     p = b^(s - m_next)                          l = alpha l + p
     acc = alpha acc + p v                       at the end: out = acc / sum l, lse = m ln b + log sum l
 
-l is kept for each token of a block and added up at the end: a sum over tokens passes through shared memory, and one
-maximum in each block is enough of that. Where it does not, l is kept for each row.
+l is kept for each token of a block, or for fewer of them, and added up at the end: a sum over all tokens passes between
+threads, and one maximum in each block is enough of that.
 
 Everything is float32 and plain `jax.numpy`, so that GPU backends can share it.
 Matrices are `[rows, tokens]`, or `[tokens, rows]` where `tokens`, their axis of tokens, is 0; acc is turned like them.
@@ -88,7 +88,7 @@ class State(NamedTuple):
 
     Attributes:
       m: maxima of the logits, `[rows]`; -inf where nothing was visible.
-      l: sums of the weights of every `block_kv`th token, `[rows, block_kv]`, or of all tokens, `[rows]`.
+      l: sums of the weights of every nth token, `[rows, n]`, where n divides block_kv.
       acc: sums of the weighted values, `[rows, width]` for each tile of head_dim.
     """
 
@@ -168,9 +168,12 @@ def update(
     shift = _finite(m_next)
     p = _power(problem, (s if factor is None else s * factor) - _spread(shift, s, 1 - tokens))
     alpha = _power(problem, state.m - shift)
-    if state.l.ndim == 1:
-        return p, alpha, State(m_next, state.l * alpha + jnp.sum(p, axis=tokens), state.acc)
-    return p, alpha, State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)
+    l_next, size = state.l * _spread(alpha, state.l, 1 - tokens), state.l.shape[tokens]
+    if size == p.shape[tokens]:
+        return p, alpha, State(m_next, l_next + p, state.acc)
+    for start in range(0, p.shape[tokens], size):
+        l_next = l_next + (p[:, start : start + size] if tokens == 1 else p[start : start + size])
+    return p, alpha, State(m_next, l_next, state.acc)
 
 
 def _finite(m: jax.Array) -> jax.Array:
@@ -195,7 +198,7 @@ def finish(
       sinks: `[rows]` or None; a sink is a logit without a value, and -inf is no sink.
       tokens: the axis of tokens.
     """
-    m, total, acc = state.m, state.l if state.l.ndim == 1 else jnp.sum(state.l, axis=tokens), state.acc
+    m, total, acc = state.m, jnp.sum(state.l, axis=tokens), state.acc
     if sinks is not None:
         sinks = sinks * _inverse_ln_base(problem)
         m = jnp.maximum(state.m, sinks)

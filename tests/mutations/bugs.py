@@ -92,8 +92,8 @@ MUTATIONS: Final = (
     Mutation(
         "attention-gpu-decay",
         f"{ATTENTION}/online_softmax.py",
-        "State(m_next, state.l * _spread(alpha, p, 1 - tokens) + p, state.acc)",
-        "State(m_next, state.l + p, state.acc)",
+        "l_next, size = state.l * _spread(alpha, state.l, 1 - tokens), state.l.shape[tokens]",
+        "l_next, size = state.l, state.l.shape[tokens]",
         (ATTENTION_TESTS, "-k", "is_as_right and triton"),
         "The sum of the weights so far keeps its old maximum.",
     ),

@@ -44,6 +44,9 @@ from palladion.kernels.types import Ref
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """Registers of a thread that computes and of one that starts copies, by the number of warpgroups that compute."""
 
+COLUMNS = 8
+"""Columns of a matrix in registers of which a thread has some of each row: weights are summed for every 8th token."""
+
 TOKENS = 1
 """Axis of tokens in products of queries and keys, which are `[rows, tokens]`."""
 
@@ -242,7 +245,7 @@ class Program:
         plgpu.barrier_wait(arrived)
         state = online_softmax.State(
             self.registers.constant((TILE,), -jnp.inf, OF_ROWS),
-            self.registers.constant((TILE,), 0, OF_ROWS),
+            self.registers.constant((TILE, COLUMNS), 0),
             (self.registers.constant((TILE, self.problem.head_dim), 0),),
         )
         pl.when(warpgroup == 1)(self.end_turn)  # the first one begins
