@@ -35,6 +35,12 @@ from palladion.kernels.search_space import Space
 CHANNELS: Final = 64
 """Channels of a wgmma."""
 
+BLACKWELL: Final = 100
+"""Compute capability whose tensor cores have tensor memory (tcgen05)."""
+
+TENSOR_COLUMNS: Final = 512
+"""Columns of the tensor memory of a multiprocessor, of 128 words each."""
+
 SWIZZLES: Final = (128, 64, 32)
 """Bytes that TMA permutes in shared memory so that reads do not collide; an array's rows must be multiples of them."""
 
@@ -46,6 +52,12 @@ FEW_ROWS: Final = (8, 16, 32, 64)
 
 MANY_ROWS: Final = (128, 256)
 """Rows of a block whose sums the tensor cores keep, in two warpgroups."""
+
+TENSOR_ROWS: Final = (*FEW_ROWS[1:], *MANY_ROWS)
+"""Rows of a block on Blackwell, columns of a tcgen05.mma: for 128 channels it takes multiples of 16.
+
+Mosaic GPU and NVIDIA's assembler let 8 pass, which the hardware does not take.
+"""
 
 BLOCKS_IN: Final = (512, 256, 128, 64)
 """Weights along `in` of a block, the best first."""
@@ -103,6 +115,8 @@ class Config:
       overlaps: whether the kernel starts while the one before it ends, and reads its first codes into the L2 cache
         before it waits for that one (docs/gpu.md); jax ignores it before 0.11.
       cluster: programs of neighbouring channels that share what they read of x: 1, or 2 for many rows.
+      tensor_memory: whether products are added up in tensor memory, which is Blackwell's way: blocks have 128 channels
+        and any of these rows, and two stages or more.
     """
 
     block_rows: int
@@ -112,10 +126,14 @@ class Config:
     num_stages: int = 4
     overlaps: bool = False
     cluster: int = 1
+    tensor_memory: bool = False
 
     def __post_init__(self) -> None:
-        accepted = (*FEW_ROWS, *MANY_ROWS)
+        accepted = TENSOR_ROWS if self.tensor_memory else (*FEW_ROWS, *MANY_ROWS)
         check(self.block_rows in accepted, "config.block_rows", self.block_rows, ", ".join(map(str, accepted)))
+        if self.tensor_memory:
+            check(self.block_out == 2 * CHANNELS, "config.block_out", self.block_out, f"{2 * CHANNELS}")
+            check(self.num_stages >= 2, "config.num_stages", self.num_stages, "at least 2")
         step = CHANNELS * self.warpgroups
         multiple = self.block_out in range(step, 256 + 1, step)
         check(multiple, "config.block_out", self.block_out, f"a multiple of {step}, at most 256")
@@ -128,7 +146,12 @@ class Config:
     @property
     def warpgroups(self) -> int:
         """Warpgroups that multiply, each some of the channels."""
-        return 2 if self.block_rows in MANY_ROWS else 1
+        return 2 if self.block_rows in MANY_ROWS and not self.tensor_memory else 1
+
+
+def on_blackwell() -> bool:
+    """Returns whether kernels are for a GPU with tensor memory."""
+    return gpu_to_plan_for().compute_capability == BLACKWELL
 
 
 def operand_dtype(problem: Problem) -> str:
@@ -183,6 +206,8 @@ def preferred(problem: Problem) -> bool:
 
 def heuristic(problem: Problem) -> Config:
     """Returns the fastest block sizes by count for many rows, and those that fill the multiprocessors for a few."""
+    if on_blackwell():
+        return _for_tensor_memory(problem)
     return _for_many_rows(problem) or _for_few_rows(problem)
 
 
@@ -225,6 +250,19 @@ def _for_few_rows(problem: Problem) -> Config:
     shares = [_filled(p, config, count) for count, config in found]
     best = next((place for place, share in enumerate(shares) if share >= EVEN), shares.index(max(shares)))
     return found[best][1]
+
+
+def _for_tensor_memory(problem: Problem) -> Config:
+    """Returns as many splits and stages as a multiprocessor has room for, with two programs where rows are few."""
+    p, gpu = problem, gpu_to_plan_for()
+    rows = next(size for size in TENSOR_ROWS if size >= min(p.rows, TENSOR_ROWS[-1] // p.parts))
+    config = Config(rows, 2 * CHANNELS, 128 if rows <= 128 else 64, tensor_memory=True)
+    count = PROGRAMS[0] if p.parts * rows <= FEW_ROWS[-1] else 1
+    blocks = pl.cdiv(p.in_features, config.block_in)
+    splits = max(min(count * gpu.multiprocessors // _programs(p, config), blocks // LEAST_STAGES[FEW_ROWS[0]]), 1)
+    config = dataclasses.replace(config, splits=pl.cdiv(blocks, pl.cdiv(blocks, splits)))  # none of them empty
+    shared = min(gpu.shared_bytes // count, gpu.program_shared_bytes) - staged_bytes(p, config)
+    return dataclasses.replace(config, num_stages=max(min(shared // block_bytes(p, config), MOST_STAGES), 2))
 
 
 def _fitting(problem: Problem, block_rows: int) -> list[tuple[int, Config]]:
@@ -296,7 +334,7 @@ def block_bytes(problem: Problem, config: Config) -> int:
 
 def staged_bytes(problem: Problem, config: Config) -> int:
     """Returns the shared memory of what is written, of barriers, and of what every program has."""
-    whole = config.warpgroups == 2 and finishes(problem, config)
+    whole = (config.warpgroups == 2 or config.tensor_memory) and finishes(problem, config)
     size = jnp.dtype(problem.out_dtype).itemsize if whole else 4 * problem.parts
     return config.block_rows * config.block_out * size + 2048
 
@@ -307,6 +345,9 @@ def fits(problem: Problem, config: Config) -> bool:
     if config.warpgroups == 2 and not takes_many_rows(p):
         return False
     shared = config.num_stages * block_bytes(p, config) + staged_bytes(p, config)
+    if config.tensor_memory:
+        columns = p.parts * config.block_rows + config.block_in  # of sums, and of two places for weights of 16 bits
+        return columns <= TENSOR_COLUMNS and shared <= gpu_to_plan_for().program_shared_bytes
     return shared <= gpu_to_plan_for().program_shared_bytes and registers(p, config) <= REGISTERS
 
 
@@ -314,14 +355,15 @@ def space(problem: Problem) -> Space:
     """Returns the block sizes that the tuner may try; more rows than there are only waste time."""
     p = problem
     start = heuristic(p)
+    hopper = not start.tensor_memory
     blocks = pl.cdiv(p.in_features, CHANNELS)
     axes = {
         "block_rows": [start.block_rows] if p.rows <= 64 else [size for size in (64, *MANY_ROWS) if size < 2 * p.rows],
-        "block_out": [size for size in (64, 128, 256) if size <= p.result_features],
+        "block_out": [size for size in (64, 128, 256) if size <= p.result_features] if hopper else [start.block_out],
         "block_in": BLOCKS_IN[::-1],
         "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
         "overlaps": (False, True) if LAUNCHES_OVERLAP else (False,),
-        "cluster": (1, 2) if p.rows > FEW_ROWS[-1] else (1,),
+        "cluster": (1, 2) if hopper and p.rows > FEW_ROWS[-1] else (1,),
     }
     return Space(start, axes, lambda config: fits(p, config))

@@ -20,13 +20,16 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import INTERPRETS_CLUSTERS, fresh_kernel, gpu_interpreter
 from palladion.kernels.devices import target_gpu
 from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.mosaic_gpu import tensor_memory
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
+    BLACKWELL,
     CHANNELS,
     FEW_ROWS,
     Config,
     finishes,
     heuristic,
     least_unit,
+    on_blackwell,
     operand_dtype,
     takes_many_rows,
 )
@@ -47,8 +50,8 @@ TMA_ROWS: Final = 8
 def unsupported(problem: Problem) -> str | None:
     """Returns why this backend cannot run the problem, or None."""
     p, gpu = problem, target_gpu()
-    if gpu is not None and gpu.compute_capability != HOPPER:
-        return f"needs wgmma, which sm_{HOPPER} has, got sm_{gpu.compute_capability}"
+    if gpu is not None and gpu.compute_capability not in (HOPPER, BLACKWELL):
+        return f"needs wgmma or tcgen05, which sm_{HOPPER} and sm_{BLACKWELL} have, got sm_{gpu.compute_capability}"
     if (reason := p.order_unsupported("out_in")) is not None:
         return reason
     if p.quantize_x is None and p.x_dtype == "float32":
@@ -64,13 +67,18 @@ def unsupported(problem: Problem) -> str | None:
         return f"in must be a multiple of {unit}, got {p.in_features}: rows of codes are read by 32 bytes"
     if p.group_size % least_unit(p):
         return f"groups must be multiples of {least_unit(p)} for {operand_dtype(p)} operands, got {p.group_size}"
-    return None
+    return tensor_memory.unsupported(p) if on_blackwell() else None
 
 
 def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> jax.Array:
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem.planned())
+    if config.tensor_memory:
+        reason = tensor_memory.unsupported(problem)
+        check(reason is None, "config.tensor_memory", True, f"False: {reason}")
+    if not interpret:
+        check(config.tensor_memory == on_blackwell(), "config.tensor_memory", config.tensor_memory, f"{on_blackwell()}")
     if interpret and not INTERPRETS_CLUSTERS:
         config = dataclasses.replace(config, cluster=1)
     residual = inputs.residual

@@ -41,10 +41,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from palladion.kernels.quantized_matmul.mosaic_gpu import tensor_memory
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, scales_last
 from palladion.kernels.quantized_matmul.mosaic_gpu.program import Factors, Program, Refs
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.types import Ref, Scalar
+from palladion.kernels.types import Ref
 
 MEMORY_REGISTERS = 40
 """Registers of a thread of the warpgroup that starts copies; the others take what it leaves."""
@@ -54,11 +55,11 @@ def few_rows(program: Program) -> list[jax.Array]:
     """Returns the sums of all tiles of a program over its share of `in`, `[64, block_rows]` each."""
     p, config = program.problem, program.config
     grouped = p.scheme.group_size is not None
-    start = factors_of(program, 0)
+    start = program.tile_factors(0)
 
     def step(indices: tuple[jax.Array, ...], *blocks_and_carry: Any) -> Any:
         *codes, x, (sums, factors) = blocks_and_carry
-        ahead = factors_of(program, indices[0] + 1) if grouped else []
+        ahead = program.tile_factors(indices[0] + 1) if grouped else []
         added = [
             add_block(program, total, codes[part].at[pl.ds(channel, CHANNELS), :], x, own)
             for (part, channel), total, own in zip(program.tiles, sums, factors if grouped else start, strict=True)
@@ -77,11 +78,6 @@ def few_rows(program: Program) -> list[jax.Array]:
     )
     sums, _ = pipeline(*program.in_refs())
     return list(sums)
-
-
-def factors_of(program: Program, block: Scalar | int) -> list[list[Factors]]:
-    """Loads the factors of a block of the split, of each tile and unit."""
-    return [program.factors(tile, block) for tile in program.tiles]
 
 
 def add_block(program: Program, total: jax.Array, codes: Ref, x: Ref, factors: Sequence[Factors]) -> jax.Array:
@@ -144,7 +140,7 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
 
     def compute(run: Callable[[Any], Any]) -> None:
         prepare()
-        start = factors_of(program, 0)
+        start = program.tile_factors(0)
         if program.interpret:
             sums, _ = run(([jnp.zeros(shape, dtype) for _ in program.tiles], start))
             store(sums)
@@ -158,11 +154,11 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
 
     def step(indices: tuple[jax.Array, ...], *blocks_and_carry: Any) -> Any:
         *codes, x, (sums, factors) = blocks_and_carry
-        ahead = factors_of(program, indices[0] + 1) if grouped else factors
+        ahead = program.tile_factors(indices[0] + 1) if grouped else factors
         added = []
         for (part, channel), total, own in zip(program.tiles, sums, factors, strict=True):
             block = codes[part].at[pl.ds(program.own + channel, CHANNELS), :]
-            for unit, weight in enumerate(scaled(program, program.weights(block, own), own)):
+            for unit, weight in enumerate(program.scaled(program.weights(block, own), own)):
                 total = program.multiply(total, unit, weight, x)
             added.append(total)
         if not program.interpret:
@@ -180,17 +176,6 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
         num_compute_wgs=config.warpgroups,
         compute_context=compute,
     )(*program.in_refs())
-
-
-def scaled(program: Program, weights: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
-    """Returns weights times the scales of their groups, in the dtype of the operand."""
-    if scales_last(program.problem):
-        return list(weights)
-    scales = [program.real(own.scale).astype(program.operand) for own in factors if own.scale is not None]
-    return [
-        weight * jax.lax.broadcast_in_dim(scale, weight.shape, (0,))
-        for weight, scale in zip(weights, scales, strict=True)
-    ]
 
 
 def kernel(
@@ -218,24 +203,31 @@ def kernel(
       interpret: whether the kernel is interpreted.
     """
     warpgroup = 0 if config.warpgroups == 1 else jax.lax.axis_index("warpgroup")
+    program_type = tensor_memory.TensorProgram if config.tensor_memory else Program
     if config.overlaps and not interpret:
         # What comes next may start at once: it waits likewise, for the end of this kernel.
         plgpu.griddepcontrol_launch_dependents()
         if refs.layer is None:  # which the kernel before may have written, as everything but the weight
-            Program(problem, refs, config, interpret, warpgroup).prefetch()
+            program_type(problem, refs, config, interpret, warpgroup).prefetch()
         plgpu.griddepcontrol_wait()
-    program = Program(problem, refs, config, interpret, warpgroup)
+    program = program_type(problem, refs, config, interpret, warpgroup)
 
     def prepare() -> None:
         if barrier is not None:
             plgpu.copy_gmem_to_smem(refs.residual.at[program.place()], staged.at[warpgroup, 0], barrier.at[warpgroup])
 
-    def store(sums: list[jax.Array]) -> None:
+    def await_residual() -> None:
         if barrier is not None:
             plgpu.barrier_wait(barrier.at[warpgroup])
+
+    def store(sums: list[jax.Array]) -> None:
+        await_residual()
         write(program, dict(zip(program.tiles, sums, strict=True)), result, staged.at[warpgroup], whole)
 
-    if config.warpgroups == 1:
+    if isinstance(program, tensor_memory.TensorProgram):
+        prepare()
+        tensor_memory.multiply(program, result, staged.at[warpgroup], whole, await_residual)
+    elif config.warpgroups == 1:
         prepare()
         store(few_rows(program))
     else:
@@ -259,8 +251,4 @@ def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref,
             found = [p.finish(found)]
         for part, value in enumerate(found):
             program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value)
-    plgpu.commit_smem()
-    for part in range(staged.shape[0]):
-        place = program.place() if whole else (program.split, part, *program.place())
-        plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
-    plgpu.wait_smem_to_gmem(0)
+    program.copy_out(result, staged, whole)

@@ -84,7 +84,16 @@ class Program:
       config: block sizes.
       interpret: whether the kernel is interpreted: arrays have no layouts then, and products are those of jax.numpy.
       warpgroup: index of the warpgroup among those that multiply.
+
+    Attributes:
+      layout: registers of what is multiplied, and of sums.
+      turned: registers of sums out of which rows of x are stored.
+      tile_channels: channels of a tile.
     """
+
+    layout: Any = plgpu.Layout.WGMMA
+    turned: Any = plgpu.Layout.WGMMA_TRANSPOSED
+    tile_channels = CHANNELS
 
     def __init__(
         self, problem: Problem, refs: Refs, config: Config, interpret: bool, warpgroup: Scalar | int = 0
@@ -112,7 +121,7 @@ class Program:
     @property
     def tiles(self) -> list[Tile]:
         """All channels of the warpgroup, part by part."""
-        starts = range(0, self.width, CHANNELS)
+        starts = range(0, self.width, self.tile_channels)
         return [(part, start) for part in range(self.problem.parts) for start in starts]
 
     def channels(self, part: int, start: Scalar | int, count: int) -> Any:
@@ -132,9 +141,9 @@ class Program:
     def of_channels(self, ref: Ref, tile: Tile, group: Scalar | int | None = None) -> jax.Array:
         """Loads a number of each channel of a tile, from `[out]` or, of a group, from `[num_layers, out, groups]`."""
         part, start = tile
-        channels = self.channels(part, self.own + start, CHANNELS)
+        channels = self.channels(part, self.own + start, self.tile_channels)
         place = ref.at[channels] if group is None else ref.at[self.layer, channels, group]
-        return self.load(place, plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return self.load(place, self.layout.reduce(1), optimized=False)
 
     def factors(self, tile: Tile, block: Scalar | int) -> list[Factors]:
         """Loads the factors of all units of a block of the split, or of the last one of `in` for those beyond it."""
@@ -153,6 +162,10 @@ class Program:
             found.append(self._factors(tile, group))
         return found
 
+    def tile_factors(self, block: Scalar | int) -> list[list[Factors]]:
+        """Loads the factors of a block of the split, of each tile and unit."""
+        return [self.factors(tile, block) for tile in self.tiles]
+
     def _factors(self, tile: Tile, group: Scalar | int) -> Factors:
         refs = self.refs
         scales = None if scales_last(self.problem) else refs.scales
@@ -169,12 +182,16 @@ class Program:
             loaded = self.load(codes, plgpu.Layout.WGMMA_8BIT)
             weights = convert_to_bytes(loaded, p.scheme.implied_zero, self.interpret)
             return [weights[:, start : start + unit] for start in starts]
-        loaded, format = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X), p.scheme.format
+        format = p.scheme.format
         # Interpreted arithmetic may take subnormal numbers as 0, which floats among codes are for a while in bfloat16.
         dtype = "float16" if self.interpret and format in FLOATS else self.operand
-        floats, how = convert(loaded, format, dtype, self.interpret), recipe(format, dtype)
+        floats, how = self.convert(codes, format, dtype), recipe(format, dtype)
         units = [floats[:, start : start + unit] for start in starts]
         return [self.less_zero(one, how, dtype, own.zero) for one, own in zip(units, factors, strict=True)]
+
+    def convert(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads the codes of a tile and returns them as floats; see `gpu_codes.convert`."""
+        return convert(self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X), format, dtype, self.interpret)
 
     def less_zero(self, floats: jax.Array, how: Recipe, dtype: str, zero: jax.Array | None) -> jax.Array:
         """Returns the weights of a unit without their scales, given the converted codes `[64, unit]`."""
@@ -184,6 +201,16 @@ class Program:
         offset = (zero.astype(jnp.float32) + how.offset).astype(dtype)  # exact, as all of these numbers are
         floats = floats - jax.lax.broadcast_in_dim(offset, floats.shape, (0,))
         return numbers(floats, dataclasses.replace(how, offset=0), dtype).astype(self.operand)
+
+    def scaled(self, weights: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        """Returns weights times the scales of their groups, in the dtype of the operand."""
+        if scales_last(self.problem):
+            return list(weights)
+        scales = [self.real(own.scale).astype(self.operand) for own in factors if own.scale is not None]
+        return [
+            weight * jax.lax.broadcast_in_dim(scale, weight.shape, (0,))
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
 
     def real(self, scale: jax.Array) -> jax.Array:
         """Returns scales or minimums in float32."""
@@ -233,15 +260,15 @@ class Program:
         if self.interpret or not self.stored:
             plgpu.commit_smem()
 
-    def finish(self, tile: Tile, total: jax.Array) -> jax.Array:
-        """Returns the products of a tile in float32, given its sums `[64, block_rows]`."""
+    def finish(self, tile: Tile, total: jax.Array, first_row: int = 0) -> jax.Array:
+        """Returns the products of a tile in float32, given its sums `[64, rows]` from a row of the block on."""
         found = total.astype(jnp.float32)
         if scales_last(self.problem):
             scale = self.real(self.of_channels(self.refs.scales, tile, 0))
             found = found * jax.lax.broadcast_in_dim(scale, found.shape, (0,))
         if self.refs.x_scale is not None:
-            rows = pl.ds(self.row * self.config.block_rows, self.config.block_rows)
-            scale = self.load(self.refs.x_scale.at[rows], plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            rows = pl.ds(self.row * self.config.block_rows + first_row, found.shape[1])
+            scale = self.load(self.refs.x_scale.at[rows], self.layout.reduce(0), optimized=False)
             found = found * jax.lax.broadcast_in_dim(scale, found.shape, (1,))
         if self.refs.bias is not None:
             bias = self.of_channels(self.refs.bias, tile).astype(jnp.float32)
@@ -254,7 +281,7 @@ class Program:
         return rows, pl.ds(self.channel + self.own, self.width)
 
     def stage(self, ref: Ref, value: jax.Array) -> None:
-        """Stores a result `[64, block_rows]` to shared memory `[block_rows, 64]`; adds the residual that is there."""
+        """Stores a result `[64, rows]` to shared memory `[rows, 64]`; adds the residual that is there."""
         if self.interpret:
             value = value.T + ref[...].astype(jnp.float32) if self.refs.residual is not None else value.T
             ref[...] = value.astype(ref.dtype)
@@ -262,11 +289,19 @@ class Program:
         across = ref.transpose((1, 0))
         if self.refs.residual is None:
             value = value.astype(ref.dtype)
-        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        value = plgpu.layout_cast(value, self.turned)
         if self.refs.residual is not None:
-            residual = self.load(across, plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+            residual = self.load(across, self.turned, optimized=False)
             value = (value + residual.astype(jnp.float32)).astype(ref.dtype)
         store_from_registers(across, value)
+
+    def copy_out(self, result: Ref, staged: Ref, whole: bool) -> None:
+        """Writes what is staged; see `kernel`."""
+        plgpu.commit_smem()
+        for part in range(staged.shape[0]):
+            place = self.place() if whole else (self.split, part, *self.place())
+            plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
+        plgpu.wait_smem_to_gmem(0)
 
     def in_specs(self) -> list[plgpu.BlockSpec]:
         """Returns the blocks in the ring: codes of each part, and x."""
