@@ -1,4 +1,4 @@
-"""Block sizes of quantized_matmul's Hopper kernels: how a call is multiplied, what fits, and what the heuristic takes.
+"""Block sizes of quantized_matmul's kernels: how a call is multiplied, what fits, and what the heuristic takes.
 
 For a few rows the heuristic takes the block sizes that were the best of a prototype on an H200, without scales, for
 int8 and 8 rows:
@@ -12,6 +12,9 @@ int8 and 8 rows:
 They have in common that programs fill the multiprocessors evenly, two or three on each; what does not fit at first runs
 alone at the end. Other rows, formats and groups have not been measured. For many rows it takes what `_cycles` counts to
 be the fastest, which no GPU has confirmed.
+
+On Blackwell nothing was measured: blocks have as many rows as tensor memory has room for, and splits fill the
+multiprocessors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""quantized_matmul on Hopper: TMA brings codes, tensor cores take them out of registers.
+"""quantized_matmul on Hopper and Blackwell: TMA brings codes, registers convert them, tensor cores multiply them.
 
 Splits write float32 sums, which XLA adds up, together with bias, activation, gate and residual; where there is one
 split, the kernel does all of it. x is normalized in a launch of its own (`gpu_norm.py`), and XLA quantizes it.

@@ -29,6 +29,8 @@ by tensor cores: 64 channels by 16 weights take block_rows / 2 cycles, and 18 to
 Scales, zero points and minimums of the next block come from memory meanwhile. TMA fills with zeros what lies beyond the
 end of an array: zeros of x make it harmless. The last block of channels ends with the last channel, and overlaps the
 one before, which writes the same.
+
+On Blackwell the products are those of `tensor_memory.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A program of the Hopper kernels of quantized_matmul: its place in the grid, its loads, its products."""
+"""A program of the kernels of quantized_matmul: its place in the grid, its loads, its products on Hopper."""
 
 from __future__ import annotations
 
