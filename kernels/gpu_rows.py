@@ -158,7 +158,8 @@ def _read_x(x: Ref, m: int, share: Share, weight: Weight) -> list[jax.Array]:
 
 def load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     """Returns what is stored, 0 where masked."""
-    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+    # Triton casts no integer to an 8-bit float: the zero has the dtype of what is loaded.
+    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
 def read(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:

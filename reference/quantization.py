@@ -40,11 +40,11 @@ from palladion.reference.mesh import check_pieces, padded
 from palladion.reference.platforms import target_platform
 from palladion.reference.scheme import (
     CODE_DTYPE,
-    INTEGER_RANGE,
     PACK_BLOCK,
     Scheme,
     check_in_features,
     largest_code,
+    nearest_code,
 )
 from palladion.reference.transposed import TransposedWeight
 
@@ -359,7 +359,7 @@ def quantize_rows(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     x = jnp.where(finite[..., None], flush_subnormals(x), 0.0)
     scales = flush_subnormals(jnp.max(jnp.abs(x), axis=-1) / largest)
     scaled = jnp.clip(x * reciprocal_or_zero(scales)[..., None], -largest, largest)
-    codes = (jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled).astype(dtype)
+    codes = nearest_code(scaled, scheme).astype(dtype)
     return codes, jnp.where(finite, scales, jnp.nan)
 
 

@@ -38,7 +38,7 @@ from palladion.reference.quantization import (
     pack_nibbles,
     reciprocal_or_zero,
 )
-from palladion.reference.scheme import CODE_DTYPE, INTEGER_RANGE, Scheme, check_in_features, largest_code
+from palladion.reference.scheme import CODE_DTYPE, Scheme, check_in_features, largest_code, nearest_code
 
 Method = Literal["absmax", "mse", "hqq"]
 
@@ -262,8 +262,7 @@ def _encode(grouped: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
         return grouped * inverse
     if scheme.offset == "none":
         largest = largest_code(scheme)
-        scaled = jnp.clip(grouped * inverse, -largest, largest)
-        return jnp.round(scaled) if scheme.format in INTEGER_RANGE else scaled
+        return nearest_code(jnp.clip(grouped * inverse, -largest, largest), scheme)
     lowest, highest = _code_range(scheme)
     if factors.minimums is not None:
         return jnp.clip(jnp.round((grouped - factors.minimums) * inverse), lowest, highest)
@@ -274,10 +273,8 @@ def _decode(codes: jax.Array, factors: _Factors, scheme: Scheme) -> jax.Array:
     """Returns the weights that the codes of `_encode` will dequantize to."""
     if scheme.format == "mxfp4":
         numbers = decode_codes(encode_e2m1(codes), scheme)
-    elif scheme.format in INTEGER_RANGE:
-        numbers = codes if factors.zeros is None else codes - factors.zeros
     else:
-        numbers = codes.astype(CODE_DTYPE[scheme.format]).astype(jnp.float32)
+        numbers = codes if factors.zeros is None else codes - factors.zeros
     weights = numbers * factors.scales
     return weights if factors.minimums is None else weights + factors.minimums
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any, Final, Literal
 
+import jax
 import jax.numpy as jnp
 
 WeightFormat = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2", "mxfp4"]
@@ -135,3 +136,20 @@ def check_in_features(in_features: int, scheme: Scheme) -> None:
         raise ValueError(
             f"{scheme}: 4-bit codes are packed in blocks of {PACK_BLOCK}, got in = {in_features}; pad `in` or use int8"
         )
+
+
+def nearest_code(x: jax.Array, scheme: Scheme) -> jax.Array:
+    """Returns the nearest codes of numbers within their range, ties to even, float32: `astype` does not round them.
+
+    XLA leaves out a conversion to a narrow float that is followed by one to a wider float, with all of its rounding.
+
+    Args:
+      x: float32 of any shape.
+      scheme: one whose codes are integers or 8-bit floats.
+    """
+    if scheme.format in INTEGER_RANGE:
+        return jnp.round(x)
+    info = jnp.finfo(CODE_DTYPE[scheme.format])
+    step = float(info.smallest_subnormal)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x / step) * step, normal)

@@ -18,6 +18,7 @@ from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.reference import oracle
 from palladion.reference.e2m1 import E2M1_LEVELS, decode_e2m1, encode_e2m1
 from palladion.reference.quantization import ORDERS, pack_nibbles, quantize_rows, unpack_nibbles
+from palladion.reference.scheme import nearest_code
 
 SCHEMES = [
     "int8",
@@ -164,6 +165,17 @@ def test_rows(dtype: str):
     back = np.asarray(codes, np.float32) * np.asarray(scales)[:, None]
     step = {"int8": 1 / 127, "float8_e4m3fn": 1 / 8, "float8_e5m2": 1 / 4}[dtype]
     assert (np.abs(back - x) <= 0.51 * step * np.abs(x).max(axis=1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_codes_are_rounded_before_they_are_converted(dtype: str):
+    """Where XLA leaves out the conversion to an 8-bit float and back, the codes must be rounded nevertheless."""
+    codes = np.arange(256, dtype=np.uint8).view(dtype)
+    numbers = np.sort(np.unique(codes[np.isfinite(codes)].astype(np.float32)))
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    x = np.concatenate([numbers, middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)])
+    found = np.asarray(nearest_code(jnp.asarray(x), Scheme(dtype)))
+    np.testing.assert_array_equal(found, x.astype(dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -2,15 +2,18 @@ r"""Checks the results of every kernel on this device, case by case, against the
 
   python -m palladion.benchmarks check --minutes=2 --json=check.jsonl
   python -m palladion.benchmarks check quantized_matmul --cases='int4*' --interpret
+  python -m palladion.benchmarks check --backends=mosaic_gpu --dtype=bfloat16
 
 Kernels are compiled for this device; on a CPU, which has none, --interpret is needed. The cases are the small ones of
-the tests, which cover what goes wrong easily. Most of the time is spent on compiling, so cases are checked in parallel
+the tests, which cover what goes wrong easily; many of them are in float32, which not every kernel takes: --dtype checks
+all of them in another one. Most of the time is spent on compiling, so cases are checked in parallel
 on all cores. Operations take turns, so that a check which ends early has covered some of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import functools
 import itertools
@@ -33,6 +36,10 @@ from palladion.reference.platforms import target_platform
 HELP: Final = "checks on this device that every kernel is as right as the reference"
 
 
+DTYPES: Final = ("bfloat16", "float16", "float32")
+"""Dtypes of queries and activations."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("operation", nargs="?", help=f"{', '.join(OPERATIONS)}; all by default")
@@ -40,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends", type=options.names, metavar="NAMES", help="kernels to check (those of this platform)"
     )
+    parser.add_argument("--dtype", metavar="NAME", help="of all queries and activations (that of each case)")
     parser.add_argument("--interpret", action="store_true", help="interpret kernels for other platforms")
     parser.add_argument(
         "--workers", type=int, default=cores(), metavar="N", help=f"cases side by side ({cores()}, all cores)"
@@ -57,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments.workers >= 1, "--workers", arguments.workers, "at least 1")
     if not arguments.interpret:
         _require_kernels(chosen, arguments.backends)
-    tasks = list(_in_turns(chosen, arguments.cases))
+    check(arguments.dtype in (None, *DTYPES), "--dtype", arguments.dtype, ", ".join(DTYPES))
+    tasks = list(_in_turns(chosen, arguments.cases, arguments.dtype))
     check(bool(tasks), "--cases", arguments.cases, "patterns of the names of test cases")
     deadline = time.perf_counter() + 60 * arguments.minutes
     counts: Counter[str] = Counter()
@@ -134,12 +143,15 @@ def _summary(counts: Counter[str]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "nothing"
 
 
-def _in_turns(chosen: list[Operation], patterns: tuple[str, ...] | None) -> Iterator[tuple[Operation, Case]]:
+def _in_turns(
+    chosen: list[Operation], patterns: tuple[str, ...] | None, dtype: str | None
+) -> Iterator[tuple[Operation, Case]]:
     """Yields the matching cases: the first one of each operation, then the second one of each, and so on."""
 
     def cases(one: Operation) -> list[Case]:
         wanted = patterns or ("*",)
-        return [case for case in one.cases.TESTS if any(fnmatch.fnmatchcase(case.name, each) for each in wanted)]
+        found = [case for case in one.cases.TESTS if any(fnmatch.fnmatchcase(case.name, each) for each in wanted)]
+        return found if dtype is None else [dataclasses.replace(case, dtype=dtype) for case in found]
 
     for round_ in itertools.zip_longest(*(cases(one) for one in chosen)):
         yield from ((one, case) for one, case in zip(chosen, round_, strict=True) if case is not None)

@@ -1,4 +1,4 @@
-"""Balanced shares, found by a program that has no vectors of lengths: it goes through the sequences one by one.
+"""Balanced shares, found by a program that has no vectors of lengths: it looks at the sequences one by one.
 
 The shares are those of `shares.Balance`, which computes them from arrays.
 """
@@ -49,27 +49,25 @@ def find(
     config: Config,
     lengths: Ref,
     row_block: Scalar,
-    is_it: Callable[[jax.Array, jax.Array], jax.Array],
+    is_it: Callable[[int, jax.Array], jax.Array | bool],
 ) -> Found:
-    """Returns the last sequence for which `is_it`, given the sequence and its first slot, is true."""
+    """Returns the last sequence for which `is_it`, given the sequence and its first slot, is true.
 
-    def blocks_of(sequence: jax.Array) -> jax.Array:
-        blocks: jax.Array = span_of(problem, config, length_of(problem, lengths, sequence), row_block).blocks
-        return blocks
-
-    zero = jnp.int32(0)
-    total = jax.lax.fori_loop(0, problem.batch, lambda sequence, total: total + blocks_of(sequence), zero)
-    size = balanced_size(problem, config, total)
-
-    def look(sequence: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        end, *best = state
-        count = balanced_slots(blocks_of(sequence), size)
-        found = is_it(sequence, end)
-        best = [jnp.where(found, new, old) for new, old in zip((sequence, end, count), best, strict=True)]
-        return end + count, *best
-
-    _, sequence, first, number = jax.lax.fori_loop(0, problem.batch, look, (zero, zero, zero, zero))
-    return Found(sequence, Slots(first, number), size)
+    There is no loop over sequences in the program: their lengths are awaited together.
+    """
+    sequences = range(problem.batch)
+    seen = [length_of(problem, lengths, sequence) for sequence in sequences]
+    blocks = [span_of(problem, config, length, row_block).blocks for length in seen]
+    size = balanced_size(problem, config, sum(blocks, jnp.int32(0)))
+    end = zero = jnp.int32(0)
+    found = Found(zero, Slots(zero, zero), size)
+    for sequence in sequences:
+        count = balanced_slots(blocks[sequence], size)
+        here = Found(jnp.int32(sequence), Slots(end, count), size)
+        chosen = is_it(sequence, end)
+        found = jax.tree.map(lambda new, old, chosen=chosen: jnp.where(chosen, new, old), here, found)
+        end = end + count
+    return found
 
 
 def find_share(problem: Problem, config: Config, lengths: Ref, row_block: Scalar, slot: Scalar) -> Share:

@@ -84,8 +84,8 @@ PROGRAMS: Final = 2
 
 MOST_STAGES: Final = 6
 
-MOST_BALANCED: Final = 16
-"""Most sequences whose shares are balanced: every program goes through all of them, one after the other."""
+MOST_BALANCED: Final = 32
+"""Most sequences whose shares are balanced: every program looks at the lengths of all of them."""
 
 MOST_SLOTS: Final = 65535
 """Most programs along the outermost axis of a grid."""
@@ -132,7 +132,7 @@ def space(problem: Problem) -> Space:
         "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
         "block_kv": BLOCKS_KV,
         "num_stages": (2, 3, 4, 5, 6, 8),
-        "balanced": (False, True) if problem.batch > 1 else (),
+        "balanced": (False, True) if 1 < problem.batch <= MOST_BALANCED else (),
     }
     return Space(start, axes, lambda config: shared_bytes(problem, config) <= most)
 
@@ -167,12 +167,14 @@ def decode_attention(
     """
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem)
+    if problem.batch > MOST_BALANCED:
+        config = dataclasses.replace(config, balanced=False)
     p, slots = problem, shares.slots_of(problem, config)
     check(slots <= MOST_SLOTS, "config.splits", config.splits, f"up to {MOST_SLOTS} for all {p.batch} sequences")
     rows, row_blocks = p.q_len * p.group, pl.cdiv(p.q_len * p.group, config.block_rows)
     all_rows = row_blocks * config.block_rows
-    # TMA brings rows in tiles of 8, and leaves out those past the end when it writes; the interpreter does not.
-    out_rows = all_rows if interpret else rows if rows <= 8 else round_up(rows, 8)
+    # Blocks are written whole, except an only one.
+    out_rows = rows if row_blocks == 1 else all_rows
     results = Results(
         jax.ShapeDtypeStruct((p.batch, p.kv_heads, out_rows, p.head_dim), jnp.dtype(p.q_dtype)),
         jax.ShapeDtypeStruct((p.batch, p.kv_heads, all_rows), jnp.float32),

@@ -28,7 +28,7 @@ class Config:
       splits: shares that a sequence's cache is cut into; the mean over all sequences where they are balanced.
       num_stages: KV blocks in the ring: one is multiplied, the others are on their way.
       balanced: whether shares have one size for all sequences, so that the longest has the most; a batch-invariant
-        call gives each sequence `splits` shares all the same.
+        call, and one of more than 32 sequences, give each sequence `splits` shares all the same.
     """
 
     block_kv: int

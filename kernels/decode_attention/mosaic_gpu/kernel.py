@@ -162,12 +162,15 @@ def write(
     """
     sequence, head, row_block = place
     rows = pl.ds(row_block * staged.shape[0], staged.shape[0])
+    # A row too many would be the next head's: what is contiguous goes without TMA's tiles, which end with an axis.
+    exist = min(staged.shape[0], results.out.shape[2])
     for start in range(0, out.shape[0], TILE):
         part = out[start : start + TILE].astype(staged.dtype)
         registers.store_turned(staged.at[:, pl.ds(start, TILE)], part)
     registers.store(results.lse.at[sequence, head, rows], lse)
     registers.commit()
-    plgpu.copy_smem_to_gmem(staged, results.out.at[sequence, head, rows])
+    places = results.out.at[sequence, head, pl.ds(row_block * staged.shape[0], exist)]
+    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, exist)], places)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -29,6 +29,9 @@ WIDTH: Final = 32
 AT_ONCE: Final = 64
 """Most slots that a program of the merge kernel reads at once: 2048 numbers, 64 for each thread of a warp."""
 
+BALANCED_AT_ONCE: Final = 2
+"""The same for balanced shares, in parts of the mean number of slots: few sequences have more."""
+
 REGISTERS: Final = 64
 """Numbers that a thread of the last program reads at once."""
 
@@ -45,9 +48,17 @@ class Attention(NamedTuple):
     lse: Ref
 
 
+def slots_at_once(problem: Problem, config: Config) -> int:
+    """Returns the slots of a sequence that a program of the merge kernel reads at once, a power of two."""
+    most = shares.most_slots(problem, config)
+    if shares.is_balanced(problem, config):
+        most = min(most, BALANCED_AT_ONCE * config.splits)
+    return min(pl.next_power_of_2(most), AT_ONCE)
+
+
 def merge_warps(problem: Problem, config: Config) -> int:
     """Returns the warps of a program of the merge kernel: one, unless a warp's registers are too few."""
-    many_slots = shares.most_slots(problem, config) > 16
+    many_slots = slots_at_once(problem, config) > 16
     many_lengths = shares.is_balanced(problem, config) and problem.batch > 1024
     return 4 if many_slots or many_lengths else 1
 
@@ -68,9 +79,8 @@ def merge_kernel(
     slots = shares.slots_of_sequence(p, config, lengths, row_block, b)
     rows = Rows.of(p, head, row, 1)
     tile = Tile(pl.program_id(1) * WIDTH, WIDTH)
-    at_once = min(pl.next_power_of_2(shares.most_slots(p, config)), AT_ONCE)
     # All programs of a query compute the same lse.
-    merge(p, partial, merged, b, slots, rows, (tile,), at_once)
+    merge(p, partial, merged, b, slots, rows, (tile,), slots_at_once(p, config))
 
 
 def merge_if_last(
