@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.devices import gpus
 from palladion.kernels.quantized_matmul import Inputs, cases
 from palladion.kernels.quantized_matmul.cases import Case
-from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes, call
+from palladion.kernels.quantized_matmul.mosaic_gpu import block_sizes, call, cluster_merge
 from palladion.reference.compare import assert_right
 from palladion.reference.quantization import decode_codes, unpack_codes
 
@@ -100,6 +101,20 @@ RIGHT = [
     (case_of("int4-g64-minimums", 9, quantize_x="int8"), call.Config(16, block_in=128)),
     (case_of("int4-zeros", 9, quantize_x="int8", out_dtype="float32"), call.Config(16, block_in=128)),
     (case_of("float8_e4m3fn", 9, quantize_x="float8_e4m3fn"), call.Config(16, block_in=128)),
+    # Splits merged in a cluster, in units of 2, 4 and 8 rows: more splits than units, splits that do not divide units;
+    # gates with a residual, whole sums of quantized rows, two tiles of channels, an activation that is not compiled.
+    (case_of("int8", 1, in_features=160), call.Config(8, block_in=64, splits=3, merge="cluster")),
+    (case_of("int4-g32", 7, bias=True), call.Config(8, block_in=64, splits=2, merge="cluster")),
+    (
+        case_of("int8", 21, in_features=320, out_features=128, gated=True, activation=jax.nn.silu, residual=True),
+        call.Config(8, block_in=64, splits=5, merge="cluster"),
+    ),
+    (
+        case_of("int8", 9, quantize_x="int8", out_features=136, bias=True),
+        call.Config(16, block_out=128, block_in=64, splits=3, merge="cluster"),
+    ),
+    (case_of("int4-g32-minimums", 33, out_features=64), call.Config(32, block_in=64, splits=3, merge="cluster")),
+    (case_of("int8", 5, activation=jax.nn.relu), call.Config(8, block_in=64, splits=3, merge="cluster")),
     # Many rows: two warpgroups with half of the channels each; the last block of rows is cut.
     (
         case_of("int8", 130, in_features=160, out_features=128, bias=True, residual=True),
@@ -150,11 +165,11 @@ def test_memory_is_awaited_before_it_is_read(config: call.Config):
         (case_of("int4-g32", 8, in_features=256, out_features=64), call.Config(8, block_in=64, num_stages=2)),
         (case_of("int8", 8, out_features=64, quantize_x="int8"), call.Config(8, block_in=64, num_stages=2)),
         (case_of("int8", 70, out_features=128, residual=True), call.Config(128, 128, block_in=64, num_stages=2)),
-        (case_of("int4-g32", 70, out_features=256), call.Config(128, 128, block_in=64, num_stages=2, cluster=2)),
+        (case_of("int4-g32", 70, out_features=256), call.Config(128, 128, block_in=64, num_stages=2, multicast=2)),
         (case_of("int8", 16, out_features=128, in_features=320), on_blackwell(16, block_in=64, num_stages=2)),
         (case_of("int4", 16, out_features=256, gated=True), on_blackwell(16, block_in=64, num_stages=2)),
     ],
-    ids=["few-rows", "stored", "many-rows", "cluster", "tensor-memory", "tensor-memory-gated"],
+    ids=["few-rows", "stored", "many-rows", "multicast", "tensor-memory", "tensor-memory-gated"],
 )
 def test_blocks_are_read_without_races(case: Case, config: call.Config):
     """Blocks of the ring are written more than once; jax 0.11 counts races, 0.12 raises at the first."""
@@ -194,18 +209,23 @@ def in_threads(array: np.ndarray, layout: Any) -> np.ndarray:
         array = array.transpose(*range(len(head)), *cut[::2], *cut[1::2])
     rank = layout.tiled_tiling_rank
     skip = array.ndim - rank
-    (warp,) = layout.warp_dims
-    lanes = [skip + rank + dim for dim in layout.lane_dims]
     threads = []
     for thread in range(128):
         place: list[Any] = [slice(None)] * array.ndim
-        place[skip + rank + warp] = slice(thread // 32, thread // 32 + 1)
-        rest = thread % 32
-        for dim in reversed(lanes):
-            rest, index = divmod(rest, array.shape[dim])
-            place[dim] = slice(index, index + 1)
+        for dims, rest in ((layout.warp_dims, thread // 32), (layout.lane_dims, thread % 32)):
+            for dim in reversed(dims):
+                rest, index = divmod(rest, array.shape[skip + rank + dim])
+                place[skip + rank + dim] = slice(index, index + 1)
         threads.append(array[tuple(place)])
     return np.stack(threads)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_neighbours_read_neighbouring_sums(rows: int):
+    """Threads read `[rows, 64]` of another program's shared memory in order, each number once."""
+    places = np.arange(rows * 64).reshape(rows, 64)
+    found = in_threads(places.T, cluster_merge.LAYOUTS[rows].to_mgpu())
+    np.testing.assert_array_equal(found.reshape(128, -1), places.reshape(128, -1))
 
 
 @pytest.mark.parametrize(
@@ -400,12 +420,18 @@ def test_block_sizes_of_another_architecture_are_wrong(arch: int):
         ({"block_out": 96}, "config.block_out: got 96; accepted: a multiple of 64, at most 256"),
         ({"block_in": 32}, "config.block_in: got 32; accepted: a power of two of at least 64"),
         ({"splits": 0}, "config.splits: got 0; accepted: at least 1"),
-        ({"cluster": 2}, "config.cluster: got 2; accepted: 1"),
+        ({"multicast": 2}, "config.multicast: got 2; accepted: 1"),
         ({"block_rows": 128}, "config.block_out: got 64; accepted: a multiple of 128, at most 256"),
+        ({"merge": "last"}, "config.merge: got last; accepted: 'launch' or 'cluster'"),
+        ({"merge": "cluster", "splits": 9}, "config.splits: got 9; accepted: up to 8 for merge='cluster'"),
+        (
+            {"merge": "cluster", "block_rows": 128, "block_out": 128},
+            "config.merge: got cluster; accepted: 'launch' for more than 64 rows",
+        ),
         ({"block_out": 128}, "config.block_out: got 128; accepted: up to 104"),
     ],
 )
-def test_wrong_block_sizes(wrong: dict[str, int], message: str):
+def test_wrong_block_sizes(wrong: dict[str, Any], message: str):
     case = case_of("int8", 8)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda inputs: run(case, call.Config(**{"block_rows": 8} | wrong), inputs), case.shapes())
@@ -473,14 +499,35 @@ BLACKWELL = [
     case_of("int8-g16", 1024, in_features=4096, out_features=28672, dtype="float16", scale_dtype="float16"),
 ]
 
-LOWERED = [(case, 90) for case in [*COMPILED[:2], *COMPILED[-6:]]] + [(case, 100) for case in BLACKWELL[-4:]]
+CLUSTERS = [
+    (case_of("int8", 1, in_features=4096, out_features=6144), call.Config(8, 64, 128, 4, 6, merge="cluster")),
+    (
+        case_of("int4-g128", 16, in_features=14336, out_features=4096, residual=True, scale_dtype="bfloat16"),
+        call.Config(16, 64, 512, 5, 4, overlaps=True, merge="cluster"),
+    ),
+    (
+        case_of("int8", 64, in_features=4096, out_features=28672, gated=True, activation=jax.nn.silu, bias=True),
+        call.Config(64, 64, 64, 2, 3, merge="cluster"),
+    ),
+    (
+        case_of("int8", 9, in_features=4096, out_features=6144, quantize_x="int8", bias=True),
+        call.Config(16, 64, 128, 3, 6, merge="cluster"),
+    ),
+]
 
 
-@pytest.mark.parametrize(("case", "arch"), LOWERED, ids=lambda value: getattr(value, "name", value))
-def test_lowers(case: Case, arch: int):
+LOWERED = [
+    *((case, None, 90) for case in (*COMPILED[:2], *COMPILED[-6:])),
+    *((case, config, 90) for case, config in CLUSTERS),
+    *((case, None, 100) for case in BLACKWELL[-4:]),
+]
+
+
+@pytest.mark.parametrize(("case", "config", "arch"), LOWERED, ids=lambda value: getattr(value, "name", None))
+def test_lowers(case: Case, config: call.Config | None, arch: int):
     """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
-    call = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu")
-    text = gpu_compiler.lowered_for_gpu(lambda inputs: call(**inputs._asdict()), case.shapes(), arch=arch).as_text()
+    multiply = functools.partial(quantized_matmul, **case.options, backend="mosaic_gpu", config=config)
+    text = gpu_compiler.lowered_for_gpu(lambda inputs: multiply(**inputs._asdict()), case.shapes(), arch=arch).as_text()
     assert "mosaic_gpu" in text
 
 
@@ -519,6 +566,35 @@ def test_compiles_without_spills(case: Case, arch: int, process: ProcessPoolExec
     assert kernel.spilled == 0
     assert PRODUCTS[arch] in kernel.ptx
     assert "cp.async.bulk.tensor" in kernel.ptx
+
+
+@needs_plugin
+@pytest.mark.parametrize(("case", "config"), CLUSTERS, ids=lambda value: getattr(value, "name", None))
+def test_a_cluster_merges_splits_in_one_launch(case: Case, config: call.Config):
+    """Sums of all splits are read after one barrier of the cluster and before another; the interpreter sees neither."""
+    names, kernel = compiled(case, config)
+    assert [name for name in names if not name.startswith(("loop_pad", "input_reduce_"))] == ["kCustomCall"]
+    assert kernel.spilled == 0
+    _, arrived, rest = kernel.ptx.partition("barrier.cluster.arrive.release.aligned")
+    before, waited, rest = rest.partition("barrier.cluster.wait.acquire.aligned")
+    reads, last, _ = rest.rpartition("barrier.cluster.wait.acquire.aligned")
+    assert arrived
+    assert waited
+    assert last
+    assert "st.shared" not in before  # all sums are there
+    assert "barrier.cluster.arrive.release.aligned" in reads
+    assert "ld.shared::cluster" not in kernel.ptx.replace(reads, "")
+    assert set(re.findall(r"mapa\.shared::cluster\.u64.*, (\d+);", reads)) == set(map(str, range(config.splits)))
+    vector = {2: "", 4: ".v2", 8: ".v4"}[cluster_merge.rows_of_unit(config)]
+    assert set(re.findall(r"ld\.shared::cluster\S*", reads)) == {f"ld.shared::cluster{vector}.b32"}
+
+
+@needs_plugin
+def test_sums_of_splits_are_not_written_past_their_rows():
+    """A copy of what lies contiguously in device memory is cut only at the end of the array, not of a split's rows."""
+    _, kernel = compiled(case_of("int8", 12, in_features=4096, out_features=64), call.Config(8, 64, 128, splits=4))
+    (copy,) = re.findall(r"cp\.async\.bulk\S*global\.shared", kernel.ptx)
+    assert copy.startswith("cp.async.bulk.tensor")
 
 
 @needs_plugin

@@ -319,7 +319,7 @@ MUTATIONS: Final = (
         f"{PRODUCT}/mosaic_gpu/tensor_memory.py",
         "tile = block * p.parts + part",
         "tile = part",
-        (HOPPER_TESTS, "-k", "kernel_is_right and int8-1-config29"),
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-17"),
         "No product is awaited before the next tile of a program with one part.",
     ),
     Mutation(
@@ -345,6 +345,22 @@ MUTATIONS: Final = (
         "last = problem.result_features - 2 * config.block_out",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
         "The last block of channels does not end with the last channel.",
+    ),
+    Mutation(
+        "product-hopper-cluster-units",
+        f"{PRODUCT}/mosaic_gpu/cluster_merge.py",
+        "for index in range(pl.cdiv(units, config.splits)):",
+        "for index in range(units // config.splits):",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-minimums-33"),
+        "Rows are left out where the splits of a cluster do not divide its units of rows.",
+    ),
+    Mutation(
+        "product-hopper-cluster-row-scales",
+        f"{PRODUCT}/mosaic_gpu/program.py",
+        "rows = pl.ds(self.row * self.config.block_rows + row, total.shape[1])",
+        "rows = pl.ds(self.row * self.config.block_rows, total.shape[1])",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int8-9"),
+        "All units of rows that a cluster merges are scaled by the scales of the first.",
     ),
     Mutation(
         "matmul-gpu-residual-row",

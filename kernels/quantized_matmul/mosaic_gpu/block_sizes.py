@@ -22,16 +22,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import LAUNCHES_OVERLAP
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.quantized_matmul.mosaic_gpu.activations import compiles
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 
@@ -68,6 +67,11 @@ BLOCKS_IN: Final = (512, 256, 128, 64)
 BLOCK_BYTES: Final = 256
 """Bytes of codes of a channel in the best block that was measured."""
 
+MOST_IN_CLUSTER: Final = 8
+"""Programs of a cluster that every Hopper GPU takes."""
+
+MERGES: Final = ("launch", "cluster")
+
 LEAST_STAGES: Final = {8: 4, 16: 4, 32: 3, 64: 3}
 """Blocks in the ring, by rows of x, below which too few bytes are on their way; those of more rows are larger."""
 
@@ -98,12 +102,6 @@ LAUNCH_CYCLES: Final = 4000
 """Cycles of one launch more, for sums of splits: 2.2 µs."""
 
 
-ELEMENTWISE: Final = frozenset(
-    "add sub mul div max min neg abs exp logistic tanh rsqrt integer_pow square".split()  # noqa: SIM905
-)
-"""Primitives that Mosaic GPU compiles in registers, in all versions of jax."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Block sizes of the kernels.
@@ -117,7 +115,10 @@ class Config:
       num_stages: blocks in the ring: one is multiplied, the others are on their way.
       overlaps: whether the kernel starts while the one before it ends, and reads its first codes into the L2 cache
         before it waits for that one (docs/gpu.md); jax ignores it before 0.11.
-      cluster: programs of neighbouring channels that share what they read of x: 1, or 2 for many rows.
+      multicast: programs of neighbouring channels that share what they read of x: 1, or 2 for many rows.
+      merge: how splits are added up: by XLA, in a "launch" of its own, or for a few rows by the programs of the splits,
+        which are a "cluster" and read each other's shared memory; also in a launch where Mosaic GPU does not compile
+        the activation.
       tensor_memory: whether products are added up in tensor memory, which is Blackwell's way: blocks have 128 channels
         and any of these rows, and two stages or more.
     """
@@ -128,7 +129,8 @@ class Config:
     splits: int = 1
     num_stages: int = 4
     overlaps: bool = False
-    cluster: int = 1
+    multicast: int = 1
+    merge: Literal["launch", "cluster"] = "launch"
     tensor_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -137,14 +139,20 @@ class Config:
         if self.tensor_memory:
             check(self.block_out == 2 * CHANNELS, "config.block_out", self.block_out, f"{2 * CHANNELS}")
             check(self.num_stages >= 2, "config.num_stages", self.num_stages, "at least 2")
+            check(self.merge == "launch", "config.merge", self.merge, "launch")
         step = CHANNELS * self.warpgroups
         multiple = self.block_out in range(step, 256 + 1, step)
         check(multiple, "config.block_out", self.block_out, f"a multiple of {step}, at most 256")
         check_power_of_two("config.block_in", self.block_in, least=64)
-        clusters = range(1, self.warpgroups + 1)
-        check(self.cluster in clusters, "config.cluster", self.cluster, " or ".join(map(str, clusters)))
+        sharing = range(1, self.warpgroups + 1)
+        check(self.multicast in sharing, "config.multicast", self.multicast, " or ".join(map(str, sharing)))
         for name in ("splits", "num_stages"):
             check(getattr(self, name) >= 1, f"config.{name}", getattr(self, name), "at least 1")
+        check(self.merge in MERGES, "config.merge", self.merge, " or ".join(map(repr, MERGES)))
+        if self.merge == "cluster":
+            check(self.warpgroups == 1, "config.merge", self.merge, f"'launch' for more than {FEW_ROWS[-1]} rows")
+            few = self.splits <= MOST_IN_CLUSTER
+            check(few, "config.splits", self.splits, f"up to {MOST_IN_CLUSTER} for merge='cluster'")
 
     @property
     def warpgroups(self) -> int:
@@ -221,8 +229,8 @@ def _for_many_rows(problem: Problem) -> Config | None:
         return None
     found = []
     sizes = itertools.product(MANY_ROWS, (256, 128), (128, 64), (1, 2, 4), (1, 2))
-    for block_rows, block_out, block_in, splits, cluster in sizes:
-        config = Config(block_rows, block_out, block_in, splits, cluster=cluster)
+    for block_rows, block_out, block_in, splits, multicast in sizes:
+        config = Config(block_rows, block_out, block_in, splits, multicast=multicast)
         stages = (gpu_to_plan_for().program_shared_bytes - staged_bytes(p, config)) // block_bytes(p, config)
         config = dataclasses.replace(config, num_stages=max(min(stages, MOST_STAGES), 1))
         if stages >= LEAST_STAGES[FEW_ROWS[-1]] and fits(p, config) and splits <= pl.cdiv(p.in_features, block_in):
@@ -236,7 +244,7 @@ def _cycles(problem: Problem, config: Config) -> float:
     programs, share = config.splits * _programs(p, config), p.in_features / config.splits
     waves = pl.cdiv(programs, multiprocessors)
     products = waves * p.parts * config.block_out * config.block_rows * share / PRODUCTS[operand_dtype(p)]
-    shared = config.block_rows * jnp.dtype(operand_dtype(p)).itemsize * (1 - 1 / config.cluster)
+    shared = config.block_rows * jnp.dtype(operand_dtype(p)).itemsize * (1 - 1 / config.multicast)
     reads = programs * share * (block_bytes(p, config) / config.block_in - shared) / (multiprocessors * L2_BYTES)
     if config.splits == 1:
         return max(products, reads)
@@ -245,7 +253,17 @@ def _cycles(problem: Problem, config: Config) -> float:
 
 
 def _for_few_rows(problem: Problem) -> Config:
-    """Returns the widest blocks with which programs fill the multiprocessors evenly, two on each or more."""
+    """Returns the widest blocks with which programs fill the multiprocessors evenly, two on each or more.
+
+    Splits make the programs of 132 multiprocessors even. qkv of Llama-3-8B has 96 blocks of 64 channels: with two
+    programs at a time, 264 places, 2 splits take 192 of them; with three, 4 splits take 384 of 396, and the
+    multiprocessors that have most do 3 shares where the mean is 2.9. 5 or 6 splits would be 480 and 576 programs, 4 and
+    5 shares where the mean is 3.6 and 4.4. output and down have 64 blocks: 4 splits take 256 of 264 places.
+
+    XLA adds up splits until a chip has said that a cluster does it faster: by count a cluster saves a launch, but each
+    of its programs waits for the slowest, and all must find places in one GPC: with 16 multiprocessors of three places
+    12 clusters of 4, with 18 of them 13, where 54 places are 13.5.
+    """
     p = problem
     rows = next(size for size in FEW_ROWS if size >= min(p.rows, FEW_ROWS[-1]))
     fewer = max(rows // 2, FEW_ROWS[0])  # where registers do not suffice for all rows
@@ -290,8 +308,8 @@ def _fitting(problem: Problem, block_rows: int) -> list[tuple[int, Config]]:
 
 def _programs(problem: Problem, config: Config) -> int:
     """Returns the programs of a split."""
-    clusters = pl.cdiv(problem.result_features, config.block_out * config.cluster)
-    return pl.cdiv(problem.rows, config.block_rows) * clusters * config.cluster
+    together = pl.cdiv(problem.result_features, config.block_out * config.multicast)
+    return pl.cdiv(problem.rows, config.block_rows) * together * config.multicast
 
 
 def _filled(problem: Problem, config: Config, count: int) -> float:
@@ -302,18 +320,18 @@ def _filled(problem: Problem, config: Config, count: int) -> float:
 
 def finishes(problem: Problem, config: Config) -> bool:
     """Returns whether the kernel itself adds the bias, activates, gates and writes the result."""
-    return config.splits == 1 and (problem.activation is None or _compiles(problem.activation))
+    one_launch = config.splits == 1 or config.merge == "cluster"
+    return one_launch and (problem.activation is None or compiles(problem.activation))
 
 
-def _compiles(activation: Callable[[jax.Array], jax.Array]) -> bool:
-    """Whether Mosaic GPU compiles all operations of a function, so far as is known."""
+def merges(problem: Problem, config: Config) -> bool:
+    """Returns whether the kernel itself adds up splits."""
+    return config.splits > 1 and finishes(problem, config)
 
-    def primitives(jaxpr: Any) -> set[str]:
-        inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if eqn.primitive.name == "jit"]
-        return set().union({eqn.primitive.name for eqn in jaxpr.eqns} - {"jit"}, *map(primitives, inner))
 
-    traced = jax.make_jaxpr(activation)(jax.ShapeDtypeStruct((CHANNELS, 8), jnp.float32))
-    return not traced.consts and primitives(traced.jaxpr) <= ELEMENTWISE
+def total_dtype(problem: Problem) -> Any:
+    """Returns the dtype of a program's sums for a few rows: whole numbers stay whole if they are scaled at the end."""
+    return jnp.int32 if operand_dtype(problem) == "int8" and scales_last(problem) else jnp.float32
 
 
 def registers(problem: Problem, config: Config) -> int:
@@ -337,8 +355,11 @@ def block_bytes(problem: Problem, config: Config) -> int:
 
 def staged_bytes(problem: Problem, config: Config) -> int:
     """Returns the shared memory of what is written, of barriers, and of what every program has."""
-    whole = (config.warpgroups == 2 or config.tensor_memory) and finishes(problem, config)
-    size = jnp.dtype(problem.out_dtype).itemsize if whole else 4 * problem.parts
+    result, sums = jnp.dtype(problem.out_dtype).itemsize, 4 * problem.parts
+    if merges(problem, config):
+        size = sums + result
+    else:
+        size = result if (config.warpgroups == 2 or config.tensor_memory) and finishes(problem, config) else sums
     return config.block_rows * config.block_out * size + 2048
 
 
@@ -364,9 +385,14 @@ def space(problem: Problem) -> Space:
         "block_rows": [start.block_rows] if p.rows <= 64 else [size for size in (64, *MANY_ROWS) if size < 2 * p.rows],
         "block_out": [size for size in (64, 128, 256) if size <= p.result_features] if hopper else [start.block_out],
         "block_in": BLOCKS_IN[::-1],
-        "splits": [splits for splits in (1, 2, 3, 4, 6, 8, 16) if splits <= blocks],
+        "splits": [splits for splits in (1, 2, 3, 4, 5, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
         "overlaps": (False, True) if LAUNCHES_OVERLAP else (False,),
-        "cluster": (1, 2) if hopper and p.rows > FEW_ROWS[-1] else (1,),
+        "multicast": (1, 2) if hopper and p.rows > FEW_ROWS[-1] else (1,),
+        "merge": MERGES if hopper else (start.merge,),
     }
-    return Space(start, axes, lambda config: fits(p, config))
+
+    def worth_trying(config: Config) -> bool:
+        return fits(p, config) and (config.merge == start.merge or merges(p, config))
+
+    return Space(start, axes, worth_trying)

@@ -1,7 +1,8 @@
 """quantized_matmul on Hopper and Blackwell: TMA brings codes, registers convert them, tensor cores multiply them.
 
 Splits write float32 sums, which XLA adds up, together with bias, activation, gate and residual; where there is one
-split, the kernel does all of it. x is normalized in a launch of its own (`gpu_norm.py`), and XLA quantizes it.
+split, or the programs of all splits are a cluster that merges them (`cluster_merge.py`), the kernel does all of it. x
+is normalized in a launch of its own (`gpu_norm.py`), and XLA quantizes it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
     finishes,
     heuristic,
     least_unit,
+    merges,
     on_blackwell,
     operand_dtype,
     takes_many_rows,
+    total_dtype,
 )
 from palladion.kernels.quantized_matmul.mosaic_gpu.kernel import kernel
 from palladion.kernels.quantized_matmul.mosaic_gpu.program import Refs
@@ -80,13 +83,13 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     if not interpret:
         check(config.tensor_memory == on_blackwell(), "config.tensor_memory", config.tensor_memory, f"{on_blackwell()}")
     if interpret and not INTERPRETS_CLUSTERS:
-        config = dataclasses.replace(config, cluster=1)
+        config = dataclasses.replace(config, multicast=1)
     residual = inputs.residual
     p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=bool(interpret)))
     check(config.block_out <= p.result_features, "config.block_out", config.block_out, f"up to {p.result_features}")
     right = config.warpgroups == 1 or takes_many_rows(p)
     check(right, "config.block_rows", config.block_rows, f"up to {FEW_ROWS[-1]} for {p}")
-    whole, rows = finishes(p, config), p.rows
+    whole, in_cluster, rows = finishes(p, config), merges(p, config), p.rows
     row_blocks = pl.cdiv(rows, config.block_rows)
     refs = _refs(p, inputs, row_blocks * config.block_rows)
     x_scale = refs.x_scale
@@ -95,7 +98,8 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     if whole:
         result = jax.ShapeDtypeStruct((rows, p.result_features), p.out_dtype)
     else:
-        result = jax.ShapeDtypeStruct((config.splits, p.parts, rows, p.result_features), jnp.float32)
+        # Rows come first: a copy to what lies contiguously in device memory is only cut at the end of the array.
+        result = jax.ShapeDtypeStruct((rows, config.splits, p.parts, p.result_features), jnp.float32)
         refs = refs._replace(x_scale=None, bias=None)
     # The residual waits where the result will be, in the same dtype.
     fused = whole and residual is not None and residual.dtype == p.out_dtype
@@ -104,17 +108,26 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     barrier = plgpu.Barrier(num_barriers=config.warpgroups) if fused else None
     width = config.block_out // config.warpgroups
     staged = plgpu.SMEM((config.warpgroups, 1 if whole else p.parts, config.block_rows, width), result.dtype)
+    of_splits = (config.splits if interpret else 1, p.parts, config.block_rows, width)
+    sums = plgpu.SMEM(of_splits, total_dtype(p)) if in_cluster else None
     threads: dict[str, Any] = (
         {"num_threads": config.warpgroups + 1, "thread_name": "warpgroup"} if config.warpgroups > 1 else {}
     )
-    if config.cluster > 1:
-        threads |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+    grid = {"out": pl.cdiv(p.result_features, config.block_out * config.multicast), "split": config.splits}
+    if in_cluster:
+        del grid["split"]  # an axis of the cluster then
+    grid["row"] = row_blocks
+    clusters = {"multicast": config.multicast} if config.multicast > 1 else {}
+    if in_cluster and not interpret:
+        clusters = {"split": config.splits}
     out = plgpu.kernel(
         fresh_kernel(kernel, problem=p, config=config, whole=whole, interpret=bool(interpret)),
         out_type=result,
-        scratch_types=[staged, barrier],
-        grid=(pl.cdiv(p.result_features, config.block_out * config.cluster), config.splits, row_blocks),
-        grid_names=("out", "split", "row"),
+        scratch_types=[staged, sums, barrier],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        cluster=tuple(clusters.values()),
+        cluster_names=tuple(clusters),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=gpu_interpreter(interpret or False),
         kernel_name=_name(p, config),
@@ -122,7 +135,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     )(refs)
     if whole:
         return p.add(residual, out[: p.rows])
-    products = [jnp.sum(out[:, part, : p.rows], axis=0) for part in range(p.parts)]
+    products = [jnp.sum(out[: p.rows, :, part], axis=1) for part in range(p.parts)]
     if x_scale is not None:
         products = [product * x_scale[: p.rows, None] for product in products]
     if inputs.bias is not None:
@@ -162,4 +175,6 @@ def _refs(problem: Problem, inputs: Inputs, rows: int) -> Refs:
 
 def _name(problem: Problem, config: Config) -> str:
     blocks = f"r{config.block_rows}_o{config.block_out}_i{config.block_in}_s{config.splits}"
+    if merges(problem, config):
+        blocks += "_cluster"
     return f"quantized_matmul_{problem.scheme}_{blocks}".replace("-", "_")

@@ -26,6 +26,8 @@ starts the copies. Weights are scaled before they are multiplied, in 16 bits, an
 registers have no room for products of a unit beside the sums. One warpgroup converts while the other multiplies. Bound
 by tensor cores: 64 channels by 16 weights take block_rows / 2 cycles, and 18 to 26 to be converted by one warpgroup.
 
+Splits write their sums, or merge them in a cluster (`cluster_merge.py`), for a few rows.
+
 Scales, zero points and minimums of the next block come from memory meanwhile. TMA fills with zeros what lies beyond the
 end of an array: zeros of x make it harmless. The last block of channels ends with the last channel, and overlaps the
 one before, which writes the same.
@@ -43,9 +45,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palladion.kernels.quantized_matmul.mosaic_gpu import tensor_memory
-from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, scales_last
-from palladion.kernels.quantized_matmul.mosaic_gpu.program import Factors, Program, Refs
+from palladion.kernels.quantized_matmul.mosaic_gpu import cluster_merge, tensor_memory
+from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, total_dtype
+from palladion.kernels.quantized_matmul.mosaic_gpu.program import Ends, Factors, Program, Refs, Tile
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref
 
@@ -69,8 +71,7 @@ def few_rows(program: Program) -> list[jax.Array]:
         program.release()
         return added, ahead
 
-    dtype = program.sums_dtype if scales_last(p) else jnp.float32
-    zeros = [program.constant((CHANNELS, config.block_rows), 0, dtype) for _ in program.tiles]
+    zeros = [program.constant((CHANNELS, config.block_rows), 0, total_dtype(p)) for _ in program.tiles]
     pipeline = plgpu.emit_pipeline(
         step,
         grid=(program.blocks,),
@@ -184,6 +185,7 @@ def kernel(
     refs: Refs,
     result: Ref,
     staged: Ref,
+    sums: Ref | None,
     barrier: Ref | None,
     *,
     problem: Problem,
@@ -195,9 +197,11 @@ def kernel(
 
     Args:
       refs: the inputs.
-      result: `[rows, result_features]`, or sums `[splits, parts, rows, result_features]`.
+      result: `[rows, result_features]`, or sums `[rows, splits, parts, result_features]`.
       staged: `[warpgroups, 1, or parts of sums, block_rows, block_out / warpgroups]` in shared memory: what is written
         to `result`, and the residual before.
+      sums: `[1, or splits if interpreted, parts, block_rows, block_out]` in shared memory, where a cluster merges
+        splits, or None.
       barrier: `[warpgroups]`, on which the residual arrives; None without one.
       problem: what is computed.
       config: block sizes.
@@ -206,13 +210,16 @@ def kernel(
     """
     warpgroup = 0 if config.warpgroups == 1 else jax.lax.axis_index("warpgroup")
     program_type = tensor_memory.TensorProgram if config.tensor_memory else Program
+    simulated = sums is not None and interpret
+    splits = [jnp.int32(split) for split in range(config.splits)] if simulated else [jax.lax.axis_index("split")]
     if config.overlaps and not interpret:
         # What comes next may start at once: it waits likewise, for the end of this kernel.
         plgpu.griddepcontrol_launch_dependents()
         if refs.layer is None:  # which the kernel before may have written, as everything but the weight
-            program_type(problem, refs, config, interpret, warpgroup).prefetch()
+            program_type(problem, refs, config, interpret, splits[0], warpgroup).prefetch()
         plgpu.griddepcontrol_wait()
-    program = program_type(problem, refs, config, interpret, warpgroup)
+    programs = [program_type(problem, refs, config, interpret, split, warpgroup) for split in splits]
+    program = programs[0]
 
     def prepare() -> None:
         if barrier is not None:
@@ -222,35 +229,46 @@ def kernel(
         if barrier is not None:
             plgpu.barrier_wait(barrier.at[warpgroup])
 
-    def store(sums: list[jax.Array]) -> None:
+    def store(sums: list[jax.Array], ends: list[Ends] | None = None) -> None:
+        ends = [program.ends(tile) for tile in program.tiles] if ends is None else ends
         await_residual()
-        write(program, dict(zip(program.tiles, sums, strict=True)), result, staged.at[warpgroup], whole)
+        tiles = dict(zip(program.tiles, zip(sums, ends, strict=True), strict=True))
+        write(program, tiles, result, staged.at[warpgroup], whole)
 
-    if isinstance(program, tensor_memory.TensorProgram):
-        prepare()
-        tensor_memory.multiply(program, result, staged.at[warpgroup], whole, await_residual)
-    elif config.warpgroups == 1:
-        prepare()
-        store(few_rows(program))
-    else:
+    if config.warpgroups > 1:
         many_rows(program, prepare, store)
+        return
+    prepare()
+    if isinstance(program, tensor_memory.TensorProgram):
+        tensor_memory.multiply(program, result, staged.at[warpgroup], whole, await_residual)
+        return
+    # What sums are finished with comes from memory while codes do.
+    layout = plgpu.Layout.WGMMA if sums is None else cluster_merge.layout_of(config)
+    ends = [program.ends(tile, layout) for tile in program.tiles]
+    if sums is None:
+        store(few_rows(program), ends)
+        return
+    for index, each in enumerate(programs):
+        cluster_merge.leave(each, few_rows(each), sums.at[index])
+    await_residual()
+    cluster_merge.merge(programs, dict(zip(program.tiles, ends, strict=True)), sums, result, staged.at[0, 0])
 
 
-def write(program: Program, sums: dict[tuple[int, int], jax.Array], result: Ref, staged: Ref, whole: bool) -> None:
+def write(program: Program, tiles: dict[Tile, tuple[jax.Array, Ends]], result: Ref, staged: Ref, whole: bool) -> None:
     """Writes the result of a warpgroup, or its sums.
 
     Args:
       program: the program.
-      sums: `[64, block_rows]` of each tile.
+      tiles: the sums `[64, block_rows]` of each tile, and what they are finished with.
       result: see `kernel`.
       staged: the warpgroup's part of shared memory.
       whole: whether it is the result that is written.
     """
-    p = program.problem
+    p, adds = program.problem, program.refs.residual is not None
     for start in range(0, program.width, CHANNELS):
-        found = [program.finish((part, start), sums[part, start]) for part in range(p.parts)]
+        found = [program.finish(*tiles[part, start]) for part in range(p.parts)]
         if whole:
             found = [p.finish(found)]
         for part, value in enumerate(found):
-            program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value)
+            program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value, adds=adds)
     program.copy_out(result, staged, whole)

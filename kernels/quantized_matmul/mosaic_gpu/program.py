@@ -45,7 +45,7 @@ class Refs(NamedTuple):
       scales: `[num_layers, out, groups]`; e8m0 as its bits, uint8.
       zeros: like scales.
       minimums: like scales.
-      x_scale: `[blocks of rows * block_rows]`, scales of quantized x; None where sums of splits are returned.
+      x_scale: `[blocks of rows * block_rows]`, scales of quantized x; None where sums of splits are written.
       bias: `[out]`; likewise.
       residual: `[rows, out]`; likewise.
     """
@@ -75,6 +75,18 @@ class Factors(NamedTuple):
     minimum: jax.Array | None
 
 
+class Ends(NamedTuple):
+    """Numbers that belong to the sums over all of `in`, one for each of 64 channels, as they are stored.
+
+    Attributes:
+      scale: the scale, or None where it is applied before.
+      bias: the bias, or None.
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
 class Program:
     """A program's place in the grid, its loads and its products; those of one warpgroup where there are two.
 
@@ -83,6 +95,7 @@ class Program:
       refs: the inputs.
       config: block sizes.
       interpret: whether the kernel is interpreted: arrays have no layouts then, and products are those of jax.numpy.
+      split: the program's share of `in`.
       warpgroup: index of the warpgroup among those that multiply.
 
     Attributes:
@@ -96,7 +109,13 @@ class Program:
     tile_channels = CHANNELS
 
     def __init__(
-        self, problem: Problem, refs: Refs, config: Config, interpret: bool, warpgroup: Scalar | int = 0
+        self,
+        problem: Problem,
+        refs: Refs,
+        config: Config,
+        interpret: bool,
+        split: Scalar | int,
+        warpgroup: Scalar | int = 0,
     ) -> None:
         self.problem, self.refs, self.config, self.interpret = problem, refs, config, interpret
         self.operand = operand_dtype(problem)
@@ -107,11 +126,11 @@ class Program:
         bits = 8 * jnp.dtype(self.operand).itemsize
         self.piece = swizzle_of(math.gcd(problem.in_features, self.unit), bits) * 8 // bits
         self.layer = 0 if refs.layer is None else refs.layer[0]
-        self.row, self.split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
+        self.row, self.split = jax.lax.axis_index("row"), split
         last = problem.result_features - config.block_out
         out = jax.lax.axis_index("out")
-        if config.cluster > 1:
-            out = out * config.cluster + jax.lax.axis_index("cluster")
+        if config.multicast > 1:
+            out = out * config.multicast + jax.lax.axis_index("multicast")
         self.channel = jnp.minimum(out * config.block_out, last)
         self.width = config.block_out // config.warpgroups
         self.own = warpgroup * self.width
@@ -138,12 +157,12 @@ class Program:
         layout = plgpu.Layout.WGMMA_8BIT if array.dtype == jnp.int8 else plgpu.Layout.WGMMA
         return array if self.interpret else plgpu.layout_cast(array, layout)
 
-    def of_channels(self, ref: Ref, tile: Tile, group: Scalar | int | None = None) -> jax.Array:
+    def of_channels(self, ref: Ref, tile: Tile, group: Scalar | int | None = None, layout: Any = None) -> jax.Array:
         """Loads a number of each channel of a tile, from `[out]` or, of a group, from `[num_layers, out, groups]`."""
         part, start = tile
         channels = self.channels(part, self.own + start, self.tile_channels)
         place = ref.at[channels] if group is None else ref.at[self.layer, channels, group]
-        return self.load(place, self.layout.reduce(1), optimized=False)
+        return self.load(place, (layout or self.layout).reduce(1), optimized=False)
 
     def factors(self, tile: Tile, block: Scalar | int) -> list[Factors]:
         """Loads the factors of all units of a block of the split, or of the last one of `in` for those beyond it."""
@@ -260,46 +279,71 @@ class Program:
         if self.interpret or not self.stored:
             plgpu.commit_smem()
 
-    def finish(self, tile: Tile, total: jax.Array, first_row: int = 0) -> jax.Array:
-        """Returns the products of a tile in float32, given its sums `[64, rows]` from a row of the block on."""
+    def ends(self, tile: Tile, layout: Any = None) -> Ends:
+        """Loads what the sums of a tile are scaled by and what is added to them, for sums of a layout."""
+        scales, bias = self.refs.scales if scales_last(self.problem) else None, self.refs.bias
+        return Ends(
+            scale=None if scales is None else self.of_channels(scales, tile, 0, layout),
+            bias=None if bias is None else self.of_channels(bias, tile, layout=layout),
+        )
+
+    def finish(self, total: jax.Array, ends: Ends, layout: Any = None, row: Scalar | int = 0) -> jax.Array:
+        """Returns the products of a tile in float32.
+
+        Args:
+          total: the sums, `[64, rows]`.
+          ends: what they are scaled by, and what is added to them.
+          layout: the layout of the sums; None for that of the tensor cores.
+          row: the first row of the sums in the block.
+        """
+
+        def across(numbers: jax.Array, axis: int) -> jax.Array:
+            found = jax.lax.broadcast_in_dim(numbers.astype(jnp.float32), total.shape, (axis,))
+            return found if self.interpret else plgpu.layout_cast(found, layout or self.layout)
+
         found = total.astype(jnp.float32)
-        if scales_last(self.problem):
-            scale = self.real(self.of_channels(self.refs.scales, tile, 0))
-            found = found * jax.lax.broadcast_in_dim(scale, found.shape, (0,))
+        if ends.scale is not None:
+            found = found * across(self.real(ends.scale), 0)
         if self.refs.x_scale is not None:
-            rows = pl.ds(self.row * self.config.block_rows + first_row, found.shape[1])
-            scale = self.load(self.refs.x_scale.at[rows], self.layout.reduce(0), optimized=False)
-            found = found * jax.lax.broadcast_in_dim(scale, found.shape, (1,))
-        if self.refs.bias is not None:
-            bias = self.of_channels(self.refs.bias, tile).astype(jnp.float32)
-            found = found + jax.lax.broadcast_in_dim(bias, found.shape, (0,))
-        return found
+            rows = pl.ds(self.row * self.config.block_rows + row, total.shape[1])
+            found = found * across(
+                self.load(self.refs.x_scale.at[rows], (layout or self.layout).reduce(0), optimized=False), 1
+            )
+        return found if ends.bias is None else found + across(ends.bias, 0)
 
-    def place(self) -> tuple[Any, Any]:
-        """Returns the warpgroup's rows and channels of the result."""
-        rows = pl.ds(self.row * self.config.block_rows, self.config.block_rows)
-        return rows, pl.ds(self.channel + self.own, self.width)
+    def place(self, row: Scalar | int = 0, rows: int | None = None) -> tuple[Any, Any]:
+        """Returns rows of the block, or all of them, and the warpgroup's channels, as indices of the result."""
+        first, most = self.row * self.config.block_rows + row, self.config.block_rows
+        return pl.ds(first, most if rows is None else rows), pl.ds(self.channel + self.own, self.width)
 
-    def stage(self, ref: Ref, value: jax.Array) -> None:
-        """Stores a result `[64, rows]` to shared memory `[rows, 64]`; adds the residual that is there."""
+    def stage(self, ref: Ref, value: jax.Array, layout: Any = None, adds: bool = False) -> None:
+        """Stores sums or results `[64, rows]` to shared memory.
+
+        Args:
+          ref: `[rows, 64]`.
+          value: what is stored.
+          layout: the layout in which threads store it; None for `turned`.
+          adds: whether what is there is added to it before.
+        """
         if self.interpret:
-            value = value.T + ref[...].astype(jnp.float32) if self.refs.residual is not None else value.T
+            value = value.T + ref[...].astype(jnp.float32) if adds else value.T
             ref[...] = value.astype(ref.dtype)
             return
         across = ref.transpose((1, 0))
-        if self.refs.residual is None:
+        if not adds:
             value = value.astype(ref.dtype)
-        value = plgpu.layout_cast(value, self.turned)
-        if self.refs.residual is not None:
-            residual = self.load(across, self.turned, optimized=False)
+        value = plgpu.layout_cast(value, layout or self.turned)
+        if adds:
+            residual = self.load(across, layout or self.turned, optimized=False)
             value = (value + residual.astype(jnp.float32)).astype(ref.dtype)
         store_from_registers(across, value)
 
     def copy_out(self, result: Ref, staged: Ref, whole: bool) -> None:
         """Writes what is staged; see `kernel`."""
         plgpu.commit_smem()
+        rows, channels = self.place()
         for part in range(staged.shape[0]):
-            place = self.place() if whole else (self.split, part, *self.place())
+            place = (rows, channels) if whole else (rows, self.split, part, channels)
             plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
         plgpu.wait_smem_to_gmem(0)
 
@@ -313,8 +357,8 @@ class Program:
         bits = 8 * jnp.dtype(self.operand).itemsize
         shape = (config.block_rows, config.block_in)
         x = block_spec(shape, lambda block: (row, first + block), self.piece, bits, self.interpret)
-        if config.cluster > 1:
-            x = dataclasses.replace(x, collective_axes=("cluster",))
+        if config.multicast > 1:
+            x = dataclasses.replace(x, collective_axes=("multicast",))
         return [codes] * p.parts + [x]
 
     def in_refs(self) -> list[Ref]:

@@ -49,7 +49,7 @@ from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
     scales_last,
     takes_many_rows,
 )
-from palladion.kernels.quantized_matmul.mosaic_gpu.program import Factors, Program, swizzle_of
+from palladion.kernels.quantized_matmul.mosaic_gpu.program import Ends, Factors, Program, swizzle_of
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.types import Ref, Scalar
 
@@ -177,9 +177,10 @@ def multiply(program: TensorProgram, result: Ref, staged: Ref, whole: bool, resi
 
     def scoped(*allocated: Any) -> None:
         tensors = Tensors(program, *allocated)
+        ends = [program.ends(tile) for tile in program.tiles]
         add_blocks(program, tensors)
         residual()
-        write(program, tensors, result, staged, whole)
+        write(program, tensors, ends, result, staged, whole)
 
     pl.run_scoped(scoped, weights, sums, plgpu.Barrier(orders_tensor_core=native))
 
@@ -217,14 +218,16 @@ def add_blocks(program: TensorProgram, tensors: Tensors) -> None:
     plgpu.barrier_wait(tensors.done)
 
 
-def write(program: TensorProgram, tensors: Tensors, result: Ref, staged: Ref, whole: bool) -> None:
-    """Writes the result of a program, or its sums; for arguments see `multiply`."""
+def write(
+    program: TensorProgram, tensors: Tensors, ends: Sequence[Ends], result: Ref, staged: Ref, whole: bool
+) -> None:
+    """Writes the result of a program, or its sums, finished with `ends` of each part; see `multiply`."""
     p, size = program.problem, min(program.config.block_rows, ROWS_AT_A_TIME)
     for first in range(0, program.config.block_rows, size):
         rows = pl.ds(first, size)
-        found = [program.finish(tile, tensors.load(tile[0], rows), first) for tile in program.tiles]
+        found = [program.finish(tensors.load(part, rows), own, row=first) for part, own in enumerate(ends)]
         if whole:
             found = [p.finish(found)]
         for part, value in enumerate(found):
-            program.stage(staged.at[part, rows, :], value)
+            program.stage(staged.at[part, rows, :], value, adds=program.refs.residual is not None)
     program.copy_out(result, staged, whole)
