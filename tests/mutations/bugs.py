@@ -319,7 +319,7 @@ MUTATIONS: Final = (
         f"{PRODUCT}/mosaic_gpu/tensor_memory.py",
         "tile = block * p.parts + part",
         "tile = part",
-        (HOPPER_TESTS, "-k", "kernel_is_right and int8-1-config29"),
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-17"),
         "No product is awaited before the next tile of a program with one part.",
     ),
     Mutation(
