@@ -106,12 +106,33 @@ class Weight(Protocol):
         """Returns for each row the sum of a thread's products, float32 `[threads]`."""
 
 
+class Norm(NamedTuple):
+    """An RMS norm of the rows of x, whose factor for a whole row is applied to its products.
+
+    Attributes:
+      weight: `[in]`.
+      eps: number added to the mean square.
+    """
+
+    weight: Ref
+    eps: float
+
+
 Finish = Callable[[int, list[jax.Array], jax.Array, jax.Array | None], jax.Array]
 """Makes the result `[block_out]` of a row, the products of its parts, the channels, and the mask of real channels."""
 
 
 def multiply(
-    x: Ref, out: Ref, weight: Weight, finish: Finish, *, problem: LinearProblem, block_out: int, num_warps: int
+    x: Ref,
+    out: Ref,
+    weight: Weight,
+    finish: Finish,
+    *,
+    problem: LinearProblem,
+    block_out: int,
+    num_warps: int,
+    ahead: bool = False,
+    norm: Norm | None = None,
 ) -> None:
     """Computes a block of channels.
 
@@ -123,6 +144,8 @@ def multiply(
       problem: what is computed.
       block_out: channels of the block.
       num_warps: warps of the program.
+      ahead: whether the loads of a trip are under way while the one before it is multiplied.
+      norm: normalizes x, if it is not normalized yet; every program adds up all squares of x.
     """
     p, threads = problem, WARP * num_warps
     step = threads * weight.per_thread
@@ -133,27 +156,53 @@ def multiply(
         numbers = [jnp.minimum(number, p.result_features - 1) for number in numbers]
     channels = [number + part * p.result_features for part in range(p.parts) for number in numbers]
 
-    def trip(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def load_trip(index: Any) -> tuple[Any, ...]:
         share = Share(index * threads, threads, p.in_features, ragged)
-        loaded = weight.load(share, channels)
-        operands = [weight.operand(_read_x(x, m, share, weight)) for m in range(p.rows)]
-        products = [product for one in loaded for product in weight.products(one, operands)]
-        return tuple(total + product for total, product in zip(sums, products, strict=True))
+        factors = None if norm is None else _read_runs(norm.weight, (), share, weight)
+        return weight.load(share, channels), [_read_runs(x, (m,), share, weight) for m in range(p.rows)], factors
 
-    zeros = (jnp.zeros(threads, jnp.float32),) * (len(channels) * p.rows)
-    sums = jax.lax.fori_loop(0, pl.cdiv(p.in_features, step), trip, zeros)
+    def add(state: tuple[Any, Any], loaded: tuple[Any, ...]) -> tuple[Any, Any]:
+        sums, squares = state
+        codes, rows, factors = loaded
+        if norm is not None:
+            squares = [total + _sum_of_squares(runs, weight) for total, runs in zip(squares, rows, strict=True)]
+            rows = [[run * factor for run, factor in zip(runs, factors, strict=True)] for runs in rows]
+        operands = [weight.operand(runs) for runs in rows]
+        products = [product for one in codes for product in weight.products(one, operands)]
+        return tuple(total + product for total, product in zip(sums, products, strict=True)), squares
+
+    def trip_ahead(index: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        following = load_trip(index + 1)
+        return add(*state), following
+
+    zeros, trips = jnp.zeros(threads, jnp.float32), pl.cdiv(p.in_features, step)
+    state = (zeros,) * (len(channels) * p.rows), [zeros] * (0 if norm is None else p.rows)
+    if ahead:
+        state = add(*jax.lax.fori_loop(0, trips - 1, trip_ahead, (state, load_trip(jnp.int32(0)))))
+    else:
+        state = jax.lax.fori_loop(0, trips, lambda index, state: add(state, load_trip(index)), state)
+    sums, squares = state
     channel = first + jnp.arange(block_out, dtype=jnp.int32)
     real = None if p.result_features % block_out == 0 else channel < p.result_features
     for m in range(p.rows):
         of_row = sums[m :: p.rows]
         parts = [of_row[part * block_out : (part + 1) * block_out] for part in range(p.parts)]
-        result = finish(m, [jnp.sum(_side_by_side(part), axis=0) for part in parts], channel, real)
-        plgpu.store(out.at[m, channel], result.astype(out.dtype), mask=real)
+        products = [jnp.sum(_side_by_side(part), axis=0) for part in parts]
+        if norm is not None:
+            factor = jax.lax.rsqrt(jnp.sum(squares[m]) / p.in_features + norm.eps)
+            products = [product * factor for product in products]
+        plgpu.store(out.at[m, channel], finish(m, products, channel, real).astype(out.dtype), mask=real)
 
 
-def _read_x(x: Ref, m: int, share: Share, weight: Weight) -> list[jax.Array]:
+def _read_runs(ref: Ref, row: tuple[int, ...], share: Share, weight: Weight) -> list[jax.Array]:
+    """Reads a thread's numbers of a row of x, or of what there is for each of them, float32, run by run."""
     places = [share.places(weight.per_thread, weight.run, offset) for offset in range(0, weight.per_thread, weight.run)]
-    return [read(x, (m, place), share.exist(place, share.in_features)) for place in places]
+    return [read(ref, (*row, place), share.exist(place, share.in_features)) for place in places]
+
+
+def _sum_of_squares(runs: Sequence[jax.Array], weight: Weight) -> jax.Array:
+    """Returns the sum of a thread's squares, `[threads]`."""
+    return add_up([column for run in runs for column in columns(run * run, weight.run)])
 
 
 def load(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:

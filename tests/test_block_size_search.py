@@ -57,10 +57,6 @@ class Costs:
     def __init__(self, cost: Callable[[Any], float | None]) -> None:
         self.cost = cost
         self.asked: list[Any] = []
-        self.expected: list[list[Any]] = []
-
-    def prepare(self, contenders: Sequence[Contender]) -> None:
-        self.expected.append([one.config for one in contenders])
 
     def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
         if not thorough:
@@ -281,14 +277,6 @@ def test_a_budget_in_seconds_ends_a_search():
     assert cost_model.asked[:2] == list(Space(STARTS[0], AXES).spread())[:2], "nothing is known to search around"
 
 
-def test_the_search_announces_the_configs_that_it_will_request():
-    cost_model = Costs(valley)
-    found(space(Problem(4096)), cost_model, known={Config(32): Trial(Config(32), 9.0)})
-    assert cost_model.expected[0][0] == cost_model.asked[0] == Config(64)
-    assert set(cost_model.asked) <= set(itertools.chain(*cost_model.expected))
-    assert Config(32) not in itertools.chain(*cost_model.expected)
-
-
 def test_a_lucky_sample_does_not_win():
     tried = space(Problem(4096))
     start, lucky = Contender("triton", tried.start), Contender("triton", Config(512, 8))
@@ -372,7 +360,7 @@ def test_wrong_and_broken_configs_are_rejected_not_timed():
     assert outcomes(cost_model, 128) == [WRONG]
 
 
-def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_tried_together_is_compiled_on_all_cores_and_once(monkeypatch: pytest.MonkeyPatch):
     together: list[list[int]] = []
 
     def noted(jobs: Sequence[Any]) -> Any:
@@ -381,13 +369,10 @@ def test_expected_configs_are_compiled_with_the_requested_one(monkeypatch: pytes
         return side_by_side(jobs)
 
     monkeypatch.setattr(costs, "side_by_side", noted)
-    monkeypatch.setattr(costs, "cores", lambda: 3)
     cost_model = MeasuredCost(Doubling(), EIGHT)
-    cost_model.prepare([kernel(block) for block in (1024, 32, 16, 128)])
     outcomes(cost_model, 64, 32)
-    outcomes(cost_model, 1024)
-    outcomes(cost_model, 128, 64)
-    assert together == [[64, 32, 1024], [128, 16]]
+    outcomes(cost_model, 1024, 64)
+    assert together == [[64, 32], [1024]]
 
 
 def profiled(times: dict[str, float]) -> Callable[..., dict[str, KernelTimes]]:

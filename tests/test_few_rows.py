@@ -281,6 +281,8 @@ def test_wide_numbers_lose_nothing(changes: dict[str, Any]):
         (512, 5, triton.Config("few_rows", 4, 1)),
         (1040, 3, triton.Config("few_rows", 2, 2)),
         (77, 3, triton.Config("few_rows", 2, 1)),
+        (1100, 3, triton.Config("few_rows", 2, 1, ahead=True)),
+        (512, 3, triton.Config("few_rows", 2, 1, ahead=True)),
         (1, 1, triton.Config("few_rows", 1, 1)),
     ],
     ids=str,
@@ -289,6 +291,26 @@ def test_wide_numbers_lose_nothing(changes: dict[str, Any]):
 def test_any_shape(in_features: int, out_features: int, config: triton.Config, multiply: Any):
     case = Case(name="shape", rows=2, in_features=in_features, out_features=out_features, scheme="int8")
     assert_kernel_right(case, dataclasses.replace(config, multiply=multiply))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config"),
+    [
+        ("int8", triton.Config("few_rows", 2, 1, normalizes=True)),
+        ("int4-g32-minimums", triton.Config("few_rows", 2, 1, "bytes", ahead=True, normalizes=True)),
+    ],
+    ids=str,
+)
+def test_rows_are_normalized_on_their_way(scheme: str, config: triton.Config):
+    """The last of several trips is not full."""
+    case = Case(name="norm", rows=3, in_features=1120, out_features=5, scheme=scheme, norm=True, bias=True)
+    assert_kernel_right(case, config)
+    case = dataclasses.replace(case, order="out_in")
+    launches = [
+        str(compiled(case, "triton", config=one, interpret=True).trace(case.shapes()).jaxpr).count("pallas_call[")
+        for one in (config, dataclasses.replace(config, normalizes=False))
+    ]
+    assert launches == [1, 2]
 
 
 def test_a_bad_scale_stays_in_its_channel():

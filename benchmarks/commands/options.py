@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--in", dest="in_features", type=int, metavar="N", help="by hand instead of a model's layers")
     which.add_argument("--out", dest="out_features", type=int, metavar="N", help="by hand instead of a model's layers")
     which.add_argument("--scheme", type=names, default=("int8",), metavar="NAMES", help="of weights (int8)")
+    which.add_argument("--norm", action="store_true", help="with an RMS norm of activations before products")
     which.add_argument("--layers", type=names, metavar="NAMES", help="of qkv, output, gate-up, down, head: only these")
 
 
@@ -143,5 +144,6 @@ def _products(operation: Operation, arguments: argparse.Namespace) -> Iterator[A
             cases = [case for shape in shapes for case in getattr(shape, method)(rows, **dtypes)]
             cases = [case for case in cases if any(case.name.endswith(f"-{name}") for name in layers)]
         for case in cases:
-            parts = (case.name, f"m{rows}", scheme, SHORT.get(case.dtype, case.dtype))
-            yield dataclasses.replace(case, name="-".join(filter(None, parts)))
+            norm = "norm" if arguments.norm else ""
+            parts = (case.name, f"m{rows}", scheme, norm, SHORT.get(case.dtype, case.dtype))
+            yield dataclasses.replace(case, name="-".join(filter(None, parts)), norm=arguments.norm)

@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     parser.add_argument("--chip", metavar="NAME", help=f"estimate for a TPU that is not here: {', '.join(tpu_chips())}")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all shapes together (10)")
+    parser.add_argument(
+        "--backends", type=options.names, metavar="NAMES", help="kernels to search (those of this platform)"
+    )
     parser.add_argument("--trials", type=int, default=60, metavar="N", help="for each kernel and shape, at most (60)")
     parser.add_argument("--package", action="store_true", help="write beside the kernels, for everybody")
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="only add the entries there to the package's")
@@ -81,6 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ship is not None:
         return _ship(chosen, arguments.ship)
     cases = [(one, case) for one in chosen for case in options.selected(one, arguments)]
+    known = {row.name for one in chosen for row in one.table if row.has_kernel}
+    for name in arguments.backends or ():
+        check(name in known, "--backends", name, ", ".join(sorted(known)))
     check(arguments.minutes > 0, "--minutes", arguments.minutes, "more than 0")
     check(arguments.trials >= 1, "--trials", arguments.trials, "at least 1")
     cached = tuning.CACHE in os.environ
@@ -115,7 +121,7 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
     log = log_file(arguments.log, device_kind)
     written = 0
     for number, (chosen, case) in enumerate(cases):
-        rows = contenders(chosen, case, interpret=arguments.interpret)
+        rows = contenders(chosen, case, arguments.backends, interpret=arguments.interpret)
         if all(row.space is None for row in rows):
             continue
         seconds = seconds_left(deadline) / (len(cases) - number)
@@ -147,13 +153,22 @@ def _tune(cases: list[tuple[Operation, Case]], arguments: argparse.Namespace, ch
     return 0
 
 
-def contenders(chosen: Operation, case: Case, *, interpret: bool = False) -> list[Implementation]:
+def contenders(
+    chosen: Operation, case: Case, names: Sequence[str] | None = None, *, interpret: bool = False
+) -> list[Implementation]:
     """Returns the implementations that support a case on the platform that is traced for, in the order of their table.
 
     A kernel's row that runs XLA's product for a case is left out: the reference stands for it.
+
+    Args:
+      chosen: the operation.
+      case: the workload.
+      names: kernels that take part beside XLA's form; None means all.
+      interpret: whether kernels for other platforms take part, interpreted.
     """
     problem = case.problem()
     here = [one for one in chosen.table if one.platform in (None, target_platform()) or interpret]
+    here = [one for one in here if names is None or one.platform is None or one.name in names]
     able = [one for one in here if one.unsupported(problem) is None]
     return [one for one in able if one.config_class is None or isinstance(_start(one, problem), one.config_class)]
 

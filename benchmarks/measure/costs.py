@@ -16,7 +16,7 @@ from palladion.benchmarks.measure.bench import DeviceLostError, compile_calls, c
 from palladion.benchmarks.measure.device_time import kernel_seconds
 from palladion.benchmarks.measure.model_shapes import ACTIVATIONS
 from palladion.benchmarks.measure.operations import CallOptions, Case, Operation, operation
-from palladion.benchmarks.measure.parallel import cores, side_by_side
+from palladion.benchmarks.measure.parallel import side_by_side
 from palladion.benchmarks.measure.samples import Samples
 from palladion.benchmarks.measure.search import Contender, ContendersLostError, RejectedError
 from palladion.benchmarks.measure.timing import CompiledCalls, JaxRunner, measure
@@ -50,15 +50,10 @@ class MeasuredCost:
         self.origin = "interpreted" if interpret else "measured"
         self._operation, self._case, self._interpret = chosen, case, interpret
         self._inputs = chosen.inputs(case)
-        self._next: list[Contender] = []
         self._calls: dict[Contender, CompiledCalls | Exception] = {}
         reference = compile_calls(chosen, case, backend="xla", timed=False)
         self._reference = warm_runner(chosen, "xla", reference, self._inputs).result
         self.clock = best_clock()
-
-    def prepare(self, contenders: Sequence[Contender]) -> None:
-        """Implements `CostModel.prepare`: as many as there are cores are compiled with those that are asked for."""
-        self._next = list(contenders)
 
     def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
         """Implements `CostModel.samples`: runs all contenders once, judges their results, and times those in turns."""
@@ -104,14 +99,12 @@ class MeasuredCost:
         return {contender: samples.get(runner.name, unseen) for contender, runner in runners.items()}
 
     def _compile(self, contenders: Sequence[Contender]) -> None:
-        """Compiles what is not compiled yet, together with what is likely to follow; nothing is timed then."""
-        missing = [one for one in dict.fromkeys([*contenders, *self._next]) if one not in self._calls]
-        needed = sum(1 for one in missing if one in contenders)
-        together = missing[: max(needed, cores())] if needed else []
+        """Compiles what is not compiled yet, on all cores; nothing is timed then."""
+        missing = [one for one in dict.fromkeys(contenders) if one not in self._calls]
         jobs = [
-            functools.partial(compile_calls, self._operation, self._case, **self._call_options(one)) for one in together
+            functools.partial(compile_calls, self._operation, self._case, **self._call_options(one)) for one in missing
         ]
-        self._calls.update(zip(together, side_by_side(jobs), strict=True))
+        self._calls.update(zip(missing, side_by_side(jobs), strict=True))
 
     def _call_options(self, contender: Contender) -> CallOptions:
         return {"backend": contender.implementation, "config": contender.config, "interpret": self._interpret}
@@ -151,9 +144,6 @@ class EstimatedCost:
         self._folder = tempfile.TemporaryDirectory(prefix="palladion_costs_")
         self._file = Path(self._folder.name) / "candidate.py"
         self._file.write_text(CANDIDATE)
-
-    def prepare(self, contenders: Sequence[Contender]) -> None:
-        """Implements `CostModel.prepare`: nothing is compiled ahead, the compiler's process takes one at a time."""
 
     def close(self) -> None:
         """Ends the compiler's process."""

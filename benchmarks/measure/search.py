@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from palladion.benchmarks.measure.bench import DeviceLostError
+from palladion.benchmarks.measure.parallel import cores
 from palladion.benchmarks.measure.samples import Samples, ratio
 from palladion.kernels.search_space import Space
 from palladion.kernels.tuning import LEAST_GAIN
@@ -26,11 +27,11 @@ COARSE: Final = 0.4
 FEW: Final = 3
 """Best configs around which the search goes on."""
 
-AHEAD: Final = 32
-"""Configs that are announced before they are asked for."""
+TOGETHER: Final = min(max(4, cores()), 16)
+"""Configs that are tried together, in turns: compiled and judged on all cores, and timed in one trace of the profiler.
 
-TOGETHER: Final = 4
-"""Configs that are tried together, in turns: judged on all cores, and timed in one trace of the profiler."""
+Most of the time is for compiling: a config that was compiled beside others and not timed would be time lost.
+"""
 
 FINALISTS: Final = 2
 """Best configs that are compared with the heuristic's once more."""
@@ -93,9 +94,6 @@ class CostModel(Protocol):
 
     origin: str
     clock: str
-
-    def prepare(self, contenders: Sequence[Contender]) -> None:
-        """Announces what is likely to be asked for next, in order; some of it may be compiled ahead."""
 
     def samples(self, contenders: Sequence[Contender], *, thorough: bool) -> dict[Contender, Samples | RejectedError]:
         """Times contenders in turns, with more samples where they are to be compared with each other (`thorough`).
@@ -160,7 +158,6 @@ def search(
         batch = configs[: min(TOGETHER, coarse or budget.left(tried))]
         if not batch:
             return list(trials.values())
-        cost_model.prepare([Contender(name, config) for config in configs if config not in earlier])
         trials |= {config: earlier[config] for config in batch if config in earlier}
         new = [Contender(name, config) for config in batch if config not in earlier]
         try:
@@ -180,12 +177,12 @@ def search(
 
 
 def _untried(configs: Iterator[Any], trials: Mapping[Any, Trial]) -> list[Any]:
-    """Returns the next configs without a trial, as many as are announced together."""
+    """Returns the next configs without a trial, as many as are tried together."""
     found: dict[Any, None] = {}
     for config in configs:
         if config not in trials:
             found[config] = None
-        if len(found) == AHEAD:
+        if len(found) == TOGETHER:
             break
     return list(found)
 

@@ -6,7 +6,8 @@ Two forms, by the rows of x. Up to four rows are multiplied as they are, without
 program has all of `in` for its channels, and adds bias and residual, activates and gates. More rows are padded to the
 16 and more of a tensor core's block (`matrix.py`), with shares of `in` where channels do not fill the multiprocessors:
 XLA adds their float32 sums, bias, activation and gate, together with what follows. Both read weights that are stored
-`[out, in]`, each code once for every block of rows. x is normalized in a launch of its own (`gpu_norm.py`).
+`[out, in]`, each code once for every block of rows. x is normalized in a launch of its own (`gpu_norm.py`); of few rows
+also on its way into registers, where the tuner finds that faster.
 
 In device memory there is nothing but inputs, result and the sums of splits; quantized rows where `quantize_x` asks for
 them. The layer of a stacked weight is an offset, but where Pallas miscounts it (`offsets_wrap`): there it is copied.
@@ -79,19 +80,27 @@ def space(problem: Problem) -> Space:
     axes: dict[str, Sequence[Any]] = dict(tensor_core.axes)
     few = {"block_out": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16)}
     axes |= {name: sorted({*axes[name], *values}) for name, values in few.items()}
-    axes |= {"form": FORMS, "multiply": MULTIPLIES if few_rows.can_multiply_bytes(p) else ("float",)}
+    axes |= {
+        "ahead": (False, True),
+        "form": FORMS,
+        "multiply": MULTIPLIES if few_rows.can_multiply_bytes(p) else ("float",),
+        "normalizes": (False, True) if p.norm_eps is not None and few_rows.can_normalize(p) else (False,),
+    }
     unused = Config("few_rows", block_out=1)
 
     def fits(config: Config) -> bool:
         """Leaves out what differs from another config only in what its form does not use."""
         if config.form == "tensor_core":
-            return config.multiply == unused.multiply and tensor_core.fits(config)
-        used = dataclasses.replace(
-            unused, block_out=config.block_out, num_warps=config.num_warps, multiply=config.multiply
-        )
-        return config == used and config.block_out * p.parts * p.rows <= MOST_SUMS
+            return not _differing(config, unused, ("multiply", "ahead", "normalizes")) and tensor_core.fits(config)
+        only = ("block_rows", "tile", "splits", "num_stages", "scales_weights", "merge")
+        return not _differing(config, unused, only) and config.block_out * p.parts * p.rows <= MOST_SUMS
 
     return Space(start, axes, fits)
+
+
+def _differing(config: Config, other: Config, names: Sequence[str]) -> list[str]:
+    """Returns the fields, of those named, in which two configs differ."""
+    return [name for name in names if getattr(config, name) != getattr(other, name)]
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -114,8 +123,11 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
     check(config is None or isinstance(config, Config), "config", config, "triton.Config or None")
     config = config or heuristic(problem)
     check_config(problem, config)
-    residual = inputs.residual
-    p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=interpret))
+    residual, norm = inputs.residual, None
+    if config.form == "few_rows" and config.normalizes and few_rows.can_normalize(problem):
+        p, norm = dataclasses.replace(problem, has_residual=False), inputs.norm
+    else:
+        p, inputs = problem.plain(inputs, functools.partial(gpu_norm.rms_norm, interpret=interpret))
     w, layer = inputs.w, inputs.layer
     if layer is not None and offsets_wrap(w.values.size):
         index = layer
@@ -126,7 +138,7 @@ def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None,
         x = x.astype(gpu_matrix.operand(p))
     stack = [None if array is None else _as_stack(array, layer) for array in (w.values, w.scales, w.zeros, w.minimums)]
     layer_index = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
-    refs = Refs(layer_index, x, *stack)._replace(x_scale=x_scale, bias=inputs.bias, residual=residual)
+    refs = Refs(layer_index, x, *stack)._replace(x_scale=x_scale, bias=inputs.bias, residual=residual, norm=norm)
     if config.form == "tensor_core":
         return matrix_call.multiply(p, refs, config, _name(p, config), interpret=interpret)
     out: jax.Array = pl.pallas_call(
@@ -160,7 +172,7 @@ def check_config(problem: Problem, config: Config) -> None:
 
 
 def _name(problem: Problem, config: Config) -> str:
-    blocks = f"{config.multiply}_o{config.block_out}_w{config.num_warps}"
+    blocks = f"{config.multiply}_o{config.block_out}_w{config.num_warps}{'_ahead' if config.ahead else ''}"
     if config.form == "tensor_core":
         blocks = f"r{config.block_rows}_o{config.block_out}_t{config.tile}_s{config.splits}"
     return f"quantized_matmul_{config.form}_{problem.scheme}_{blocks}".replace("-", "_")

@@ -28,6 +28,8 @@ class Config:
       num_warps: warps of a program.
       multiply: how few rows are multiplied: "float", or "bytes" where x and the result have 16 bits and codes are
         integers or mxfp4.
+      ahead: whether few rows load the codes of a trip while those of the one before it are multiplied.
+      normalizes: whether a norm of few rows is part of the kernel, and not a launch before it.
       block_rows: rows of x in a program of the tensor-core form, a power of two of at least 16.
       tile: weights along `in` of a trip of the tensor-core form, a power of two of at least 32.
       splits: shares that `in` is cut into, in the tensor-core form.
@@ -41,6 +43,8 @@ class Config:
     block_out: int
     num_warps: int = 4
     multiply: Literal["float", "bytes"] = "float"
+    ahead: bool = False
+    normalizes: bool = False
     block_rows: int = MIN_BLOCK
     tile: int = 128
     splits: int = 1

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from palladion.kernels import gpu_rows
 from palladion.kernels.gpu_ptx import Ptx
-from palladion.kernels.gpu_rows import MAX_ROWS, Share, add_up, columns, load, read
+from palladion.kernels.gpu_rows import MAX_ROWS, Norm, Share, add_up, columns, load, read
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.quantized_matmul.triton.byte_products import Bytes, Floats, Operand
 from palladion.kernels.quantized_matmul.triton.config import Config
@@ -30,6 +30,11 @@ from palladion.reference.scheme import PACK_BLOCK, Scheme
 def covers(problem: Problem) -> bool:
     """Returns whether this form can run a problem; sums of rows of int8 must be exact in int32."""
     return problem.rows <= MAX_ROWS and problem.quantize_x != "int8"
+
+
+def can_normalize(problem: Problem) -> bool:
+    """Returns whether this form can normalize x itself; x that is quantized must be normalized before."""
+    return problem.quantize_x is None
 
 
 def can_multiply_bytes(problem: Problem) -> bool:
@@ -151,7 +156,9 @@ def kernel(ref: Refs, out: Ref, *, problem: Problem, config: Config, native: boo
         return result if ref.residual is None else result + read(ref.residual, (m, channel), real)
 
     weight = Codes(ref, p, multiplies, ptx)
-    gpu_rows.multiply(ref.x, out, weight, finished, problem=p, block_out=config.block_out, num_warps=config.num_warps)
+    norm = None if p.norm_eps is None else Norm(ref.norm, p.norm_eps)
+    how: dict[str, Any] = {"block_out": config.block_out, "num_warps": config.num_warps, "ahead": config.ahead}
+    gpu_rows.multiply(ref.x, out, weight, finished, problem=p, norm=norm, **how)
 
 
 def per_thread(problem: Problem) -> int:

@@ -28,6 +28,7 @@ class Refs(NamedTuple):
       x_scale: `[rows]` float32; None where splits are added up outside.
       bias: `[out]`; None where splits are added up outside.
       residual: `[rows, result_features]`; None where it is added outside.
+      norm: `[in]`; None where x is normalized.
     """
 
     layer: Ref
@@ -39,6 +40,7 @@ class Refs(NamedTuple):
     x_scale: Any = None
     bias: Any = None
     residual: Any = None
+    norm: Any = None
 
 
 def read_scales(ref: Ref, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
