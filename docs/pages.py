@@ -14,7 +14,7 @@ PATTERNS = (
     "docs/figures/*.png",
     "kernels/*/README.md",
     "benchmarks/README.md",
-    "benchmarks/results/*/README.md",
+    "benchmarks/results/*/*.md",
     "benchmarks/results/*/*.png",
     "examples/*.*",
     "kernels/*.py",

@@ -22,6 +22,9 @@ PALLAS_TRITON_WARNING: Final = "The Pallas Triton backend is deprecated"
 INTERPRETS_CLUSTERS: Final = jax.__version_info__ >= (0, 11)
 """Whether jax's interpreter of Mosaic GPU kernels knows clusters of programs."""
 
+INTERPRETS_TENSOR_MEMORY: Final = jax.__version_info__ >= (0, 11)
+"""Whether it knows tensor memory, and products there."""
+
 LAUNCHES_OVERLAP: Final = jax.__version_info__ >= (0, 11)
 """Whether `griddepcontrol_wait` in a Mosaic GPU kernel lets it start while the kernel before it ends."""
 

@@ -16,6 +16,9 @@ nibbles go to two blocks of 16 columns, in the same places.
 
 Bytes for int8 rows need no exchange. wgmma wants four consecutive columns of 16 in each thread, and a word of packed
 codes has them in its low nibbles, and those of the next 16 columns in its high ones (`Layout.WGMMA_8BIT`).
+
+Tensor memory has a row for each thread, and two neighbouring columns in each word (`ROWS`): nothing is exchanged. A
+thread reads 16 bytes of its row at a time and swaps the middle bytes of each word: neighbours are in its halves then.
 """
 
 from __future__ import annotations
@@ -47,6 +50,15 @@ OWN_COLUMNS: Final = (0x5140, 0x3726)
 
 SHIFTS: Final = {False: (0, 8), True: (0, 8, 4, 12)}
 """Shifts, by whether codes are packed, that bring the codes of 8 columns after the other to the lowest bits."""
+
+SWAPPED: Final = 0x3120
+"""Selector of `prmt` that swaps the middle bytes of a word."""
+
+ROWS: Final = plgpu.Layout.TCGEN05_TMEM_NATIVE
+"""Layout of 16-bit floats that go to tensor memory: a thread has a row."""
+
+READ_ROWS: Final[Any] = plgpu.Layout.TCGEN05_TMEM_NATIVE(vector_length=16)
+"""Layout of the bytes that become such floats."""
 
 NIBBLES: Final = (0, 4)
 """Shifts that bring nibbles of 16 columns after the other to the lowest bits of bytes."""
@@ -111,6 +123,27 @@ def arrange(
     return blocks.reshape(words.shape[0], -1, *words.shape[2:])
 
 
+def arrange_rows(
+    words: np.ndarray, exchange: Callable[[Any], Any], make: Callable[[Any], Any], shifts: tuple[int, ...]
+) -> np.ndarray:
+    """Returns words of two floats each, in the order of a row.
+
+    Args:
+      words: the words of a row, `[blocks of 16 bytes, 4]`.
+      exchange: swaps the middle bytes of a word.
+      make: a function of a recipe.
+      shifts: `SHIFTS`.
+
+    Returns:
+      `[blocks * 4 * len(shifts)]`.
+    """
+    own = np.empty_like(words)
+    for index in np.ndindex(words.shape):
+        own[index] = exchange(words[index])
+    pairs = np.stack([make(own >> shift) for shift in shifts], axis=2)
+    return pairs.reshape(*words.shape, -1, 2).swapaxes(1, 2).reshape(-1)  # nibbles before words
+
+
 def less_zero(zero: int) -> Callable[[Any], Any]:
     """Returns a function of a word that has a nibble in the lowest bits of each byte: they less an integer, as int8."""
     if zero == 0:
@@ -119,17 +152,18 @@ def less_zero(zero: int) -> Callable[[Any], Any]:
     return lambda word: (((word & 0x0F0F0F0F) | 0x80808080) - zero * 0x01010101) ^ 0x80808080
 
 
-def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.Array:
+def convert(codes: jax.Array, format: str, dtype: str, interpret: bool, rows: bool = False) -> jax.Array:
     """Returns codes as floats, packed ones unpacked; offset and factor of the recipe are left to the caller.
 
     Args:
-      codes: `[64, bytes]`, in `Layout.WGMMA_UPCAST_2X`.
+      codes: `[64, bytes]`, in `Layout.WGMMA_UPCAST_2X`; for tensor memory `[128, bytes]`, in `READ_ROWS`.
       format: of a code.
       dtype: of the floats.
       interpret: whether the kernel is interpreted: arrays have no layouts then.
+      rows: whether the floats go to tensor memory.
 
     Returns:
-      `[64, in]`, in `Layout.WGMMA`.
+      `[64, in]`, in `Layout.WGMMA`; or `[128, in]`, in `ROWS`.
     """
     packed, how = format in PACKED, recipe(format, dtype)
     makes = [how.bits] if how.less is None else [how.bits, how.less]
@@ -137,10 +171,12 @@ def convert(codes: jax.Array, format: str, dtype: str, interpret: bool) -> jax.A
         found = [_floats_of(make(_pairs(codes, packed)), dtype) for make in makes]
     else:
         shape = (codes.shape[0], codes.shape[1] * (2 if packed else 1))
-        floats = plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), plgpu.Layout.WGMMA)
-        types: dict[str, Any] = {"arg_types": (plgpu.Layout.WGMMA_UPCAST_2X,), "return_type": (floats,) * len(makes)}
+        layout, emit = (ROWS, _in_rows) if rows else (plgpu.Layout.WGMMA, _in_registers)
+        read: Any = READ_ROWS if rows else plgpu.Layout.WGMMA_UPCAST_2X
+        floats = plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout)
+        types: dict[str, Any] = {"arg_types": (read,), "return_type": (floats,) * len(makes)}
         found = plgpu.inline_mgpu(**types)(
-            lambda _, codes: tuple(_in_registers(codes, make, floats, SHIFTS[packed]) for make in makes)
+            lambda _, codes: tuple(emit(codes, make, floats, SHIFTS[packed]) for make in makes)
         )(codes)
     return found[0] if how.less is None else found[0] - found[1]
 
@@ -242,6 +278,15 @@ def _in_registers(codes: Any, make: Callable[[Any], Any], result: Any, shifts: t
         return Word(word if shifts == NIBBLES else utils.prmt(word, utils.shfl_bfly(word, 1), columns))
 
     return as_array(arrange(codes.registers, exchange, make, shifts), result)
+
+
+def _in_rows(codes: Any, make: Callable[[Any], Any], result: Any, shifts: tuple[int, ...]) -> Any:
+    """Emits `arrange_rows`; see `_in_registers`."""
+    i32 = ir.IntegerType.get_signless(32)
+    four = [utils.bitcast(register, ir.VectorType.get((4,), i32)) for register in codes.registers.flat]
+    words = np.array([[llvm.extractelement(one, utils.c(place, i32)) for place in range(4)] for one in four], object)
+    swapped = utils.c(SWAPPED, i32)
+    return as_array(arrange_rows(words, lambda word: Word(utils.prmt(word, word, swapped)), make, shifts), result)
 
 
 def as_array(words: Any, result: Any) -> Any:

@@ -17,7 +17,7 @@ import pytest
 from palladion.benchmarks.commands import run
 from palladion.benchmarks.measure import bench, peers
 from palladion.benchmarks.measure.device_time import KernelTime, KernelTimes
-from palladion.benchmarks.measure.operations import OPERATIONS, Operation, verdict_of
+from palladion.benchmarks.measure.operations import OPERATIONS, Operation, products, verdict_of
 from palladion.benchmarks.measure.operations.appends import identical
 from palladion.benchmarks.measure.peers import Peer
 from palladion.benchmarks.measure.timing import CallRunner, Runner
@@ -270,3 +270,20 @@ def test_an_operation_of_one_result_needs_a_name_its_cases_and_its_package(monke
     result = chosen.function(case, backend="xla")(inputs)
     assert chosen.judge(case, inputs, result, result).right
     assert not chosen.judge(case, inputs, 1.01 * result, result).right
+
+
+@pytest.mark.parametrize(("name", "case"), [("quantized_matmul", "int4-minimums"), ("matmul", "norm-residual")])
+def test_inputs_made_by_one_program_are_those_of_the_case(name: str, case: str, monkeypatch: pytest.MonkeyPatch):
+    """On an accelerator, where compiling the parts one by one takes seconds."""
+    operation = OPERATIONS[name]
+    chosen = operation.named_cases()[case]
+    expected = operation.inputs(chosen)
+    monkeypatch.setattr(products, "target_platform", lambda: "gpu")
+    found = operation.inputs(chosen)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        values = [np.asarray(leaf).astype(np.float32) for leaf in (one, other)]
+        # An operation that is fused may round a number otherwise, and so a code to its neighbour.
+        close = np.isclose(*values, rtol=2.0**-7, atol=0, equal_nan=True)
+        assert np.mean(close) > 0.99

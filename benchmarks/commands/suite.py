@@ -3,12 +3,13 @@ r"""Tunes and measures everything of a machine within a time limit, most valuabl
   PYTHONPATH=src python -m palladion.benchmarks suite --minutes=6 --out=results
 
 It needs jax with the accelerator's plugin and numpy; matplotlib adds pictures, torch and others add peers.
-Each phase is a command in a process of its own. On an accelerator: are kernels right on this device; which block sizes,
-or XLA's form, are best for the layers and the attention of Llama-3-8B; how long is a decode step, with what was tuned;
-how fast are the kernels beside peers; and last, beside peers that compile for long. A phase gets its share of the
-minutes that are left, and leaves what it does not need to the next ones; a phase that takes longer is interrupted, and
-what it has measured is kept. Results are written as they come: the tuned block sizes to tuned/, and the page README.md
-after every phase. --tiny runs all phases on a CPU, with small shapes and interpreted kernels, to try them.
+Each phase is a command in a process of its own. On an accelerator: are kernels right on this device; how fast are
+products and attention of Llama-3-8B, as they come; which block sizes, or XLA's form, are best for them; how long is a
+decode step, with what was tuned; how fast is the rest beside peers; and last, beside peers that compile for long. A
+phase gets its share of the minutes that are left, and leaves what it does not need to the next ones; a phase that takes
+longer is interrupted, and what it has measured is kept. Results are written as they come: the tuned block sizes to
+tuned/, and the page README.md after every phase. --tiny runs all phases on a CPU, with small shapes and interpreted
+kernels, to try them.
 """
 
 from __future__ import annotations
@@ -69,17 +70,29 @@ def phases(platform: str, *, tiny: bool) -> list[Phase]:
     """Returns the phases for a platform, in order."""
     if tiny:
         return _tiny()
-    return _on_cpu() if platform == "cpu" else [*_tuning(), *_models(), *_contests()]
+    return _on_cpu() if platform == "cpu" else [*_first(), *_tuning(), *_models(), *_contests()]
+
+
+def _first() -> list[Phase]:
+    """Returns the check of all kernels, and what takes little time and says most: their speed beside XLA's form."""
+    quick = ("run", "--model=llama3-8b", "--peers=none", "--rounds=5", "--sample-ms=2", "--json={name}.jsonl")
+    products = ("--rows=1,16,256", "--scheme=int8,int4-g128", "--layers=qkv,down")
+    attention = ("--batch=1,8", "--kv-len=8192", "--kv-dtype=bfloat16,int8,float8_e4m3fn")
+    return [
+        Phase("check", 35, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
+        Phase("products-first", 35, (*quick, "quantized_matmul", *products)),
+        Phase("attention-first", 30, (*quick, "decode_attention", *attention)),
+    ]
 
 
 def _tuning() -> list[Phase]:
-    """Returns the check of all kernels, and the search for what is best for the layers of Llama-3-8B."""
+    """Returns the search for what is best for the layers and the attention of Llama-3-8B; a shape takes 20 seconds."""
     tune = ("tune", "--model=llama3-8b", "--minutes={minutes}")
-    rows = "--rows=1,8,16,64"
+    rows = "--rows=1,8"
+    layers = ("--scheme=int8,int4-g128", "--layers=qkv,output,gate-up,down")
     narrow = "--kv-dtype=bfloat16,int8,float8_e4m3fn"
     return [
-        Phase("check", 35, ("check", "--minutes={minutes}", "--json={name}.jsonl")),
-        Phase("tune-products", 100, (*tune, "quantized_matmul", "--scheme=int8,int4-g128,int4-g32", rows)),
+        Phase("tune-products", 160, (*tune, "quantized_matmul", *layers, rows)),
         Phase("tune-attention", 35, (*tune, "decode_attention", "--batch=1,8", "--kv-len=8192", narrow)),
         Phase("tune-pages", 12, (*tune, "decode_attention", *TUNED_PAGES)),
         Phase("tune-dense", 30, (*tune, "matmul", rows)),

@@ -324,6 +324,22 @@ MUTATIONS: Final = (
         "Odd threads take their codes out of the exchanged words in another order.",
     ),
     Mutation(
+        "product-blackwell-columns",
+        "kernels/gpu_codes.py",
+        "SWAPPED: Final = 0x3120",
+        "SWAPPED: Final = 0x3210",
+        (HOPPER_TESTS, "-k", "registers"),
+        "Neighbouring columns of tensor memory have every second code.",
+    ),
+    Mutation(
+        "product-blackwell-places",
+        f"{PRODUCT}/mosaic_gpu/tensor_memory.py",
+        "tile = block * p.parts + part",
+        "tile = part",
+        (HOPPER_TESTS, "-k", "kernel_is_right and int4-17"),
+        "No product is awaited before the next tile of a program with one part.",
+    ),
+    Mutation(
         "product-hopper-groups",
         f"{PRODUCT}/mosaic_gpu/program.py",
         "group = block * (size // self.unit) + start // self.unit",
@@ -334,8 +350,8 @@ MUTATIONS: Final = (
     Mutation(
         "product-hopper-ahead",
         f"{PRODUCT}/mosaic_gpu/kernel.py",
-        "factors_of(program, indices[0] + 1) if grouped else []",
-        "factors_of(program, indices[0]) if grouped else []",
+        "program.tile_factors(indices[0] + 1) if grouped else []",
+        "program.tile_factors(indices[0]) if grouped else []",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-17"),
         "From its second block on a program takes the scales of the block before.",
     ),

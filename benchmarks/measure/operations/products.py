@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
@@ -17,6 +18,7 @@ from palladion.kernels.matmul import cases as dense_cases
 from palladion.kernels.quantized_matmul import cases as quantized_cases
 from palladion.reference import oracle
 from palladion.reference.compare import compare
+from palladion.reference.platforms import target_platform
 from palladion.reference.quantization import order_of_platform
 
 Case = dense_cases.Case | quantized_cases.Case
@@ -33,8 +35,20 @@ IN_NUMPY: Final[dict[Any, Callable[[np.ndarray], np.ndarray] | None]] = {
 """Activations for the float64 oracle."""
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _make_inputs(cases: Any, case: Case) -> Inputs:
+    """Returns the random arrays of a case that the module `cases` makes."""
+    made: Inputs = cases.make_inputs(case)
+    return made
+
+
 class _Product(Operation):
     """A matrix product."""
+
+    def inputs(self, case: Case) -> Inputs:
+        """Implements `Operation.inputs`; one program compiles sooner for an accelerator than all of its parts."""
+        made: Inputs = _make_inputs(self.cases, case) if target_platform() != "cpu" else super().inputs(case)
+        return made
 
     def stored_for(self, case: Case, platform: str) -> Case:
         """Implements `Operation.stored_for`."""

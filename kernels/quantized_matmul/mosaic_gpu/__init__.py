@@ -1,4 +1,4 @@
-"""The Hopper kernel of quantized_matmul, in Mosaic GPU."""
+"""The kernels of quantized_matmul for Hopper and Blackwell, in Mosaic GPU."""
 
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import Config
 

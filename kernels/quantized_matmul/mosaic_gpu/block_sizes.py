@@ -1,4 +1,4 @@
-"""Block sizes of quantized_matmul's Hopper kernels: how a call is multiplied, what fits, and what the heuristic takes.
+"""Block sizes of quantized_matmul's kernels: how a call is multiplied, what fits, and what the heuristic takes.
 
 For a few rows the heuristic takes the block sizes that were the best of a prototype on an H200, without scales, for
 int8 and 8 rows:
@@ -12,6 +12,9 @@ int8 and 8 rows:
 They have in common that programs fill the multiprocessors evenly, two or three on each; what does not fit at first runs
 alone at the end. Other rows, formats and groups have not been measured. For many rows it takes what `_cycles` counts to
 be the fastest, which no GPU has confirmed.
+
+On Blackwell nothing was measured: blocks have as many rows as tensor memory has room for, and splits fill the
+multiprocessors.
 """
 
 from __future__ import annotations
@@ -19,21 +22,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, Final, Literal
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import LAUNCHES_OVERLAP
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.quantized_matmul.mosaic_gpu.activations import compiles
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 
 CHANNELS: Final = 64
 """Channels of a wgmma."""
+
+BLACKWELL: Final = 100
+"""Compute capability whose tensor cores have tensor memory (tcgen05)."""
+
+TENSOR_COLUMNS: Final = 512
+"""Columns of the tensor memory of a multiprocessor, of 128 words each."""
 
 SWIZZLES: Final = (128, 64, 32)
 """Bytes that TMA permutes in shared memory so that reads do not collide; an array's rows must be multiples of them."""
@@ -46,6 +54,12 @@ FEW_ROWS: Final = (8, 16, 32, 64)
 
 MANY_ROWS: Final = (128, 256)
 """Rows of a block whose sums the tensor cores keep, in two warpgroups."""
+
+TENSOR_ROWS: Final = (*FEW_ROWS[1:], *MANY_ROWS)
+"""Rows of a block on Blackwell, columns of a tcgen05.mma: for 128 channels it takes multiples of 16.
+
+Mosaic GPU and NVIDIA's assembler let 8 pass, which the hardware does not take.
+"""
 
 BLOCKS_IN: Final = (512, 256, 128, 64)
 """Weights along `in` of a block, the best first."""
@@ -91,12 +105,6 @@ LAUNCH_CYCLES: Final = 4000
 """Cycles of one launch more, for sums of splits: 2.2 µs."""
 
 
-ELEMENTWISE: Final = frozenset(
-    "add sub mul div max min neg abs exp logistic tanh rsqrt integer_pow square".split()  # noqa: SIM905
-)
-"""Primitives that Mosaic GPU compiles in registers, in all versions of jax."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Block sizes of the kernels.
@@ -114,6 +122,8 @@ class Config:
       merge: how splits are added up: by XLA, in a "launch" of its own, or for a few rows by the programs of the splits,
         which are a "cluster" and read each other's shared memory; also in a launch where Mosaic GPU does not compile
         the activation.
+      tensor_memory: whether products are added up in tensor memory, which is Blackwell's way: blocks have 128 channels
+        and any of these rows, and two stages or more.
     """
 
     block_rows: int
@@ -124,10 +134,15 @@ class Config:
     overlaps: bool = False
     multicast: int = 1
     merge: Literal["launch", "cluster"] = "launch"
+    tensor_memory: bool = False
 
     def __post_init__(self) -> None:
-        accepted = (*FEW_ROWS, *MANY_ROWS)
+        accepted = TENSOR_ROWS if self.tensor_memory else (*FEW_ROWS, *MANY_ROWS)
         check(self.block_rows in accepted, "config.block_rows", self.block_rows, ", ".join(map(str, accepted)))
+        if self.tensor_memory:
+            check(self.block_out == 2 * CHANNELS, "config.block_out", self.block_out, f"{2 * CHANNELS}")
+            check(self.num_stages >= 2, "config.num_stages", self.num_stages, "at least 2")
+            check(self.merge == "launch", "config.merge", self.merge, "launch")
         step = CHANNELS * self.warpgroups
         multiple = self.block_out in range(step, 256 + 1, step)
         check(multiple, "config.block_out", self.block_out, f"a multiple of {step}, at most 256")
@@ -145,7 +160,12 @@ class Config:
     @property
     def warpgroups(self) -> int:
         """Warpgroups that multiply, each some of the channels."""
-        return 2 if self.block_rows in MANY_ROWS else 1
+        return 2 if self.block_rows in MANY_ROWS and not self.tensor_memory else 1
+
+
+def on_blackwell() -> bool:
+    """Returns whether kernels are for a GPU with tensor memory."""
+    return gpu_to_plan_for().compute_capability == BLACKWELL
 
 
 def operand_dtype(problem: Problem) -> str:
@@ -204,6 +224,8 @@ def preferred(problem: Problem) -> bool:
 
 def heuristic(problem: Problem) -> Config:
     """Returns the fastest block sizes by count for many rows, and those that fill the multiprocessors for a few."""
+    if on_blackwell():
+        return _for_tensor_memory(problem)
     return _for_many_rows(problem) or _for_few_rows(problem)
 
 
@@ -258,6 +280,19 @@ def _for_few_rows(problem: Problem) -> Config:
     return found[best][1]
 
 
+def _for_tensor_memory(problem: Problem) -> Config:
+    """Returns as many splits and stages as a multiprocessor has room for, with two programs where rows are few."""
+    p, gpu = problem, gpu_to_plan_for()
+    rows = next(size for size in TENSOR_ROWS if size >= min(p.rows, TENSOR_ROWS[-1] // p.parts))
+    config = Config(rows, 2 * CHANNELS, 128 if rows <= 128 else 64, tensor_memory=True)
+    count = PROGRAMS[0] if p.parts * rows <= FEW_ROWS[-1] else 1
+    blocks = pl.cdiv(p.in_features, config.block_in)
+    splits = max(min(count * gpu.multiprocessors // _programs(p, config), blocks // LEAST_STAGES[FEW_ROWS[0]]), 1)
+    config = dataclasses.replace(config, splits=pl.cdiv(blocks, pl.cdiv(blocks, splits)))  # none of them empty
+    shared = min(gpu.shared_bytes // count, gpu.program_shared_bytes) - staged_bytes(p, config)
+    return dataclasses.replace(config, num_stages=max(min(shared // block_bytes(p, config), MOST_STAGES), 2))
+
+
 def _fitting(problem: Problem, block_rows: int) -> list[tuple[int, Config]]:
     """Returns numbers of programs of a multiprocessor, and block sizes with which it has room for them."""
     p, gpu, least, found = problem, gpu_to_plan_for(), LEAST_STAGES[block_rows], []
@@ -293,7 +328,7 @@ def _filled(problem: Problem, config: Config, count: int) -> float:
 def finishes(problem: Problem, config: Config) -> bool:
     """Returns whether the kernel itself adds the bias, activates, gates and writes the result."""
     one_launch = config.splits == 1 or config.merge == "cluster"
-    return one_launch and (problem.activation is None or _compiles(problem.activation))
+    return one_launch and (problem.activation is None or compiles(problem.activation))
 
 
 def merges(problem: Problem, config: Config) -> bool:
@@ -304,17 +339,6 @@ def merges(problem: Problem, config: Config) -> bool:
 def total_dtype(problem: Problem) -> Any:
     """Returns the dtype of a program's sums for a few rows: whole numbers stay whole if they are scaled at the end."""
     return jnp.int32 if operand_dtype(problem) == "int8" and scales_last(problem) else jnp.float32
-
-
-def _compiles(activation: Callable[[jax.Array], jax.Array]) -> bool:
-    """Whether Mosaic GPU compiles all operations of a function, so far as is known."""
-
-    def primitives(jaxpr: Any) -> set[str]:
-        inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if eqn.primitive.name == "jit"]
-        return set().union({eqn.primitive.name for eqn in jaxpr.eqns} - {"jit"}, *map(primitives, inner))
-
-    traced = jax.make_jaxpr(activation)(jax.ShapeDtypeStruct((CHANNELS, 8), jnp.float32))
-    return not traced.consts and primitives(traced.jaxpr) <= ELEMENTWISE
 
 
 def registers(problem: Problem, config: Config) -> int:
@@ -342,7 +366,7 @@ def staged_bytes(problem: Problem, config: Config) -> int:
     if merges(problem, config):
         size = sums + result
     else:
-        size = result if config.warpgroups == 2 and finishes(problem, config) else sums
+        size = result if (config.warpgroups == 2 or config.tensor_memory) and finishes(problem, config) else sums
     return config.block_rows * config.block_out * size + 2048
 
 
@@ -352,6 +376,9 @@ def fits(problem: Problem, config: Config) -> bool:
     if config.warpgroups == 2 and not takes_many_rows(p):
         return False
     shared = config.num_stages * block_bytes(p, config) + staged_bytes(p, config)
+    if config.tensor_memory:
+        columns = p.parts * config.block_rows + config.block_in  # of sums, and of two places for weights of 16 bits
+        return columns <= TENSOR_COLUMNS and shared <= gpu_to_plan_for().program_shared_bytes
     return shared <= gpu_to_plan_for().program_shared_bytes and registers(p, config) <= REGISTERS
 
 
@@ -359,16 +386,17 @@ def space(problem: Problem) -> Space:
     """Returns the block sizes that the tuner may try; more rows than there are only waste time."""
     p = problem
     start = heuristic(p)
+    hopper = not start.tensor_memory
     blocks = pl.cdiv(p.in_features, CHANNELS)
     axes = {
         "block_rows": [start.block_rows] if p.rows <= 64 else [size for size in (64, *MANY_ROWS) if size < 2 * p.rows],
-        "block_out": [size for size in (64, 128, 256) if size <= p.result_features],
+        "block_out": [size for size in (64, 128, 256) if size <= p.result_features] if hopper else [start.block_out],
         "block_in": BLOCKS_IN[::-1],
         "splits": [splits for splits in (1, 2, 3, 4, 5, 6, 8, 16) if splits <= blocks],
         "num_stages": (2, 3, 4, 6, 8),
         "overlaps": (False, True) if LAUNCHES_OVERLAP else (False,),
-        "multicast": (1, 2) if p.rows > FEW_ROWS[-1] else (1,),
-        "merge": MERGES,
+        "multicast": (1, 2) if hopper and p.rows > FEW_ROWS[-1] else (1,),
+        "merge": MERGES if hopper else (start.merge,),
     }
 
     def worth_trying(config: Config) -> bool:

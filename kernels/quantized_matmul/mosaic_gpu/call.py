@@ -1,4 +1,4 @@
-"""quantized_matmul on Hopper: TMA brings codes, tensor cores take them out of registers.
+"""quantized_matmul on Hopper and Blackwell: TMA brings codes, registers convert them, tensor cores multiply them.
 
 Splits write float32 sums, which XLA adds up, together with bias, activation, gate and residual; where there is one
 split, or the programs of all splits are a cluster that merges them (`cluster_merge.py`), the kernel does all of it. x
@@ -21,7 +21,9 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import INTERPRETS_CLUSTERS, fresh_kernel, gpu_interpreter
 from palladion.kernels.devices import target_gpu
 from palladion.kernels.linear import Inputs
+from palladion.kernels.quantized_matmul.mosaic_gpu import tensor_memory
 from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
+    BLACKWELL,
     CHANNELS,
     FEW_ROWS,
     Config,
@@ -29,6 +31,7 @@ from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import (
     heuristic,
     least_unit,
     merges,
+    on_blackwell,
     operand_dtype,
     takes_many_rows,
     total_dtype,
@@ -50,8 +53,8 @@ TMA_ROWS: Final = 8
 def unsupported(problem: Problem) -> str | None:
     """Returns why this backend cannot run the problem, or None."""
     p, gpu = problem, target_gpu()
-    if gpu is not None and gpu.compute_capability != HOPPER:
-        return f"needs wgmma, which sm_{HOPPER} has, got sm_{gpu.compute_capability}"
+    if gpu is not None and gpu.compute_capability not in (HOPPER, BLACKWELL):
+        return f"needs wgmma or tcgen05, which sm_{HOPPER} and sm_{BLACKWELL} have, got sm_{gpu.compute_capability}"
     if (reason := p.order_unsupported("out_in")) is not None:
         return reason
     if p.quantize_x is None and p.x_dtype == "float32":
@@ -67,13 +70,18 @@ def unsupported(problem: Problem) -> str | None:
         return f"in must be a multiple of {unit}, got {p.in_features}: rows of codes are read by 32 bytes"
     if p.group_size % least_unit(p):
         return f"groups must be multiples of {least_unit(p)} for {operand_dtype(p)} operands, got {p.group_size}"
-    return None
+    return tensor_memory.unsupported(p) if on_blackwell() else None
 
 
 def quantized_matmul(problem: Problem, inputs: Inputs, *, config: Config | None, interpret: Interpret) -> jax.Array:
     """Runs the kernel; see `palladion.quantized_matmul` for the contract. Returns `[rows, result_features]`."""
     check(config is None or isinstance(config, Config), "config", config, "mosaic_gpu.Config or None")
     config = config or heuristic(problem.planned())
+    if config.tensor_memory:
+        reason = tensor_memory.unsupported(problem)
+        check(reason is None, "config.tensor_memory", True, f"False: {reason}")
+    if not interpret:
+        check(config.tensor_memory == on_blackwell(), "config.tensor_memory", config.tensor_memory, f"{on_blackwell()}")
     if interpret and not INTERPRETS_CLUSTERS:
         config = dataclasses.replace(config, multicast=1)
     residual = inputs.residual

@@ -31,6 +31,8 @@ Splits write their sums, or merge them in a cluster (`cluster_merge.py`), for a 
 Scales, zero points and minimums of the next block come from memory meanwhile. TMA fills with zeros what lies beyond the
 end of an array: zeros of x make it harmless. The last block of channels ends with the last channel, and overlaps the
 one before, which writes the same.
+
+On Blackwell the products are those of `tensor_memory.py`.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from palladion.kernels.quantized_matmul.mosaic_gpu import cluster_merge
-from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, scales_last, total_dtype
+from palladion.kernels.quantized_matmul.mosaic_gpu import cluster_merge, tensor_memory
+from palladion.kernels.quantized_matmul.mosaic_gpu.block_sizes import CHANNELS, Config, total_dtype
 from palladion.kernels.quantized_matmul.mosaic_gpu.program import Ends, Factors, Program, Refs, Tile
 from palladion.kernels.quantized_matmul.problem import Problem
-from palladion.kernels.types import Ref, Scalar
+from palladion.kernels.types import Ref
 
 MEMORY_REGISTERS = 40
 """Registers of a thread of the warpgroup that starts copies; the others take what it leaves."""
@@ -57,11 +59,11 @@ def few_rows(program: Program) -> list[jax.Array]:
     """Returns the sums of all tiles of a program over its share of `in`, `[64, block_rows]` each."""
     p, config = program.problem, program.config
     grouped = p.scheme.group_size is not None
-    start = factors_of(program, 0)
+    start = program.tile_factors(0)
 
     def step(indices: tuple[jax.Array, ...], *blocks_and_carry: Any) -> Any:
         *codes, x, (sums, factors) = blocks_and_carry
-        ahead = factors_of(program, indices[0] + 1) if grouped else []
+        ahead = program.tile_factors(indices[0] + 1) if grouped else []
         added = [
             add_block(program, total, codes[part].at[pl.ds(channel, CHANNELS), :], x, own)
             for (part, channel), total, own in zip(program.tiles, sums, factors if grouped else start, strict=True)
@@ -79,11 +81,6 @@ def few_rows(program: Program) -> list[jax.Array]:
     )
     sums, _ = pipeline(*program.in_refs())
     return list(sums)
-
-
-def factors_of(program: Program, block: Scalar | int) -> list[list[Factors]]:
-    """Loads the factors of a block of the split, of each tile and unit."""
-    return [program.factors(tile, block) for tile in program.tiles]
 
 
 def add_block(program: Program, total: jax.Array, codes: Ref, x: Ref, factors: Sequence[Factors]) -> jax.Array:
@@ -146,7 +143,7 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
 
     def compute(run: Callable[[Any], Any]) -> None:
         prepare()
-        start = factors_of(program, 0)
+        start = program.tile_factors(0)
         if program.interpret:
             sums, _ = run(([jnp.zeros(shape, dtype) for _ in program.tiles], start))
             store(sums)
@@ -160,11 +157,11 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
 
     def step(indices: tuple[jax.Array, ...], *blocks_and_carry: Any) -> Any:
         *codes, x, (sums, factors) = blocks_and_carry
-        ahead = factors_of(program, indices[0] + 1) if grouped else factors
+        ahead = program.tile_factors(indices[0] + 1) if grouped else factors
         added = []
         for (part, channel), total, own in zip(program.tiles, sums, factors, strict=True):
             block = codes[part].at[pl.ds(program.own + channel, CHANNELS), :]
-            for unit, weight in enumerate(scaled(program, program.weights(block, own), own)):
+            for unit, weight in enumerate(program.scaled(program.weights(block, own), own)):
                 total = program.multiply(total, unit, weight, x)
             added.append(total)
         if not program.interpret:
@@ -182,17 +179,6 @@ def many_rows(program: Program, prepare: Callable[[], None], store: Callable[[li
         num_compute_wgs=config.warpgroups,
         compute_context=compute,
     )(*program.in_refs())
-
-
-def scaled(program: Program, weights: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
-    """Returns weights times the scales of their groups, in the dtype of the operand."""
-    if scales_last(program.problem):
-        return list(weights)
-    scales = [program.real(own.scale).astype(program.operand) for own in factors if own.scale is not None]
-    return [
-        weight * jax.lax.broadcast_in_dim(scale, weight.shape, (0,))
-        for weight, scale in zip(weights, scales, strict=True)
-    ]
 
 
 def kernel(
@@ -223,15 +209,16 @@ def kernel(
       interpret: whether the kernel is interpreted.
     """
     warpgroup = 0 if config.warpgroups == 1 else jax.lax.axis_index("warpgroup")
+    program_type = tensor_memory.TensorProgram if config.tensor_memory else Program
     simulated = sums is not None and interpret
     splits = [jnp.int32(split) for split in range(config.splits)] if simulated else [jax.lax.axis_index("split")]
     if config.overlaps and not interpret:
         # What comes next may start at once: it waits likewise, for the end of this kernel.
         plgpu.griddepcontrol_launch_dependents()
         if refs.layer is None:  # which the kernel before may have written, as everything but the weight
-            Program(problem, refs, config, interpret, splits[0], warpgroup).prefetch()
+            program_type(problem, refs, config, interpret, splits[0], warpgroup).prefetch()
         plgpu.griddepcontrol_wait()
-    programs = [Program(problem, refs, config, interpret, split, warpgroup) for split in splits]
+    programs = [program_type(problem, refs, config, interpret, split, warpgroup) for split in splits]
     program = programs[0]
 
     def prepare() -> None:
@@ -252,6 +239,9 @@ def kernel(
         many_rows(program, prepare, store)
         return
     prepare()
+    if isinstance(program, tensor_memory.TensorProgram):
+        tensor_memory.multiply(program, result, staged.at[warpgroup], whole, await_residual)
+        return
     # What sums are finished with comes from memory while codes do.
     layout = plgpu.Layout.WGMMA if sums is None else cluster_merge.layout_of(config)
     ends = [program.ends(tile, layout) for tile in program.tiles]
@@ -281,9 +271,4 @@ def write(program: Program, tiles: dict[Tile, tuple[jax.Array, Ends]], result: R
             found = [p.finish(found)]
         for part, value in enumerate(found):
             program.stage(staged.at[part, :, pl.ds(start, CHANNELS)], value, adds=adds)
-    plgpu.commit_smem()
-    rows, channels = program.place()
-    for part in range(staged.shape[0]):
-        place = (rows, channels) if whole else (rows, program.split, part, channels)
-        plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
-    plgpu.wait_smem_to_gmem(0)
+    program.copy_out(result, staged, whole)

@@ -1,4 +1,4 @@
-"""A program of the Hopper kernels of quantized_matmul: its place in the grid, its loads, its products."""
+"""A program of the kernels of quantized_matmul: its place in the grid, its loads, its products on Hopper."""
 
 from __future__ import annotations
 
@@ -97,7 +97,16 @@ class Program:
       interpret: whether the kernel is interpreted: arrays have no layouts then, and products are those of jax.numpy.
       split: the program's share of `in`.
       warpgroup: index of the warpgroup among those that multiply.
+
+    Attributes:
+      layout: registers of what is multiplied, and of sums.
+      turned: registers of sums out of which rows of x are stored.
+      tile_channels: channels of a tile.
     """
+
+    layout: Any = plgpu.Layout.WGMMA
+    turned: Any = plgpu.Layout.WGMMA_TRANSPOSED
+    tile_channels = CHANNELS
 
     def __init__(
         self,
@@ -131,7 +140,7 @@ class Program:
     @property
     def tiles(self) -> list[Tile]:
         """All channels of the warpgroup, part by part."""
-        starts = range(0, self.width, CHANNELS)
+        starts = range(0, self.width, self.tile_channels)
         return [(part, start) for part in range(self.problem.parts) for start in starts]
 
     def channels(self, part: int, start: Scalar | int, count: int) -> Any:
@@ -148,14 +157,12 @@ class Program:
         layout = plgpu.Layout.WGMMA_8BIT if array.dtype == jnp.int8 else plgpu.Layout.WGMMA
         return array if self.interpret else plgpu.layout_cast(array, layout)
 
-    def of_channels(
-        self, ref: Ref, tile: Tile, group: Scalar | int | None = None, layout: Any = plgpu.Layout.WGMMA
-    ) -> jax.Array:
+    def of_channels(self, ref: Ref, tile: Tile, group: Scalar | int | None = None, layout: Any = None) -> jax.Array:
         """Loads a number of each channel of a tile, from `[out]` or, of a group, from `[num_layers, out, groups]`."""
         part, start = tile
-        channels = self.channels(part, self.own + start, CHANNELS)
+        channels = self.channels(part, self.own + start, self.tile_channels)
         place = ref.at[channels] if group is None else ref.at[self.layer, channels, group]
-        return self.load(place, layout.reduce(1), optimized=False)
+        return self.load(place, (layout or self.layout).reduce(1), optimized=False)
 
     def factors(self, tile: Tile, block: Scalar | int) -> list[Factors]:
         """Loads the factors of all units of a block of the split, or of the last one of `in` for those beyond it."""
@@ -174,6 +181,10 @@ class Program:
             found.append(self._factors(tile, group))
         return found
 
+    def tile_factors(self, block: Scalar | int) -> list[list[Factors]]:
+        """Loads the factors of a block of the split, of each tile and unit."""
+        return [self.factors(tile, block) for tile in self.tiles]
+
     def _factors(self, tile: Tile, group: Scalar | int) -> Factors:
         refs = self.refs
         scales = None if scales_last(self.problem) else refs.scales
@@ -190,12 +201,16 @@ class Program:
             loaded = self.load(codes, plgpu.Layout.WGMMA_8BIT)
             weights = convert_to_bytes(loaded, p.scheme.implied_zero, self.interpret)
             return [weights[:, start : start + unit] for start in starts]
-        loaded, format = self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X), p.scheme.format
+        format = p.scheme.format
         # Interpreted arithmetic may take subnormal numbers as 0, which floats among codes are for a while in bfloat16.
         dtype = "float16" if self.interpret and format in FLOATS else self.operand
-        floats, how = convert(loaded, format, dtype, self.interpret), recipe(format, dtype)
+        floats, how = self.convert(codes, format, dtype), recipe(format, dtype)
         units = [floats[:, start : start + unit] for start in starts]
         return [self.less_zero(one, how, dtype, own.zero) for one, own in zip(units, factors, strict=True)]
+
+    def convert(self, codes: Ref, format: str, dtype: str) -> jax.Array:
+        """Loads the codes of a tile and returns them as floats; see `gpu_codes.convert`."""
+        return convert(self.load(codes, plgpu.Layout.WGMMA_UPCAST_2X), format, dtype, self.interpret)
 
     def less_zero(self, floats: jax.Array, how: Recipe, dtype: str, zero: jax.Array | None) -> jax.Array:
         """Returns the weights of a unit without their scales, given the converted codes `[64, unit]`."""
@@ -205,6 +220,16 @@ class Program:
         offset = (zero.astype(jnp.float32) + how.offset).astype(dtype)  # exact, as all of these numbers are
         floats = floats - jax.lax.broadcast_in_dim(offset, floats.shape, (0,))
         return numbers(floats, dataclasses.replace(how, offset=0), dtype).astype(self.operand)
+
+    def scaled(self, weights: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        """Returns weights times the scales of their groups, in the dtype of the operand."""
+        if scales_last(self.problem):
+            return list(weights)
+        scales = [self.real(own.scale).astype(self.operand) for own in factors if own.scale is not None]
+        return [
+            weight * jax.lax.broadcast_in_dim(scale, weight.shape, (0,))
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
 
     def real(self, scale: jax.Array) -> jax.Array:
         """Returns scales or minimums in float32."""
@@ -254,7 +279,7 @@ class Program:
         if self.interpret or not self.stored:
             plgpu.commit_smem()
 
-    def ends(self, tile: Tile, layout: Any = plgpu.Layout.WGMMA) -> Ends:
+    def ends(self, tile: Tile, layout: Any = None) -> Ends:
         """Loads what the sums of a tile are scaled by and what is added to them, for sums of a layout."""
         scales, bias = self.refs.scales if scales_last(self.problem) else None, self.refs.bias
         return Ends(
@@ -262,28 +287,28 @@ class Program:
             bias=None if bias is None else self.of_channels(bias, tile, layout=layout),
         )
 
-    def finish(
-        self, total: jax.Array, ends: Ends, layout: Any = plgpu.Layout.WGMMA, row: Scalar | int = 0
-    ) -> jax.Array:
+    def finish(self, total: jax.Array, ends: Ends, layout: Any = None, row: Scalar | int = 0) -> jax.Array:
         """Returns the products of a tile in float32.
 
         Args:
           total: the sums, `[64, rows]`.
           ends: what they are scaled by, and what is added to them.
-          layout: the layout of the sums.
+          layout: the layout of the sums; None for that of the tensor cores.
           row: the first row of the sums in the block.
         """
 
         def across(numbers: jax.Array, axis: int) -> jax.Array:
             found = jax.lax.broadcast_in_dim(numbers.astype(jnp.float32), total.shape, (axis,))
-            return found if self.interpret else plgpu.layout_cast(found, layout)
+            return found if self.interpret else plgpu.layout_cast(found, layout or self.layout)
 
         found = total.astype(jnp.float32)
         if ends.scale is not None:
             found = found * across(self.real(ends.scale), 0)
         if self.refs.x_scale is not None:
             rows = pl.ds(self.row * self.config.block_rows + row, total.shape[1])
-            found = found * across(self.load(self.refs.x_scale.at[rows], layout.reduce(0), optimized=False), 1)
+            found = found * across(
+                self.load(self.refs.x_scale.at[rows], (layout or self.layout).reduce(0), optimized=False), 1
+            )
         return found if ends.bias is None else found + across(ends.bias, 0)
 
     def place(self, row: Scalar | int = 0, rows: int | None = None) -> tuple[Any, Any]:
@@ -291,15 +316,13 @@ class Program:
         first, most = self.row * self.config.block_rows + row, self.config.block_rows
         return pl.ds(first, most if rows is None else rows), pl.ds(self.channel + self.own, self.width)
 
-    def stage(
-        self, ref: Ref, value: jax.Array, layout: Any = plgpu.Layout.WGMMA_TRANSPOSED, adds: bool = False
-    ) -> None:
+    def stage(self, ref: Ref, value: jax.Array, layout: Any = None, adds: bool = False) -> None:
         """Stores sums or results `[64, rows]` to shared memory.
 
         Args:
           ref: `[rows, 64]`.
           value: what is stored.
-          layout: the layout in which threads store it.
+          layout: the layout in which threads store it; None for `turned`.
           adds: whether what is there is added to it before.
         """
         if self.interpret:
@@ -309,11 +332,20 @@ class Program:
         across = ref.transpose((1, 0))
         if not adds:
             value = value.astype(ref.dtype)
-        value = plgpu.layout_cast(value, layout)
+        value = plgpu.layout_cast(value, layout or self.turned)
         if adds:
-            residual = self.load(across, layout, optimized=False)
+            residual = self.load(across, layout or self.turned, optimized=False)
             value = (value + residual.astype(jnp.float32)).astype(ref.dtype)
         store_from_registers(across, value)
+
+    def copy_out(self, result: Ref, staged: Ref, whole: bool) -> None:
+        """Writes what is staged; see `kernel`."""
+        plgpu.commit_smem()
+        rows, channels = self.place()
+        for part in range(staged.shape[0]):
+            place = (rows, channels) if whole else (rows, self.split, part, channels)
+            plgpu.copy_smem_to_gmem(staged.at[part], result.at[place])
+        plgpu.wait_smem_to_gmem(0)
 
     def in_specs(self) -> list[plgpu.BlockSpec]:
         """Returns the blocks in the ring: codes of each part, and x."""
