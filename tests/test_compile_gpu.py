@@ -63,7 +63,7 @@ def append_joined(case: AppendCase) -> Compilable:
 
 def by_its_row(operation: str, case: Any) -> Compilable:
     """Returns the kernel of an operation's row."""
-    workload = workloads.load(workloads.WorkloadName(operation, case.name), "gpu")
+    workload = workloads.load(workloads.WorkloadName(operation, case.name), "triton")
     return workload.function, workload.arguments
 
 
@@ -84,7 +84,7 @@ def compiled_cases() -> Iterator[tuple[str, Callable[[], Compilable]]]:
             if operation == "quantized_matmul" and case.name in SAME_BUT_FOR_SIZES:
                 continue
             make = CALLS.get(operation, functools.partial(by_its_row, operation))
-            if workloads.row(operation, "gpu").unsupported(case.problem()) is None:
+            if workloads.row(operation, "triton").unsupported(case.problem()) is None:
                 yield f"{operation}-{case.name}", functools.partial(make, case)
 
 

@@ -30,6 +30,9 @@ ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NV
 TRITON_CALL: Final = "__gpu$xla.gpu.triton"
 """Target name of a Pallas-Triton kernel's custom call in XLA."""
 
+MOSAIC_CALL: Final = "mosaic_gpu_v2"
+"""Target name of a Mosaic GPU kernel's custom call in XLA."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TritonKernel:
@@ -139,7 +142,7 @@ def lowered_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -
 
 def kernels_in(module: Any) -> list[TritonKernel]:
     """Returns the Pallas-Triton kernels of a module, in order."""
-    return [_kernel_of(operation) for operation in operations_in(module.operation) if _is_triton(operation)]
+    return [_kernel_of(operation) for operation in operations_in(module.operation) if calls(operation, TRITON_CALL)]
 
 
 def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
@@ -156,10 +159,11 @@ def operations_in(operation: Any) -> Iterator[Any]:
                 yield from operations_in(inner.operation)
 
 
-def _is_triton(operation: Any) -> bool:
+def calls(operation: Any, target: str) -> bool:
+    """Returns whether an MLIR operation is a custom call of a target, `TRITON_CALL` or `MOSAIC_CALL`."""
     if operation.name != "stablehlo.custom_call":
         return False
-    return ir.StringAttr(operation.attributes["call_target_name"]).value == TRITON_CALL
+    return bool(ir.StringAttr(operation.attributes["call_target_name"]).value == target)
 
 
 def _kernel_of(operation: Any) -> TritonKernel:

@@ -1,18 +1,16 @@
-r"""Compiles Mosaic GPU kernels for Hopper on a machine without a GPU, and counts what is in their machine code.
+r"""Compiles Mosaic GPU kernels for Hopper on a machine without a GPU.
 
-  python -m palladion.benchmarks.static.gpu.mosaic quantized_matmul 'llama-3-8b-qkv-*-8'
-
-XLA's CUDA plugin compiles the whole call; Mosaic GPU writes the PTX of its kernels and what NVIDIA's assembler says of
-them to a folder. The assembler that comes with triton makes machine code of the PTX, which may differ a little from
-that of the plugin's own. Nothing is estimated: how often a loop runs, and what TMA reads, the listing does not say.
+XLA's CUDA plugin compiles the whole call; Mosaic GPU writes to a folder the PTX of its kernels, what NVIDIA's assembler
+says of them, and the host's code, which has the launch. The assembler that comes with triton makes machine code of the
+PTX, which may differ a little from that of the plugin's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import subprocess
@@ -21,18 +19,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.static import workloads
-from palladion.benchmarks.static.gpu import compiler, program
-from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
-from palladion.kernels.implementation import Unsupported
+from palladion.benchmarks.static.gpu import program
+from palladion.benchmarks.static.gpu.sass import WARP, Code, by_loop, parse
 
 ARCH: Final = 90
 """Compute capability whose instructions these kernels are made of, wgmma among them."""
 
-DUMPS: Final = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+DUMPS: Final = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Environment variables with which Mosaic GPU writes what is read here, beside MOSAIC_GPU_DUMP_TO."""
 
-HEADINGS: Final = ("registers", "spilled", "TMA loads", "prefetches", "TMA stores", "wgmma", "instructions", "in loop")
+SUFFIX: Final = "_mosaic_gpu_kernel"
+"""Ending that Mosaic GPU adds to the name of a kernel."""
+
+LAUNCH: Final = re.compile(r"call void @mosaic_gpu_launch_kernel\(ptr %\d+((?:, i32 \d+){10}), ptr")
+"""The launch in the host's code: blocks of the grid, of a cluster, threads, and bytes of shared memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +41,25 @@ class MosaicKernel:
 
     Attributes:
       name: its name.
+      grid: programs along each axis.
+      num_warps: warps of a program.
       registers: registers of a thread when it starts; warpgroups may change theirs.
       spilled: bytes of registers that a thread spills to memory.
+      shared: bytes of shared memory of a program.
       ptx: its PTX.
     """
 
     name: str
+    grid: tuple[int, int, int]
+    num_warps: int
     registers: int
     spilled: int
+    shared: int
     ptx: str = dataclasses.field(repr=False)
 
     @functools.cached_property
-    def loops(self) -> list[list[Instruction]]:
-        """The instructions of each loop, and of what is in none; triton must be installed."""
+    def code(self) -> Code:
+        """The machine code; triton must be installed."""
         import triton
 
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -62,16 +68,17 @@ class MosaicKernel:
             source.write_text(self.ptx)
             subprocess.run([tools / "ptxas-blackwell", f"-arch=sm_{ARCH}a", source, "-o", binary], check=True)
             code = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
-        return [instructions for _, instructions in by_loop(parse(code))]
+        return parse(code)
 
     def count(self, prefix: str) -> int:
         """Counts instructions: "HGMMA" and "IGMMA" of tensor cores, "UTMALDG" loads by TMA, "UTMASTG" stores."""
-        return sum(one.opcode.startswith(prefix) for loop in self.loops for one in loop)
+        return sum(one.opcode.startswith(prefix) for one in self.code.instructions)
 
     @property
     def longest_product_loop(self) -> int:
         """Instructions of the longest loop that multiplies on tensor cores; 0 if there is none."""
-        with_products = [loop for loop in self.loops[1:] if any("GMMA" in one.opcode for one in loop)]
+        loops = [instructions for loop, instructions in by_loop(self.code) if loop is not None]
+        with_products = [loop for loop in loops if any("GMMA" in one.opcode for one in loop)]
         return max(map(len, with_products), default=0)
 
 
@@ -81,27 +88,39 @@ def compile_mosaic_kernels(
     """Compiles a function for an H200 that need not be there; for arguments see `program.compile_program`.
 
     Returns:
-      The program, and its Mosaic GPU kernels.
+      The program, and its Mosaic GPU kernels in order.
     """
     with tempfile.TemporaryDirectory() as folder, _environment(DUMPS | {"MOSAIC_GPU_DUMP_TO": folder}):
         compiled = program.compile_program(function, *avals, arch=ARCH)
-        sources = sorted(Path(folder).glob("*.ptx"))
-        return compiled, [_kernel(source.read_text(), source.with_suffix(".ptxas").read_text()) for source in sources]
+        sources = sorted(Path(folder).glob("*.ptx"), key=lambda source: int(source.stem.rpartition("_")[2]))
+        return compiled, [
+            _kernel(*(source.with_suffix(kind).read_text() for kind in (".ptx", ".ptxas", ".ll"))) for source in sources
+        ]
 
 
-def _kernel(ptx: str, report: str) -> MosaicKernel:
+def _kernel(ptx: str, report: str, host: str) -> MosaicKernel:
     found = [
         re.search(pattern, text)
         for pattern, text in (
             (r"\.entry\s+(\w+)", ptx),
             (r"Used (\d+) registers", report),
             (r"(\d+) bytes spill stores", report),
+            (LAUNCH, host),
         )
     ]
     if None in found:
-        raise RuntimeError(f"the assembler's report has another form: {report!r}")
-    name, registers, spilled = (match[1] for match in found if match is not None)
-    return MosaicKernel(name, int(registers), int(spilled), ptx)
+        raise RuntimeError(f"the assembler's report, or the launch, has another form: {report!r}")
+    name, registers, spilled, launch = (match[1] for match in found if match is not None)
+    x, y, z, *_, threads_x, threads_y, threads_z, shared = map(int, re.findall(r"i32 (\d+)", launch))
+    return MosaicKernel(
+        name=name.removesuffix(SUFFIX),
+        grid=(x, y, z),
+        num_warps=math.prod((threads_x, threads_y, threads_z)) // WARP,
+        registers=int(registers),
+        spilled=int(spilled),
+        shared=shared,
+        ptx=ptx,
+    )
 
 
 @contextlib.contextmanager
@@ -117,41 +136,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _cells(operation: str, name: str) -> Iterator[tuple[str, list[int]]]:
-    """Yields the kernels of a case, and their counts."""
-    row = workloads.row(operation, "hopper")
-    if row is None:
-        raise Unsupported(f"{operation} has no Mosaic GPU kernel")
-    with compiler.tracing_for(ARCH):
-        case = workloads.named_cases(operation)[name]
-        problem = case.problem()
-        if (reason := row.unsupported(problem)) is not None:
-            raise Unsupported(f"mosaic_gpu: {reason}")
-        shapes = case.shapes()
-    _, kernels = compile_mosaic_kernels(lambda inputs: row.run(problem, inputs, config=None, interpret=False), shapes)
-    for one in kernels:
-        counts = [one.count(prefix) for prefix in ("UTMALDG", "UTMAPF", "UTMASTG")]
-        tensor = one.count("HGMMA") + one.count("IGMMA")
-        total = sum(map(len, one.loops))
-        yield one.name, [one.registers, one.spilled, *counts, tensor, total, one.longest_product_loop]
-
-
-def main() -> None:
-    """Prints a line for each kernel of the chosen cases."""
-    parser = argparse.ArgumentParser(description="Counts what is in the machine code of Mosaic GPU kernels.")
-    parser.add_argument("operation")
-    parser.add_argument("cases", nargs="+", help="names or patterns")
-    arguments = parser.parse_args()
-    print("".join(f"{heading:>14}" for heading in HEADINGS))
-    for workload in workloads.select(arguments.cases, arguments.operation):
-        try:
-            for name, counts in _cells(workload.operation, workload.name):
-                print("".join(f"{count:14,}" for count in counts), f" {name}, {workload.name}")
-        except Unsupported as error:
-            print(f"{workload.name}: {error}")
-
-
-if __name__ == "__main__":
-    main()
