@@ -197,6 +197,17 @@ def test_statistics(generator: Generator):
     assert statistics.cache_bytes == per_token * held // 19
     assert statistics.memory_bandwidth > 1e9
     assert "of the" in str(statistics)
+    assert "tokens/s\neach step" in str(statistics)
+
+
+def test_one_token_has_no_rate(generator: Generator):
+    """The first token comes with the prompt: nothing is said of steps that there were not."""
+    _, statistics = generator.generate(PROMPTS[:1], max_new_tokens=1)
+    assert (statistics.generated_tokens, statistics.decode_steps) == (1, 0)
+    shown = str(statistics).splitlines()
+    assert [line.split()[0] for line in shown] == ["prompt", "generated", "memory"]
+    assert "tokens/s" not in shown[1]
+    assert "GB/s" not in str(statistics)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

@@ -1,10 +1,10 @@
 r"""Examines kernels with the real compilers of chips that are not there: estimates from their code, no measurements.
 
-  python -m palladion.benchmarks.static tpu
-  python -m palladion.benchmarks.static tpu --operation=decode_attention --chips=v5e,v6e --json=report.json
-  python -m palladion.benchmarks.static gpu --cases=llama-3-8b,gpt-oss-20b --plot=roofline.png
-  python -m palladion.benchmarks.static gpu --operation=quantized_matmul --backends=mosaic_gpu
-  python -m palladion.benchmarks.static gpu --file=path/to/kernels.py:case --archs=sm_90
+  python -m palladion.benchmarks static tpu
+  python -m palladion.benchmarks static tpu --operation=decode_attention --chips=v5e,v6e --json=report.json
+  python -m palladion.benchmarks static gpu --cases=llama-3-8b,gpt-oss-20b --plot=roofline.png
+  python -m palladion.benchmarks static gpu --operation=quantized_matmul --backends=mosaic_gpu
+  python -m palladion.benchmarks static gpu --file=path/to/kernels.py:case --archs=sm_90
 
 tpu: libtpu compiles every kernel. The scalar instructions of the schedule are executed with the workload's lengths and
 page tables, which gives how often each bundle runs, the transfers between HBM and the chip, and the waits for them.
