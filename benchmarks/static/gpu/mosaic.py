@@ -13,13 +13,12 @@ import functools
 import math
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.static.gpu import program
+from palladion.benchmarks.static.gpu import compiler, program
 from palladion.benchmarks.static.gpu.sass import WARP, Code, by_loop, parse
 
 ARCH: Final = 90
@@ -60,15 +59,11 @@ class MosaicKernel:
     @functools.cached_property
     def code(self) -> Code:
         """The machine code; triton must be installed."""
-        import triton
-
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         with tempfile.TemporaryDirectory() as folder:
             source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
             source.write_text(self.ptx)
-            subprocess.run([tools / "ptxas-blackwell", f"-arch=sm_{ARCH}a", source, "-o", binary], check=True)
-            code = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
-        return parse(code)
+            compiler.run_tool("ptxas-blackwell", f"-arch=sm_{ARCH}a", source, "-o", binary)
+            return parse(compiler.disassembled(binary.read_bytes()))
 
     def count(self, prefix: str) -> int:
         """Counts instructions: "HGMMA" and "IGMMA" of tensor cores, "UTMALDG" loads by TMA, "UTMASTG" stores."""
