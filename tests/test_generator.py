@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import unoptimized
 from small_checkpoints import VOCAB, Type, gguf_file
 
 from palladion.model.checkpoint import CheckpointError
@@ -32,6 +35,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def generator(path: Path) -> Generator:
     return Generator.load(path, max_len=64)
+
+
+@pytest.fixture(autouse=True)
+def small_models_compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles the programs of the small model without optimizations; those of a real one run for seconds."""
+    with contextlib.nullcontext() if "smollm2" in request.fixturenames else unoptimized():
+        yield
 
 
 def tokens_of(generator: Generator, prompts: Any, **options: Any) -> list[tuple[int, ...]]:
