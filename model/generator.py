@@ -132,8 +132,7 @@ class Generator:
 
     def compile(self, batch: int = 1, sampling: Sampling | None = None) -> float:
         """Compiles the programs that `generate` needs for a number of prompts; returns the seconds it took."""
-        options = RunOptions(sampling=Sampling() if sampling is None else sampling)
-        engine = self._engine(check_integer(batch, "batch"), options)
+        engine = self._engine(check_integer(batch, "batch"), run_options(sampling=sampling))
         before = engine.compile_seconds
         engine.compile()
         return engine.compile_seconds - before
@@ -175,15 +174,7 @@ class Generator:
           ValueError: there is no prompt, one is empty or too long for the cache, max_new_tokens is below 1, or a value
             is out of range or has the wrong type.
         """
-        options = RunOptions(
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling() if sampling is None else sampling,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            ignore_stop_tokens=ignore_stop_tokens,
-        )
-        run = self.run(prompts, options)
+        run = self.run(prompts, run_options(max_new_tokens, sampling, seed, stop, ignore_stop_tokens, logprobs))
         for index, text in run.pieces():
             if on_text is not None:
                 on_text(index, text)
@@ -200,13 +191,7 @@ class Generator:
         ignore_stop_tokens: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of one prompt piece by piece; arguments and errors are those of `generate`."""
-        options = RunOptions(
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling() if sampling is None else sampling,
-            seed=seed,
-            stop=stop,
-            ignore_stop_tokens=ignore_stop_tokens,
-        )
+        options = run_options(max_new_tokens, sampling, seed, stop, ignore_stop_tokens)
         return (text for _, text in self.run([prompt], options).pieces())
 
     def run(self, prompts: str | Sequence[Prompt], options: RunOptions) -> Run:
@@ -232,6 +217,25 @@ class Generator:
                 self.parameters, self.config, batch, options.sampling, engine_options, stop_tokens
             )
         return self._engines[key]
+
+
+def run_options(
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    ignore_stop_tokens: bool = False,
+    logprobs: int | None = None,
+) -> RunOptions:
+    """Returns the options of a run, checked; see `Generator.generate`."""
+    return RunOptions(
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling() if sampling is None else sampling,
+        seed=seed,
+        stop=stop,
+        logprobs=logprobs,
+        ignore_stop_tokens=ignore_stop_tokens,
+    )
 
 
 def engine_options(

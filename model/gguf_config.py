@@ -16,9 +16,9 @@ from palladion.model.checkpoint_files import (
     check_window,
     shorten,
 )
-from palladion.model.config import LayerKind, ModelConfig, shortest_period
+from palladion.model.config import LayerKind, ModelConfig
 from palladion.model.families import FAMILIES, PATTERN, Family
-from palladion.model.huggingface_config import Rotary
+from palladion.model.huggingface_config import Rotary, make_config
 from palladion.model.rotary import YarnScaling, check_frequencies, rotary_frequencies
 
 FREQUENCY_DIVISORS: Final = "rope_freqs.weight"
@@ -181,29 +181,23 @@ def read_config(
         options["qk_norm"] = "heads"
     window, label = metadata.value("attention.sliding_window", 0)
     window = None if is_zero(window) else check_window(window, label)
-    kinds = _read_layers(metadata, layers, window is not None)
-    try:
-        return ModelConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=metadata.integer("feed_forward_length"),
-            num_layers=layers,
-            q_heads=q_heads,
-            kv_heads=metadata.integer("attention.head_count_kv", q_heads),
-            head_dim=head_dim,
-            max_positions=metadata.integer("context_length", minimum=2),
-            tied_embedding="output.weight" not in tensors,
-            stop_tokens=stop_tokens,
-            sliding_window=window,
-            layer_kinds=kinds,
-            rotary_scales=rotary.scales,
-            long_context=rotary.long_context,
-            **options,
-        )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{metadata.path}: its metadata describe no model: {error}") from error
+    return make_config(
+        metadata.path,
+        rotary,
+        _read_layers(metadata, layers, window is not None),
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=metadata.integer("feed_forward_length"),
+        num_layers=layers,
+        q_heads=q_heads,
+        kv_heads=metadata.integer("attention.head_count_kv", q_heads),
+        head_dim=head_dim,
+        max_positions=metadata.integer("context_length", minimum=2),
+        tied_embedding="output.weight" not in tensors,
+        stop_tokens=stop_tokens,
+        sliding_window=window,
+        **options,
+    )
 
 
 def _options(metadata: Metadata, hidden: int, q_heads: int, layers: int) -> dict[str, Any]:
@@ -249,11 +243,9 @@ def _read_layers(metadata: Metadata, layers: int, has_window: bool) -> tuple[Lay
         rotated = [(index + 1) % interval != 0 for index in range(min(interval, layers))]
         windowed = windowed * len(rotated)
     local = 1 if family.rotation == "by window" else 0
-    return shortest_period(
-        tuple(
-            LayerKind(windowed=one or not has_window, rotation=(local if one else 0) if rotates else None)
-            for one, rotates in zip(windowed, rotated, strict=True)
-        )
+    return tuple(
+        LayerKind(windowed=one or not has_window, rotation=(local if one else 0) if rotates else None)
+        for one, rotates in zip(windowed, rotated, strict=True)
     )
 
 

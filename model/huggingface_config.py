@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -42,6 +43,29 @@ class Rotary(NamedTuple):
     frequencies: np.ndarray
     scales: tuple[float, ...]
     long_context: int | None = None
+
+
+def make_config(path: Path, rotary: Rotary, kinds: tuple[LayerKind, ...], **fields: Any) -> ModelConfig:
+    """Returns the configuration that a checkpoint's metadata describe.
+
+    Args:
+      path: the file with the metadata.
+      rotary: the rotary frequencies.
+      kinds: kinds of layers, in order, which are repeated.
+      fields: the other fields of `ModelConfig`.
+
+    Raises:
+      CheckpointError: the fields contradict each other.
+    """
+    try:
+        return ModelConfig(
+            layer_kinds=shortest_period(kinds),
+            rotary_scales=rotary.scales,
+            long_context=rotary.long_context,
+            **fields,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: describes no model: {error}") from error
 
 
 APPLIED: Final[Mapping[str, tuple[str, Callable[[float], float]]]] = {
@@ -85,28 +109,23 @@ def read_config(
     if family.embedding_root:
         options["embedding_scale"] = hidden**0.5
     window, kinds = _read_layers(values, family)
-    try:
-        return ModelConfig(
-            vocab_size=values.integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=values.integer("intermediate_size"),
-            num_layers=values.integer("num_hidden_layers"),
-            q_heads=q_heads,
-            kv_heads=values.integer("num_key_value_heads", q_heads),
-            head_dim=read_head_dim(values),
-            max_positions=values.integer("max_position_embeddings", 2048, minimum=2),
-            tied_embedding=tied,
-            stop_tokens=stop_tokens,
-            sliding_window=window,
-            layer_kinds=shortest_period(kinds),
-            rotary_scales=rotary.scales,
-            long_context=rotary.long_context,
-            **options,
-        )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{values.path}: describes no model: {error}") from error
+    return make_config(
+        values.path,
+        rotary,
+        kinds,
+        vocab_size=values.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=values.integer("intermediate_size"),
+        num_layers=values.integer("num_hidden_layers"),
+        q_heads=q_heads,
+        kv_heads=values.integer("num_key_value_heads", q_heads),
+        head_dim=read_head_dim(values),
+        max_positions=values.integer("max_position_embeddings", 2048, minimum=2),
+        tied_embedding=tied,
+        stop_tokens=stop_tokens,
+        sliding_window=window,
+        **options,
+    )
 
 
 def read_head_dim(values: JsonFile) -> int:

@@ -63,16 +63,21 @@ class Statistics:
     def __str__(self) -> str:
         batch = f" in {self.sequences} sequences" if self.sequences > 1 else ""
         share = self.achieved_bandwidth / self.memory_bandwidth
+        decoding: tuple[str, ...] = (
+            f"generated  {self.generated_tokens:6d} tokens, {self.decode_rate:,.1f} tokens/s",
+            f"each step  {self.bytes_per_step / 1e6:6.1f} MB must be read: {self.weight_bytes / 1e6:.1f} of "
+            f"weights, {self.cache_bytes / 1e6:.1f} of KV cache",
+            f"bandwidth  {self.achieved_bandwidth / 1e9:6.1f} GB/s achieved, {share:.0%} of the "
+            f"{self.memory_bandwidth / 1e9:.1f} GB/s at which this machine reads memory",
+        )
+        if not self.decode_steps:
+            decoding = (f"generated  {self.generated_tokens:6d} tokens, with the prompt: no step to measure followed",)
         peak = "not known" if self.peak_memory is None else f"{self.peak_memory / 1e6:,.0f} MB"
         return "\n".join(
             (
                 f"prompt     {self.prompt_tokens:6d} tokens{batch}, first token after {self.prefill_seconds:.3f} s "
                 f"({self.prefill_rate:,.0f} tokens/s)",
-                f"generated  {self.generated_tokens:6d} tokens, {self.decode_rate:,.1f} tokens/s",
-                f"each step  {self.bytes_per_step / 1e6:6.1f} MB must be read: {self.weight_bytes / 1e6:.1f} of "
-                f"weights, {self.cache_bytes / 1e6:.1f} of KV cache",
-                f"bandwidth  {self.achieved_bandwidth / 1e9:6.1f} GB/s achieved, {share:.0%} of the "
-                f"{self.memory_bandwidth / 1e9:.1f} GB/s at which this machine reads memory",
+                *decoding,
                 f"memory     {peak} at the peak; compiled in {self.compile_seconds:.1f} s",
             )
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, Final
 
 import jax
@@ -40,6 +42,19 @@ def _is_known(name: str, value: Any) -> bool:
             raise
         return False
     return True
+
+
+@contextlib.contextmanager
+def unoptimized() -> Iterator[None]:
+    """Compiles everything in a `with` block without the optimizations of LLVM, for programs that run for a moment.
+
+    XLA's own passes, fusion and the assignment of buffers among them, stay as they are.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 UNOPTIMIZED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
@@ -143,6 +144,33 @@ def two_kernels() -> Workload:
 
     def call(x: Any) -> Any:
         return jax.lax.fori_loop(0, 3, lambda _, y: second(y), first(x)[:32])
+
+    return call, (x,)
+
+
+def both_backends() -> Workload:
+    """Returns a function that calls `doubles`, then three times a Mosaic GPU kernel that copies by TMA."""
+    rows, width = 64, 128
+
+    def copies(x_ref: Any, o_ref: Any, block_ref: Any, barrier: Any) -> None:
+        block = x_ref.at[pl.ds(jax.lax.axis_index("block") * rows, rows)]
+        mosaic_gpu.copy_gmem_to_smem(block, block_ref, barrier)
+        mosaic_gpu.barrier_wait(barrier)
+        mosaic_gpu.copy_smem_to_gmem(block_ref, o_ref.at[pl.ds(jax.lax.axis_index("block") * rows, rows)])
+        mosaic_gpu.wait_smem_to_gmem(0)
+
+    second = mosaic_gpu.kernel(
+        copies,
+        out_shape=jax.ShapeDtypeStruct((2 * rows, width), jnp.float32),
+        scratch_shapes=[mosaic_gpu.SMEM((rows, width), jnp.float32), mosaic_gpu.Barrier()],
+        grid=(2,),
+        grid_names=("block",),
+        kernel_name="copies",
+    )
+    first, (x,) = doubles()
+
+    def call(x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, y: second(y), first(x).reshape(2 * rows, width))
 
     return call, (x,)
 

@@ -20,6 +20,7 @@ from measurements import measurement, write
 
 from palladion.benchmarks.commands import (
     COMMANDS,
+    PROGRAM,
     check,
     decode_peers,
     main,
@@ -57,7 +58,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert (module.__doc__ or "").splitlines()[0] in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert (module.__doc__ or "").splitlines()[0] in page
+    # Examples name the program as it is called, and the command itself.
+    assert f"\nusage: {PROGRAM} {name}" in f"\n{page}"
+    examples = [line for line in page.splitlines() if line.startswith("  ") and PROGRAM in line]
+    assert all(f"{PROGRAM} {name}" in line for line in examples)
+    assert examples
 
 
 @pytest.mark.parametrize(
@@ -430,5 +437,5 @@ assert "torch is not installed" in {{peer.unavailable() for peer in peers().valu
 
 
 def test_checks_take_turns():
-    names = [one.name for one, _ in list(check._in_turns(list(OPERATIONS.values()), None))[: len(OPERATIONS)]]
+    names = [one.name for one, _ in list(check._in_turns(list(OPERATIONS.values()), None, None))[: len(OPERATIONS)]]
     assert names == list(OPERATIONS)

@@ -62,18 +62,19 @@ def test_generate(path: Path, generator: Generator, capsys: pytest.CaptureFixtur
         assert word in err
 
 
-def test_the_program_in_a_process() -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "palladion", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={"PYTHONPATH": "src", "JAX_PLATFORMS": "cpu", "PATH": ""},
-            cwd=Path(__file__).parent.parent,
-            check=False,
-        )
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palladion", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": "src", "JAX_PLATFORMS": "cpu", "PATH": ""},
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
 
+
+def test_the_program_in_a_process() -> None:
     assert call("--version").stdout == f"palladion {palladion.__version__}, jax {jax.__version__}\n"
     wrong = call("generate", "--model=nowhere.gguf", "--prompt=a")
     assert wrong.returncode == 2
@@ -87,11 +88,21 @@ def test_the_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     for name in ("generate", "chat", "quantize", "bench"):
         assert f"\n  {name} " in page
-    assert "python -m palladion.benchmarks" in run(capsys, "bench")[1]
     for name in ("generate", "chat", "quantize"):
         status, page, _ = run(capsys, name, "--help")
         assert status == 0
         assert "_" not in "".join(word for word in page.split() if word.startswith("--")), "one spelling of options"
+
+
+def test_every_page_says_how_the_program_was_called(capsys: pytest.CaptureFixture[str]) -> None:
+    """Usage, examples and hints of `palladion bench` can be copied, and so can those of `python -m palladion`."""
+    for pages in (run(capsys, "bench"), run(capsys, "bench", "static", "--help"), run(capsys, "bench", "tune", "-h")):
+        assert "palladion bench " in pages[1]
+        assert "python -m" not in pages[1]
+    assert "(palladion bench --debug plan … shows where)" in run(capsys, "bench", "plan", "--model=x")[2]
+    by_module = call("bench", "static", "--help").stdout
+    assert "usage: python -m palladion bench static" in by_module
+    assert "\n  python -m palladion bench static tpu\n" in by_module
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def append_joined(case: AppendCase) -> Compilable:
 
 def by_its_row(operation: str, case: Any) -> Compilable:
     """Returns the kernel of an operation's row."""
-    workload = workloads.load(workloads.WorkloadName(operation, case.name), "gpu")
+    workload = workloads.load(workloads.WorkloadName(operation, case.name), "triton")
     return workload.function, workload.arguments
 
 
@@ -85,7 +85,7 @@ def compiled_cases() -> Iterator[tuple[str, Callable[[], Compilable]]]:
             if operation == "quantized_matmul" and case.name in SAME_BUT_FOR_SIZES:
                 continue
             make = CALLS.get(operation, functools.partial(by_its_row, operation))
-            if workloads.row(operation, "gpu").unsupported(case.problem()) is None:
+            if workloads.row(operation, "triton").unsupported(case.problem()) is None:
                 yield f"{operation}-{case.name}", functools.partial(make, case)
 
 
@@ -106,6 +106,13 @@ ON_EVERY_GPU = (
 """Calls compiled for every GPU."""
 
 
+@functools.cache
+def compiled(name: str, arch: int = 90) -> list[CompiledKernel]:
+    """Returns the kernels of one of `OPERATIONS`."""
+    function, arguments = OPERATIONS[name]()
+    return gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
+
+
 @pytest.mark.parametrize(
     ("name", "arch"),
     [pytest.param(name, 90, id=f"{name}-90") for name in OPERATIONS]
@@ -113,14 +120,13 @@ ON_EVERY_GPU = (
     + [pytest.param("decode_attention-llama-3-8b-float8", 100, id="decode_attention-llama-3-8b-float8-100")],
 )
 def test_compiles_without_spills(name: str, arch: int):
-    function, arguments = OPERATIONS[name]()
-    kernels = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
+    kernels = compiled(name, arch)
     *before, main = [kernel for kernel in kernels if not kernel.kernel.name.startswith("decode_attention_merge")]
     assert all(kernel.kernel.name.startswith("rms_norm") for kernel in before), "a call is one kernel"
     for kernel in kernels:
         print(f"{kernel.kernel.name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
         assert kernel.spilled == 0
-        assert kernel.count("EXIT") >= 1
+        assert kernel.registers > 0
     if name.startswith("decode_attention"):
         assert_streams(main)
     if name.startswith("append"):
@@ -170,8 +176,7 @@ def assert_streams(kernel: CompiledKernel) -> None:
 def test_codes_become_operands_in_few_instructions(
     name: str, arch: int, products: str, conversions: tuple[str, ...], most: float, in_all: float
 ):
-    function, arguments = OPERATIONS[f"decode_attention-{name}"]()
-    kernel, _ = gpu_compiler.compile_for_gpu(function, *arguments, arch=arch)
+    kernel, _ = compiled(f"decode_attention-{name}", arch)
     loop = [instruction.opcode for instruction in hot_loop(kernel)]
     assert any(instruction.startswith(products) for instruction in loop)
     codes = 16 * sum(instruction.startswith("LDGSTS.E.BYPASS.128") for instruction in loop)  # of a thread
@@ -287,8 +292,7 @@ def test_configs_that_the_tuner_leaves_out_exceed_shared_memory():
 
 def test_half_precision_is_multiplied_by_tensor_cores():
     for name in ("decode_attention-llama-3-8b-layers", "quantized_matmul-llama-3-8b-down-16-int4-g128-zeros"):
-        function, arguments = OPERATIONS[name]()
-        kernel, *_ = gpu_compiler.compile_for_gpu(function, *arguments)
+        kernel, *_ = compiled(name)
         assert kernel.count("HMMA") + kernel.count("HGMMA") > 0
         assert kernel.count("LDGSTS") > 0, "no load is asynchronous"
 

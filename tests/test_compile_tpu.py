@@ -70,7 +70,7 @@ def append_joined(case: AppendCase) -> Compilable:
 
 def by_its_row(operation: str, case: Any) -> Compilable:
     """Returns the kernel of an operation's TPU row; the largest input must not be copied on its way to it."""
-    workload = workloads.load(workloads.WorkloadName(operation, case.name), "tpu")
+    workload = workloads.load(workloads.WorkloadName(operation, case.name), "mosaic_tpu")
     return workload.function, workload.arguments, max(leaf.size for leaf in jax.tree.leaves(workload.arguments))
 
 
@@ -86,7 +86,7 @@ def compiled_cases() -> Iterator[tuple[str, Callable[[], Compilable]]]:
             if operation == "quantized_matmul" and case.name in SAME_BUT_FOR_SIZES:
                 continue
             make = CALLS.get(operation, functools.partial(by_its_row, operation))
-            if workloads.row(operation, "tpu").unsupported(case.problem()) is None:
+            if workloads.row(operation, "mosaic_tpu").unsupported(case.problem()) is None:
                 yield f"{operation}-{case.name}", functools.partial(make, case)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import unoptimized
 from small_checkpoints import VOCAB, Type, gguf_file
 
 from palladion.model.checkpoint import CheckpointError
@@ -32,6 +35,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def generator(path: Path) -> Generator:
     return Generator.load(path, max_len=64)
+
+
+@pytest.fixture(autouse=True)
+def small_models_compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles the programs of the small model without optimizations; those of a real one run for seconds."""
+    with contextlib.nullcontext() if "smollm2" in request.fixturenames else unoptimized():
+        yield
 
 
 def tokens_of(generator: Generator, prompts: Any, **options: Any) -> list[tuple[int, ...]]:
@@ -197,6 +207,17 @@ def test_statistics(generator: Generator):
     assert statistics.cache_bytes == per_token * held // 19
     assert statistics.memory_bandwidth > 1e9
     assert "of the" in str(statistics)
+    assert "tokens/s\neach step" in str(statistics)
+
+
+def test_one_token_has_no_rate(generator: Generator):
+    """The first token comes with the prompt: nothing is said of steps that there were not."""
+    _, statistics = generator.generate(PROMPTS[:1], max_new_tokens=1)
+    assert (statistics.generated_tokens, statistics.decode_steps) == (1, 0)
+    shown = str(statistics).splitlines()
+    assert [line.split()[0] for line in shown] == ["prompt", "generated", "memory"]
+    assert "tokens/s" not in shown[1]
+    assert "GB/s" not in str(statistics)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

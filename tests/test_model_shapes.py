@@ -11,12 +11,14 @@ import pytest
 
 from palladion import KVCache, quantize
 from palladion.benchmarks.commands import plan
-from palladion.benchmarks.measure.decode_steps import TINY
+from palladion.benchmarks.measure.decode_steps import TINY, engines, measure_batch
 from palladion.benchmarks.measure.model_shapes import ModelShape, models
 from palladion.benchmarks.measure.operations import OPERATIONS
 from palladion.benchmarks.measure.random_weights import random_parameters
 from palladion.kernels import devices
 from palladion.kernels.devices import gpus, tpu_chips
+from palladion.model.config import LayerKind
+from palladion.model.engine import EngineOptions
 from palladion.reference.caches import bytes_per_token
 from palladion.reference.scheme import Scheme
 
@@ -139,6 +141,56 @@ def test_a_prompt_costs_its_weights_and_its_pairs():
     pairs_in_window = sum(min(i + 1, 2) for i in range(5))
     expected = 2 * 5 * 3 * layer + 2 * 8 * 32 + (pairs + 2 * pairs_in_window) * 4 * 2 * 4
     assert windowed.prefill_flops(5) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "counts"),
+    [
+        ("llama3-8b", {"llama3-8b": (None, None, False)}, (32, 0)),
+        ("gemma2-9b", {"gemma2-9b-window": (4096, 50.0, False), "gemma2-9b-full": (None, 50.0, False)}, (21, 21)),
+        ("gemma3-4b", {"gemma3-4b-window": (1024, None, False), "gemma3-4b-full": (None, None, False)}, (5, 29)),
+        ("gpt-oss-20b", {"gpt-oss-20b-window": (128, None, True), "gpt-oss-20b-full": (None, None, True)}, (12, 12)),
+    ],
+)
+def test_attention_is_measured_of_each_kind_of_layer(
+    name: str, kinds: dict[str, tuple[int | None, float | None, bool]], counts: tuple[int, int]
+):
+    """The published configs say which layers have a window: the first, and not every second or sixth."""
+    shape = models()[name]
+    cases = shape.attention_cases(2, 8192, kv_dtype="int8")
+    assert {case.name: (case.sliding_window, case.logits_soft_cap, case.sinks) for case in cases} == kinds
+    assert all((case.batch, case.max_len, case.kv_dtype) == (2, 8192, "int8") for case in cases)
+    assert (shape.global_layers, shape.num_layers - shape.global_layers) == counts
+    assert shape.windows()[0] == shape.sliding_window
+
+
+def test_a_model_whose_layers_all_have_a_window_has_one_kind():
+    shape = dataclasses.replace(models()["llama3-8b"], sliding_window=4096)
+    assert [(case.name, case.sliding_window) for case in shape.attention_cases(1, 8192)] == [("llama3-8b-window", 4096)]
+    assert shape.global_layers == 0
+    assert shape.cache_bytes_per_token("bfloat16", 8192) == shape.cache_bytes_per_token("bfloat16") / 2
+
+
+def test_the_minimal_llm_has_these_layers():
+    config = models()["gemma2-9b"].config(8192)
+    assert [kind.windowed for kind in config.layer_kinds] == [True, False]
+    assert (config.sliding_window, config.attention_soft_cap, config.activation) == (4096, 50.0, "gelu_tanh")
+    assert [kind.windowed for kind in models()["gemma3-4b"].config(8192).layer_kinds] == [True] * 5 + [False]
+    assert models()["llama3-8b"].config(8192).layer_kinds == (LayerKind(),)
+    with pytest.raises(ValueError, match="model: got gpt-oss-20b; accepted: a decoder without experts and attention"):
+        models()["gpt-oss-20b"].config(8192)
+
+
+def test_a_decode_step_of_such_layers_reads_what_its_windows_show():
+    shape = dataclasses.replace(TINY, sliding_window=4, window_period=2, logits_soft_cap=20.0, activation="gelu")
+    parameters = random_parameters(shape, "float32", dtype="float32")
+    options = EngineOptions(64, "float32", "float32", None, None)
+    (engine,) = engines(parameters, shape, options, (1,), prompt=9)
+    point = measure_batch(engine, shape, parameters, 9, steps=1, runs=1)
+    assert point.steps == engine.steps_per_dispatch
+    context = 9 + engine.steps_per_dispatch + (point.steps + 1) / 2
+    of_a_layer = bytes_per_token(shape.kv_heads, shape.head_dim, "float32")
+    assert point.step_bytes - parameters.bytes_per_step(1) == round(of_a_layer * (context + 4))
 
 
 def test_a_plan_follows_from_the_datasheet():

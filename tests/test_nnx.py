@@ -120,6 +120,7 @@ def test_general_layers_contract_any_axes(sizes: Any, axis: Any, shape: Any):
         ("btd,df->btf", (64, 24), (24,), (2, 3, 64), (0, 1)),
         ("...td,hde->...the", (4, 64, 8), (4, 8), (2, 3, 64), (1, 0, 2)),
         ("bthe,hed->bdt", (4, 16, 24), None, (2, 3, 4, 16), (0, 1, 2)),
+        ("bteh,hed->btd", (4, 16, 24), None, (2, 3, 16, 4), (0, 1, 2)),  # contracted axes in another order
         ("bd,fd->fb", (24, 64), (24,), (3, 64), (1, 0)),
     ],
 )

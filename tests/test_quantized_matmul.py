@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_interpreter
-from compiling import QUICKLY, options_for
+from compiling import QUICKLY, options_for, unoptimized
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from product_oracle import ORDER_OF, judge
@@ -45,6 +45,12 @@ TESTS = {case.name: case for case in cases.TESTS}
 
 # What a kernel refuses of the test cases: a case that is missing here and refused fails.
 REFUSED: dict[str, set[str]] = {"mosaic_tpu": set(), "triton": set()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_compile_quickly() -> Iterator[None]:
+    with unoptimized():
+        yield
 
 
 def multiply(case: Case, inputs: Inputs, backend: str, interpret: Any = None) -> jax.Array:

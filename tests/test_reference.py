@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import UNOPTIMIZED
+from compiling import UNOPTIMIZED, unoptimized
 
 from palladion import KVCache, QuantizedArray, append_kv, decode_attention, matmul, quantize, quantized_matmul
 from palladion.kernels.decode_attention import Inputs, cases
@@ -28,6 +28,12 @@ attention = importlib.import_module("palladion.reference.decode_attention")
 products = importlib.import_module("palladion.reference.quantized_matmul")
 
 EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_compile_quickly() -> Iterator[None]:
+    with unoptimized():
+        yield
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:

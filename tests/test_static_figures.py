@@ -118,5 +118,9 @@ def test_figures_of_other_workloads_stay(tmp_path: Path):
         {("append_kv/a", "v6e"): [again], ("append_kv/b", "v6e"): [other]},
     )
     assert figures.markdown(path, "append_kv", ["b", "a"]).splitlines()[2:] == ["| `b` | 3, 50% |", "| `a` | 2, 50% |"]
+    of_gpus = [one | {"backend": backend} for backend in ("mosaic_gpu", "triton")]
+    figures.write(path, {"libtpu": "1"}, of_gpus)
+    figures.write(path, {"libtpu": "1"}, [of_gpus[0] | {"kernel": "new"}])
+    assert figures.read(path)[1]["append_kv/a", "v6e"] == [again, of_gpus[0] | {"kernel": "new"}, of_gpus[1]]
     figures.write(path, {"libtpu": "2"}, [other])
     assert set(figures.read(path)[1]) == {("append_kv/b", "v6e")}

@@ -18,7 +18,9 @@ from static_gpu_kernels import BLOCK_BYTES, GOLDEN, LENGTHS
 
 from palladion.benchmarks.commands import main
 from palladion.benchmarks.static import Examination, Examiner, GpuReport, WorkloadName, workloads
+from palladion.benchmarks.static import examiner as static_examiner
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.gpu.compiler import gpu_of
 from palladion.benchmarks.static.gpu.loops import natural_loops
 from palladion.benchmarks.static.gpu.occupancy import Occupancy, occupancy
@@ -30,6 +32,7 @@ from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import gpus
 
 needs_triton = pytest.mark.skipif(not gpu_compiler.installed(), reason="triton is not installed")
+needs_plugin = pytest.mark.skipif(not gpu_program.installed(), reason="jax-cuda12-plugin is not installed")
 ARCHS = tuple(gpu_compiler.ARCHITECTURES)
 KERNELS = str(Path(static_gpu_kernels.__file__))
 WARPS = 4
@@ -98,6 +101,9 @@ class TestMachineCode:
             ("LDG.E.ENL2.256", 32, "load/store"),
             ("LDGSTS.E.BYPASS.LTC128B.128", 16, "load/store"),
             ("UTMALDG.2D", None, "issue"),
+            ("UBLKCP.S.G", None, "issue"),
+            ("UBLKCP.G.S", 0, "issue"),
+            ("UTMASTG.2D", 0, "issue"),
             ("LDS.128", 0, "load/store"),
             ("LDSM.16.MT88.4", 0, "load/store"),
             ("LDGDEPBAR", 0, "issue"),
@@ -328,7 +334,7 @@ class TestExamine:
 
     def test_a_workload_that_does_not_compile_fails_alone(self):
         assert "sort" in (examined("refused").failure or "")
-        assert "no Pallas-Triton kernel in it: pallas_call takes Triton where" in (examined("no_kernel").failure or "")
+        assert "no Pallas kernel for GPUs in it: pallas_call takes Triton" in (examined("no_kernel").failure or "")
         assert examined("sums").failure is None
 
     def test_cases_of_operations(self):
@@ -344,6 +350,53 @@ class TestExamine:
         # Hardly anything but the codes is loaded.
         codes = 4096 * 6144
         assert codes <= (found.bytes_loaded or 0) < 2 * codes
+
+
+@needs_triton
+@needs_plugin
+class TestMosaic:
+    """Kernels in Mosaic GPU are beside those in Triton, with what is known of them."""
+
+    def test_both_backends_in_one_function(self):
+        row = examined("both_backends")
+        assert row.failure is None, row.failure
+        triton, mosaic = row.reports
+        assert isinstance(triton, GpuReport)
+        assert isinstance(mosaic, GpuReport)
+        assert [(one.backend, one.name, one.times) for one in (triton, mosaic)] == [
+            ("triton", "doubles", 1),
+            ("mosaic_gpu", "copies", 3),
+        ]
+        assert (triton.tma_loads, triton.tma_stores, triton.wide_loads + triton.narrow_loads > 0) == (0, 0, True)
+        assert sorted(mosaic.grid) == [1, 1, 2]
+        assert (mosaic.num_warps, mosaic.spilled, mosaic.tensor, mosaic.bytes_loaded) == (4, 0, 0, None)
+        assert (mosaic.tma_loads, mosaic.tma_prefetches, mosaic.tma_stores) == (1, 0, 1)
+        assert mosaic.wide_loads == mosaic.wide_copies == mosaic.narrow_loads == 0
+        assert 64 * 128 * 4 <= mosaic.shared_bytes < 64 * 128 * 4 + 4096
+        assert mosaic.bytes_needed == 2 * 128 * 128 * 4
+        assert mosaic.seconds is mosaic.roofline is None
+        text = "\n".join(TABLE.lines(row))
+        assert "1+0+1" in text
+        assert "UNKNOWN" not in text
+        assert "examined for sm_90, sm_100; got sm_80" in (examined("both_backends", "sm_80").failure or "")
+
+    def test_cases_of_operations(self):
+        row = examiner.examine(WorkloadName("quantized_matmul", "llama-3-8b-qkv-1-int8"), "sm_90", "mosaic_gpu")
+        assert row.failure is None, row.failure
+        (found,) = row.reports
+        assert isinstance(found, GpuReport)
+        case = workloads.named_cases("quantized_matmul")[row.workload.name]
+        assert found.bytes_needed == case.problem().bytes_moved()
+        assert (found.backend, found.spilled, row.backend) == ("mosaic_gpu", 0, "mosaic_gpu")
+        # The longest loop is that of the products, in which TMA fills a stage with codes.
+        assert found.trip.use["tensor"] > 0
+        assert found.tma_loads > found.tma_stores > 0
+        assert found.occupancy.programs == (228 << 10) // (found.shared_bytes + 1024)
+        (entry,) = TABLE.figures([row])
+        assert (entry["backend"], entry["tma"][0], entry["tensor"]) == ("mosaic_gpu", found.tma_loads, found.tensor)
+        assert examiner.examine(WorkloadName("append_kv", "llama-3-8b"), "sm_90", "mosaic_gpu").failure == (
+            "mosaic_gpu: append_kv has no kernel of it yet"
+        )
 
 
 @needs_triton
@@ -365,6 +418,40 @@ class TestCommand:
     def test_wrong_commands(self, capsys: pytest.CaptureFixture[str]):
         assert main(["static", "gpu", "--archs=sm_70"]) == 2
         assert "--archs: got sm_70; accepted: sm_80, sm_90, sm_100" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ("", {("sm_80", "triton"), ("sm_90", "triton"), ("sm_90", "mosaic_gpu"), ("sm_100", "triton")}),
+            ("--backends=mosaic_gpu", {("sm_90", "mosaic_gpu")}),
+            ("--backends=triton --archs=sm_80", {("sm_80", "triton")}),
+        ],
+    )
+    def test_backends(self, monkeypatch: pytest.MonkeyPatch, options: str, expected: set[tuple[str, str]]):
+        asked: list[static_examiner.Task] = []
+        monkeypatch.setattr(static_examiner, "examine_all", lambda tasks, **_: asked.extend(tasks) or ())
+        monkeypatch.setattr(gpu_program, "installed", lambda: True)
+        main(["static", "gpu", "--operation=quantized_matmul", "--cases=llama-3-8b-qkv-1-int8", *options.split()])
+        assert {(task.chip, task.backend) for task in asked} == expected
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("gpu --backends=cuda", "--backends: got cuda; accepted: triton, mosaic_gpu"),
+            ("gpu --backends=mosaic_gpu --operation=append_kv", "accepted: mosaic_gpu for sm_90 and operations that"),
+            ("gpu --backends=mosaic_gpu --archs=sm_80", "accepted: mosaic_gpu for sm_90"),
+            ("gpu --backends=triton --file=a.py:f", "--file: got a.py:f; accepted: without --cases, --operation and"),
+            ("tpu --backends=triton", "--backends: got tpu; accepted: gpu"),
+        ],
+    )
+    def test_wrong_backends(self, capsys: pytest.CaptureFixture[str], options: str, message: str):
+        assert main(["static", *options.split()]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_mosaic_gpu_needs_its_compiler(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(gpu_program, "installed", lambda: False)
+        assert main(["static", "gpu", "--backends=mosaic_gpu"]) == 2
+        assert "jax-cuda12-plugin is not installed" in capsys.readouterr().err
 
     def test_pictures(self, tmp_path: Path):
         pytest.importorskip("matplotlib")

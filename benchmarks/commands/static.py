@@ -1,18 +1,20 @@
 r"""Examines kernels with the real compilers of chips that are not there: estimates from their code, no measurements.
 
-  python -m palladion.benchmarks.static tpu
-  python -m palladion.benchmarks.static tpu --operation=decode_attention --chips=v5e,v6e --json=report.json
-  python -m palladion.benchmarks.static gpu --cases=llama-3-8b,gpt-oss-20b --plot=roofline.png
-  python -m palladion.benchmarks.static gpu --file=path/to/kernels.py:case --archs=sm_90
+  python -m palladion.benchmarks static tpu
+  python -m palladion.benchmarks static tpu --operation=decode_attention --chips=v5e,v6e --json=report.json
+  python -m palladion.benchmarks static gpu --cases=llama-3-8b,gpt-oss-20b --plot=roofline.png
+  python -m palladion.benchmarks static gpu --operation=quantized_matmul --backends=mosaic_gpu
+  python -m palladion.benchmarks static gpu --file=path/to/kernels.py:case --archs=sm_90
 
 tpu: libtpu compiles every kernel. The scalar instructions of the schedule are executed with the workload's lengths and
 page tables, which gives how often each bundle runs, the transfers between HBM and the chip, and the waits for them.
 Where these depend on a value that is not known, times are UNKNOWN.
 
-gpu: Triton and NVIDIA's assembler compile every kernel. Registers, shared memory and the grid give the occupancy; the
-machine code gives the cost of a loop trip, and the workload's values the number of trips and the width of what is
-read. Times are estimated for an H200 only (docs/gpu_model.md). An architecture is examined as one of its GPUs: sm_80
-as an A100, sm_90 as an H200, sm_100 as a B200.
+gpu: Triton or Mosaic GPU, and NVIDIA's assembler, compile every kernel. Registers, shared memory and the grid give the
+occupancy; the machine code gives the cost of a loop trip and the instructions of TMA and tensor cores. Of Triton
+kernels the workload's values give the number of trips and the width of what is read, and for an H200 times are
+estimated (docs/gpu_model.md); Mosaic GPU kernels have no estimates. An architecture is examined as one of its GPUs:
+sm_80 as an A100, sm_90 as an H200, sm_100 as a B200. Mosaic GPU kernels are for sm_90.
 
 A function in a file, `def case():`, returns (function, arguments), or (function, arguments, bytes that must move).
 Arguments are arrays or jax.ShapeDtypeStructs, in any pytree; integers that decide loops must be given as NumPy arrays.
@@ -35,6 +37,7 @@ from palladion.benchmarks.commands import options
 from palladion.benchmarks.plotting import require_matplotlib
 from palladion.benchmarks.static import examiner, figures, workloads
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
+from palladion.benchmarks.static.gpu import mosaic, program
 from palladion.benchmarks.static.gpu import table as gpu_table
 from palladion.benchmarks.static.table import Table
 from palladion.benchmarks.static.tpu import compiler as tpu_compiler
@@ -80,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for target in TARGETS.values():
         known = ", ".join(target.chips)
         parser.add_argument(f"--{target.option}", type=options.names, default=target.chips, metavar="NAMES", help=known)
+    known = ", ".join(workloads.BACKENDS["gpu"])
+    parser.add_argument("--backends", type=options.names, metavar="NAMES", help=f"GPUs: {known} (those installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that is known to this file")
     parser.add_argument("--figures", type=Path, metavar="FILE", help="also write key figures, a line for each kernel")
     parser.add_argument("--pages", type=Path, metavar="FOLDER", help="put tables of --figures in <operation>_static.md")
@@ -109,8 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if all(one.failure is not None for one in examinations) else 0
 
 
-def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.WorkloadName, str]]]:
-    """Returns the platform, and the workloads with the chips to examine them for."""
+def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[examiner.Task]]:
+    """Returns the platform, and what is to be examined."""
     platform = arguments.platform or "nothing"
     check(platform in TARGETS, "the compiler to ask", platform, ", ".join(TARGETS))
     target = TARGETS[platform]
@@ -122,17 +127,39 @@ def _tasks(arguments: argparse.Namespace) -> tuple[Target, list[tuple[workloads.
     for chip in chips:
         check(chip in target.chips, f"--{target.option}", chip, ", ".join(target.chips))
     check(platform == "tpu" or not arguments.simulate, "--simulate", platform, "tpu")
-    alone = not (arguments.cases or arguments.operation)
-    check(arguments.file is None or alone, "--file", arguments.file, "without --cases and --operation")
+    alone = not (arguments.cases or arguments.operation or arguments.backends)
+    check(arguments.file is None or alone, "--file", arguments.file, "without --cases, --operation and --backends")
+    check(platform == "gpu" or not arguments.backends, "--backends", platform, "gpu")
     check(arguments.pages is None or arguments.figures, "--pages", arguments.pages, "with --figures")
     check(arguments.pages is None or platform == "tpu", "--pages", platform, "figures of TPUs")
     if arguments.plot:
         require_matplotlib("--plot")
     if arguments.file:
-        chosen = [workloads.from_argument(arguments.file)]
-    else:
-        chosen = workloads.select(arguments.cases, arguments.operation, platform)
-    return target, [(workload, chip) for workload in chosen for chip in chips]
+        return target, [examiner.Task(workloads.from_argument(arguments.file), chip) for chip in chips]
+    chosen = workloads.select(arguments.cases, arguments.operation, platform)
+    if platform == "tpu":
+        return target, [examiner.Task(workload, chip) for workload in chosen for chip in chips]
+    backends, examined = _gpu_backends(arguments.backends), [f"sm_{arch}" for arch in mosaic.TENSOR]
+    tasks = [
+        examiner.Task(workload, chip, backend)
+        for workload in chosen
+        for chip in chips
+        for backend in backends
+        if workloads.row(workload.operation, backend) is not None and (backend != "mosaic_gpu" or chip in examined)
+    ]
+    accepted = f"mosaic_gpu for {', '.join(examined)} and operations that have it"
+    check(bool(tasks), "--backends", ", ".join(backends), accepted)
+    return target, tasks
+
+
+def _gpu_backends(given: Sequence[str] | None) -> Sequence[str]:
+    """Returns the backends whose kernels are examined for GPUs; Mosaic GPU needs XLA's compiler, too."""
+    known = workloads.BACKENDS["gpu"]
+    for backend in given or ():
+        check(backend in known, "--backends", backend, ", ".join(known))
+    if "mosaic_gpu" in (given or ()) and not program.installed():
+        raise ImportError("jax-cuda12-plugin is not installed, XLA's compiler: pip install 'palladion[cuda]'")
+    return given or [backend for backend in known if backend != "mosaic_gpu" or program.installed()]
 
 
 def _print(table: Table, found: examiner.Examination, before: Sequence[examiner.Examination]) -> None:

@@ -1,8 +1,8 @@
 r"""Compares our kernels with others' on TPUs that are not there: estimates from compiled schedules, no measurements.
 
-  python -m palladion.benchmarks.static.peers
-  python -m palladion.benchmarks.static.peers --contests='decode_attention/8x4096*' --chips=v6e --json=peers.json
-  python -m palladion.benchmarks.static.peers --known=peers.json --json=peers.json
+  python -m palladion.benchmarks static_peers
+  python -m palladion.benchmarks static_peers --contests='decode_attention/8x4096*' --chips=v6e --json=peers.json
+  python -m palladion.benchmarks static_peers --known=peers.json --json=peers.json
 
 Every contender is compiled by the same libtpu for the same shape, in a process of its own, and its schedule is examined
 in the same way. JAX's own kernels come with JAX; for the others:

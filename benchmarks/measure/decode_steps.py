@@ -194,8 +194,8 @@ def measure_batch(
         seconds.append((time.perf_counter() - start) / steps)
     measured_bandwidth.cache_clear()
     caches = engine.cache_like if isinstance(engine.cache_like, tuple) else (engine.cache_like,)
-    token_bytes = sum(cache.bytes_per_token for cache in caches)
     context = int(lengths[0]) + (steps + 1) / 2
+    token_bytes = shape.cache_bytes_per_token(caches[0].k.dtype.name, context)
     point = BatchPoint(
         batch=batch,
         step_seconds=tuple(seconds),

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ from palladion.kernels.checks import check
 from palladion.kernels.decode_attention.cases import Case as AttentionCase
 from palladion.kernels.matmul.cases import Case as DenseCase
 from palladion.kernels.quantized_matmul.cases import Case as MatmulCase
-from palladion.model.config import ModelConfig
+from palladion.model.config import LayerKind, ModelConfig, shortest_period
 from palladion.reference.caches import bytes_per_token
 from palladion.reference.scheme import Scheme
 
 ACTIVATIONS: Final = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+
+MODEL_ACTIVATIONS: Final[dict[str, Literal["silu", "gelu_tanh"]]] = {"silu": "silu", "gelu": "gelu_tanh"}
+"""Names of the same activations in `ModelConfig`."""
 
 DENSE: Final = ("float32", "bfloat16", "float16")
 """Dtypes of weights that are not quantized."""
@@ -45,7 +48,7 @@ class ModelShape:
       vocab_size: rows of the embedding.
       tied_embedding: whether the output head is the embedding.
       sliding_window: visible tokens in layers with a window; None where no layer has one.
-      window_period: one layer in so many has no window.
+      window_period: one layer in so many, the last of them, has no window; None where every layer has it.
       logits_soft_cap: bound of the attention logits, or None.
       sinks: whether heads have attention sinks.
       activation: activation of the gate, a name in `ACTIVATIONS`.
@@ -63,7 +66,7 @@ class ModelShape:
     vocab_size: int
     tied_embedding: bool
     sliding_window: int | None = None
-    window_period: int = 1
+    window_period: int | None = None
     logits_soft_cap: float | None = None
     sinks: bool = False
     activation: str = "silu"
@@ -78,7 +81,15 @@ class ModelShape:
     @property
     def global_layers(self) -> int:
         """Number of layers without a window."""
-        return self.num_layers if self.sliding_window is None else self.num_layers // self.window_period
+        return sum(window is None for window in self.windows())
+
+    def windows(self) -> tuple[int | None, ...]:
+        """Returns the window of each layer, None where it attends to everything."""
+        period = self.window_period
+        return tuple(
+            None if period is not None and (layer + 1) % period == 0 else self.sliding_window
+            for layer in range(self.num_layers)
+        )
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Returns `(in, out)` of a layer's linear layers, of one expert's MLP, and of the output head."""
@@ -134,7 +145,7 @@ class ModelShape:
         times = (1 if name == "head" else self.num_layers) * (experts if name in ("gate-up", "down") else 1)
         return round(_matrix_bytes(inputs, outputs, scheme) * times)
 
-    def cache_bytes_per_token(self, kv_dtype: str, context: int | None = None) -> float:
+    def cache_bytes_per_token(self, kv_dtype: str, context: float | None = None) -> float:
         """Returns the bytes of a token in the cache of all layers, scales included.
 
         Args:
@@ -159,13 +170,13 @@ class ModelShape:
         return linear + 4 * self.q_heads * self.head_dim * (layers[0] * pairs + layers[1] * windowed_pairs)
 
     def config(self, max_positions: int) -> ModelConfig:
-        """Returns the configuration for the minimal LLM.
+        """Returns the configuration for the minimal LLM, with no other norms than Llama's.
 
         Raises:
           ValueError: the minimal LLM does not support the model.
         """
-        plain = self.experts == 1 and not self.sinks and self.logits_soft_cap is None and self.window_period == 1
-        check(plain, "model", self.name, "a plain decoder: no experts, sinks, soft-cap or layers of two kinds")
+        check(self.experts == 1 and not self.sinks, "model", self.name, "a decoder without experts and attention sinks")
+        kinds = tuple(LayerKind(windowed=window is not None) for window in self.windows())
         return ModelConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -175,18 +186,25 @@ class ModelShape:
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             max_positions=max_positions,
+            layer_kinds=(LayerKind(),) if self.sliding_window is None else shortest_period(kinds),
             sliding_window=self.sliding_window,
             tied_embedding=self.tied_embedding,
+            activation=MODEL_ACTIVATIONS[self.activation],
+            attention_soft_cap=self.logits_soft_cap,
         )
 
     def attention_cases(
         self, batch: int, max_len: int, *, dtype: str = "bfloat16", kv_dtype: str | None = None, **changes: Any
     ) -> list[AttentionCase]:
-        """Returns the cases of decode_attention in a decode step: one without a window, and one with it, if any."""
-        windows = [None] if self.sliding_window is None else [None, self.sliding_window]
+        """Returns the cases of decode_attention in a decode step: one for each kind of layer.
+
+        A layer with a window is "-window"; beside such layers, one without is "-full".
+        """
+        windows = tuple(dict.fromkeys(self.windows()))
+        names = {window: "-full" if window is None else "-window" for window in windows}
         return [
             AttentionCase(
-                name=f"{self.name}{'-window' if window else ''}",
+                name=f"{self.name}{'' if windows == (None,) else names[window]}",
                 batch=batch,
                 q_heads=self.q_heads,
                 kv_heads=self.kv_heads,

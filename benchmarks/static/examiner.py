@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 
@@ -37,11 +37,26 @@ MOST_LINES: Final = 12
 """Lines of a compiler's message that are shown."""
 
 NO_KERNEL: Final = "no Pallas kernel in it"
-NO_TRITON_KERNEL: Final = (
-    "no Pallas-Triton kernel in it: pallas_call takes Triton where compiler_params is a pallas.triton.CompilerParams"
+NO_GPU_KERNEL: Final = (
+    "no Pallas kernel for GPUs in it: pallas_call takes Triton where compiler_params is a "
+    "pallas.triton.CompilerParams, and pallas.mosaic_gpu.kernel Mosaic GPU"
 )
 
 Report = KernelReport | GpuReport
+
+
+class Task(NamedTuple):
+    """An examination to be made.
+
+    Attributes:
+      workload: the workload.
+      chip: a name in `tpu_chips()`, or a GPU architecture, "sm_90".
+      backend: the backend whose kernel a case calls; None means the platform's default. A file calls its own.
+    """
+
+    workload: workloads.WorkloadName
+    chip: str
+    backend: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Examination:
       chip: a name in `tpu_chips()`, or a GPU architecture, "sm_90".
       reports: a report on each of its kernels.
       failure: why there are no reports, often the compiler's message; None if there are.
+      backend: the backend whose kernel a case calls, where one was chosen.
       simulations: results of libtpu's simulator, or why there are none; None if it was not asked.
     """
 
@@ -60,6 +76,7 @@ class Examination:
     chip: str
     reports: tuple[Report, ...]
     failure: str | None
+    backend: str | None = None
     simulations: tuple[Simulation, ...] | str | None = None
 
 
@@ -68,18 +85,16 @@ def architectures() -> dict[str, int]:
     return {f"sm_{arch}": arch for arch in gpu_compiler.ARCHITECTURES}
 
 
-def examine_all(
-    tasks: Sequence[tuple[workloads.WorkloadName, str]], *, simulated: bool = False
-) -> Iterator[Examination]:
+def examine_all(tasks: Sequence[Task], *, simulated: bool = False) -> Iterator[Examination]:
     """Examines workloads for chips, one after the other, and yields each result as soon as it is there.
 
     Args:
-      tasks: workloads and chips.
+      tasks: what to examine.
       simulated: whether to ask libtpu's simulator, too.
     """
     with Examiner() as examiner:
-        for workload, chip in tasks:
-            found = examiner.examine(workload, chip)
+        for task in tasks:
+            found = examiner.examine(*task)
             yield _with_simulations(found) if simulated and found.failure is None else found
 
 
@@ -93,6 +108,8 @@ def _with_simulations(found: Examination) -> Examination:
 class Examiner:
     """Examines workloads in a process whose libtpu writes listings; if the compiler ends it, a new one is started.
 
+    Each GPU architecture has a process of its own: jaxlib compiles Mosaic GPU kernels for one of them in a process.
+
     Example:
       with Examiner() as examiner:
           found = examiner.examine(WorkloadName("decode_attention", "llama-3-8b"), "v6e")
@@ -103,7 +120,7 @@ class Examiner:
 
     def __init__(self, most_seconds: float = MOST_SECONDS) -> None:
         self.most_seconds = most_seconds
-        self._worker: _Worker | None = None
+        self._workers: dict[str, _Worker] = {}
 
     def __enter__(self) -> Examiner:
         return self
@@ -111,20 +128,22 @@ class Examiner:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def examine(self, workload: workloads.WorkloadName, chip: str) -> Examination:
-        """Examines a workload for a chip; a failure is part of the result."""
-        self._worker = self._worker or _Worker()
-        found = self._worker.examine(workload, chip, self.most_seconds)
+    def examine(self, workload: workloads.WorkloadName, chip: str, backend: str | None = None) -> Examination:
+        """Examines a workload for a chip; a failure is part of the result. For arguments see `Task`."""
+        kind = chip if chip in architectures() else "tpu"
+        if kind not in self._workers:
+            self._workers[kind] = _Worker()
+        worker = self._workers[kind]
+        found = worker.examine(Task(workload, chip, backend), self.most_seconds)
         if found is None:
-            found = Examination(workload, chip, (), self._worker.failure(self.most_seconds))
-            self.stop()
+            found = Examination(workload, chip, (), worker.failure(self.most_seconds), backend)
+            self._workers.pop(kind).stop()
         return found
 
     def stop(self) -> None:
-        """Ends the process."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
+        """Ends the processes."""
+        while self._workers:
+            self._workers.popitem()[1].stop()
 
 
 class _Worker:
@@ -141,12 +160,12 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for this process, not for the worker
         )
 
-    def examine(self, workload: workloads.WorkloadName, chip: str, most_seconds: float) -> Examination | None:
+    def examine(self, task: Task, most_seconds: float) -> Examination | None:
         """Returns the result; None if the process ended, or took too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            pickle.dump((workload, chip), self._process.stdin)
+            pickle.dump(task, self._process.stdin)
             self._process.stdin.flush()
             if select.select([self._process.stdout], [], [], most_seconds)[0]:
                 found: Examination = pickle.load(self._process.stdout)
@@ -187,26 +206,28 @@ def serve() -> None:
             task = pickle.load(tasks)
         except EOFError:
             return
-        pickle.dump(_examine(*task), results)
+        pickle.dump(_examine(task), results)
         results.flush()
 
 
-def _examine(workload: workloads.WorkloadName, chip: str) -> Examination:
+def _examine(task: Task) -> Examination:
+    workload, chip, backend = task
     try:
         arch = architectures().get(chip)
         # What a case stores, and in which order, may depend on the platform.
         with contextlib.nullcontext() if arch is None else gpu_compiler.tracing_for(arch):
-            made = workloads.load(workload, "tpu" if arch is None else "gpu")
+            made = workloads.load(workload, backend or workloads.BACKENDS["tpu" if arch is None else "gpu"][0])
         found: Sequence[Report]
         if arch is None:
             found = examine(made.function, *made.arguments, chip=chip, bytes_needed=made.bytes_needed)
         else:
             found = examine_for_gpu(made.function, *made.arguments, arch=arch, bytes_needed=made.bytes_needed)
     except Unsupported as error:
-        return Examination(workload, chip, (), str(error))
+        return Examination(workload, chip, (), str(error), backend)
     except Exception as error:  # whatever the user's function or the compiler raises is the result
-        return Examination(workload, chip, (), _message(error))
-    return Examination(workload, chip, tuple(found), None if found else NO_KERNEL if arch is None else NO_TRITON_KERNEL)
+        return Examination(workload, chip, (), _message(error), backend)
+    failure = None if found else NO_KERNEL if arch is None else NO_GPU_KERNEL
+    return Examination(workload, chip, tuple(found), failure, backend)
 
 
 def _message(error: Exception) -> str:

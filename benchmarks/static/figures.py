@@ -35,7 +35,7 @@ def write(
 ) -> None:
     """Writes figures, as `Table.figures` returns them.
 
-    Figures of other workloads and chips in an existing file are kept if its versions are the same.
+    Figures of other workloads, chips and backends in an existing file are kept if its versions are the same.
 
     Args:
       path: the file.
@@ -46,18 +46,21 @@ def write(
     old = {one: tables(path, one) for one in operations(path)} if path.exists() else {}
     found: dict[Place, list[dict[str, Any]]] = {}
     if path.exists():
-        before, kept = read(path)
-        found = kept if before == versions else {}
-    now = {(entry["workload"], entry["chip"]) for entry in entries}
-    found = {place: kept for place, kept in found.items() if place not in now}
-    for entry in entries:
-        found.setdefault((entry["workload"], entry["chip"]), []).append(entry)
-    ordered = [entry for place in sorted(found) for entry in found[place]]
+        before, figures = read(path)
+        found = figures if before == versions else {}
+    now = {_source(entry) for entry in entries}
+    kept = [entry for group in found.values() for entry in group if _source(entry) not in now]
+    ordered = sorted([*kept, *entries], key=_source)
     path.write_text("".join(json.dumps(entry) + "\n" for entry in (versions, *ordered)))
     if pages is None:
         return
     for operation in operations(path):
         _update(pages / f"{operation}_static.md", operation, old.get(operation, []), tables(path, operation))
+
+
+def _source(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns the workload, the chip and the backend of an entry."""
+    return entry["workload"], entry["chip"], entry.get("backend", "")
 
 
 def _update(page: Path, operation: str, old: Sequence[str], new: Sequence[str]) -> None:

@@ -21,9 +21,13 @@ _Known = Callable[[], np.ndarray] | None
 """A function that computes an array of the program from the given arguments; None if that is not possible."""
 
 
+KERNELS: Final = ("pallas_call", "mpmd_map")
+"""Primitives that call a Pallas kernel: `pallas_call`, and Mosaic GPU's `kernel`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A `pallas_call`, traced for a chip.
+    """A call of a Pallas kernel, traced for a chip.
 
     Attributes:
       name: the kernel's name.
@@ -118,7 +122,7 @@ def _follow(
         name, parameters = equation.primitive.name, equation.params
         values = [value(atom) for atom in equation.invars]
         results: Sequence[_Known] = [None] * len(equation.outvars)
-        if name == "pallas_call":
+        if name in KERNELS:
             found.append(_kernel_call(equation, values, times))
         elif not _has_kernels(parameters):
             results = _computed(equation, values)
@@ -172,7 +176,7 @@ def inner_jaxprs(parameters: dict[str, Any]) -> list[Any]:
 
 def _has_kernels(parameters: dict[str, Any]) -> bool:
     return any(
-        equation.primitive.name == "pallas_call" or _has_kernels(equation.params)
+        equation.primitive.name in KERNELS or _has_kernels(equation.params)
         for program in inner_jaxprs(parameters)
         for equation in program.eqns
     )

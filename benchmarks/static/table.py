@@ -63,7 +63,8 @@ class Table:
         margin = " " * (width + 2)
         if found.failure is not None:
             first, *rest = found.failure.splitlines()
-            return [f"{found.chip:>{width}s}  {first}", *[f"{margin}{line}" for line in rest]]
+            named = "" if found.backend is None or first.startswith(found.backend) else f"{found.backend}: "
+            return [f"{found.chip:>{width}s}  {named}{first}", *[f"{margin}{line}" for line in rest]]
         lines = []
         for report in found.reports:
             cells = zip(self.cells(report), self.headings, strict=True)
@@ -78,6 +79,7 @@ class Table:
         return {
             "workload": str(found.workload),
             "chip": found.chip,
+            "backend": found.backend,
             "failure": found.failure,
             "kernels": [self.fields(report) | {"estimated": True} for report in found.reports],
         } | self.about(found)
@@ -87,6 +89,7 @@ class Table:
         entries = []
         for one in examinations:
             place = {"workload": str(one.workload), "chip": one.chip}
+            place |= {} if one.backend is None else {"backend": one.backend}
             if one.failure is not None:
                 entries.append(place | {"failure": one.failure.splitlines()[0]})
             entries += [place | {"kernel": report.name} | self.figures_of(report) for report in one.reports]

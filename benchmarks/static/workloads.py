@@ -55,8 +55,8 @@ class Workload:
     bytes_needed: int | None
 
 
-EXAMINED: Final = {"tpu": "mosaic_tpu", "gpu": "triton", "hopper": "mosaic_gpu"}
-"""Names of the backends whose kernels are examined, by platform."""
+BACKENDS: Final = {"tpu": ("mosaic_tpu",), "gpu": ("triton", "mosaic_gpu")}
+"""Backends whose kernels are examined, by platform, the default first."""
 
 
 def operations(platform: str | None = None) -> list[str]:
@@ -67,13 +67,13 @@ def operations(platform: str | None = None) -> list[str]:
         return importlib.util.find_spec(f"palladion.kernels.{name}.{file}") is not None
 
     known = [name for name in packages if has(name, "cases")]
-    return [name for name in known if platform is None or row(name, platform) is not None]
+    return [name for name in known if platform is None or any(row(name, one) is not None for one in BACKENDS[platform])]
 
 
-def row(operation: str, platform: str) -> Implementation | None:
-    """Returns the row of an operation with the kernel that is examined for "tpu", "gpu" or "hopper", or None."""
+def row(operation: str, backend: str) -> Implementation | None:
+    """Returns the row of an operation with the kernel of a backend, or None."""
     table: Sequence[Implementation] = _module(operation, "api").IMPLEMENTATIONS
-    return next((one for one in table if one.name == EXAMINED[platform] and one.has_kernel), None)
+    return next((one for one in table if one.name == backend and one.has_kernel), None)
 
 
 def models(operation: str) -> Sequence[Any]:
@@ -115,18 +115,18 @@ def select(names: Sequence[str] | None, operation: str | None, platform: str | N
     return list(dict.fromkeys(found))
 
 
-def load(workload: WorkloadName, platform: str = "tpu") -> Workload:
+def load(workload: WorkloadName, backend: str = "mosaic_tpu") -> Workload:
     """Loads a workload.
 
     Args:
       workload: its name.
-      platform: "tpu" or "gpu": the platform whose kernel a case calls.
+      backend: the backend whose kernel a case calls.
 
     Raises:
       ValueError: the file or the function does not exist, or the function does not return a workload.
-      Unsupported: the operation has no kernel for the platform.
+      Unsupported: the operation has no kernel of the backend.
     """
-    return _from_file(workload) if workload.path else _from_case(workload, platform)
+    return _from_file(workload) if workload.path else _from_case(workload, backend)
 
 
 def from_argument(text: str) -> WorkloadName:
@@ -142,12 +142,12 @@ def from_argument(text: str) -> WorkloadName:
     return workload
 
 
-def _from_case(workload: WorkloadName, platform: str) -> Workload:
+def _from_case(workload: WorkloadName, backend: str) -> Workload:
     case = named_cases(workload.operation)[workload.name]
     problem = case.problem()
-    kernel = row(workload.operation, platform)
+    kernel = row(workload.operation, backend)
     if kernel is None:
-        raise Unsupported(f"{workload.operation} has no kernel for {platform.upper()}s yet")
+        raise Unsupported(f"{backend}: {workload.operation} has no kernel of it yet")
 
     def function(inputs: Any) -> Any:
         # While it is traced, because what is supported may depend on the chip.

@@ -67,7 +67,7 @@ IMPLEMENTATIONS: Final = (
         hopper_blocks.Config,
         hopper_blocks.heuristic,
         hopper_blocks.space,
-        hopper_blocks.preferred,
+        mosaic_gpu.preferred,
     ),
     Implementation("xla", None, lambda _: None, _reference),
 )

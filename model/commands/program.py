@@ -48,18 +48,26 @@ class Program:
     """A program of several commands.
 
     Attributes:
-      name: how it is called, "palladion" for example.
+      name: how the docstrings of its commands call it, "palladion" for example.
       summary: what it does, one line.
       commands: the module of each command, imported when the command is called.
       compiling: commands that run programs on this device, and keep them compiled for the next start.
-      nested: programs that are commands of this one, by name: their line of help and how they are called.
+      nested: programs that are commands of this one, by name: their line of help, and a function that runs them with
+        their arguments and the name that they were called by.
+      called: how it was called, which help and messages say; None means by `name`.
     """
 
     name: str
     summary: str
     commands: Mapping[str, str]
     compiling: Collection[str]
-    nested: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] = dataclasses.field(default_factory=dict)
+    nested: Mapping[str, tuple[str, Callable[[Sequence[str], str], int]]] = dataclasses.field(default_factory=dict)
+    called: str | None = None
+
+    @property
+    def prog(self) -> str:
+        """The name that it was called by."""
+        return self.called or self.name
 
     def run(self, *prefix: str) -> NoReturn:
         """Runs the command that this process was called with, and exits with its status.
@@ -87,7 +95,7 @@ class Program:
             return 0
         name, *rest = given
         if name in self.nested:
-            return self.nested[name][1]([*["--debug"] * debug, *rest])
+            return self.nested[name][1]([*["--debug"] * debug, *rest], f"{self.prog} {name}")
         if name not in self.commands:
             accepted = ", ".join([*self.commands, *self.nested])
             print(f"error: command: got {name!r}; accepted: {accepted}", file=sys.stderr)
@@ -101,7 +109,7 @@ class Program:
         except (ValueError, ImportError, OSError, Unsupported) as error:
             if debug:
                 raise
-            print(f"error: {error}\n({self.name} --debug {name} … shows where)", file=sys.stderr)
+            print(f"error: {error}\n({self.prog} --debug {name} … shows where)", file=sys.stderr)
             return USER_ERROR
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             said = str(error).partition("\n")[0]
@@ -119,18 +127,18 @@ class Program:
         lines |= {name: line for name, (line, _) in self.nested.items()}
         return "\n".join(
             (
-                f"usage: {self.name} [--debug] COMMAND [OPTIONS]\n",
+                f"usage: {self.prog} [--debug] COMMAND [OPTIONS]\n",
                 f"{self.summary}\n",
                 *(f"  {name:13s} {line}" for name, line in lines.items()),
-                f"\n{self.name} COMMAND --help lists the options of a command.",
+                f"\n{self.prog} COMMAND --help lists the options of a command.",
             )
         )
 
     def _run_command(self, name: str, command_line: Sequence[str]) -> int:
         command = _load(self.commands[name])
         parser = Parser(
-            prog=f"{self.name} {name}",
-            description=command.__doc__,
+            prog=f"{self.prog} {name}",
+            description=(command.__doc__ or "").replace(self.name, self.prog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 import jax
@@ -12,11 +14,11 @@ import palladion
 from palladion.model.commands.program import Program
 
 
-def _bench(command_line: Sequence[str]) -> int:
+def _bench(command_line: Sequence[str], called: str) -> int:
     """Runs a command of the benchmarks, which are imported only here."""
-    from palladion.benchmarks import commands
+    from palladion.benchmarks.commands import PROGRAM_OF_BENCHMARKS
 
-    return commands.main(command_line)
+    return dataclasses.replace(PROGRAM_OF_BENCHMARKS, called=called).main(command_line)
 
 
 PROGRAM: Final = Program(
@@ -37,7 +39,8 @@ def main() -> NoReturn:
     if sys.argv[1:] in (["--version"], ["-V"]):
         print(f"palladion {palladion.__version__}, jax {jax.__version__}")
         sys.exit(0)
-    PROGRAM.run()
+    by_module = Path(sys.argv[0]).name == "__main__.py"
+    dataclasses.replace(PROGRAM, called="python -m palladion" if by_module else None).run()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ XLA contains a Triton of its own, so that small differences from what runs on a 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -29,6 +31,9 @@ ARCHITECTURES: Final = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200", 100: "NV
 
 TRITON_CALL: Final = "__gpu$xla.gpu.triton"
 """Target name of a Pallas-Triton kernel's custom call in XLA."""
+
+MOSAIC_CALL: Final = "mosaic_gpu_v2"
+"""Target name of a Mosaic GPU kernel's custom call in XLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +66,26 @@ class CompiledKernel:
       registers: registers of a thread, of at most 255.
       spilled: bytes of registers that a thread spills to memory.
       shared: bytes of shared memory of a program.
-      instructions: number of occurrences of each opcode in the machine code.
       ptx: the PTX that Triton hands to NVIDIA's assembler.
-      code: the machine code, as `nvdisasm -c` lists it.
+      binary: what the assembler makes of it.
     """
 
     kernel: TritonKernel
     registers: int
     spilled: int
     shared: int
-    instructions: dict[str, int]
     ptx: str = dataclasses.field(repr=False)
-    code: str = dataclasses.field(repr=False)
+    binary: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def code(self) -> str:
+        """The machine code, as `nvdisasm -c` lists it, which takes about as long as the compilation."""
+        return disassembled(self.binary)
+
+    @functools.cached_property
+    def instructions(self) -> collections.Counter[str]:
+        """Number of occurrences of each opcode in the machine code."""
+        return collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self.code))
 
     def count(self, prefix: str) -> int:
         """Counts the instructions with a prefix: "HMMA" for tensor cores, "LDG" loads, "LDGSTS" asynchronous copies."""
@@ -139,7 +152,7 @@ def lowered_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -
 
 def kernels_in(module: Any) -> list[TritonKernel]:
     """Returns the Pallas-Triton kernels of a module, in order."""
-    return [_kernel_of(operation) for operation in operations_in(module.operation) if _is_triton(operation)]
+    return [_kernel_of(operation) for operation in operations_in(module.operation) if calls(operation, TRITON_CALL)]
 
 
 def compile_for_gpu(function: Callable[..., Any], *avals: Any, arch: int = 90) -> list[CompiledKernel]:
@@ -156,10 +169,11 @@ def operations_in(operation: Any) -> Iterator[Any]:
                 yield from operations_in(inner.operation)
 
 
-def _is_triton(operation: Any) -> bool:
+def calls(operation: Any, target: str) -> bool:
+    """Returns whether an MLIR operation is a custom call of a target, `TRITON_CALL` or `MOSAIC_CALL`."""
     if operation.name != "stablehlo.custom_call":
         return False
-    return ir.StringAttr(operation.attributes["call_target_name"]).value == TRITON_CALL
+    return bool(ir.StringAttr(operation.attributes["call_target_name"]).value == target)
 
 
 def _kernel_of(operation: Any) -> TritonKernel:
@@ -195,7 +209,6 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ttir"
         source.write_text(_with_cache_policies(kernel.source))
@@ -204,22 +217,17 @@ def compile_kernel(kernel: TritonKernel, arch: int) -> CompiledKernel:
         compiled = triton.compile(str(source), target=GPUTarget("cuda", arch, 32), options=options)
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage = _output(tools / "cuobjdump", "-res-usage", binary)
-        code = _output(tools / "nvdisasm", "-c", binary)
+        usage = run_tool("cuobjdump", "-res-usage", binary)
     resources = re.search(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)", usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump says nothing about the registers of {kernel.name}: {usage!r}")
-    instructions: dict[str, int] = {}
-    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code):
-        instructions[name] = instructions.get(name, 0) + 1
     return CompiledKernel(
         kernel=kernel,
         registers=int(resources["registers"]),
         spilled=int(resources["stack"]) + int(resources["local"]),
         shared=int(compiled.metadata.shared),
-        instructions=instructions,
         ptx=str(compiled.asm["ptx"]),
-        code=code,
+        binary=compiled.asm["cubin"],
     )
 
 
@@ -246,5 +254,17 @@ def _simplified(source: Path, target: Any, options: dict[str, Any]) -> str:
     return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
 
 
-def _output(tool: Path, *arguments: Any) -> str:
+def disassembled(binary: bytes) -> str:
+    """Returns the machine code in a binary, as `nvdisasm -c` lists it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return run_tool("nvdisasm", "-c", file.name)
+
+
+def run_tool(name: str, *arguments: Any) -> str:
+    """Returns what one of NVIDIA's tools that come with triton prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout

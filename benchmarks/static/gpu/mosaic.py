@@ -1,47 +1,37 @@
-r"""Compiles Mosaic GPU kernels on a machine without a GPU, and counts what is in their machine code.
+"""Compiles Mosaic GPU kernels on a machine without a GPU.
 
-  python -m palladion.benchmarks.static.gpu.mosaic quantized_matmul 'llama-3-8b-qkv-*-8' --arch=100
-
-XLA's CUDA plugin compiles the whole call; Mosaic GPU writes the PTX of its kernels and what NVIDIA's assembler says of
-them to a folder. The assembler that comes with triton makes machine code of the PTX, which may differ a little from
-that of the plugin's own. Nothing is estimated: how often a loop runs, and what TMA reads, the listing does not say.
+XLA's CUDA plugin compiles the whole call; Mosaic GPU writes to a folder the PTX of its kernels, what NVIDIA's assembler
+says of them, and the host's code, which has the launch. The assembler that comes with triton makes machine code of the
+PTX, which may differ a little from that of the plugin's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from palladion.benchmarks.static import workloads
 from palladion.benchmarks.static.gpu import compiler, program
-from palladion.benchmarks.static.gpu.sass import Instruction, by_loop, parse
-from palladion.kernels.implementation import Unsupported
+from palladion.benchmarks.static.gpu.sass import WARP, Code, by_loop, parse
 
 TENSOR: Final = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA",)}
 """Beginnings of the instructions of tensor cores, by compute capability: Hopper's wgmma, Blackwell's tcgen05.mma."""
 
-DUMPS: Final = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+DUMPS: Final = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Environment variables with which Mosaic GPU writes what is read here, beside MOSAIC_GPU_DUMP_TO."""
 
-HEADINGS: Final = (
-    "registers",
-    "spilled",
-    "TMA loads",
-    "prefetches",
-    "TMA stores",
-    "products",
-    "instructions",
-    "in loop",
-)
+SUFFIX: Final = "_mosaic_gpu_kernel"
+"""Ending that Mosaic GPU adds to the name of a kernel."""
+
+LAUNCH: Final = re.compile(r"call void @mosaic_gpu_launch_kernel\(ptr %\d+((?:, i32 \d+){10}), ptr")
+"""The launch in the host's code: blocks of the grid, of a cluster, threads, and bytes of shared memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,34 +40,36 @@ class MosaicKernel:
 
     Attributes:
       name: its name.
+      grid: programs along each axis.
+      num_warps: warps of a program.
       registers: registers of a thread when it starts; warpgroups may change theirs.
       spilled: bytes of registers that a thread spills to memory.
+      shared: bytes of shared memory of a program.
       ptx: its PTX.
       arch: compute capability that it is compiled for.
     """
 
     name: str
+    grid: tuple[int, int, int]
+    num_warps: int
     registers: int
     spilled: int
+    shared: int
     ptx: str = dataclasses.field(repr=False)
     arch: int = 90
 
     @functools.cached_property
-    def loops(self) -> list[list[Instruction]]:
-        """The instructions of each loop, and of what is in none; triton must be installed."""
-        import triton
-
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    def code(self) -> Code:
+        """The machine code; triton must be installed."""
         with tempfile.TemporaryDirectory() as folder:
             source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
             source.write_text(self.ptx)
-            subprocess.run([tools / "ptxas-blackwell", f"-arch=sm_{self.arch}a", source, "-o", binary], check=True)
-            code = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
-        return [instructions for _, instructions in by_loop(parse(code))]
+            compiler.run_tool("ptxas-blackwell", f"-arch=sm_{self.arch}a", source, "-o", binary)
+            return parse(compiler.disassembled(binary.read_bytes()))
 
     def count(self, prefix: str) -> int:
         """Counts instructions: those of `TENSOR`, "UTMALDG" loads by TMA, "UTMASTG" stores."""
-        return sum(one.opcode.startswith(prefix) for loop in self.loops for one in loop)
+        return sum(one.opcode.startswith(prefix) for one in self.code.instructions)
 
     @property
     def tensor_instructions(self) -> int:
@@ -87,9 +79,8 @@ class MosaicKernel:
     @property
     def longest_product_loop(self) -> int:
         """Instructions of the longest loop that multiplies on tensor cores; 0 if there is none."""
-        with_products = [
-            loop for loop in self.loops[1:] if any(one.opcode.startswith(TENSOR[self.arch]) for one in loop)
-        ]
+        loops = [instructions for loop, instructions in by_loop(self.code) if loop is not None]
+        with_products = [loop for loop in loops if any(one.opcode.startswith(TENSOR[self.arch]) for one in loop)]
         return max(map(len, with_products), default=0)
 
 
@@ -101,29 +92,41 @@ def compile_mosaic_kernels(
     A process can do that for one architecture only: jaxlib sets up its compiler of these kernels for the first one.
 
     Returns:
-      The program, and its Mosaic GPU kernels.
+      The program, and its Mosaic GPU kernels in order.
     """
     with tempfile.TemporaryDirectory() as folder, _environment(DUMPS | {"MOSAIC_GPU_DUMP_TO": folder}):
         compiled = program.compile_program(function, *avals, arch=arch)
-        sources = sorted(Path(folder).glob("*.ptx"))
-        reports = [source.with_suffix(".ptxas").read_text() for source in sources]
-        kernels = [_kernel(source.read_text(), one, arch) for source, one in zip(sources, reports, strict=True)]
-        return compiled, kernels
+        sources = sorted(Path(folder).glob("*.ptx"), key=lambda source: int(source.stem.rpartition("_")[2]))
+        return compiled, [
+            _kernel(arch, *(source.with_suffix(kind).read_text() for kind in (".ptx", ".ptxas", ".ll")))
+            for source in sources
+        ]
 
 
-def _kernel(ptx: str, report: str, arch: int) -> MosaicKernel:
+def _kernel(arch: int, ptx: str, report: str, host: str) -> MosaicKernel:
     found = [
         re.search(pattern, text)
         for pattern, text in (
             (r"\.entry\s+(\w+)", ptx),
             (r"Used (\d+) registers", report),
             (r"(\d+) bytes spill stores", report),
+            (LAUNCH, host),
         )
     ]
     if None in found:
-        raise RuntimeError(f"the assembler's report has another form: {report!r}")
-    name, registers, spilled = (match[1] for match in found if match is not None)
-    return MosaicKernel(name, int(registers), int(spilled), ptx, arch)
+        raise RuntimeError(f"the assembler's report, or the launch, has another form: {report!r}")
+    name, registers, spilled, launch = (match[1] for match in found if match is not None)
+    x, y, z, *_, threads_x, threads_y, threads_z, shared = map(int, re.findall(r"i32 (\d+)", launch))
+    return MosaicKernel(
+        name=name.removesuffix(SUFFIX),
+        grid=(x, y, z),
+        num_warps=math.prod((threads_x, threads_y, threads_z)) // WARP,
+        registers=int(registers),
+        spilled=int(spilled),
+        shared=shared,
+        ptx=ptx,
+        arch=arch,
+    )
 
 
 @contextlib.contextmanager
@@ -139,42 +142,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _cells(operation: str, name: str, arch: int) -> Iterator[tuple[str, list[int]]]:
-    """Yields the kernels of a case, and their counts."""
-    row = workloads.row(operation, "hopper")
-    if row is None:
-        raise Unsupported(f"{operation} has no Mosaic GPU kernel")
-    with compiler.tracing_for(arch):
-        case = workloads.named_cases(operation)[name]
-        problem = case.problem()
-        if (reason := row.unsupported(problem)) is not None:
-            raise Unsupported(f"mosaic_gpu: {reason}")
-        shapes = case.shapes()
-    run = functools.partial(row.run, problem, config=None, interpret=False)
-    _, kernels = compile_mosaic_kernels(run, shapes, arch=arch)
-    for one in kernels:
-        counts = [one.count(prefix) for prefix in ("UTMALDG", "UTMAPF", "UTMASTG")]
-        total = sum(map(len, one.loops))
-        yield one.name, [one.registers, one.spilled, *counts, one.tensor_instructions, total, one.longest_product_loop]
-
-
-def main() -> None:
-    """Prints a line for each kernel of the chosen cases."""
-    parser = argparse.ArgumentParser(description="Counts what is in the machine code of Mosaic GPU kernels.")
-    parser.add_argument("operation")
-    parser.add_argument("cases", nargs="+", help="names or patterns")
-    parser.add_argument("--arch", type=int, choices=TENSOR, default=90, help="compute capability to compile for")
-    arguments = parser.parse_args()
-    print("".join(f"{heading:>14}" for heading in HEADINGS))
-    for workload in workloads.select(arguments.cases, arguments.operation):
-        try:
-            for name, counts in _cells(workload.operation, workload.name, arguments.arch):
-                print("".join(f"{count:14,}" for count in counts), f" {name}, {workload.name}")
-        except Unsupported as error:
-            print(f"{workload.name}: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -54,18 +54,22 @@ class GpuReport:
 
     Attributes:
       name: the kernel's name.
+      backend: "triton" or "mosaic_gpu".
       gpu: the GPU that it was compiled for.
       grid: programs along each axis.
       times: how often the function calls it; None if not known.
       num_warps: warps of a program.
-      num_stages: stages of pipelined loops.
-      registers: registers of a thread.
+      num_stages: stages of pipelined loops; None if not known.
+      registers: registers of a thread, in Mosaic GPU kernels when it starts: warpgroups may change theirs.
       spilled: bytes of registers that a thread spills to memory.
       shared_bytes: shared memory of a program.
       occupancy: programs that a multiprocessor holds at a time.
       wide_loads: instructions that load 128 bits or more per thread from global memory to registers.
       wide_copies: instructions that copy 128 bits or more per thread from global to shared memory, asynchronously.
-      narrow_loads: all other loads from global memory.
+      narrow_loads: all other loads of threads from global memory.
+      tma_loads: instructions with which TMA copies from global to shared memory.
+      tma_prefetches: instructions with which TMA reads into the L2 cache.
+      tma_stores: instructions with which TMA copies from shared to global memory.
       tensor: instructions of tensor cores.
       strip_bytes: contiguous bytes of a row that a program reads together, of the array that is read most; None if not
         known.
@@ -77,11 +81,12 @@ class GpuReport:
     """
 
     name: str
+    backend: str
     gpu: Gpu
     grid: tuple[int, ...]
     times: int | None
     num_warps: int
-    num_stages: int
+    num_stages: int | None
     registers: int
     spilled: int
     shared_bytes: int
@@ -89,6 +94,9 @@ class GpuReport:
     wide_loads: int
     wide_copies: int
     narrow_loads: int
+    tma_loads: int
+    tma_prefetches: int
+    tma_stores: int
     tensor: int
     strip_bytes: int | None
     bytes_needed: int | None
@@ -136,6 +144,8 @@ class GpuReport:
             return None
         at_once = min(self.occupancy.programs, math.ceil(self.programs / self.gpu.multiprocessors))
         if self.trip.copies:
+            if self.num_stages is None:
+                return None
             return at_once * max(self.num_stages - 1, 1) * self.trip.bytes_loaded
         return at_once * self.trip.awaited * WARP * self.num_warps
 

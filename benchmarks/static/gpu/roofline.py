@@ -1,4 +1,4 @@
-"""Examines Triton kernels for a GPU that need not be there: facts of the compiled code, and estimates of times.
+"""Examines kernels for a GPU that need not be there: facts of the compiled code, and estimates of times.
 
 The kernel is compiled to machine code. Facts: registers, shared memory, and the programs that they leave room for
 (`occupancy.py`); instructions, widths of loads and bytes in flight (`sass.py`); how often loops run, from the PTX
@@ -7,6 +7,9 @@ were executed, and loads as if all threads took part.
 
 From these facts follows the kernel's work (`work.py`), and from this an estimate of its time (`prediction.py`), for
 GPUs on which such kernels were measured.
+
+All this is true of Triton kernels. In Mosaic GPU kernels TMA reads, of which the machine code does not say how much,
+and how often their loops run is not evaluated: there are facts of the compiled code alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from palladion.benchmarks.static.gpu import compiler
+from palladion.benchmarks.static.gpu import compiler, mosaic
 from palladion.benchmarks.static.gpu.loops import Loop
 from palladion.benchmarks.static.gpu.occupancy import occupancy
 from palladion.benchmarks.static.gpu.report import SCHEDULERS, GpuReport, LoopTrip
@@ -36,6 +39,7 @@ from palladion.benchmarks.static.gpu.work import Trips, work_of
 from palladion.benchmarks.static.kernel_calls import KernelCall, kernel_calls
 from palladion.benchmarks.static.opaque import Undecided
 from palladion.kernels.devices import Gpu
+from palladion.kernels.implementation import Unsupported
 
 LANES: Final = {
     "integer": 64,
@@ -57,7 +61,7 @@ FLOAT_LANES_80: Final = 64
 def examine_for_gpu(
     function: Callable[..., Any], *arguments: Any, arch: int = 90, bytes_needed: int | None = None
 ) -> list[GpuReport]:
-    """Compiles the Pallas-Triton kernels of a function for a GPU that need not be there, and examines each.
+    """Compiles the Pallas kernels of a function for a GPU that need not be there, and examines each.
 
     Args:
       function: a function of arrays, jitted or not.
@@ -68,23 +72,45 @@ def examine_for_gpu(
         By default, and for other kernels, every argument and result moves once.
 
     Returns:
-      A report for each Pallas-Triton kernel.
+      A report for each kernel, first those in Triton, then those in Mosaic GPU.
 
     Raises:
       ValueError: there is no such architecture.
+      Unsupported: there are Mosaic GPU kernels, and the architecture is not theirs.
       Exception: whatever the compiler raises if it refuses the function.
     """
     gpu = compiler.gpu_of(arch)
     left = kernel_calls(function, arguments, compiler.tracing_for(arch))
-    kernels = compiler.lower_for_gpu(function, *arguments, arch=arch)
-    calls = [_take(kernel, left) for kernel in kernels]
+    lowered = compiler.stablehlo_for_gpu(function, *arguments, arch=arch)
+    triton, in_mosaic = compiler.kernels_in(lowered), _mosaic_kernels(lowered, function, arguments, arch)
+    calls = [*(_take(kernel, left) for kernel in triton), *(_take_by_name(kernel, left) for kernel in in_mosaic)]
     own = [None if call is None else call.bytes for call in calls]
-    if bytes_needed is not None and kernels:
+    if bytes_needed is not None and own:
         own[max(range(len(own)), key=lambda number: own[number] or 0)] = bytes_needed
+    found = list(zip(calls, own, strict=True))
     return [
-        _report(compiler.compile_kernel(kernel, arch), call, gpu, needed)
-        for kernel, call, needed in zip(kernels, calls, own, strict=True)
+        *(
+            _report(compiler.compile_kernel(kernel, arch), call, gpu, needed)
+            for kernel, (call, needed) in zip(triton, found[: len(triton)], strict=True)
+        ),
+        *(
+            _mosaic_report(kernel, call, gpu, needed)
+            for kernel, (call, needed) in zip(in_mosaic, found[len(triton) :], strict=True)
+        ),
     ]
+
+
+def _mosaic_kernels(
+    lowered: Any, function: Callable[..., Any], arguments: Sequence[Any], arch: int
+) -> list[mosaic.MosaicKernel]:
+    """Returns the Mosaic GPU kernels of a function that was lowered; XLA compiles it only where there are any."""
+    if not any(compiler.calls(one, compiler.MOSAIC_CALL) for one in compiler.operations_in(lowered.operation)):
+        return []
+    if arch not in mosaic.TENSOR:
+        raise Unsupported(
+            f"mosaic_gpu: kernels are examined for sm_{', sm_'.join(map(str, mosaic.TENSOR))}; got sm_{arch}"
+        )
+    return mosaic.compile_mosaic_kernels(function, *arguments, arch=arch)[1]
 
 
 def _take(kernel: compiler.TritonKernel, calls: list[KernelCall]) -> KernelCall | None:
@@ -92,6 +118,14 @@ def _take(kernel: compiler.TritonKernel, calls: list[KernelCall]) -> KernelCall 
     sizes = [size for size, _ in kernel.operands]
     alike = [call for call in calls if [math.prod(array.shape) for array in call.operands] == sizes]
     found = next((call for call in alike if call.name == kernel.name), next(iter(alike), None))
+    if found is not None:
+        calls.remove(found)
+    return found
+
+
+def _take_by_name(kernel: mosaic.MosaicKernel, calls: list[KernelCall]) -> KernelCall | None:
+    """Removes and returns the call that a Mosaic GPU kernel comes from."""
+    found = next((call for call in calls if call.name == kernel.name), None)
     if found is not None:
         calls.remove(found)
     return found
@@ -106,10 +140,9 @@ def _report(
     costs = [_use(instructions, gpu) for _, instructions in parts]
     cycles = _busiest(kernel, gpu, [(loop, cost) for (loop, _), cost in zip(parts, costs, strict=True)], trips)
     places = occupancy(gpu, registers=compiled.registers, shared_bytes=compiled.shared, num_warps=kernel.num_warps)
-    loads = [one for one in code.instructions if one.thread_bytes != 0]
-    wide = [one for one in loads if (one.thread_bytes or 16) >= 16]
     return GpuReport(
         name=kernel.name,
+        backend="triton",
         gpu=gpu,
         grid=kernel.grid,
         times=None if call is None else call.times,
@@ -119,13 +152,10 @@ def _report(
         spilled=compiled.spilled,
         shared_bytes=compiled.shared,
         occupancy=places,
-        wide_loads=sum(not one.asynchronous for one in wide),
-        wide_copies=sum(one.asynchronous for one in wide),
-        narrow_loads=len(loads) - len(wide),
-        tensor=sum(one.pipe == "tensor" for one in code.instructions),
+        **_counted(code),
         strip_bytes=reads.arrays[0].strip_bytes if reads.arrays else None,
         bytes_needed=bytes_needed,
-        trip=_trip(parts, costs, trips, kernel),
+        trip=_trip(parts, costs, trips, math.prod(kernel.grid), kernel.num_warps),
         cycles=cycles,
         work=work_of(
             kernel,
@@ -138,6 +168,49 @@ def _report(
         ),
         unknown=unknown,
     )
+
+
+def _mosaic_report(
+    kernel: mosaic.MosaicKernel, call: KernelCall | None, gpu: Gpu, bytes_needed: int | None
+) -> GpuReport:
+    parts = by_loop(kernel.code)
+    costs = [_use(instructions, gpu) for _, instructions in parts]
+    return GpuReport(
+        name=kernel.name,
+        backend="mosaic_gpu",
+        gpu=gpu,
+        grid=kernel.grid,
+        times=None if call is None else call.times,
+        num_warps=kernel.num_warps,
+        num_stages=None,
+        registers=kernel.registers,
+        spilled=kernel.spilled,
+        shared_bytes=kernel.shared,
+        occupancy=occupancy(gpu, registers=kernel.registers, shared_bytes=kernel.shared, num_warps=kernel.num_warps),
+        **_counted(kernel.code),
+        strip_bytes=None,
+        bytes_needed=bytes_needed,
+        trip=_trip(parts, costs, None, math.prod(kernel.grid), kernel.num_warps),
+        cycles={},
+        work=None,
+        unknown="trips of loops in Mosaic GPU kernels are not evaluated",
+    )
+
+
+def _counted(code: Code) -> dict[str, int]:
+    """Returns the fields of a report that count instructions."""
+    by_threads = [one for one in code.instructions if one.thread_bytes]
+    wide = [one for one in by_threads if (one.thread_bytes or 0) >= 16]
+    by_tma = collections.Counter(one.tma for one in code.instructions if not one.never)
+    return {
+        "wide_loads": sum(not one.asynchronous for one in wide),
+        "wide_copies": sum(one.asynchronous for one in wide),
+        "narrow_loads": len(by_threads) - len(wide),
+        "tma_loads": by_tma["load"],
+        "tma_prefetches": by_tma["prefetch"],
+        "tma_stores": by_tma["store"],
+        "tensor": sum(one.pipe == "tensor" for one in code.instructions),
+    }
 
 
 def _evaluated(
@@ -183,22 +256,28 @@ def _trip(
     parts: Sequence[tuple[Loop | None, Sequence[Instruction]]],
     costs: Sequence[dict[str, float]],
     trips: Trips | None,
-    kernel: compiler.TritonKernel,
+    programs: int,
+    num_warps: int,
 ) -> LoopTrip:
-    """Returns a trip of the loop that issues most instructions, in all trips if their number is known, else in one."""
+    """Returns a trip of the loop that issues most instructions in all its trips.
+
+    If their number is not known, it is the longest loop that multiplies on tensor cores, or the longest of all.
+    """
 
     def issued(number: int) -> tuple[int, int]:
         loop, instructions = parts[number]
         if loop is None:
             return 0, 0
-        return len(instructions) * (1 if trips is None else trips[loop][0]), len(instructions)
+        if trips is None:
+            return 1 + any(one.pipe == "tensor" for one in instructions), len(instructions)
+        return len(instructions) * trips[loop][0], len(instructions)
 
     chosen = max(range(len(parts)), key=issued)
     loop, instructions = parts[chosen]
     sizes = [one.thread_bytes for one in instructions]
-    loaded = None if None in sizes else sum(size or 0 for size in sizes) * WARP * kernel.num_warps
-    total, most = (math.prod(kernel.grid), 1) if loop is None else (None, None) if trips is None else trips[loop]
-    use = {unit: taken * kernel.num_warps for unit, taken in costs[chosen].items()}
+    loaded = None if None in sizes else sum(size or 0 for size in sizes) * WARP * num_warps
+    total, most = (programs, 1) if loop is None else (None, None) if trips is None else trips[loop]
+    use = {unit: taken * num_warps for unit, taken in costs[chosen].items()}
     copies = any(one.asynchronous and one.thread_bytes != 0 for one in instructions)
     return LoopTrip(len(instructions), loaded, copies, bytes_awaited(instructions), use, total, most)
 

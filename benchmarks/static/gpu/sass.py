@@ -33,6 +33,16 @@ _TARGET: Final = re.compile(r"`\((?P<label>\.L\w*)\)")
 _WIDTHS: Final = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 """Bytes per thread by the opcode's modifier; four without one."""
 
+_TMA: Final = {
+    "UTMALDG": "load",
+    "UTMAPF": "prefetch",
+    "UBLKPF": "prefetch",
+    "UTMASTG": "store",
+    "UTMAREDG": "store",
+    "UBLKRED": "store",
+}
+"""Work that instructions make TMA do; UBLKCP names its direction in a modifier."""
+
 _PIPES: Final[tuple[tuple[str, str], ...]] = (
     (r"HMMA|IMMA|QMMA|OMMA|DMMA|BMMA|[HIQB]GMMA|UTC\w*MMA", "tensor"),
     (r"MUFU|I2F|F2I|F2F|I2I|FRND|POPC|FLO|BREV", "special"),
@@ -74,7 +84,14 @@ class Instruction:
     @property
     def asynchronous(self) -> bool:
         """Whether it copies from global to shared memory without passing through registers."""
-        return self.name in ("LDGSTS", "UTMALDG", "UBLKCP")
+        return self.name == "LDGSTS" or self.tma == "load"
+
+    @property
+    def tma(self) -> str | None:
+        """Work that it makes TMA do: "load", "prefetch" (into the L2 cache) or "store"; None for all others."""
+        if self.name == "UBLKCP":
+            return "store" if self.opcode.startswith("UBLKCP.G.S") else "load"
+        return _TMA.get(self.name)
 
     @property
     def thread_bytes(self) -> int | None:
@@ -82,7 +99,7 @@ class Instruction:
 
         It reads less if addresses of threads coincide, or its guard excludes some threads.
         """
-        if self.name in ("UTMALDG", "UBLKCP"):
+        if self.tma == "load":
             return None
         if self.never or self.name not in ("LDG", "LDGSTS", "LD"):
             return 0

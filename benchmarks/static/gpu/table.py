@@ -14,6 +14,7 @@ from palladion.benchmarks.static.table import Roof, Table, about_times, microsec
 
 HEADINGS: Final = (
     ("arch", 7),
+    ("backend", 11),
     ("regs", 6),
     ("spill", 7),
     ("shared KiB", 12),
@@ -21,6 +22,7 @@ HEADINGS: Final = (
     ("waves", 7),
     ("idle", 6),
     ("loads", 11),
+    ("TMA", 8),
     ("strip B", 9),
     ("tensor", 8),
     ("step", 15),
@@ -39,10 +41,12 @@ Facts, counted in the compiled code; nothing was measured.
   programs   that a multiprocessor keeps at a time, and what allows no more
   waves      programs of the grid over those that the GPU keeps at a time; idle: empty places in the last wave
   loads      instructions that read global memory: 128-bit loads + 128-bit asynchronous copies + all narrower ones
+  TMA        instructions of the unit that copies blocks: loads + prefetches into the L2 cache + stores
   strip      contiguous bytes of a row that a program reads together, of the array that is read most; a strip of 32
              bytes takes a multiprocessor as long as one of 128
   tensor     instructions of tensor cores
-  step       instructions of a warp in a trip of the innermost loop that matters, and its trips in the longest program
+  step       instructions of a warp in a trip of the innermost loop that matters, and its trips in the longest program;
+             "?" for Mosaic GPU kernels, whose trips and bytes are not counted
   instr/B    instructions of a thread in that loop for each byte that it loads, and how many the memory leaves time for
   flight     bytes that a multiprocessor's programs wait for at a time; the full bandwidth needs bandwidth x latency
              (most of a µs) / multiprocessors
@@ -60,14 +64,14 @@ def _notes(report: GpuReport, found: Examination) -> Iterable[str]:
     """Returns remarks on a kernel."""
     del found
     notes = []
-    if report.unknown is not None:
+    if report.unknown is not None and report.backend == "triton":
         notes.append(f"trips are UNKNOWN: {report.unknown}")
     if not report.occupancy.programs:
         notes.append(f"does not fit: a multiprocessor of the {report.gpu.name} has too little {report.occupancy.limit}")
     if report.idle_multiprocessors:
         idle, total = report.idle_multiprocessors, report.gpu.multiprocessors
         notes.append(f"{idle} of {total} multiprocessors have nothing to do{_reach(report, total - idle)}")
-    if report.wide_loads + report.wide_copies == 0 and report.narrow_loads:
+    if report.wide_loads + report.wide_copies + report.tma_loads == 0 and report.narrow_loads:
         notes.append("no load is 128 bits wide")
     return [*notes, *about_times(report.times)]
 
@@ -86,6 +90,7 @@ def _cells(report: GpuReport) -> list[str]:
     flight = report.bytes_in_flight
     return [
         f"sm_{report.gpu.compute_capability}",
+        report.backend,
         f"{report.registers}",
         f"{report.spilled}",
         f"{report.shared_bytes / 1024:.1f}",
@@ -93,6 +98,7 @@ def _cells(report: GpuReport) -> list[str]:
         number(report.waves),
         percent(report.idle_in_last_wave),
         f"{report.wide_loads}+{report.wide_copies}+{report.narrow_loads}",
+        f"{report.tma_loads}+{report.tma_prefetches}+{report.tma_stores}",
         "-" if report.strip_bytes is None else f"{report.strip_bytes:,}",
         f"{report.tensor}",
         f"{trip.instructions:,} x {'?' if most is None else f'{most:,}'}",
@@ -114,11 +120,14 @@ def _busiest(report: GpuReport) -> str:
 
 def _figures(report: GpuReport) -> dict[str, Any]:
     return {
+        "backend": report.backend,
         "registers": report.registers,
         "spilled": report.spilled,
         "shared_bytes": report.shared_bytes,
         "programs_at_a_time": report.occupancy.programs,
         "waves": rounded(report.waves, 3),
+        "tma": [report.tma_loads, report.tma_prefetches, report.tma_stores],
+        "tensor": report.tensor,
         "strip_bytes": report.strip_bytes,
         "instructions_per_byte": rounded(report.instructions_per_byte, 2),
         "bytes_needed": report.bytes_needed,

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import LAUNCHES_OVERLAP
-from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.devices import gpu_to_plan_for
 from palladion.kernels.quantized_matmul.mosaic_gpu.activations import compiles
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
@@ -71,9 +71,6 @@ MOST_IN_CLUSTER: Final = 8
 """Programs of a cluster that every Hopper GPU takes."""
 
 MERGES: Final = ("launch", "cluster")
-
-PREFERRED_ROWS: Final = range(5, 256 + 1)
-"""Rows of x that this kernel is preferred for where nothing was measured."""
 
 LEAST_STAGES: Final = {8: 4, 16: 4, 32: 3, 64: 3}
 """Blocks in the ring, by rows of x, below which too few bytes are on their way; those of more rows are larger."""
@@ -210,16 +207,6 @@ def takes_many_rows(problem: Problem) -> bool:
     # A float16 has the range of other scales neither by itself nor in a product.
     in_range = operand_dtype(p) == "bfloat16" or (operand_dtype(p) == "float16" and p.scale_dtype == "float16")
     return p.scheme.offset != "minimums" and in_range and p.out_dtype != "float32"
-
-
-def preferred(problem: Problem) -> bool:
-    """Returns whether rows are multiplied on a GPU on whose like the kernel was right, and as many as it was fast with.
-
-    On an H200, Triton took less time for one row, and more for 16; at 256 rows XLA's product took 1.4 to 1.8 times as
-    long (docs/gpu.md).
-    """
-    gpu = target_gpu()
-    return problem.rows in PREFERRED_ROWS and gpu is not None and "quantized_matmul" in gpu.mosaic_gpu
 
 
 def heuristic(problem: Problem) -> Config:

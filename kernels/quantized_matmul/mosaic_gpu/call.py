@@ -49,6 +49,19 @@ HOPPER: Final = 90
 TMA_ROWS: Final = 8
 """Rows that TMA reads together: channels, and rows of x beyond these, must be multiples of them."""
 
+PREFERRED_ROWS: Final = range(5, 256 + 1)
+"""Rows of x that this kernel is preferred for where nothing was measured."""
+
+
+def preferred(problem: Problem) -> bool:
+    """Returns whether rows are multiplied on a GPU on whose like the kernel was right, and as many as it was fast with.
+
+    On an H200, Triton took less time for one row, and more for 16; at 256 rows XLA's product took 1.4 to 1.8 times as
+    long (docs/gpu.md).
+    """
+    gpu = target_gpu()
+    return problem.rows in PREFERRED_ROWS and gpu is not None and "quantized_matmul" in gpu.mosaic_gpu
+
 
 def unsupported(problem: Problem) -> str | None:
     """Returns why this backend cannot run the problem, or None."""
