@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -422,8 +423,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ("", {("sm_80", "triton"), ("sm_90", "triton"), ("sm_90", "mosaic_gpu"), ("sm_100", "triton")}),
-            ("--backends=mosaic_gpu", {("sm_90", "mosaic_gpu")}),
+            ("", {("sm_80", "triton"), *itertools.product(("sm_90", "sm_100"), ("triton", "mosaic_gpu"))}),
+            ("--backends=mosaic_gpu", {("sm_90", "mosaic_gpu"), ("sm_100", "mosaic_gpu")}),
             ("--backends=triton --archs=sm_80", {("sm_80", "triton")}),
         ],
     )
@@ -438,7 +439,10 @@ class TestCommand:
         ("options", "message"),
         [
             ("gpu --backends=cuda", "--backends: got cuda; accepted: triton, mosaic_gpu"),
-            ("gpu --backends=mosaic_gpu --operation=append_kv", "accepted: mosaic_gpu for sm_90 and operations that"),
+            (
+                "gpu --backends=mosaic_gpu --operation=append_kv",
+                "accepted: mosaic_gpu for sm_90, sm_100 and operations that",
+            ),
             ("gpu --backends=mosaic_gpu --archs=sm_80", "accepted: mosaic_gpu for sm_90"),
             ("gpu --backends=triton --file=a.py:f", "--file: got a.py:f; accepted: without --cases, --operation and"),
             ("tpu --backends=triton", "--backends: got tpu; accepted: gpu"),

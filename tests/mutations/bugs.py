@@ -415,8 +415,8 @@ MUTATIONS: Final = (
     Mutation(
         "product-hopper-scales-of-the-first-warpgroup",
         f"{PRODUCT}/mosaic_gpu/program.py",
-        "channels = self.channels(part, self.own + start, CHANNELS)",
-        "channels = self.channels(part, start, CHANNELS)",
+        "channels = self.channels(part, self.own + start, self.tile_channels)",
+        "channels = self.channels(part, start, self.tile_channels)",
         (HOPPER_TESTS, "-k", "kernel_is_right and 70"),
         "Every warpgroup scales its channels by the factors of the first one's.",
     ),
