@@ -26,6 +26,7 @@ from palladion import Unsupported, quantized_matmul
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
 from palladion.benchmarks.static.gpu.mosaic import MosaicKernel, compile_mosaic_kernels
+from palladion.kernels import gpu_cluster
 from palladion.kernels import gpu_codes as codes
 from palladion.kernels.backend import record_choices
 from palladion.kernels.compat import gpu_interpreter
@@ -197,7 +198,7 @@ def in_threads(array: np.ndarray, layout: Any) -> np.ndarray:
 def test_neighbours_read_neighbouring_sums(rows: int):
     """Threads read `[rows, 64]` of another program's shared memory in order, each number once."""
     places = np.arange(rows * 64).reshape(rows, 64)
-    found = in_threads(places.T, cluster_merge.LAYOUTS[rows].to_mgpu())
+    found = in_threads(places.T, gpu_cluster.LAYOUTS[rows].to_mgpu())
     np.testing.assert_array_equal(found.reshape(128, -1), places.reshape(128, -1))
 
 

@@ -349,9 +349,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-cluster-units",
-        f"{PRODUCT}/mosaic_gpu/cluster_merge.py",
-        "for index in range(pl.cdiv(units, config.splits)):",
-        "for index in range(units // config.splits):",
+        "kernels/gpu_cluster.py",
+        "for index in range(pl.cdiv(units, splits)):",
+        "for index in range(units // splits):",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-minimums-33"),
         "Rows are left out where the splits of a cluster do not divide its units of rows.",
     ),

@@ -14,7 +14,7 @@ operand as they lie in shared memory, and the few query rows of a step cost 8 co
 logits of a block of 64 tokens. Weights pass through shared memory, 1 KiB a block; maxima of columns do, too.
 
 Grid: (slots, KV heads, row blocks). With splits, parts are stored in float32 as they lie in registers, and merged in a
-second launch (`merge.py`).
+second launch (`merge.py`), or the programs of all splits are a cluster that merges them (`cluster_merge.py`).
 
     resident in registers       m, l, acc; of a block: logits, and codes that are converted
     resident in shared memory   q, the ring, weights
@@ -41,6 +41,7 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.decode_attention import shares
 from palladion.kernels.decode_attention.mosaic_gpu import many_rows_call
+from palladion.kernels.decode_attention.mosaic_gpu.cluster_merge import cluster_kernel
 from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV, MAX_BLOCK_ROWS
 from palladion.kernels.decode_attention.mosaic_gpu.config import Config as Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results, kernel
@@ -55,6 +56,7 @@ from palladion.kernels.decode_attention.mosaic_gpu.merge import Parts, merge_ker
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.splits import splits_of, visible_blocks
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.gpu_cluster import MERGES, MOST_IN_CLUSTER
 from palladion.kernels.integers import round_up
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -95,7 +97,7 @@ MOST_SLOTS: Final = 65535
 """Most programs along the outermost axis of a grid."""
 
 SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Splits that the tuner tries, up to a factor of four from the heuristic's."""
+"""Splits that the tuner tries: those of a cluster, and others up to a factor of four from the heuristic's."""
 
 
 def heuristic(problem: Problem) -> Config:
@@ -144,13 +146,20 @@ def space(problem: Problem) -> Space:
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
     if start.warpgroups > 1:
         return many_rows_call.space(problem, start)
+    near = [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits]
     axes = {
-        "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
+        "splits": sorted({*near, *(splits for splits in SPLITS if splits <= MOST_IN_CLUSTER)}),
         "block_kv": BLOCKS_KV,
         "num_stages": (2, 3, 4, 5, 6, 8),
         "balanced": (False, True) if 1 < problem.batch <= MOST_BALANCED else (),
+        "merge": MERGES,
     }
-    return Space(start, axes, lambda config: shared_bytes(problem, config) <= most)
+
+    def worth_trying(config: Config) -> bool:
+        in_place = config.splits > 1 if config.merge == "cluster" else config.splits in (start.splits, *near)
+        return in_place and shared_bytes(problem, config) <= most
+
+    return Space(start, axes, worth_trying)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -205,15 +214,18 @@ def decode_attention(
     sinks = sinks_by_rows(p, inputs.sinks, all_rows)
     whole = slots == p.batch
     call = _Call(p, config, bool(interpret), gpu_interpreter(interpret or False))
-    refs = _refs(p, inputs, sinks if whole else None)
+    refs = _refs(p, inputs, sinks if whole or config.in_cluster else None)
     scratch = scratch_types(p, config, whole, call.interpret)
-    found = call(kernel, (slots, p.kv_heads, row_blocks), "slot", results if whole else parts, scratch, refs)
-    if not whole:
-        merged = Parts(found, inputs.lengths, sinks)
-        staged = plgpu.SMEM((config.block_rows, p.head_dim), jnp.dtype(p.q_dtype))
-        grid = (p.batch, p.kv_heads, row_blocks)
-        options = {"most_slots": shares.most_slots(p, config)}
-        found = call(merge_kernel, grid, "sequence", results, staged, merged, **options)
+    places = {"head": p.kv_heads, "row": row_blocks}
+    by_slots, by_sequences = {"slot": slots, **places}, {"sequence": p.batch, **places}
+    if config.in_cluster:
+        found = call(cluster_kernel, by_sequences, results, scratch, refs)
+    else:
+        found = call(kernel, by_slots, results if whole else parts, scratch, refs)
+        if not whole:
+            staged = plgpu.SMEM((config.block_rows, p.head_dim), jnp.dtype(p.q_dtype))
+            merged, most = Parts(found, inputs.lengths, sinks), shares.most_slots(p, config)
+            found = call(merge_kernel, by_sequences, results, staged, merged, most_slots=most)
     shape = (p.batch, p.kv_heads, p.q_len, p.group)
     out = found.out[:, :, :rows].reshape(*shape, p.head_dim).swapaxes(1, 2)
     lse = found.lse[:, :, :rows].reshape(shape).swapaxes(1, 2)
@@ -237,20 +249,24 @@ class _Call:
     interpreter: Any
 
     def __call__(
-        self, body: Any, grid: tuple[int, ...], axis: str, results: Results, scratch: Any, refs: Any, **options: Any
+        self, body: Any, grid: dict[str, int], results: Results, scratch: Any, refs: Any, **options: Any
     ) -> Results:
-        """Runs a kernel on a grid of (`axis`, KV heads, row blocks)."""
+        """Runs a kernel on a grid, given by the names and sizes of its axes."""
         c = self.config
+        cluster = {"split": c.splits} if c.in_cluster and not self.interpret else {}
+        kind = "_balanced" if shares.is_balanced(self.problem, c) else "_cluster" if c.in_cluster else ""
         (found,) = plgpu.kernel(
             fresh_kernel(body, problem=self.problem, config=c, interpret=self.interpret, **options),
             out_type=(results,),
             scratch_types=[scratch],
-            grid=grid,
-            grid_names=(axis, "head", "row"),
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            cluster=tuple(cluster.values()),
+            cluster_names=tuple(cluster),
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=self.interpreter,
-            kernel_name=f"decode_attention{'_merge' if axis == 'sequence' else ''}_r{c.block_rows}_kv{c.block_kv}"
-            f"_s{c.splits}{'_balanced' if shares.is_balanced(self.problem, c) else ''}",
+            kernel_name=f"decode_attention{'_merge' if body is merge_kernel else ''}_r{c.block_rows}_kv{c.block_kv}"
+            f"_s{c.splits}{kind}",
         )(refs)
         return Results(*found)
 

@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import LAUNCHES_OVERLAP
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.gpu_cluster import MERGES, MOST_IN_CLUSTER, Merge
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
 
@@ -52,11 +53,6 @@ BLOCKS_IN: Final = (512, 256, 128, 64)
 
 BLOCK_BYTES: Final = 256
 """Bytes of codes of a channel in the best block that was measured."""
-
-MOST_IN_CLUSTER: Final = 8
-"""Programs of a cluster that every Hopper GPU takes."""
-
-MERGES: Final = ("launch", "cluster")
 
 PREFERRED_ROWS: Final = range(5, 256 + 1)
 """Rows of x that this kernel is preferred for where nothing was measured."""
@@ -123,7 +119,7 @@ class Config:
     num_stages: int = 4
     overlaps: bool = False
     multicast: int = 1
-    merge: Literal["launch", "cluster"] = "launch"
+    merge: Merge = "launch"
 
     def __post_init__(self) -> None:
         accepted = (*FEW_ROWS, *MANY_ROWS)
