@@ -193,6 +193,22 @@ MUTATIONS: Final = (
         (ATTENTION_HOPPER_TESTS, "-k", "reach_their_registers"),
         "Threads point ldmatrix to rows of other tokens.",
     ),
+    Mutation(
+        "attention-hopper-cluster-sinks",
+        f"{ATTENTION}/mosaic_gpu/cluster_merge.py",
+        "sinks = jnp.where(split == 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(split <= 1, sinks, -jnp.inf)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and cluster-rows"),
+        "Two splits of a cluster count the same sink.",
+    ),
+    Mutation(
+        "attention-hopper-cluster-rows",
+        f"{ATTENTION}/mosaic_gpu/cluster_merge.py",
+        "pl.ds(self.first_row + row, self.size)",
+        "pl.ds(self.first_row, self.size)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and cluster-blocks"),
+        "All units that a cluster merges write their lse to the rows of the first.",
+    ),
     # --- append_kv, append_qkv ---
     Mutation(
         "append-tpu-mask",

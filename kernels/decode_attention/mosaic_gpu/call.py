@@ -25,6 +25,24 @@ turn 16-bit operands only. Scales of keys are folded into the softmax scale, tho
 
 Bound by memory: each number of the cache is read once, for 2 * rows FLOPs. Two programs of a multiprocessor have 64 KiB
 or more of the cache on their way while both compute; for 32 KiB of it, memory takes 1,640 cycles (an H200 at 4.3 TB/s).
+
+What merging in a cluster costs and saves, by counts: one sequence of 8,192 tokens, 8 KV heads of 128 in bfloat16.
+
+    merge                              launch, 32 splits       cluster, 8 splits
+    programs                           256, two on each of     64, one on each of
+                                       128 multiprocessors     64 multiprocessors
+    on their way on each of these      2 x 96 KiB              192 KiB, 6 stages of 32 KiB
+    ... and in all                     24 MiB                  12 MiB
+    parts, written and read            1 MiB of memory         256 KiB of shared memory
+    launches                           2                       1
+    KV blocks of a multiprocessor      8                       16
+    cycles for each, at 4.3 TB/s       1,640                   820
+    bytes a cycle, at 4.3 TB/s         20                      40
+
+So a cluster saves two passes of parts over memory and a launch: such a merge took Triton 1.8 us. For that, half of the
+multiprocessors must read as much as all of them, and a program has half the cycles for a block, with no other program
+beside it that computes while it waits. With 8 sequences and 4 splits, each multiprocessor has two programs with 96 KiB,
+as with a launch. No chip has measured it: the heuristic takes the launch, the tuner tries both.
 """
 
 from __future__ import annotations
