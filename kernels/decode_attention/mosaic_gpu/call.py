@@ -174,8 +174,8 @@ def space(problem: Problem) -> Space:
     }
 
     def worth_trying(config: Config) -> bool:
-        in_place = config.splits > 1 if config.merge == "cluster" else config.splits in (start.splits, *near)
-        return in_place and shared_bytes(problem, config) <= most
+        sensible = config.splits > 1 if config.merge == "cluster" else config.splits in (start.splits, *near)
+        return sensible and shared_bytes(problem, config) <= most
 
     return Space(start, axes, worth_trying)
 
