@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from hopper_attention import case_of, check, run
+from hopper_clusters import reads_of_others
 
 from palladion import Unsupported, decode_attention
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.benchmarks.static.gpu.mosaic import compile_mosaic_kernels
 from palladion.benchmarks.static.gpu.sass import by_loop, parse
 from palladion.kernels import gpu_codes
 from palladion.kernels.backend import record_choices
@@ -72,6 +74,26 @@ RIGHT = [
         case_of("float8-e5m2", dtype="float16", kv_dtype="float8_e5m2", logits_soft_cap=9.0, head_dim=256),
         Config(64, 8, 2, num_stages=1),
     ),
+    # Splits merged in a cluster. A split without a unit, splits without blocks, sequences of 0, 1 and all tokens.
+    (
+        case_of("cluster", batch=4, head_dim=128, sinks=True, lengths=(0, 192, 1, 130)),
+        Config(64, 8, 3, num_stages=2, merge="cluster"),
+    ),
+    # Rows that end within a unit of 8, within one of 4 where splits have two units, and within one of 2.
+    (
+        case_of("cluster-pages", kv_dtype="int8", page_size=32, num_layers=2, head_dim=256),
+        Config(64, 8, 2, num_stages=1, merge="cluster"),
+    ),
+    (
+        case_of("cluster-rows", q_len=5, q_heads=6, kv_dtype="float8_e4m3fn", sinks=True, lengths=(3, 150)),
+        Config(64, 16, 3, num_stages=2, merge="cluster"),
+    ),
+    (
+        case_of("cluster-window", dtype="float16", q_len=3, q_heads=2, sliding_window=70, logits_soft_cap=5.0),
+        Config(64, 8, 2, num_stages=1, merge="cluster"),
+    ),
+    # Two blocks of rows, of which the last is written whole.
+    (case_of("cluster-blocks", q_len=5, lengths=(150, 4)), Config(64, 8, 4, num_stages=1, merge="cluster")),
 ]
 
 
@@ -80,11 +102,12 @@ def test_the_kernel_is_right(case: Case, config: Config):
     check(case, config)
 
 
-def test_memory_is_awaited_before_it_is_read():
+@pytest.mark.parametrize("merge", ["launch", "cluster"])
+def test_memory_is_awaited_before_it_is_read(merge: Any):
     """Shared memory is NaN until something arrives, with sizes that divide blocks."""
     case = case_of("awaited", q_heads=16, lengths=(192, 128))
     interpret = dataclasses.replace(gpu_interpreter(True), uninitialized_memory="nan")
-    check(case, Config(64, 8, 2, num_stages=2), interpret=interpret)
+    check(case, Config(64, 8, 2, num_stages=2, merge=merge), interpret=interpret)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax's interpreter of GPU kernels finds races from 0.11 on")
@@ -259,6 +282,19 @@ def test_the_heuristic_suits_every_model(name: str):
         assert ahead >= 48 * 1024 or config.num_stages >= blocks, (config, resident)
 
 
+@pytest.mark.parametrize("changes", [{"batch": 1}, {"batch": 8}], ids=str)
+def test_the_tuner_tries_clusters_of_all_sizes(changes: dict[str, int]):
+    """Splits that a launch merges stay near the heuristic's, however few a cluster may have."""
+    with gpu_compiler.tracing_for(90):
+        problem = dataclasses.replace(MODELS["llama-3-8b-layers"], **changes, lengths=None).problem()
+        start, space = call.heuristic(problem), call.space(problem)
+    assert start.merge == "launch"
+    tried = list(space.spread())
+    assert {config.merge for config in tried[:2]} == {"launch", "cluster"}
+    assert {config.splits for config in tried if config.merge == "cluster"} == {2, 3, 4, 6, 8}
+    assert min(config.splits for config in tried if config.merge == "launch") * 4 >= start.splits
+
+
 def test_what_is_not_covered_says_so():
     """The cases that the kernel refuses; others fall to Triton."""
     refused = {case.name for case in cases.MODELS if call.unsupported(case.problem()) is not None}
@@ -300,9 +336,13 @@ def test_other_gpus_have_no_wgmma(arch: int):
         ({"block_rows": 12}, "config.block_rows: got 12; accepted: a multiple of 8, at most 64, or 128 or 192"),
         ({"splits": 0}, "config.splits: got 0; accepted: 1 to 256"),
         ({"num_stages": 0}, "config.num_stages: got 0; accepted: at least 1"),
+        ({"merge": "last"}, "config.merge: got last; accepted: 'launch' or 'cluster'"),
+        ({"merge": "cluster", "splits": 9}, "config.splits: got 9; accepted: up to 8 for merge='cluster'"),
+        ({"merge": "cluster", "balanced": True}, "config.balanced: got True; accepted: False for merge='cluster'"),
+        ({"merge": "cluster", "block_rows": 128}, "config.merge: got cluster; accepted: 'launch' for more than 64"),
     ],
 )
-def test_wrong_block_sizes(wrong: dict[str, int], message: str):
+def test_wrong_block_sizes(wrong: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Config(**{"block_kv": 64, "block_rows": 8, "splits": 1} | wrong)
 
@@ -310,10 +350,11 @@ def test_wrong_block_sizes(wrong: dict[str, int], message: str):
 # ---------------------------------------------------------------------------------------------------------- compiled
 
 
-def test_lowers_for_hopper():
+@pytest.mark.parametrize("config", [None, Config(64, 8, 2, merge="cluster")], ids=["launch", "cluster"])
+def test_lowers_for_hopper(config: Config | None):
     """Compiles as far as it goes without XLA's compiler for GPUs, in every version of jax."""
     case = case_of(kv_dtype="int8", page_size=32, q_len=2, sinks=True, num_layers=2)
-    attend = functools.partial(decode_attention, backend="mosaic_gpu")
+    attend = functools.partial(decode_attention, backend="mosaic_gpu", config=config)
     text = gpu_compiler.lowered_for_gpu(lambda inputs: attend(**inputs._asdict()), case.shapes()).as_text()
     assert "mosaic_gpu" in text
 
@@ -369,3 +410,32 @@ def test_compiles_for_hopper_without_spills(
     count = instructions_of_a_block(ptx, tmp_path)
     print(f"{name}: {count} instructions")
     assert count <= most
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "changes", "config", "vectors"),
+    [
+        ("llama-3-8b-layers", {"batch": 1}, Config(64, 8, 8, 6, merge="cluster"), {""}),
+        ("llama-3-8b-paged-int8", {"q_heads": 40}, Config(128, 8, 2, 3, merge="cluster"), {"", ".v4"}),
+        (
+            "llama-3-8b-verify",
+            {"head_dim": 256, "q_len": 6, "sinks": True},
+            Config(64, 24, 8, 2, merge="cluster"),
+            {"", ".v4"},
+        ),
+        ("llama-3-8b-layers", {"head_dim": 64}, Config(128, 8, 3, 4, merge="cluster"), {""}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cluster_merges_splits_in_one_launch(name: str, changes: dict[str, Any], config: Config, vectors: set[str]):
+    """A unit is read as fast as its rows allow, and its lse by single numbers."""
+    case = dataclasses.replace(MODELS[name], **changes, lengths=None)
+    attend = functools.partial(decode_attention, **case.options, backend="mosaic_gpu", config=config)
+    program, (kernel,) = compile_mosaic_kernels(lambda inputs: attend(**inputs._asdict()), case.shapes())
+    if case.q_len == 1:
+        assert [launch.name for launch in program.launches] == ["kCustomCall"]
+    assert "_cluster" in kernel.name
+    assert kernel.spilled == 0
+    found = reads_of_others(kernel.ptx, config.splits)
+    assert found == {f"ld.shared::cluster{vector}.b32" for vector in vectors}

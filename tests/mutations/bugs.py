@@ -226,6 +226,22 @@ MUTATIONS: Final = (
         (SHARDING_TESTS, "-k", "results_and_collectives"),
         "The first new token behind a device's part of the cache attends as one before its end.",
     ),
+    Mutation(
+        "attention-hopper-cluster-sinks",
+        f"{ATTENTION}/mosaic_gpu/cluster_merge.py",
+        "sinks = jnp.where(split == 0, sinks, -jnp.inf)",
+        "sinks = jnp.where(split <= 1, sinks, -jnp.inf)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and cluster-rows"),
+        "Two splits of a cluster count the same sink.",
+    ),
+    Mutation(
+        "attention-hopper-cluster-rows",
+        f"{ATTENTION}/mosaic_gpu/cluster_merge.py",
+        "pl.ds(self.first_row + row, self.size)",
+        "pl.ds(self.first_row, self.size)",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and cluster-blocks"),
+        "All units that a cluster merges write their lse to the rows of the first.",
+    ),
     # --- append_kv, append_qkv ---
     Mutation(
         "append-tpu-mask",
@@ -398,9 +414,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "product-hopper-cluster-units",
-        f"{PRODUCT}/mosaic_gpu/cluster_merge.py",
-        "for index in range(pl.cdiv(units, config.splits)):",
-        "for index in range(units // config.splits):",
+        "kernels/gpu_cluster.py",
+        "for index in range(pl.cdiv(units, splits)):",
+        "for index in range(units // splits):",
         (HOPPER_TESTS, "-k", "kernel_is_right and int4-g32-minimums-33"),
         "Rows are left out where the splits of a cluster do not divide its units of rows.",
     ),

@@ -14,7 +14,7 @@ operand as they lie in shared memory, and the few query rows of a step cost 8 co
 logits of a block of 64 tokens. Weights pass through shared memory, 1 KiB a block; maxima of columns do, too.
 
 Grid: (slots, KV heads, row blocks). With splits, parts are stored in float32 as they lie in registers, and merged in a
-second launch (`merge.py`).
+second launch (`merge.py`), or the programs of all splits are a cluster that merges them (`cluster_merge.py`).
 
     resident in registers       m, l, acc; of a block: logits, and codes that are converted
     resident in shared memory   q, the ring, weights
@@ -25,6 +25,24 @@ turn 16-bit operands only. Scales of keys are folded into the softmax scale, tho
 
 Bound by memory: each number of the cache is read once, for 2 * rows FLOPs. Two programs of a multiprocessor have 64 KiB
 or more of the cache on their way while both compute; for 32 KiB of it, memory takes 1,640 cycles (an H200 at 4.3 TB/s).
+
+What merging in a cluster costs and saves, by counts: one sequence of 8,192 tokens, 8 KV heads of 128 in bfloat16.
+
+    merge                              launch, 32 splits       cluster, 8 splits
+    programs                           256, two on each of     64, one on each of
+                                       128 multiprocessors     64 multiprocessors
+    on their way on each of these      2 x 96 KiB              192 KiB, 6 stages of 32 KiB
+    ... and in all                     24 MiB                  12 MiB
+    parts, written and read            1 MiB of memory         256 KiB of shared memory
+    launches                           2                       1
+    KV blocks of a multiprocessor      8                       16
+    cycles for each, at 4.3 TB/s       1,640                   820
+    bytes a cycle, at 4.3 TB/s         20                      40
+
+So a cluster saves two passes of parts over memory and a launch: such a merge took Triton 1.8 us. For that, half of the
+multiprocessors must read as much as all of them, and a program has half the cycles for a block, with no other program
+beside it that computes while it waits. With 8 sequences and 4 splits, each multiprocessor has two programs with 96 KiB,
+as with a launch. No chip has measured it: the heuristic takes the launch, the tuner tries both.
 """
 
 from __future__ import annotations
@@ -41,6 +59,7 @@ from palladion.kernels.checks import check
 from palladion.kernels.compat import fresh_kernel, gpu_interpreter
 from palladion.kernels.decode_attention import shares
 from palladion.kernels.decode_attention.mosaic_gpu import many_rows_call
+from palladion.kernels.decode_attention.mosaic_gpu.cluster_merge import cluster_kernel
 from palladion.kernels.decode_attention.mosaic_gpu.config import BLOCKS_KV, MAX_BLOCK_ROWS
 from palladion.kernels.decode_attention.mosaic_gpu.config import Config as Config
 from palladion.kernels.decode_attention.mosaic_gpu.kernel import Results, kernel
@@ -55,6 +74,7 @@ from palladion.kernels.decode_attention.mosaic_gpu.merge import Parts, merge_ker
 from palladion.kernels.decode_attention.problem import Inputs, Problem
 from palladion.kernels.decode_attention.splits import splits_of, visible_blocks
 from palladion.kernels.devices import gpu_to_plan_for, target_gpu
+from palladion.kernels.gpu_cluster import MERGES, MOST_IN_CLUSTER
 from palladion.kernels.integers import round_up
 from palladion.kernels.search_space import Space
 from palladion.kernels.types import Interpret
@@ -95,7 +115,7 @@ MOST_SLOTS: Final = 65535
 """Most programs along the outermost axis of a grid."""
 
 SPLITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Splits that the tuner tries, up to a factor of four from the heuristic's."""
+"""Splits that the tuner tries: those of a cluster, and others up to a factor of four from the heuristic's."""
 
 
 def heuristic(problem: Problem) -> Config:
@@ -144,13 +164,20 @@ def space(problem: Problem) -> Space:
     start, most = heuristic(problem), gpu_to_plan_for().program_shared_bytes
     if start.warpgroups > 1:
         return many_rows_call.space(problem, start)
+    near = [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits]
     axes = {
-        "splits": [splits for splits in SPLITS if start.splits <= 4 * splits <= 16 * start.splits],
+        "splits": sorted({*near, *(splits for splits in SPLITS if splits <= MOST_IN_CLUSTER)}),
         "block_kv": BLOCKS_KV,
         "num_stages": (2, 3, 4, 5, 6, 8),
         "balanced": (False, True) if 1 < problem.batch <= MOST_BALANCED else (),
+        "merge": MERGES,
     }
-    return Space(start, axes, lambda config: shared_bytes(problem, config) <= most)
+
+    def worth_trying(config: Config) -> bool:
+        sensible = config.splits > 1 if config.merge == "cluster" else config.splits in (start.splits, *near)
+        return sensible and shared_bytes(problem, config) <= most
+
+    return Space(start, axes, worth_trying)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -205,15 +232,18 @@ def decode_attention(
     sinks = sinks_by_rows(p, inputs.sinks, all_rows)
     whole = slots == p.batch
     call = _Call(p, config, bool(interpret), gpu_interpreter(interpret or False))
-    refs = _refs(p, inputs, sinks if whole else None)
+    refs = _refs(p, inputs, sinks if whole or config.in_cluster else None)
     scratch = scratch_types(p, config, whole, call.interpret)
-    found = call(kernel, (slots, p.kv_heads, row_blocks), "slot", results if whole else parts, scratch, refs)
-    if not whole:
-        merged = Parts(found, inputs.lengths, sinks)
-        staged = plgpu.SMEM((config.block_rows, p.head_dim), jnp.dtype(p.q_dtype))
-        grid = (p.batch, p.kv_heads, row_blocks)
-        options = {"most_slots": shares.most_slots(p, config)}
-        found = call(merge_kernel, grid, "sequence", results, staged, merged, **options)
+    places = {"head": p.kv_heads, "row": row_blocks}
+    by_slots, by_sequences = {"slot": slots, **places}, {"sequence": p.batch, **places}
+    if config.in_cluster:
+        found = call(cluster_kernel, by_sequences, results, scratch, refs)
+    else:
+        found = call(kernel, by_slots, results if whole else parts, scratch, refs)
+        if not whole:
+            staged = plgpu.SMEM((config.block_rows, p.head_dim), jnp.dtype(p.q_dtype))
+            merged, most = Parts(found, inputs.lengths, sinks), shares.most_slots(p, config)
+            found = call(merge_kernel, by_sequences, results, staged, merged, most_slots=most)
     shape = (p.batch, p.kv_heads, p.q_len, p.group)
     out = found.out[:, :, :rows].reshape(*shape, p.head_dim).swapaxes(1, 2)
     lse = found.lse[:, :, :rows].reshape(shape).swapaxes(1, 2)
@@ -237,20 +267,24 @@ class _Call:
     interpreter: Any
 
     def __call__(
-        self, body: Any, grid: tuple[int, ...], axis: str, results: Results, scratch: Any, refs: Any, **options: Any
+        self, body: Any, grid: dict[str, int], results: Results, scratch: Any, refs: Any, **options: Any
     ) -> Results:
-        """Runs a kernel on a grid of (`axis`, KV heads, row blocks)."""
+        """Runs a kernel on a grid, given by the names and sizes of its axes."""
         c = self.config
+        cluster = {"split": c.splits} if c.in_cluster and not self.interpret else {}
+        kind = "_balanced" if shares.is_balanced(self.problem, c) else "_cluster" if c.in_cluster else ""
         (found,) = plgpu.kernel(
             fresh_kernel(body, problem=self.problem, config=c, interpret=self.interpret, **options),
             out_type=(results,),
             scratch_types=[scratch],
-            grid=grid,
-            grid_names=(axis, "head", "row"),
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            cluster=tuple(cluster.values()),
+            cluster_names=tuple(cluster),
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=self.interpreter,
-            kernel_name=f"decode_attention{'_merge' if axis == 'sequence' else ''}_r{c.block_rows}_kv{c.block_kv}"
-            f"_s{c.splits}{'_balanced' if shares.is_balanced(self.problem, c) else ''}",
+            kernel_name=f"decode_attention{'_merge' if body is merge_kernel else ''}_r{c.block_rows}_kv{c.block_kv}"
+            f"_s{c.splits}{kind}",
         )(refs)
         return Results(*found)
 

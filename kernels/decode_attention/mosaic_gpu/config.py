@@ -7,6 +7,7 @@ from typing import Final
 
 from palladion.kernels.checks import check
 from palladion.kernels.decode_attention.splits import MAX_SPLITS
+from palladion.kernels.gpu_cluster import MERGES, MOST_IN_CLUSTER, Merge
 
 TILE: Final = 64
 """Rows of the left operand of a wgmma: tokens of a block, and features of a head, come in multiples of it."""
@@ -36,6 +37,8 @@ class Config:
         rows only.
       overlaps: whether a warpgroup multiplies the weights of a block while it computes the softmax of the next; many
         rows only.
+      merge: where splits are merged: in a "launch" of its own, or by the programs of the splits, which are a "cluster"
+        and read each other's shared memory; that is for a few rows and at most 8 splits that are not balanced.
     """
 
     block_kv: int
@@ -45,6 +48,7 @@ class Config:
     balanced: bool = False
     ping_pong: bool = False
     overlaps: bool = False
+    merge: Merge = "launch"
 
     def __post_init__(self) -> None:
         rows = (*range(8, MAX_BLOCK_ROWS + 1, 8), *MANY_ROWS)
@@ -60,8 +64,19 @@ class Config:
         turns = not self.ping_pong or self.warpgroups == 2
         check(turns, "config.ping_pong", self.ping_pong, "False, except for 128 rows")
         check(many or not self.overlaps, "config.overlaps", self.overlaps, "False, except for many rows")
+        check(self.merge in MERGES, "config.merge", self.merge, " or ".join(map(repr, MERGES)))
+        if self.merge == "cluster":
+            check(not many, "config.merge", self.merge, f"'launch' for more than {MAX_BLOCK_ROWS} rows")
+            few = self.splits <= MOST_IN_CLUSTER
+            check(few, "config.splits", self.splits, f"up to {MOST_IN_CLUSTER} for merge='cluster'")
+            check(not self.balanced, "config.balanced", self.balanced, "False for merge='cluster'")
 
     @property
     def warpgroups(self) -> int:
         """Warpgroups that compute, each for some of the rows."""
         return self.block_rows // TILE if self.block_rows in MANY_ROWS else 1
+
+    @property
+    def in_cluster(self) -> bool:
+        """Whether there are splits that a cluster merges."""
+        return self.merge == "cluster" and self.splits > 1

@@ -47,12 +47,15 @@ class Program:
       refs: the inputs.
       scratch: shared memory and barriers.
       interpret: whether the kernel is interpreted.
+      slot: the program's slot.
     """
 
-    def __init__(self, problem: Problem, config: Config, refs: Refs, scratch: Scratch, interpret: bool) -> None:
+    def __init__(
+        self, problem: Problem, config: Config, refs: Refs, scratch: Scratch, interpret: bool, slot: Scalar
+    ) -> None:
         self.problem, self.config, self.refs, self.scratch = problem, config, refs, scratch
         self.registers = Registers(interpret)
-        self.slot, self.head, self.row_block = (jax.lax.axis_index(name) for name in ("slot", "head", "row"))
+        self.slot, self.head, self.row_block = slot, jax.lax.axis_index("head"), jax.lax.axis_index("row")
         self.share = find_share(problem, config, refs.lengths, self.row_block, self.slot)
         layer = 0 if refs.layer is None else refs.layer[0]
         self.ring = Ring(problem, config, refs, scratch, self.share, layer, self.head)
@@ -187,7 +190,7 @@ def kernel(
       config: block sizes.
       interpret: whether the kernel is interpreted.
     """
-    program = Program(problem, config, refs, scratch, interpret)
+    program = Program(problem, config, refs, scratch, interpret, jax.lax.axis_index("slot"))
     registers, head, row_block = program.registers, program.head, program.row_block
 
     def attend() -> None:

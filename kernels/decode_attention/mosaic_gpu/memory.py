@@ -63,7 +63,10 @@ class Scratch(NamedTuple):
       k_scale: ring of scales, `[num_stages, block_kv]`.
       v_scale: like k_scale.
       weights: `[block_rows, block_kv]`.
-      out: what is written by TMA, `[block_rows, head_dim]`.
+      out: what is written by TMA, `[block_rows, head_dim]`; in tiles like `parts` where a cluster merges splits.
+      parts: outputs of splits that a cluster merges, float32 `[1, or splits if interpreted, head_dim / 64, block_rows,
+        64]`.
+      part_lse: their lse, float32 `[1, or splits if interpreted, block_rows]`.
       k_done: barriers at which warpgroups arrive that have multiplied keys, one for each place of the ring.
       v_done: the same of values.
       v_cleared: barriers at which the first warpgroup arrives when values that no row sees are zero.
@@ -80,6 +83,8 @@ class Scratch(NamedTuple):
     v_scale: Any = None
     weights: Any = None
     out: Any = None
+    parts: Any = None
+    part_lse: Any = None
     k_done: Any = None
     v_done: Any = None
     v_cleared: Any = None
@@ -134,13 +139,20 @@ def scratch_types(problem: Problem, config: Config, whole: bool, interpret: bool
             v_cleared=plgpu.Barrier(num_barriers=c.num_stages),
             turn=plgpu.Barrier(num_barriers=c.warpgroups) if c.ping_pong else None,
         )
-    return Scratch(
+    few_rows = Scratch(
         **common,
         q=swizzled((c.block_rows, p.head_dim), p.q_dtype, interpret),
         q_arrived=plgpu.Barrier(),
         weights=swizzled((c.block_rows, c.block_kv), value_dtype(p), interpret),
-        out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None,
     )
+    if c.in_cluster:
+        splits, tiles = c.splits if interpret else 1, (p.head_dim // TILE, c.block_rows, TILE)
+        return few_rows._replace(
+            out=plgpu.SMEM(tiles, jnp.dtype(p.q_dtype)),
+            parts=plgpu.SMEM((splits, *tiles), jnp.float32),
+            part_lse=plgpu.SMEM((splits, c.block_rows), jnp.float32),
+        )
+    return few_rows._replace(out=plgpu.SMEM((c.block_rows, p.head_dim), jnp.dtype(p.q_dtype)) if whole else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +246,8 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     p, c = problem, config
     if c.warpgroups > 1:
         return c.num_stages * stage_bytes(p, c.block_kv) + c.block_rows * p.head_dim * 2 + 1024
-    rows = c.block_rows * (2 * p.head_dim * 2 + c.block_kv * 2)
+    part = 4 * (p.head_dim + 1) if c.in_cluster else 0
+    rows = c.block_rows * (2 * p.head_dim * 2 + c.block_kv * 2 + part)
     return c.num_stages * stage_bytes(p, c.block_kv) + rows + 4096
 
 

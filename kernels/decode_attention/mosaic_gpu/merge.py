@@ -1,10 +1,12 @@
 """Merging of the parts that the slots of a sequence leave, in a launch of its own.
 
 A program has the rows of one program of attention, and reads its parts as they were in registers, several at a time.
+Splits of a cluster are merged without that launch (`cluster_merge.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -36,6 +38,38 @@ class Parts(NamedTuple):
     sinks: Any = None
 
 
+class Merged(NamedTuple):
+    """Parts that are merged.
+
+    Attributes:
+      m: maxima of their lse, `[rows]`.
+      total: sums of exp(lse - m), `[rows]`.
+      acc: sums of exp(lse - m) * out, `[features, rows]`.
+    """
+
+    m: jax.Array
+    total: jax.Array
+    acc: jax.Array
+
+    def add(self, registers: Registers, parts: Sequence[tuple[jax.Array, jax.Array]], layout: Any = MATRIX) -> Merged:
+        """Adds parts: lse `[rows]` and out `[features, rows]` of each, which is in a layout."""
+        m = self.m
+        for lse, _ in parts:
+            m = jnp.maximum(m, lse)
+        shift = jnp.where(m == -jnp.inf, 0.0, m)
+        alpha = jnp.exp(self.m - shift)
+        total, acc = self.total * alpha, self.acc * registers.across(alpha, self.acc, layout)
+        for lse, out in parts:
+            weight = jnp.exp(lse - shift)
+            total, acc = total + weight, acc + out * registers.across(weight, acc, layout)
+        return Merged(m, total, acc)
+
+    def finish(self, registers: Registers, layout: Any = MATRIX) -> tuple[jax.Array, jax.Array]:
+        """Returns out and lse of all parts together."""
+        divisor = jnp.where(self.total == 0.0, 1.0, self.total)
+        return self.acc / registers.across(divisor, self.acc, layout), self.m + jnp.log(self.total)
+
+
 def merge_kernel(
     inputs: Parts, results: Results, staged: Ref, *, problem: Problem, config: Config, most_slots: int, interpret: bool
 ) -> None:
@@ -56,8 +90,7 @@ def merge_kernel(
     slots = find_slots(problem, config, inputs.lengths, row_block, sequence)
     at_once = max(min(REGISTERS // (problem.head_dim // 64 * rows // 2), most_slots), 1)
 
-    def add(step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        m, total, acc = state
+    def add(step: jax.Array, merged: Merged) -> Merged:
         loaded = []
         for place in range(at_once):
             index = step * at_once + place
@@ -65,25 +98,14 @@ def merge_kernel(
             lse = registers.load(parts.lse.at[slot, head, own_rows], OF_COLUMNS, optimized=False)
             out = registers.load(parts.out.at[slot, head, row_block], MATRIX, optimized=False)
             loaded.append((lse + jnp.where(index < slots.number, 0.0, -jnp.inf), out))
-        m_next = m
-        for lse, _ in loaded:
-            m_next = jnp.maximum(m_next, lse)
-        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
-        alpha = jnp.exp(m - shift)
-        total, acc = total * alpha, acc * jax.lax.broadcast_in_dim(alpha, acc.shape, (1,))
-        for lse, out in loaded:
-            weight = jnp.exp(lse - shift)
-            total, acc = total + weight, acc + out * jax.lax.broadcast_in_dim(weight, acc.shape, (1,))
-        return m_next, total, acc
+        return merged.add(registers, loaded)
 
     # A sink is a part without a value.
     m, total = registers.constant((rows,), -jnp.inf, OF_COLUMNS), registers.constant((rows,), 0, OF_COLUMNS)
     if inputs.sinks is not None:
         m = registers.load(inputs.sinks.at[head, own_rows], OF_COLUMNS, optimized=False)
         total = registers.constant((rows,), 1, OF_COLUMNS)
-    state = (m, total, registers.constant((problem.head_dim, rows), 0))
+    merged = Merged(m, total, registers.constant((problem.head_dim, rows), 0))
     steps = jax.lax.div(slots.number + (at_once - 1), jnp.int32(at_once))
-    m, total, acc = jax.lax.fori_loop(0, steps, add, state)
-    divisor = jnp.where(total == 0.0, 1.0, total)
-    out = acc / jax.lax.broadcast_in_dim(divisor, acc.shape, (1,))
-    write(registers, results, staged, (sequence, head, row_block), out, m + jnp.log(total))
+    out, lse = jax.lax.fori_loop(0, steps, add, merged).finish(registers)
+    write(registers, results, staged, (sequence, head, row_block), out, lse)

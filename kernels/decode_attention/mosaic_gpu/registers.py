@@ -65,12 +65,17 @@ class Registers:
         else:
             store_from_registers(ref, value)
 
-    def store_turned(self, ref: Ref, value: jax.Array) -> None:
-        """Stores a matrix to shared memory with its axes exchanged."""
+    def across(self, numbers: jax.Array, like: jax.Array, layout: Any = MATRIX) -> jax.Array:
+        """Returns a number for each column of a matrix, repeated along its rows."""
+        matrix = jax.lax.broadcast_in_dim(numbers, like.shape, (1,))
+        return matrix if self.interpret else plgpu.layout_cast(matrix, layout)
+
+    def store_turned(self, ref: Ref, value: jax.Array, layout: Any = plgpu.Layout.WGMMA_TRANSPOSED) -> None:
+        """Stores a matrix to shared memory with its axes exchanged, as threads have it in a layout."""
         if self.interpret:
             ref[...] = value.T
         else:
-            store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED))
+            store_from_registers(ref.transpose((1, 0)), plgpu.layout_cast(value, layout))
 
     def commit(self) -> None:
         """Makes what was stored to shared memory visible to tensor cores and TMA."""

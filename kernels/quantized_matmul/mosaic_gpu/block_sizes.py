@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from palladion.kernels.checks import check, check_power_of_two
 from palladion.kernels.compat import LAUNCHES_OVERLAP
 from palladion.kernels.devices import gpu_to_plan_for
+from palladion.kernels.gpu_cluster import MERGES, MOST_IN_CLUSTER, Merge
 from palladion.kernels.quantized_matmul.mosaic_gpu.activations import compiles
 from palladion.kernels.quantized_matmul.problem import Problem
 from palladion.kernels.search_space import Space
@@ -66,11 +67,6 @@ BLOCKS_IN: Final = (512, 256, 128, 64)
 
 BLOCK_BYTES: Final = 256
 """Bytes of codes of a channel in the best block that was measured."""
-
-MOST_IN_CLUSTER: Final = 8
-"""Programs of a cluster that every Hopper GPU takes."""
-
-MERGES: Final = ("launch", "cluster")
 
 LEAST_STAGES: Final = {8: 4, 16: 4, 32: 3, 64: 3}
 """Blocks in the ring, by rows of x, below which too few bytes are on their way; those of more rows are larger."""
@@ -130,7 +126,7 @@ class Config:
     num_stages: int = 4
     overlaps: bool = False
     multicast: int = 1
-    merge: Literal["launch", "cluster"] = "launch"
+    merge: Merge = "launch"
     tensor_memory: bool = False
 
     def __post_init__(self) -> None:
