@@ -36,7 +36,7 @@ Compilable = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def attention(case: AttentionCase, **options: Any) -> Compilable:
-    options = case.options | {"backend": "pallas", "return_lse": True} | options
+    options = case.options | {"backend": "triton", "return_lse": True} | options
     return lambda inputs: decode_attention(**inputs._asdict(), **options), (case.shapes(),)
 
 
@@ -137,7 +137,7 @@ def test_compiles_without_spills(name: str, arch: int):
 def test_lowers_every_small_case(operation: str):
     """The interpreter takes more than Triton does: a masked load of 8-bit floats needs a zero of their dtype."""
     with gpu_compiler.tracing_for(90):
-        row, measured = workloads.row(operation, "gpu"), measured_operations.OPERATIONS[operation]
+        row, measured = workloads.row(operation, "triton"), measured_operations.OPERATIONS[operation]
         stored = [measured.stored_for(case, "gpu") for case in measured.cases.TESTS]
         cases = [case for case in stored if row.unsupported(case.problem()) is None]
     assert cases

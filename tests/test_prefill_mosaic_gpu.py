@@ -18,6 +18,7 @@ from hopper_attention import case_of, check
 from palladion.benchmarks.static.gpu import compiler as gpu_compiler
 from palladion.benchmarks.static.gpu import mosaic
 from palladion.benchmarks.static.gpu import program as gpu_program
+from palladion.benchmarks.static.gpu.sass import by_loop
 from palladion.kernels.compat import gpu_interpreter
 from palladion.kernels.decode_attention import cases
 from palladion.kernels.decode_attention.cases import Case
@@ -183,7 +184,9 @@ def test_compiles_for_hopper_without_spills(changes: dict[str, Any], config: Con
     print(kernel.longest_product_loop)
     assert kernel.longest_product_loop <= most
     (products,) = (
-        [one.opcode for one in loop] for loop in kernel.loops[1:] if any("HGMMA" in one.opcode for one in loop)
+        [one.opcode for one in instructions]
+        for loop, instructions in by_loop(kernel.code)
+        if loop is not None and any("HGMMA" in one.opcode for one in instructions)
     )
     waits = [place for place, opcode in enumerate(products) if opcode.startswith("WARPGROUP.DEPBAR")]
     powers = [place for place, opcode in enumerate(products) if opcode == "MUFU.EX2"]

@@ -311,7 +311,7 @@ class TestSimulator:
         assert believed(found, right) is True
         assert believed(found, wrong) is False
         assert believed(found, simulator.Simulation("blocks.1", 5000, None)) is None
-        row = Examination(WorkloadName("", "blocks"), "v6e", (found,), None, (wrong,))
+        row = Examination(WorkloadName("", "blocks"), "v6e", (found,), None, simulations=(wrong,))
         assert any("is not believed: it moves" in line for line in TABLE.lines(row))
         (kernel,) = TABLE.record(row)["simulations"]
         assert kernel["believed"] is False
