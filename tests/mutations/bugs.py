@@ -195,6 +195,14 @@ MUTATIONS: Final = (
         "Threads point ldmatrix to rows of other tokens.",
     ),
     Mutation(
+        "attention-hopper-rows-of-the-next-head",
+        f"{ATTENTION}/mosaic_gpu/kernel.py",
+        "exist = min(staged.shape[0], results.out.shape[2])",
+        "exist = staged.shape[0]",
+        (ATTENTION_HOPPER_TESTS, "-k", "kernel_is_right and gqa"),
+        "A block of rows is written whole, over those of the next head.",
+    ),
+    Mutation(
         "attention-hopper-new-tokens",
         f"{ATTENTION}/mosaic_gpu/kernel.py",
         "query = divide_with_remainder(row, p.group)[0]",
