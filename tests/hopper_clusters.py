@@ -1,4 +1,4 @@
-"""What the PTX of a kernel says of splits that a cluster merges, of which jax's interpreter sees nothing."""
+"""Reads in the PTX of a kernel how a cluster merges splits, of which jax's interpreter sees nothing."""
 
 from __future__ import annotations
 

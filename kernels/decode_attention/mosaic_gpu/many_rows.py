@@ -24,7 +24,7 @@ Bound by tensor cores: 128 rows and 128 tokens of 128 features take 2,048 cycles
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,13 @@ from palladion.kernels.decode_attention.shares import share_of
 from palladion.kernels.integers import divide_with_remainder
 from palladion.kernels.types import Ref
 
-REGISTERS = {2: (240, 24), 3: (160, 32)}
+REGISTERS: Final = {2: (240, 24), 3: (160, 32)}
 """Registers of a thread that computes and of one that starts copies, by the number of warpgroups that compute."""
 
 COLUMNS = 8
 """Columns of a matrix in registers of which a thread has some of each row: weights are summed for every 8th token."""
 
-TOKENS = 1
+TOKENS: Final = 1
 """Axis of tokens in products of queries and keys, which are `[rows, tokens]`."""
 
 

@@ -91,16 +91,16 @@ def space(problem: Problem) -> Space:
     def fits(config: Config) -> bool:
         """Leaves out what differs from another config only in what its form does not use."""
         if config.form == "tensor_core":
-            return not _differing(config, unused, ("multiply", "ahead", "normalizes")) and tensor_core.fits(config)
+            return _agree(config, unused, ("multiply", "ahead", "normalizes")) and tensor_core.fits(config)
         only = ("block_rows", "tile", "splits", "num_stages", "scales_weights", "merge")
-        return not _differing(config, unused, only) and config.block_out * p.parts * p.rows <= MOST_SUMS
+        return _agree(config, unused, only) and config.block_out * p.parts * p.rows <= MOST_SUMS
 
     return Space(start, axes, fits)
 
 
-def _differing(config: Config, other: Config, names: Sequence[str]) -> list[str]:
-    """Returns the fields, of those named, in which two configs differ."""
-    return [name for name in names if getattr(config, name) != getattr(other, name)]
+def _agree(config: Config, other: Config, names: Sequence[str]) -> bool:
+    """Returns whether two configs have the same values in the named fields."""
+    return all(getattr(config, name) == getattr(other, name) for name in names)
 
 
 def unsupported(problem: Problem) -> str | None:
